@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` lists the targets. The first one you call creates .venv, installs the pinned dependencies and builds the
+# native module; after that only what changed is done again.
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build quickstart test test-all lint format bench gpu sanitize clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# ------------------------------------------------------------------ environment
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The package is built without isolation, from the pinned build requirements.
+$(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(wildcard csrc/*)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+build: $(BUILT) ## create .venv and build the native module
+
+# ------------------------------------------------------------------ use
+
+quickstart: $(BUILT) ## train, evaluate and recommend in minutes; DATA=folder for real data
+	$(BIN)/python recipes/quickstart.py $(if $(DATA),--data $(DATA))
+
+bench: $(BUILT) ## run every benchmark
+	for script in bench/bench_*.py; do $(BIN)/python $$script || exit; done
+
+# ------------------------------------------------------------------ checks
+
+# Two worker processes of one thread each: tests that are about threads set the number themselves.
+test: export OMP_NUM_THREADS = 1
+test: $(BUILT) ## run the tests, but for the slow ones and those for a GPU
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(PYTEST_ARGS)
+
+test-all: export OMP_NUM_THREADS = 1
+test-all: $(BUILT) ## run the slow tests too
+	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: $(BUILT) ## run the tests that need a CUDA device
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS); \
+	else echo 'gpu: nothing was run, torch sees no CUDA device on this machine'; fi
+
+SANITIZE := build/sanitize
+sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(BUILT) ## run the native and the fuzz tests under ASan and UBSan
+	$(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	$(BIN)/pytest -o pythonpath=$(SANITIZE)/lib tests/test_native.py tests/test_fuzz.py $(PYTEST_ARGS)
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist patchkern.egg-info patchkern/_native.* patchkern/_build_info.json $(BUILT)

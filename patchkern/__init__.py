@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""patchkern makes long user histories cheap for LLM-based recommenders.
+
+Old items become patches, the mean of their titles' token embeddings; fused kernels pool them and write the packed
+batch that variable-length attention takes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from patchkern.catalog import Catalog
+from patchkern.histories import Histories
+from patchkern.layout import PatchLayout, build_layout
+from patchkern.ops.backends import backends
+from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
+from patchkern.packed import PackedBatch, compress_batch
+from patchkern.policies import ItemPatches, Level, Policy, RandomItemPatches, SessionPatches, TextOnly
+from patchkern.prompt import Prompt
+
+if TYPE_CHECKING:
+    from patchkern.model import PatchedCausalLM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Catalog",
+    "Histories",
+    "ItemPatches",
+    "Level",
+    "PackedBatch",
+    "PatchLayout",
+    "PatchedCausalLM",
+    "Policy",
+    "Prompt",
+    "RandomItemPatches",
+    "SessionPatches",
+    "TextOnly",
+    "backends",
+    "build_layout",
+    "compress_batch",
+    "pool_rows",
+    "pool_rows_grad",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is an extra, and slow to import: only those who use the model pay for it.
+    if name == "PatchedCausalLM":
+        from patchkern.model import PatchedCausalLM
+
+        return PatchedCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue: every item's title as token ids, tokenised once, in CSR form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from patchkern.histories import check_offsets
+
+_INT32_MAX = int(np.iinfo(np.int32).max)
+# An id table of this many entries per item is still smaller than the sorted search it replaces is slow.
+_TABLE_SLACK = 64
+
+
+class Catalog:
+    """Titles of all items as token ids.
+
+    Attributes:
+        token_ids: ``(nnz,)`` int32, the titles' token ids one after the other.
+        offsets: ``(n_items + 1,)`` int32, item ``i`` owns ``token_ids[offsets[i]:offsets[i + 1]]``.
+        item_ids: ``(n_items,)`` the caller's ids, integers or strings.
+        titles: the titles as text, or None when built from token ids alone.
+        max_token_id: the largest token id.
+    """
+
+    token_ids: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+    item_ids: NDArray[Any]
+    titles: tuple[str, ...] | None
+    max_token_id: int
+
+    def __init__(
+        self,
+        token_ids: ArrayLike,
+        offsets: ArrayLike,
+        item_ids: ArrayLike | None = None,
+        titles: Sequence[str] | None = None,
+    ) -> None:
+        self.token_ids = _int32("token_ids", token_ids)
+        self.offsets = _int32("offsets", offsets)
+        check_offsets("offsets", self.offsets, self.token_ids.size)
+        if self.token_ids.size and int(self.token_ids.min()) < 0:
+            at = int(np.flatnonzero(self.token_ids < 0)[0])
+            raise ValueError(f"token_ids[{at}]: expected a token id >= 0, got {self.token_ids[at]}")
+        if self.token_ids.size and int(self.token_ids.max()) == _INT32_MAX:
+            raise ValueError(f"token_ids: expected ids below {_INT32_MAX}, got {_INT32_MAX}")
+        self.item_ids = _item_ids(item_ids, len(self))
+        empty = np.flatnonzero(self.lengths == 0)
+        if empty.size:
+            raise ValueError(
+                f"titles: expected at least one token per item, got none for item {self.item_ids[empty[0]]!r}"
+            )
+        if titles is not None and len(titles) != len(self):
+            raise ValueError(f"titles: expected one per item ({len(self)}), got {len(titles)}")
+        self.titles = None if titles is None else tuple(titles)
+        self.max_token_id = int(self.token_ids.max()) if self.token_ids.size else -1
+        self._build_lookup()
+
+    @classmethod
+    def from_titles(cls, titles: Mapping[Any, str], tokenizer: Callable[[str], Sequence[int]] | Any) -> Catalog:
+        """Tokenise ``{item_id: title}`` on its own, without special tokens.
+
+        Args:
+            titles: one title per item id; the catalogue keeps this order.
+            tokenizer: a transformers tokenizer, or any callable from a title to its token ids.
+
+        Raises:
+            TypeError: ``titles`` is not a mapping to strings, or ``tokenizer`` is not callable.
+            ValueError: a title without tokens.
+        """
+        if not isinstance(titles, Mapping):
+            raise TypeError(f"titles: expected a mapping of item id to title, got {type(titles).__name__}")
+        if not callable(tokenizer):
+            raise TypeError(f"tokenizer: expected a tokenizer or a callable, got {type(tokenizer).__name__}")
+        texts = list(titles.values())
+        for item_id, title in titles.items():
+            if not isinstance(title, str):
+                raise TypeError(f"titles[{item_id!r}]: expected a string, got {type(title).__name__}")
+        if hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "convert_tokens_to_ids"):
+            tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        else:
+            tokens = [tokenizer(text) for text in texts]
+        offsets = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
+        filled = [np.asarray(ids) for ids in tokens if len(ids)]
+        flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
+        return cls(flat, offsets, _id_array(list(titles)), texts)
+
+    @classmethod
+    def from_token_ids(
+        cls,
+        token_ids: ArrayLike,
+        offsets: ArrayLike,
+        item_ids: ArrayLike | None = None,
+        titles: Sequence[str] | None = None,
+    ) -> Catalog:
+        """Build from CSR arrays: ``token_ids`` ``(nnz,)``, ``offsets`` ``(n_items + 1,)``; ids default to 0, 1, 2, ..."""
+        return cls(token_ids, offsets, item_ids, titles)
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def __repr__(self) -> str:
+        return f"Catalog(items={len(self)}, tokens={self.token_ids.size})"
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """``(n_items,)`` int32, tokens per title."""
+        return np.diff(self.offsets)
+
+    def tokens(self, index: int) -> NDArray[np.int32]:
+        """Token ids of the item at catalogue position ``index`` (a view)."""
+        return self.token_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def index_of(self, item_ids: ArrayLike, argument: str = "item_ids") -> NDArray[np.int32]:
+        """Catalogue positions of ``item_ids``: int32, same shape.
+
+        Raises:
+            ValueError: an id that the catalogue does not hold; the message names ``argument``.
+        """
+        ids = item_ids if isinstance(item_ids, np.ndarray) else np.asarray(item_ids)
+        if ids.size == 0:
+            return np.zeros(ids.shape, np.int32)
+        if self._positions is not None:
+            index = np.fromiter((self._positions.get(i, -1) for i in ids.ravel().tolist()), np.int32, ids.size)
+            index = index.reshape(ids.shape)
+        elif ids.dtype.kind not in "iu":
+            raise TypeError(f"{argument}: expected integer item ids as in the catalog, got dtype {ids.dtype}")
+        else:
+            shifted = ids - self._first_id
+            # One unsigned comparison catches ids on both sides of the table.
+            if shifted.dtype.kind == "i":
+                inside = shifted.view(f"u{shifted.dtype.itemsize}") < self._table.size
+            else:
+                inside = (ids >= self._first_id) & (shifted < self._table.size)
+            index = self._table[shifted] if inside.all() else self._table[np.where(inside, shifted, self._hole)]
+        if index.min() < 0:
+            at = int(np.flatnonzero(index.ravel() < 0)[0])
+            raise ValueError(f"{argument}: expected item ids of the catalog, got {ids.ravel()[at]!r} at position {at}")
+        return index
+
+    def _build_lookup(self) -> None:
+        """Integer ids of a bounded range get a table, all others a dict."""
+        ids = self.item_ids
+        self._positions: dict[Any, int] | None = None
+        self._first_id, span = 0, 0
+        if ids.dtype.kind in "iu" and ids.size:
+            self._first_id = int(ids.min())
+            span = int(ids.max()) - self._first_id + 1
+        if ids.dtype.kind in "iu" and span <= max(_TABLE_SLACK * ids.size, 1 << 16):
+            # The last entry is a hole on purpose: ids outside the range are sent there.
+            self._table = np.full(span + 1, -1, np.int32)
+            self._hole = span
+            self._table[ids - self._first_id] = np.arange(ids.size, dtype=np.int32)
+            distinct = int((self._table >= 0).sum())
+        else:
+            self._positions = {item: position for position, item in enumerate(ids.tolist())}
+            distinct = len(self._positions)
+        if distinct != ids.size:
+            _, first = np.unique(ids, return_index=True)
+            repeated = np.setdiff1d(np.arange(ids.size), first)
+            raise ValueError(f"item_ids: expected distinct ids, got {ids[repeated[0]]!r} more than once")
+
+
+def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-D array, got {array.ndim} dimensions of shape {array.shape}")
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    if array.size and (int(array.max()) > _INT32_MAX or int(array.min()) < -_INT32_MAX):
+        raise ValueError(f"{name}: expected values that fit in int32, got up to {int(array.max())}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _id_array(ids: list[Any]) -> NDArray[Any]:
+    kinds = {type(item) for item in ids}
+    if kinds and all(issubclass(kind, (int, np.integer)) and not issubclass(kind, bool) for kind in kinds):
+        return np.asarray(ids, np.int64)
+    if all(issubclass(kind, str) for kind in kinds):
+        return np.asarray(ids) if ids else np.zeros(0, np.int64)
+    names = sorted(kind.__name__ for kind in kinds)
+    raise TypeError(f"item_ids: expected all integers or all strings, got {', '.join(names)}")
+
+
+def _item_ids(item_ids: ArrayLike | None, n_items: int) -> NDArray[Any]:
+    if item_ids is None:
+        return np.arange(n_items, dtype=np.int64)
+    ids = item_ids if isinstance(item_ids, np.ndarray) and item_ids.dtype.kind in "iuU" else _id_array(list(item_ids))  # type: ignore[arg-type]
+    if ids.shape != (n_items,):
+        raise ValueError(f"item_ids: expected one per title ({n_items}), got shape {ids.shape}")
+    return ids.astype(np.int64) if ids.dtype.kind == "u" else ids

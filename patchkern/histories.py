@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ragged item histories: one flat array of items and the offsets that cut it into users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+HistoriesLike = Union["Histories", Sequence[Sequence[Any]]]
+
+
+def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-D array, got {array.ndim} dimensions of shape {array.shape}")
+    return array
+
+
+def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    array = _flat(name, values)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    return array.astype(np.int64, copy=False)
+
+
+def _item_array(items: ArrayLike) -> NDArray[Any]:
+    array = _flat("items", items)
+    if array.size == 0 and array.dtype.kind == "f":
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iuUO":
+        raise TypeError(f"items: expected integer or string item ids, got dtype {array.dtype}")
+    return array
+
+
+def check_offsets(name: str, offsets: NDArray[np.integer[Any]], total: int) -> None:
+    """Raise a ``ValueError`` unless ``offsets`` starts at 0, never falls and ends at ``total``."""
+    if offsets.size == 0 or offsets[0] != 0:
+        first = "no entry" if offsets.size == 0 else str(offsets[0])
+        raise ValueError(f"{name}: expected offsets that start at 0, got {first}")
+    if offsets[-1] != total:
+        raise ValueError(f"{name}: expected a last offset of {total}, got {offsets[-1]}")
+    falls = np.flatnonzero(offsets[1:] < offsets[:-1])
+    if falls.size:
+        at = int(falls[0])
+        raise ValueError(f"{name}: expected non-decreasing offsets, got {offsets[at]} then {offsets[at + 1]} at {at}")
+
+
+class Histories:
+    """The item ids of many users, oldest first, in columnar form.
+
+    Args:
+        items: ``(N,)`` item ids of all users one after the other, integers or strings.
+        offsets: ``(B + 1,)`` integers; user ``b`` owns ``items[offsets[b]:offsets[b + 1]]``.
+        timestamps: ``(N,)`` integers, seconds, or None.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, or offsets that do not cut ``items``.
+    """
+
+    __slots__ = ("items", "offsets", "timestamps")
+
+    items: NDArray[Any]
+    offsets: NDArray[np.int64]
+    timestamps: NDArray[np.int64] | None
+
+    def __init__(self, items: ArrayLike, offsets: ArrayLike, timestamps: ArrayLike | None = None) -> None:
+        self.items = _item_array(items)
+        self.offsets = _integers("offsets", offsets)
+        check_offsets("offsets", self.offsets, self.items.size)
+        self.timestamps = None if timestamps is None else _integers("timestamps", timestamps)
+        if self.timestamps is not None and self.timestamps.size != self.items.size:
+            raise ValueError(f"timestamps: expected one per item ({self.items.size}), got {self.timestamps.size}")
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[Sequence[Any]]) -> Histories:
+        """Build from one sequence of item ids per user."""
+        if isinstance(sequences, (str, bytes)) or not isinstance(sequences, (Sequence, np.ndarray)):
+            raise TypeError(
+                f"histories: expected Histories or a list of item-id sequences, got {type(sequences).__name__}"
+            )
+        for user, sequence in enumerate(sequences):
+            if isinstance(sequence, (str, bytes)) or not isinstance(sequence, (Sequence, np.ndarray)):
+                raise TypeError(f"histories[{user}]: expected a sequence of item ids, got {type(sequence).__name__}")
+        offsets = np.zeros(len(sequences) + 1, np.int64)
+        np.cumsum([len(sequence) for sequence in sequences], out=offsets[1:])
+        filled = [np.asarray(sequence) for sequence in sequences if len(sequence)]
+        kinds = {"text" if array.dtype.kind in "UO" else "number" for array in filled}
+        if len(kinds) > 1:
+            raise TypeError("histories: expected item ids of one kind, got integers and strings")
+        return cls(np.concatenate(filled) if filled else np.zeros(0, np.int64), offsets)
+
+    @classmethod
+    def coerce(cls, histories: HistoriesLike) -> Histories:
+        """Return ``histories`` itself if it is a `Histories`, else build one from sequences."""
+        return histories if isinstance(histories, cls) else cls.from_sequences(histories)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def __getitem__(self, user: int) -> NDArray[Any]:
+        if not -len(self) <= user < len(self):
+            raise IndexError(f"user: expected an index below {len(self)}, got {user}")
+        user %= len(self)
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[user] for user in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Histories(users={len(self)}, items={self.items.size}, timestamps={self.timestamps is not None})"
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """``(B,)`` number of items per user."""
+        return np.diff(self.offsets)
+
+    def _gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:
+        offsets = np.zeros(lengths.size + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        index = np.arange(offsets[-1])
+        index += np.repeat(starts - offsets[:-1], lengths)
+        cut = object.__new__(Histories)
+        cut.items = self.items[index]
+        cut.offsets = offsets
+        cut.timestamps = None if self.timestamps is None else self.timestamps[index]
+        return cut
+
+    def latest(self, max_items: int | None) -> Histories:
+        """Each history cut to its latest ``max_items`` items (None: unchanged)."""
+        lengths = self.lengths
+        if max_items is None or lengths.size == 0 or int(lengths.max()) <= max_items:
+            return self
+        kept = np.minimum(lengths, max_items)
+        return self._gather(self.offsets[1:] - kept, kept)
+
+    def take(self, users: ArrayLike) -> Histories:
+        """The histories of ``users`` (``(S,)`` indices), in that order."""
+        index = self._users(users)
+        return self._gather(self.offsets[index], self.lengths[index])
+
+    def before(self, users: ArrayLike, positions: ArrayLike, max_items: int | None = None) -> Histories:
+        """For each sample, the items of ``users[s]`` before ``positions[s]``, cut to the latest ``max_items``."""
+        index, ends = self._samples(users, positions)
+        kept = ends if max_items is None else np.minimum(ends, max_items)
+        return self._gather(self.offsets[index] + ends - kept, kept)
+
+    def at(self, users: ArrayLike, positions: ArrayLike) -> NDArray[Any]:
+        """``(S,)`` item ids: the item of ``users[s]`` at ``positions[s]``."""
+        index, ends = self._samples(users, positions)
+        past = np.flatnonzero(ends >= self.lengths[index])
+        if past.size:
+            s = int(past[0])
+            raise ValueError(f"positions[{s}]: expected below {self.lengths[index[s]]}, got {ends[s]}")
+        return self.items[self.offsets[index] + ends]
+
+    def _users(self, users: ArrayLike) -> NDArray[np.int64]:
+        index = _integers("users", users)
+        wrong = np.flatnonzero((index < 0) | (index >= len(self)))
+        if wrong.size:
+            s = int(wrong[0])
+            raise ValueError(f"users[{s}]: expected an index in 0..{len(self) - 1}, got {index[s]}")
+        return index
+
+    def _samples(self, users: ArrayLike, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        index, ends = self._users(users), _integers("positions", positions)
+        if index.size != ends.size:
+            raise ValueError(f"positions: expected one per user ({index.size}), got {ends.size}")
+        wrong = np.flatnonzero((ends < 0) | (ends > self.lengths[index]))
+        if wrong.size:
+            s = int(wrong[0])
+            raise ValueError(f"positions[{s}]: expected 0..{self.lengths[index[s]]}, got {ends[s]}")
+        return index, ends

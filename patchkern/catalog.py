@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Catalog:
         self._build_lookup()
 
     @classmethod
-    def from_titles(cls, titles: Mapping[Any, str], tokenizer: Callable[[str], Sequence[int]] | Any) -> Catalog:
+    def from_titles(cls, titles: Mapping[Any, str], tokenizer: Any) -> Catalog:
         """Tokenise ``{item_id: title}`` on its own, without special tokens.
 
         Args:
@@ -98,7 +98,7 @@ class Catalog:
         item_ids: ArrayLike | None = None,
         titles: Sequence[str] | None = None,
     ) -> Catalog:
-        """Build from CSR arrays: ``token_ids`` ``(nnz,)``, ``offsets`` ``(n_items + 1,)``; ids default to 0, 1, 2, ..."""
+        """Build from CSR arrays ``token_ids`` ``(nnz,)`` and ``offsets`` ``(n_items + 1,)``; ids default to 0, 1, ..."""
         return cls(token_ids, offsets, item_ids, titles)
 
     def __len__(self) -> int:

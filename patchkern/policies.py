@@ -138,7 +138,7 @@ _POLICIES = {policy.__name__: policy for policy in (TextOnly, ItemPatches, Sessi
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """A JSON-ready description of one of this module's policies."""
-    if type(policy).__name__ not in _POLICIES or not isinstance(policy, tuple(_POLICIES.values())):
+    if not isinstance(policy, (TextOnly, ItemPatches, SessionPatches, RandomItemPatches)):
         raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
     return {"name": type(policy).__name__, **asdict(policy)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkern.layout import PatchLayout
+from patchkern.layout import PatchLayout, Transpose
 from patchkern.ops import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -90,25 +90,19 @@ class _PoolRows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad = _weight_grad(grad_rows, *ctx.saved_tensors, ctx.num_embeddings, not ctx.sparse_grad, ctx.backend)
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        transpose: tuple[Tensor, ...] = ctx.saved_tensors
+        grad = _weight_grad(grad_rows, transpose, ctx.num_embeddings, not ctx.sparse_grad, ctx.backend)
         return (grad, *[None] * 11)
 
 
 def _weight_grad(
-    grad_rows: Tensor,
-    tokens: Tensor,
-    token_offsets: Tensor,
-    rows: Tensor,
-    divisors: Tensor,
-    num_embeddings: int,
-    dense: bool,
-    backend: str,
+    grad_rows: Tensor, transpose: tuple[Tensor, ...], num_embeddings: int, dense: bool, backend: str
 ) -> Tensor:
     width = grad_rows.shape[1]
     if width > 1 and grad_rows.stride(1) != 1:
         grad_rows = grad_rows.contiguous()
-    transpose = (tokens, token_offsets, rows, divisors)
+    tokens = transpose[0]
     if dense:
         grad = grad_rows.new_zeros(num_embeddings, width)
         torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, grad, True, backend)
@@ -156,10 +150,7 @@ def pool_rows(
     if torch.is_grad_enabled() and weight.requires_grad:
         if out is not None:
             raise ValueError("out: expected None where a gradient is recorded, got a tensor; use torch.no_grad()")
-        transpose = layout.with_transpose().transpose
-        if transpose is None:
-            raise RuntimeError("with_transpose returned a layout without one")
-        columns = (transpose.tokens, transpose.offsets, transpose.rows, transpose.divisors)
+        columns = _columns(layout.with_transpose().transpose)
         pooled: Tensor = _PoolRows.apply(weight, *rows, *columns, name, sparse_grad)
         return pooled
     if out is None:
@@ -188,8 +179,7 @@ def pool_rows_grad(
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
     _check_matrix("grad_rows", grad_rows)
-    if layout.transpose is None:
-        raise ValueError("layout: expected one with a transpose, got none; use layout.with_transpose()")
+    transpose = _columns(layout.transpose)
     if grad_rows.shape[0] != layout.num_rows:
         raise ValueError(f"grad_rows: expected one row per layout row ({layout.num_rows}), got {grad_rows.shape[0]}")
     if grad_rows.device != layout.device:
@@ -200,17 +190,14 @@ def pool_rows_grad(
         raise ValueError(
             f"num_embeddings: expected more than the largest token id, {layout.max_token_id}, got {num_embeddings}"
         )
-    transpose = layout.transpose
-    return _weight_grad(
-        grad_rows,
-        transpose.tokens,
-        transpose.offsets,
-        transpose.rows,
-        transpose.divisors,
-        num_embeddings,
-        dense,
-        backends.choose(backend, grad_rows.device),
-    )
+    name = backends.choose(backend, grad_rows.device)
+    return _weight_grad(grad_rows, transpose, num_embeddings, dense, name)
+
+
+def _columns(transpose: Transpose | None) -> tuple[Tensor, ...]:
+    if transpose is None:
+        raise ValueError("layout: expected one with a transpose, got none; use layout.with_transpose()")
+    return transpose.tokens, transpose.offsets, transpose.rows, transpose.divisors
 
 
 def check_weight(weight: Any) -> None:

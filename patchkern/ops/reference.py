@@ -27,7 +27,7 @@ def pool_rows_grad(
 ) -> None:
     """Write each token's gradient, ``sum(grad_rows[rows] / divisors)``, into its row of ``out``.
 
-    With ``scatter`` that is row ``tokens[u]`` of ``(V, D)`` and other rows are left alone, else row ``u`` of ``(U, D)``.
+    With ``scatter`` that is row ``tokens[u]`` of ``(V, D)``, and no other row is touched; else row ``u`` of ``(U, D)``.
     """
     wide = torch.promote_types(grad_rows.dtype, torch.float32)
     shares = grad_rows[rows.long()].to(wide) / divisors[:, None]

@@ -26,18 +26,10 @@ COMPILERS = ["c++", "g++", "clang++"]
 
 # The CPU kernels are compiled once per instruction set; pool_rows_cpu.cpp picks one at run time.
 KERNELS = "pool_rows_kernels.cpp"
-KERNEL_FLAGS = {"baseline": ["-DPK_ISA=baseline"]}
+KERNEL_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    KERNEL_FLAGS["avx2"] = ["-DPK_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
-    KERNEL_FLAGS["avx512"] = [
-        "-DPK_ISA=avx512",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-    ]
+    KERNEL_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
+    KERNEL_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 
 
 def find_compiler() -> "tuple[list[str], str]":
@@ -69,7 +61,8 @@ def write_ninja(folder: Path, library: str, cxx: "list[str]", cxxflags: "list[st
 
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     units = [(name, Path(name).stem, includes if name == "bindings.cpp" else []) for name in SOURCES]
-    units += [(KERNELS, f"{Path(KERNELS).stem}_{isa}", flags) for isa, flags in KERNEL_FLAGS.items()]
+    for isa, flags in KERNEL_FLAGS.items():
+        units.append((KERNELS, f"{Path(KERNELS).stem}_{isa}", [f"-DPK_ISA={isa}", *flags.split()]))
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
     lines = [

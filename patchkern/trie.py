@@ -109,8 +109,9 @@ class Trie:
 
     def to(self, device: torch.device | str) -> Trie:
         """The same tree on ``device``."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def running_count(self, allowed: Tensor) -> Tensor:
         """Count allowed items by rank: ``running[u, end] - running[u, begin]`` is how many user ``u`` has in a range.

@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 SOURCES = ["bindings.cpp", "layout.cpp", "pool_rows_cpu.cpp"]
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMPILERS = ["c++", "g++", "clang++"]
 
 # The CPU kernels are compiled once per instruction set; pool_rows_cpu.cpp picks one at run time.
@@ -71,7 +71,7 @@ def write_ninja(folder: Path, library: str, cxx: "list[str]", cxxflags: "list[st
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {command(*cxx, *shared, *cxxflags)} $in -o $out",
+        f"  command = {command(*cxx, *shared, '-pthread', *cxxflags)} $in -o $out",
     ]
     for source, stem, flags in units:
         lines += [f"build {stem}.o: compile {path(CSRC / source)}", f"  unit = {command(*flags)}"]

@@ -1,28 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pool_rows` in C++ on the CPU."""
+"""`pool_rows` in C++ on the CPU (csrc/pool_rows_cpu.cpp).
+
+The kernels check every index before they write, so that even a layout whose tensors were overwritten after it was
+built is a ``ValueError`` and never a crash. ``PATCHKERN_ISA`` forces an instruction set: one of those that `isa`
+lists, for tests and bug reports.
+"""
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
+
+import torch
 from torch import Tensor
+
+from patchkern._build import native_build_reason
+
+_native: ModuleType | None
+try:
+    from patchkern import _native  # type: ignore[no-redef]
+
+    _missing = ""
+except ImportError as error:
+    _native = None
+    _missing = native_build_reason() or f"patchkern._native does not load: {error}"
+
+ENVIRONMENT = "PATCHKERN_ISA"
+
+# DType in csrc/pool_rows.h
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# Status in csrc/pool_rows.h: the argument at fault, and what was expected of it
+_FAULTS = {
+    2: ("lo", "a literal's token below the number of embeddings"),
+    3: ("hi", "0 for a literal"),
+    4: ("lo", "a patch's range 0 <= lo < hi <= number of items"),
+    5: ("items", "an index of one of the titles"),
+    6: ("offsets", "rising offsets from 0 to the number of title tokens"),
+    7: ("token_ids", "a token below the number of embeddings"),
+    8: ("tokens", "ascending tokens below the number of embeddings"),
+    9: ("token_offsets", "rising offsets from 0 to the number of contributions"),
+    10: ("rows", "an index of one of the rows"),
+    11: ("divisors", "a divisor of at least 1"),
+}
+
+
+def isa_levels() -> list[str]:
+    """The instruction sets that were built and that this CPU has, slowest first."""
+    return [] if _native is None else list(_native.isa_levels())
 
 
 def unusable_reason() -> str | None:
     """Why this backend cannot be used here, or None."""
-    return "patchkern was built without its C++ extension"
+    if _native is None:
+        return _missing
+    forced, levels = os.environ.get(ENVIRONMENT, "auto"), isa_levels()
+    if forced not in ("auto", *levels):
+        return f"{ENVIRONMENT}: expected auto, {' or '.join(levels)} on this CPU, got {forced!r}"
+    return None
 
 
 def isa() -> str:
     """The instruction set that the kernels use."""
-    return "none"
+    forced = os.environ.get(ENVIRONMENT, "auto")
+    return forced if forced != "auto" else (isa_levels() or ["none"])[-1]
 
 
 def pool_rows(
     weight: Tensor, lo: Tensor, hi: Tensor, items: Tensor, token_ids: Tensor, offsets: Tensor, out: Tensor
 ) -> None:
-    raise RuntimeError(unusable_reason())
+    """Write every row of the packed batch into ``out`` ``(T, D)``; see `reference.pool_rows`.
+
+    Raises:
+        ValueError: an index out of its range; ``out`` is untouched then.
+    """
+    status, position = _module().pool_rows(
+        _DTYPES[weight.dtype],
+        weight.data_ptr(),
+        weight.shape[0],
+        weight.shape[1],
+        weight.stride(0),
+        lo.data_ptr(),
+        hi.data_ptr(),
+        lo.shape[0],
+        items.data_ptr(),
+        items.shape[0],
+        token_ids.data_ptr(),
+        token_ids.shape[0],
+        offsets.data_ptr(),
+        offsets.shape[0] - 1,
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+        os.environ.get(ENVIRONMENT, "auto"),
+    )
+    _check(status, position)
 
 
 def pool_rows_grad(
     grad_rows: Tensor, tokens: Tensor, token_offsets: Tensor, rows: Tensor, divisors: Tensor, out: Tensor, scatter: bool
 ) -> None:
-    raise RuntimeError(unusable_reason())
+    """Write each token's gradient into its row of ``out``; see `reference.pool_rows_grad`.
+
+    Bit for bit the same for any number of threads.
+
+    Raises:
+        ValueError: an index out of its range; ``out`` is untouched then.
+    """
+    status, position = _module().pool_rows_grad(
+        _DTYPES[grad_rows.dtype],
+        grad_rows.data_ptr(),
+        grad_rows.shape[0],
+        grad_rows.shape[1],
+        grad_rows.stride(0),
+        tokens.data_ptr(),
+        tokens.shape[0],
+        token_offsets.data_ptr(),
+        rows.data_ptr(),
+        divisors.data_ptr(),
+        rows.shape[0],
+        scatter,
+        out.data_ptr(),
+        out.shape[0],
+        out.stride(0),
+        torch.get_num_threads(),
+        os.environ.get(ENVIRONMENT, "auto"),
+    )
+    _check(status, position)
+
+
+def _module() -> ModuleType:
+    if _native is None:
+        raise RuntimeError(_missing)
+    return _native
+
+
+def _check(status: int, position: int) -> None:
+    if status == 0:
+        return
+    if status not in _FAULTS:
+        raise ValueError(unusable_reason() or f"pool_rows: the native kernel failed with status {status}")
+    argument, expected = _FAULTS[status]
+    raise ValueError(f"{argument}[{position}]: expected {expected}")

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// patchkern._native: addresses and sizes in, status codes out. Python owns the memory, the dtypes and the messages, so
+// one build works under every torch. The GIL is released throughout.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
+
+#include "layout.h"
+#include "pool_rows.h"
+
+namespace py = pybind11;
+using namespace patchkern;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Result = std::pair<int, int64_t>;  // status, position
+
+Result result(const Outcome& outcome) { return {static_cast<int>(outcome.status), outcome.position}; }
+
+Batch batch_of(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items,
+               int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
+               uintptr_t prompt, int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end) {
+  // the prompt's parts lie one after the other
+  const int32_t* ids = at<const int32_t>(prompt);
+  const Tokens parts[4] = {{ids, prefix},
+                           {ids + prefix, separator},
+                           {ids + prefix + separator, suffix},
+                           {ids + prefix + separator + suffix, response_end}};
+  return {at<const int32_t>(catalog_tokens), at<const int32_t>(catalog_offsets), catalog_size,
+          at<const int32_t>(items), num_items, at<const int64_t>(user_offsets), num_users,
+          at<const uint8_t>(levels), at<const int32_t>(targets), parts[0], parts[1], parts[2], parts[3]};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  module.def("isa_levels", [] {
+    py::list names;
+    for (const Kernels* const* level = isa_levels(); *level != nullptr; ++level) names.append((*level)->isa);
+    return names;
+  });
+
+  module.def(
+      "pool_rows",
+      [](int dtype, uintptr_t weight, int64_t num_embeddings, int64_t dim, int64_t weight_stride, uintptr_t lo,
+         uintptr_t hi, int64_t num_rows, uintptr_t items, int64_t num_items, uintptr_t token_ids,
+         int64_t num_title_tokens, uintptr_t offsets, int64_t num_titles, uintptr_t out, int64_t out_stride,
+         int num_threads, const std::string& isa) {
+        const PoolRows call = {static_cast<DType>(dtype), at<const void>(weight), num_embeddings, dim, weight_stride,
+                               at<const int32_t>(lo), at<const int32_t>(hi), num_rows, at<const int32_t>(items),
+                               num_items, at<const int32_t>(token_ids), num_title_tokens, at<const int32_t>(offsets),
+                               num_titles, at<void>(out), out_stride};
+        return result(pool_rows(call, num_threads, isa.c_str()));
+      },
+      no_gil);
+
+  module.def(
+      "pool_rows_grad",
+      [](int dtype, uintptr_t grad_rows, int64_t num_rows, int64_t dim, int64_t grad_stride, uintptr_t tokens,
+         int64_t num_tokens, uintptr_t offsets, uintptr_t rows, uintptr_t divisors, int64_t num_contributions,
+         bool scatter, uintptr_t out, int64_t num_out_rows, int64_t out_stride, int num_threads,
+         const std::string& isa) {
+        const PoolRowsGrad call = {static_cast<DType>(dtype), at<const void>(grad_rows), num_rows, dim, grad_stride,
+                                   at<const int32_t>(tokens), num_tokens, at<const int32_t>(offsets),
+                                   at<const int32_t>(rows), at<const int32_t>(divisors), num_contributions, scatter,
+                                   at<void>(out), num_out_rows, out_stride};
+        return result(pool_rows_grad(call, num_threads, isa.c_str()));
+      },
+      no_gil);
+
+  module.def(
+      "count_rows",
+      [](uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items, int64_t num_items,
+         uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets, uintptr_t prompt,
+         int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end, uintptr_t numbers,
+         uintptr_t title_index) {
+        const Batch batch = batch_of(catalog_tokens, catalog_offsets, catalog_size, items, num_items, user_offsets,
+                                     num_users, levels, targets, prompt, prefix, separator, suffix, response_end);
+        RowCounts counts = {};
+        const Result outcome = result(count_rows(batch, at<int32_t>(numbers), at<int32_t>(title_index), &counts));
+        return std::make_tuple(outcome.first, outcome.second, counts.rows, counts.pooled_items, counts.titles,
+                               counts.title_tokens, counts.supervised, counts.max_seqlen, counts.history_tokens,
+                               counts.history_rows);
+      },
+      no_gil);
+
+  module.def(
+      "fill_rows",
+      [](uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items, int64_t num_items,
+         uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets, uintptr_t prompt,
+         int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end, int64_t rows, int64_t titles,
+         int64_t title_tokens, uintptr_t title_index, uintptr_t lo, uintptr_t hi, uintptr_t token_ids,
+         uintptr_t offsets, uintptr_t cu_seqlens, uintptr_t position_ids, uintptr_t labels, uintptr_t logit_rows,
+         uintptr_t logit_labels) {
+        const Batch batch = batch_of(catalog_tokens, catalog_offsets, catalog_size, items, num_items, user_offsets,
+                                     num_users, levels, targets, prompt, prefix, separator, suffix, response_end);
+        RowCounts counts = {};
+        counts.rows = rows;
+        counts.titles = titles;
+        counts.title_tokens = title_tokens;
+        const RowArrays arrays = {at<int32_t>(lo), at<int32_t>(hi), at<int32_t>(token_ids), at<int32_t>(offsets),
+                                  at<int32_t>(cu_seqlens), at<int64_t>(position_ids), at<int64_t>(labels),
+                                  at<int64_t>(logit_rows), at<int64_t>(logit_labels)};
+        return fill_rows(batch, counts, at<const int32_t>(title_index), arrays);
+      },
+      no_gil);
+
+  module.def(
+      "count_contributions",
+      [](uintptr_t lo, uintptr_t hi, int64_t num_rows, uintptr_t items, int64_t num_items, uintptr_t token_ids,
+         int64_t num_title_tokens, uintptr_t offsets, int64_t num_titles) {
+        const Rows rows = {at<const int32_t>(lo), at<const int32_t>(hi), num_rows, at<const int32_t>(items), num_items,
+                           at<const int32_t>(token_ids), num_title_tokens, at<const int32_t>(offsets), num_titles};
+        ContributionCounts counts = {};
+        const Result outcome = result(count_contributions(rows, &counts));
+        return std::make_tuple(outcome.first, outcome.second, counts.contributions, counts.max_token_id);
+      },
+      no_gil);
+
+  module.def(
+      "fill_transpose",
+      [](uintptr_t lo, uintptr_t hi, int64_t num_rows, uintptr_t items, int64_t num_items, uintptr_t token_ids,
+         int64_t num_title_tokens, uintptr_t offsets, int64_t num_titles, int64_t contributions, int64_t max_token_id,
+         uintptr_t tokens, uintptr_t token_offsets, uintptr_t contribution_rows, uintptr_t divisors) {
+        const Rows rows = {at<const int32_t>(lo), at<const int32_t>(hi), num_rows, at<const int32_t>(items), num_items,
+                           at<const int32_t>(token_ids), num_title_tokens, at<const int32_t>(offsets), num_titles};
+        return fill_transpose(rows, {contributions, max_token_id}, at<int32_t>(tokens), at<int32_t>(token_offsets),
+                              at<int32_t>(contribution_rows), at<int32_t>(divisors));
+      },
+      no_gil);
+}

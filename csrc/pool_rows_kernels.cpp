@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The inner loops of pool_rows, compiled once per instruction set: -DPK_ISA=baseline|avx2|avx512 with the flags to
+// match. Everything lives in a namespace of that name and nothing from the standard library is instantiated here: the
+// linker merges inline functions across objects, and an AVX-512 copy must never be the one an AVX2 machine runs.
+//
+// Both directions work on blocks of columns whose sums stay in registers, so a row is read once and written once
+// however many tokens it pools. Vectors are the compiler's vector extension; intrinsics appear only where it has no
+// word for the thing (float16 conversion, non-temporal stores).
+
+#include "pool_rows.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#ifndef PK_ISA
+#error "compile with -DPK_ISA=baseline, avx2 or avx512"
+#endif
+#define PK_STRING_OF(x) #x
+#define PK_STRING(x) PK_STRING_OF(x)
+
+namespace patchkern {
+namespace PK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kBlock = 8;  // vectors per block: two sets of sums must fit the registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kBlock = 4;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kBlock = 4;
+#endif
+
+constexpr int kLanes = kVectorBytes / 4;  // of float32
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class To, class From>
+inline To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bits() changes the type, not the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// Unaligned ordinary store, or aligned store past the cache.
+template <bool kStream, class Vector>
+inline void store(void* to, const Vector& vector) {
+#if defined(__SSE2__)
+  if constexpr (kStream && sizeof(Vector) >= 16) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Vector) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bits<__m512i>(vector));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(Vector) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bits<__m256i>(vector));
+#endif
+    if constexpr (sizeof(Vector) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bits<__m128i>(vector));
+  }
+#endif
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// Each storage type: how it is held in memory, in which vector it is summed, and the two conversions.
+// round() is round-to-nearest-even; infinities stay, NaN stays a NaN.
+
+struct Float32 {
+  using Element = float;
+  using Scalar = float;
+  using Sum = Floats;
+  using Stored = Floats;
+  static Sum widen(const Stored& x) { return x; }
+  static Stored round(const Sum& x) { return x; }
+};
+
+struct Float64 {
+  using Element = double;
+  using Scalar = double;
+  using Sum = Doubles;
+  using Stored = Doubles;
+  static Sum widen(const Stored& x) { return x; }
+  static Stored round(const Sum& x) { return x; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Scalar = float;
+  using Sum = Floats;
+  using Stored = Halves;
+  static Sum widen(const Stored& x) { return bits<Floats>(__builtin_convertvector(x, Words) << 16); }
+  static Stored round(const Sum& x) {
+    const Words raw = bits<Words>(x);
+    const Words even = raw + 0x7fff + ((raw >> 16) & 1);
+    const Words quiet = raw | 0x400000;  // truncating a NaN could leave an infinity
+    const Words nan = (raw & 0x7fffffff) > 0x7f800000 ? quiet : even;
+    return __builtin_convertvector(nan >> 16, Halves);
+  }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  using Scalar = float;
+  using Sum = Floats;
+  using Stored = Halves;
+#if defined(__AVX512F__)
+  // the maskz forms: GCC 12 warns about the undefined vector inside the plain ones
+  static Sum widen(const Stored& x) { return bits<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(x))); }
+  static Stored round(const Sum& x) {
+    return bits<Halves>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif defined(__F16C__)
+  static Sum widen(const Stored& x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(x))); }
+  static Stored round(const Sum& x) {
+    return bits<Halves>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#else
+  static Sum widen(const Stored& x) {
+    const Words half = __builtin_convertvector(x, Words);
+    const Words magnitude = (half & 0x7fff) << 13;
+    const Words exponent = magnitude & (0x7c00u << 13);
+    const Words normal = magnitude + ((127u - 15u) << 23);
+    const Words infinite = magnitude + ((255u - 31u) << 23);
+    // a subnormal half is the difference of two normal floats, so flush-to-zero modes cannot touch it
+    const Words one_binade_up = normal + (1u << 23);
+    const Floats smallest = bits<Floats>(Words{} + (113u << 23));
+    const Words subnormal = bits<Words>(bits<Floats>(one_binade_up) - smallest);
+    const Words finite = exponent == 0u ? subnormal : normal;
+    const Words value = exponent == (0x7c00u << 13) ? infinite : finite;
+    return bits<Floats>(value | ((half & 0x8000u) << 16));
+  }
+  static Stored round(const Sum& x) {
+    const Words raw = bits<Words>(x);
+    const Words magnitude = raw & 0x7fffffffu;
+    // adding 2^-1 aligns a subnormal result with the last bits of the float, which rounds it
+    const Floats half = bits<Floats>(Words{} + (126u << 23));
+    const Words subnormal = bits<Words>(bits<Floats>(magnitude) + half) - (126u << 23);
+    const Words normal = (magnitude + ((15u - 127u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Words finite = magnitude < (113u << 23) ? subnormal : normal;
+    const Words bounded = magnitude >= (143u << 23) ? Words{} + 0x7c00u : finite;
+    const Words quiet = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+    const Words value = magnitude > 0x7f800000u ? quiet : bounded;
+    return __builtin_convertvector(value | ((raw >> 16) & 0x8000u), Halves);
+  }
+#endif
+};
+
+template <class T>
+inline constexpr int lanes() {
+  return static_cast<int>(sizeof(typename T::Stored) / sizeof(typename T::Element));
+}
+
+// A block of kCount whole vectors of columns, or (kPartial) one vector of which only `valid` columns exist.
+template <class T, int kCount, bool kPartial = false>
+struct Block {
+  static_assert(!kPartial || kCount == 1, "a partial block is one vector");
+  typename T::Sum sum[kCount];
+
+  static constexpr int columns() { return kCount * lanes<T>(); }
+
+  void read(const typename T::Element* from, int64_t valid) {
+    if constexpr (kPartial) {
+      typename T::Stored stored{};
+      __builtin_memcpy(&stored, from, static_cast<unsigned long>(valid) * sizeof(*from));
+      sum[0] = T::widen(stored);
+    } else {
+      for (int i = 0; i < kCount; ++i) sum[i] = T::widen(load<typename T::Stored>(from + i * lanes<T>()));
+    }
+  }
+
+  template <bool kStream>
+  void write(typename T::Element* to, int64_t valid) const {
+    if constexpr (kPartial) {
+      const typename T::Stored stored = T::round(sum[0]);
+      __builtin_memcpy(to, &stored, static_cast<unsigned long>(valid) * sizeof(*to));
+    } else {
+      for (int i = 0; i < kCount; ++i) store<kStream>(to + i * lanes<T>(), T::round(sum[i]));
+    }
+  }
+
+  void zero() {
+    for (int i = 0; i < kCount; ++i) sum[i] = typename T::Sum{};
+  }
+  void add(const Block& other) {
+    for (int i = 0; i < kCount; ++i) sum[i] += other.sum[i];
+  }
+  void divide(int32_t count) {
+    const auto divisor = typename T::Sum{} + static_cast<typename T::Scalar>(count);
+    for (int i = 0; i < kCount; ++i) sum[i] /= divisor;
+  }
+};
+
+template <class T>
+inline const typename T::Element* weight_row(const PoolRows& call, int32_t token) {
+  return static_cast<const typename T::Element*>(call.weight) + int64_t{token} * call.weight_stride;
+}
+
+// The mean of one title's tokens, at `column`.
+template <class T, class B>
+inline void pool_item(const PoolRows& call, int32_t item, int64_t column, int64_t valid, B& mean) {
+  const int32_t begin = call.offsets[item], end = call.offsets[item + 1];
+  mean.read(weight_row<T>(call, call.token_ids[begin]) + column, valid);
+  for (int32_t i = begin + 1; i < end; ++i) {
+    B token;
+    token.read(weight_row<T>(call, call.token_ids[i]) + column, valid);
+    mean.add(token);
+  }
+  if (end - begin > 1) mean.divide(end - begin);
+}
+
+template <class T, class B, bool kStream>
+inline void pool_block(const PoolRows& call, int32_t lo, int32_t hi, int64_t column, int64_t valid,
+                       typename T::Element* out) {
+  B mean;
+  pool_item<T>(call, call.items[lo], column, valid, mean);
+  for (int32_t i = lo + 1; i < hi; ++i) {
+    B item;
+    pool_item<T>(call, call.items[i], column, valid, item);
+    mean.add(item);
+  }
+  if (hi - lo > 1) mean.divide(hi - lo);
+  mean.template write<kStream>(out + column, valid);
+}
+
+// The rows of `weight` that an output row will read: what to prefetch while the row before it is computed.
+constexpr int kMaxAhead = 32;
+
+struct Ahead {
+  int count = 0;
+  const char* source[kMaxAhead];
+
+  template <class T>
+  void look_at(const PoolRows& call, int64_t row) {
+    count = 0;
+    const int32_t lo = call.lo[row], hi = call.hi[row];
+    if (lo < 0) {
+      source[count++] = reinterpret_cast<const char*>(weight_row<T>(call, -1 - lo));
+      return;
+    }
+    for (int32_t i = lo; i < hi; ++i) {
+      const int32_t end = call.offsets[call.items[i] + 1];
+      for (int32_t t = call.offsets[call.items[i]]; t < end; ++t) {
+        if (count == kMaxAhead) return;
+        source[count++] = reinterpret_cast<const char*>(weight_row<T>(call, call.token_ids[t]));
+      }
+    }
+  }
+
+  void prefetch(int64_t byte, int64_t bytes) const {
+    for (int i = 0; i < count; ++i) {
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(source[i] + byte + line, 0, 2);
+    }
+  }
+};
+
+template <class T, bool kStream>
+void forward_rows(const PoolRows& call, int64_t row_begin, int64_t row_end) {
+  using Element = typename T::Element;
+  using Whole = Block<T, kBlock>;
+  using One = Block<T, 1>;
+  using Part = Block<T, 1, true>;
+  constexpr int64_t kWhole = Whole::columns(), kOne = One::columns();
+  constexpr int64_t kCopyBytes = kWhole * static_cast<int64_t>(sizeof(Element));
+  const int64_t dim = call.dim;
+  Ahead ahead;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    Element* out = static_cast<Element*>(call.out) + row * call.out_stride;
+    const int32_t lo = call.lo[row], hi = call.hi[row];
+    ahead.count = 0;
+    if (row + 1 < row_end) ahead.look_at<T>(call, row + 1);
+    int64_t column = 0;
+    if (lo < 0) {
+      const Element* in = weight_row<T>(call, -1 - lo);
+      using Bytes = Words;
+      for (; column + kWhole <= dim; column += kWhole) {
+        ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), kCopyBytes);
+        const char* from = reinterpret_cast<const char*>(in + column);
+        char* to = reinterpret_cast<char*>(out + column);
+        for (int64_t byte = 0; byte < kCopyBytes; byte += kVectorBytes) {
+          store<kStream>(to + byte, load<Bytes>(from + byte));
+        }
+      }
+      __builtin_memcpy(out + column, in + column, static_cast<unsigned long>(dim - column) * sizeof(Element));
+      continue;
+    }
+    for (; column + kWhole <= dim; column += kWhole) {
+      ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), kCopyBytes);
+      pool_block<T, Whole, kStream>(call, lo, hi, column, kWhole, out);
+    }
+    for (; column + kOne <= dim; column += kOne) pool_block<T, One, kStream>(call, lo, hi, column, kOne, out);
+    if (column < dim) pool_block<T, Part, false>(call, lo, hi, column, dim - column, out);
+  }
+#if defined(__SSE2__)
+  if (kStream) _mm_sfence();
+#endif
+}
+
+template <class T>
+void forward(const PoolRows& call, int64_t row_begin, int64_t row_end, bool stream) {
+  if (stream) {
+    forward_rows<T, true>(call, row_begin, row_end);
+  } else {
+    forward_rows<T, false>(call, row_begin, row_end);
+  }
+}
+
+// Sums of long runs (a separator occurs thousands of times) are partial sums of this many contributions each, added in
+// order: the error grows with the number of partial sums and not with the length of the run.
+constexpr int32_t kPartialSum = 64;
+constexpr int32_t kContributionsAhead = 8;
+
+template <class T, class B>
+inline void sum_block(const PoolRowsGrad& call, int32_t begin, int32_t end, int64_t column, int64_t valid,
+                      typename T::Element* out) {
+  using Element = typename T::Element;
+  using Scalar = typename T::Scalar;
+  const Element* grad = static_cast<const Element*>(call.grad_rows) + column;
+  B total;
+  total.zero();
+  for (int32_t c = begin; c < end;) {
+    const int32_t partial_end = end - c < kPartialSum ? end : c + kPartialSum;
+    B partial;
+    partial.zero();
+    for (; c < partial_end; ++c) {
+      const int32_t next = c + kContributionsAhead;
+      if (next < end) {
+        const char* address = reinterpret_cast<const char*>(grad + int64_t{call.rows[next]} * call.grad_stride);
+        constexpr int64_t kBytes = B::columns() * static_cast<int64_t>(sizeof(Element));
+        for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(address + line, 0, 3);
+      }
+      B row;
+      row.read(grad + int64_t{call.rows[c]} * call.grad_stride, valid);
+      const auto share = typename T::Sum{} + Scalar{1} / static_cast<Scalar>(call.divisors[c]);
+      for (unsigned i = 0; i < sizeof(row.sum) / sizeof(row.sum[0]); ++i) partial.sum[i] += row.sum[i] * share;
+    }
+    total.add(partial);
+  }
+  total.template write<false>(out + column, valid);
+}
+
+template <class T>
+void backward(const PoolRowsGrad& call, int64_t token_begin, int64_t token_end, int64_t column_begin,
+              int64_t column_end) {
+  using Element = typename T::Element;
+  using Whole = Block<T, kBlock>;
+  using One = Block<T, 1>;
+  using Part = Block<T, 1, true>;
+  for (int64_t token = token_begin; token < token_end; ++token) {
+    const int64_t out_row = call.scatter ? int64_t{call.tokens[token]} : token;
+    Element* out = static_cast<Element*>(call.out) + out_row * call.out_stride;
+    const int32_t begin = call.offsets[token], end = call.offsets[token + 1];
+    int64_t column = column_begin;
+    for (; column + Whole::columns() <= column_end; column += Whole::columns()) {
+      sum_block<T, Whole>(call, begin, end, column, Whole::columns(), out);
+    }
+    for (; column + One::columns() <= column_end; column += One::columns()) {
+      sum_block<T, One>(call, begin, end, column, One::columns(), out);
+    }
+    if (column < column_end) sum_block<T, Part>(call, begin, end, column, column_end - column, out);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    PK_STRING(PK_ISA),
+    {forward<Float32>, forward<BFloat16>, forward<Float16>, forward<Float64>},
+    {backward<Float32>, backward<BFloat16>, backward<Float16>, backward<Float64>},
+};
+
+}  // namespace PK_ISA
+}  // namespace patchkern

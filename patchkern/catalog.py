@@ -52,7 +52,7 @@ class Catalog:
         empty = np.flatnonzero(self.lengths == 0)
         if empty.size:
             raise ValueError(
-                f"titles: expected at least one token per item, got none for item {self.item_ids[empty[0]]!r}"
+                f"titles: expected at least one token per item, got none for item {self.item_ids.item(empty[0])!r}"
             )
         if titles is not None and len(titles) != len(self):
             raise ValueError(f"titles: expected one per item ({len(self)}), got {len(titles)}")
@@ -88,7 +88,7 @@ class Catalog:
         np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
         filled = [np.asarray(ids) for ids in tokens if len(ids)]
         flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
-        return cls(flat, offsets, _id_array(list(titles)), texts)
+        return cls(flat, offsets, _id_array(list(titles), "item_ids"), texts)
 
     @classmethod
     def from_token_ids(
@@ -98,7 +98,7 @@ class Catalog:
         item_ids: ArrayLike | None = None,
         titles: Sequence[str] | None = None,
     ) -> Catalog:
-        """Build from CSR arrays ``token_ids`` ``(nnz,)`` and ``offsets`` ``(n_items + 1,)``; ids default to 0, 1, ..."""
+        """Build from CSR arrays, ``token_ids`` (nnz,) and ``offsets`` (n_items + 1,); ids default to 0, 1, ..."""
         return cls(token_ids, offsets, item_ids, titles)
 
     def __len__(self) -> int:
@@ -122,25 +122,24 @@ class Catalog:
         Raises:
             ValueError: an id that the catalogue does not hold; the message names ``argument``.
         """
-        ids = item_ids if isinstance(item_ids, np.ndarray) else np.asarray(item_ids)
+        ids = _id_array(item_ids, argument)
         if ids.size == 0:
             return np.zeros(ids.shape, np.int32)
+        if ids.dtype.kind != self.item_ids.dtype.kind:
+            kind = {"i": "integer", "U": "string"}
+            expected, got = kind[self.item_ids.dtype.kind], kind[ids.dtype.kind]
+            raise TypeError(f"{argument}: expected {expected} item ids as in the catalog, got {got} ids")
         if self._positions is not None:
             index = np.fromiter((self._positions.get(i, -1) for i in ids.ravel().tolist()), np.int32, ids.size)
             index = index.reshape(ids.shape)
-        elif ids.dtype.kind not in "iu":
-            raise TypeError(f"{argument}: expected integer item ids as in the catalog, got dtype {ids.dtype}")
         else:
             shifted = ids - self._first_id
             # One unsigned comparison catches ids on both sides of the table.
-            if shifted.dtype.kind == "i":
-                inside = shifted.view(f"u{shifted.dtype.itemsize}") < self._table.size
-            else:
-                inside = (ids >= self._first_id) & (shifted < self._table.size)
+            inside = shifted.view(np.uint64) < self._table.size
             index = self._table[shifted] if inside.all() else self._table[np.where(inside, shifted, self._hole)]
         if index.min() < 0:
             at = int(np.flatnonzero(index.ravel() < 0)[0])
-            raise ValueError(f"{argument}: expected item ids of the catalog, got {ids.ravel()[at]!r} at position {at}")
+            raise ValueError(f"{argument}: expected item ids of the catalog, got {ids.item(at)!r} at position {at}")
         return index
 
     def _build_lookup(self) -> None:
@@ -163,7 +162,7 @@ class Catalog:
         if distinct != ids.size:
             _, first = np.unique(ids, return_index=True)
             repeated = np.setdiff1d(np.arange(ids.size), first)
-            raise ValueError(f"item_ids: expected distinct ids, got {ids[repeated[0]]!r} more than once")
+            raise ValueError(f"item_ids: expected distinct ids, got {ids.item(repeated[0])!r} more than once")
 
 
 def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
@@ -177,20 +176,36 @@ def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _id_array(ids: list[Any]) -> NDArray[Any]:
-    kinds = {type(item) for item in ids}
-    if kinds and all(issubclass(kind, (int, np.integer)) and not issubclass(kind, bool) for kind in kinds):
-        return np.asarray(ids, np.int64)
-    if all(issubclass(kind, str) for kind in kinds):
-        return np.asarray(ids) if ids else np.zeros(0, np.int64)
-    names = sorted(kind.__name__ for kind in kinds)
-    raise TypeError(f"item_ids: expected all integers or all strings, got {', '.join(names)}")
+def _id_array(ids: Any, argument: str) -> NDArray[Any]:
+    """Item ids as int64 or string array; anything else is refused, not converted."""
+    if not isinstance(ids, np.ndarray):
+        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+            raise TypeError(f"{argument}: expected a sequence of item ids, got {type(ids).__name__}")
+        values = list(ids)
+        ids = np.empty(len(values), object)
+        ids[:] = values
+    if ids.dtype.kind == "O":
+        kinds = {type(item) for item in ids.ravel().tolist()}
+        if all(issubclass(kind, (int, np.integer)) and not issubclass(kind, bool) for kind in kinds):
+            try:
+                return ids.astype(np.int64)
+            except OverflowError as error:
+                raise ValueError(f"{argument}: expected integers that fit in int64") from error
+        if all(issubclass(kind, str) for kind in kinds):
+            return ids.astype(np.str_)
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"{argument}: expected all integers or all strings, got {names}")
+    if ids.dtype.kind == "u" and ids.size and int(ids.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{argument}: expected integers that fit in int64, got {int(ids.max())}")
+    if ids.dtype.kind not in "iuU" and ids.size:
+        raise TypeError(f"{argument}: expected integer or string item ids, got dtype {ids.dtype}")
+    return ids if ids.dtype.kind == "U" else ids.astype(np.int64, copy=False)
 
 
 def _item_ids(item_ids: ArrayLike | None, n_items: int) -> NDArray[Any]:
     if item_ids is None:
         return np.arange(n_items, dtype=np.int64)
-    ids = item_ids if isinstance(item_ids, np.ndarray) and item_ids.dtype.kind in "iuU" else _id_array(list(item_ids))  # type: ignore[arg-type]
+    ids = _id_array(item_ids, "item_ids")
     if ids.shape != (n_items,):
         raise ValueError(f"item_ids: expected one per title ({n_items}), got shape {ids.shape}")
-    return ids.astype(np.int64) if ids.dtype.kind == "u" else ids
+    return ids

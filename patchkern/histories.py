@@ -26,6 +26,25 @@ def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
+def _sequence_array(user: int, sequence: Any) -> NDArray[Any]:
+    if isinstance(sequence, (str, bytes)) or not isinstance(sequence, (Sequence, np.ndarray)):
+        raise TypeError(f"histories[{user}]: expected a sequence of item ids, got {type(sequence).__name__}")
+    try:
+        array = np.asarray(sequence)
+    except ValueError as error:
+        raise ValueError(f"histories[{user}]: expected a flat sequence of item ids, got a nested one") from error
+    if array.ndim != 1:
+        raise ValueError(f"histories[{user}]: expected a flat sequence of item ids, got shape {array.shape}")
+    if array.size and array.dtype.kind not in "iuUO":
+        raise TypeError(f"histories[{user}]: expected integer or string item ids, got dtype {array.dtype}")
+    if array.dtype.kind == "U" and not isinstance(sequence, np.ndarray):
+        # NumPy would turn numbers among strings into strings.
+        other = [type(item).__name__ for item in sequence if not isinstance(item, str)]
+        if other:
+            raise TypeError(f"histories[{user}]: expected item ids of one kind, got str and {other[0]}")
+    return array
+
+
 def _item_array(items: ArrayLike) -> NDArray[Any]:
     array = _flat("items", items)
     if array.size == 0 and array.dtype.kind == "f":
@@ -46,6 +65,20 @@ def check_offsets(name: str, offsets: NDArray[np.integer[Any]], total: int) -> N
     if falls.size:
         at = int(falls[0])
         raise ValueError(f"{name}: expected non-decreasing offsets, got {offsets[at]} then {offsets[at + 1]} at {at}")
+
+
+def check_max_items(max_items: int | None) -> None:
+    """Raise unless ``max_items`` is None or an integer of at least 1."""
+    if max_items is not None:
+        check_count("max_items", max_items, minimum=1)
+
+
+def check_count(name: str, value: int, minimum: int, maximum: int = 2**31 - 1) -> None:
+    """Raise unless ``value`` is an integer in ``minimum..maximum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name}: expected an integer in {minimum}..{maximum}, got {value}")
 
 
 class Histories:
@@ -82,12 +115,10 @@ class Histories:
             raise TypeError(
                 f"histories: expected Histories or a list of item-id sequences, got {type(sequences).__name__}"
             )
-        for user, sequence in enumerate(sequences):
-            if isinstance(sequence, (str, bytes)) or not isinstance(sequence, (Sequence, np.ndarray)):
-                raise TypeError(f"histories[{user}]: expected a sequence of item ids, got {type(sequence).__name__}")
-        offsets = np.zeros(len(sequences) + 1, np.int64)
-        np.cumsum([len(sequence) for sequence in sequences], out=offsets[1:])
-        filled = [np.asarray(sequence) for sequence in sequences if len(sequence)]
+        arrays = [_sequence_array(user, sequence) for user, sequence in enumerate(sequences)]
+        offsets = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([array.size for array in arrays], out=offsets[1:])
+        filled = [array for array in arrays if array.size]
         kinds = {"text" if array.dtype.kind in "UO" else "number" for array in filled}
         if len(kinds) > 1:
             raise TypeError("histories: expected item ids of one kind, got integers and strings")
@@ -131,6 +162,7 @@ class Histories:
 
     def latest(self, max_items: int | None) -> Histories:
         """Each history cut to its latest ``max_items`` items (None: unchanged)."""
+        check_max_items(max_items)
         lengths = self.lengths
         if max_items is None or lengths.size == 0 or int(lengths.max()) <= max_items:
             return self
@@ -144,6 +176,7 @@ class Histories:
 
     def before(self, users: ArrayLike, positions: ArrayLike, max_items: int | None = None) -> Histories:
         """For each sample, the items of ``users[s]`` before ``positions[s]``, cut to the latest ``max_items``."""
+        check_max_items(max_items)
         index, ends = self._samples(users, positions)
         kept = ends if max_items is None else np.minimum(ends, max_items)
         return self._gather(self.offsets[index] + ends - kept, kept)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.histories import Histories
+from patchkern.histories import Histories, check_count, check_max_items
 
 Levels = NDArray[np.uint8]
 
@@ -50,7 +50,7 @@ class TextOnly:
     max_items: int | None = 100
 
     def __post_init__(self) -> None:
-        _check_max_items(self.max_items)
+        check_max_items(self.max_items)
 
     def levels(self, histories: Histories) -> Levels:
         return np.zeros(histories.items.size, np.uint8)
@@ -64,8 +64,8 @@ class ItemPatches:
     max_items: int | None = 100
 
     def __post_init__(self) -> None:
-        _check_count("keep_text", self.keep_text, minimum=0)
-        _check_max_items(self.max_items)
+        check_count("keep_text", self.keep_text, minimum=0)
+        check_max_items(self.max_items)
 
     def levels(self, histories: Histories) -> Levels:
         levels = np.full(histories.items.size, Level.PATCH, np.uint8)
@@ -88,8 +88,8 @@ class SessionPatches:
     align: str = "end"
 
     def __post_init__(self) -> None:
-        _check_count("group_size", self.group_size, minimum=1)
-        _check_max_items(self.max_items)
+        check_count("group_size", self.group_size, minimum=1)
+        check_max_items(self.max_items)
         if self.align not in ("end", "start"):
             raise ValueError(f'align: expected "end" or "start", got {self.align!r}')
 
@@ -125,8 +125,8 @@ class RandomItemPatches:
             raise TypeError(f"probability: expected a number, got {type(self.probability).__name__}")
         if not 0.0 <= self.probability <= 1.0 or math.isnan(self.probability):
             raise ValueError(f"probability: expected a number in 0..1, got {self.probability}")
-        _check_count("seed", self.seed, minimum=0)
-        _check_max_items(self.max_items)
+        check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
+        check_max_items(self.max_items)
 
     def levels(self, histories: Histories) -> Levels:
         draws = np.random.Generator(np.random.SFC64(self.seed)).random(histories.items.size, np.float32)
@@ -140,7 +140,9 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """A JSON-ready description of one of this module's policies."""
     if not isinstance(policy, (TextOnly, ItemPatches, SessionPatches, RandomItemPatches)):
         raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
-    return {"name": type(policy).__name__, **asdict(policy)}
+    values = asdict(policy).items()
+    arguments = {name: value.item() if isinstance(value, np.generic) else value for name, value in values}
+    return {"name": type(policy).__name__, **arguments}
 
 
 def policy_from_dict(description: dict[str, Any]) -> Policy:
@@ -156,15 +158,3 @@ def _set_latest(levels: Levels, histories: Histories, count: int, level: Level) 
     kept = np.minimum(histories.lengths, count)
     ends = np.cumsum(kept)
     levels[np.arange(kept.sum()) + np.repeat(histories.offsets[1:] - ends, kept)] = level
-
-
-def _check_count(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-
-
-def _check_max_items(max_items: int | None) -> None:
-    if max_items is not None:
-        _check_count("max_items", max_items, minimum=1)

@@ -48,11 +48,14 @@ class Prompt:
         ``resize_token_embeddings(len(tokenizer))``. ``response_end`` is the tokenizer's end-of-sequence token.
 
         Raises:
-            TypeError: ``tokenizer`` has no chat template method.
+            TypeError: ``tokenizer`` has no chat template method, or a text is not a string.
             ValueError: no chat template, no end-of-sequence token, or not exactly one history mark.
         """
         if not hasattr(tokenizer, "apply_chat_template"):
             raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+        for name, text in (("system", system), ("instruction", instruction)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("tokenizer: expected one with a chat template, got none; use Prompt(prefix=...) instead")
         if tokenizer.eos_token_id is None:
@@ -61,6 +64,8 @@ class Prompt:
             raise ValueError(
                 f"instruction: expected {HISTORY_MARK} exactly once, got it {instruction.count(HISTORY_MARK)} times"
             )
+        if HISTORY_MARK in system:
+            raise ValueError(f"system: expected no {HISTORY_MARK}, which belongs in the instruction")
         messages = [{"role": "system", "content": system}, {"role": "user", "content": instruction}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, found, after = text.partition(HISTORY_MARK)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that every test module shares: seeds, threads, poisoned memory, backends, shared data, markers."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import patchkern as pk
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(int(os.environ.get("PATCHKERN_TEST_THREADS", "1")))
+
+# Two runs test the same examples; HYPOTHESIS_PROFILE=explore looks for new ones. A wall-clock deadline would only
+# measure the neighbours.
+_common: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.differing_executors,
+    ],
+}
+settings.register_profile("repeatable", derandomize=True, database=None, **_common)
+settings.register_profile("explore", **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+# ------------------------------------------------------------------ markers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned(reason): leave torch.empty and np.empty as they are")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none here"))
+
+
+# ------------------------------------------------------------------ every test
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _fill_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN, or the most negative integer: as an index it is out of every range, as a value it is never right."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return tensor
+    with torch.no_grad():
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.fill_(float("nan"))
+        elif tensor.dtype is not torch.bool:
+            tensor.fill_(torch.iinfo(tensor.dtype).min if tensor.dtype.is_signed else torch.iinfo(tensor.dtype).max)
+    return tensor
+
+
+def _fill_array(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "fc":
+        array.fill(np.nan)
+    elif array.dtype.kind in "iu":
+        array.fill(np.iinfo(array.dtype).min if array.dtype.kind == "i" else np.iinfo(array.dtype).max)
+    return array
+
+
+def _poisoned(original: Callable[..., Any], fill: Callable[[Any], Any]) -> Callable[..., Any]:
+    def allocate(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+        return fill(result) if caller.partition(".")[0] == "patchkern" else result
+
+    return allocate
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory that patchkern asks for holds NaN or a sentinel, so an unwritten element can never pass."""
+    if request.node.get_closest_marker("unpoisoned") is not None:
+        return
+    for owner, names, fill in (
+        (torch, ("empty", "empty_like", "empty_strided"), _fill_tensor),
+        (torch.Tensor, ("new_empty", "new_empty_strided"), _fill_tensor),
+        (np, ("empty", "empty_like"), _fill_array),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name), fill))
+
+
+# ------------------------------------------------------------------ on request
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs on the CPU; one that is not usable here skips with the library's own reason."""
+    status = pk.backends()[request.param]
+    if not status.usable:
+        pytest.skip(f"backend {request.param!r} is not usable: {status.reason}")
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set torch's thread count for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the repository; it is never part of it."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real data not found: expected a folder shared/data beside the repository")
+    return folder

@@ -15,8 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchkern as pk
+from patchkern import planning
 
+# Every length at which some policy's borders move, and long ones.
 LENGTHS = [0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 14, 15, 16, 23, 24, 25, 26, 99, 100, 101, 499, 500]
+
+
+@pytest.fixture(params=["numpy", "native"])
+def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plan in NumPy or in C++, whichever the library would choose."""
+    if request.param == "native":
+        module = pytest.importorskip("patchkern.planning_native", reason="the native module is not built")
+    else:
+        module = planning
+    monkeypatch.setattr("patchkern.layout.planner", module)
+    return str(request.param)
 
 
 def assert_layout(layout: pk.PatchLayout, users: list[oracle.User], with_targets: bool) -> None:
@@ -82,7 +95,7 @@ def _hand(policy: Any, histories: list[list[int]], targets: list[int] | None) ->
     return cases.Batch(HAND_TITLES, histories, policy, HAND_PROMPT, targets).layout()
 
 
-def test_by_hand_text() -> None:
+def test_by_hand_text(planner: str) -> None:
     layout = _hand(pk.TextOnly(), [[10, 20]], [30])
     assert oracle.decode(layout) == [
         [[[50]], [[1]], [[2]], [[60]], [[3]], [[70]], [[71]], [[4]], [[5]], [[6]], [[80]]],
@@ -96,7 +109,7 @@ def test_by_hand_text() -> None:
     assert layout.compression_ratio == 1.0
 
 
-def test_by_hand_item_patches() -> None:
+def test_by_hand_item_patches(planner: str) -> None:
     layout = _hand(pk.ItemPatches(keep_text=1), [[10, 30, 20], [], [40]], None)
     assert oracle.decode(layout) == [
         [[[50]], [[1, 2]], [[60]], [[4, 5, 6]], [[60]], [[3]], [[70]], [[71]]],
@@ -112,7 +125,7 @@ def test_by_hand_item_patches() -> None:
     assert layout.compression_ratio == 8 / 5
 
 
-def test_by_hand_session_patches() -> None:
+def test_by_hand_session_patches(planner: str) -> None:
     # Five items in groups of two: text 3 and 4, patches 1 and 2, and the short oldest session [0, 1).
     history = [10, 20, 30, 40, 20]
     by_two = _hand(pk.SessionPatches(group_size=2), [history], [10])
@@ -133,7 +146,7 @@ def test_by_hand_session_patches() -> None:
     assert (by_two.history_tokens, by_two.history_rows) == (14, 7)
 
 
-def test_by_hand_transpose() -> None:
+def test_by_hand_transpose(planner: str) -> None:
     # Rows 0..3: the patches of [1, 2], [3] and [2, 2], then the literal 1.
     titles: dict[Any, oracle.Title] = {0: [1], 1: [1, 2], 2: [3], 3: [2, 2]}
     batch = cases.Batch(titles, [[1, 2, 3, 0]], pk.ItemPatches(keep_text=1), cases.NO_PROMPT)
@@ -150,14 +163,14 @@ def test_by_hand_transpose() -> None:
 
 @pytest.mark.parametrize("name", cases.POLICIES)
 @pytest.mark.parametrize("with_targets", [False, True], ids=["no-targets", "targets"])
-def test_every_policy_on_hard_lengths(name: str, with_targets: bool) -> None:
+def test_every_policy_on_hard_lengths(planner: str, name: str, with_targets: bool) -> None:
     batch = cases.make_batch(cases.POLICIES[name], LENGTHS, with_targets)
     assert_layout(batch.layout(), batch.users(), with_targets)
 
 
 @pytest.mark.parametrize("align", ["end", "start"])
 @pytest.mark.parametrize("group_size", [1, 2, 5, 20])
-def test_sessions_of_every_length_to_500(align: str, group_size: int) -> None:
+def test_sessions_of_every_length_to_500(planner: str, align: str, group_size: int) -> None:
     titles: dict[Any, oracle.Title] = {item: [item] for item in range(500)}
     policy = pk.SessionPatches(group_size=group_size, max_items=None, align=align)
     histories = [list(range(length)) for length in range(501)]
@@ -170,13 +183,13 @@ def test_sessions_of_every_length_to_500(align: str, group_size: int) -> None:
 
 @settings(max_examples=200)
 @given(batch=cases.batches())
-def test_random_ragged_batches(batch: cases.Batch) -> None:
+def test_random_ragged_batches(planner: str, batch: cases.Batch) -> None:
     assert_layout(batch.layout(), batch.users(), batch.targets is not None)
 
 
 @settings(max_examples=100)
 @given(batch=cases.batches(longest_history=30))
-def test_transpose_of_random_ragged_batches(batch: cases.Batch) -> None:
+def test_transpose_of_random_ragged_batches(planner: str, batch: cases.Batch) -> None:
     transpose = batch.layout(transpose=True).transpose
     assert transpose is not None
     assert_transpose(transpose, batch.rows())
@@ -213,7 +226,7 @@ def _kinds(policy: pk.SessionPatches, length: int) -> list[tuple[str, int, int]]
     return kinds
 
 
-def test_worked_example_end() -> None:
+def test_worked_example_end(planner: str) -> None:
     assert _kinds(pk.SessionPatches(group_size=5), 23) == [
         *(("session", 0, 3), ("session", 3, 8), ("session", 8, 13)),
         *(("item", i, i + 1) for i in range(13, 18)),
@@ -221,7 +234,7 @@ def test_worked_example_end() -> None:
     ]
 
 
-def test_worked_example_start() -> None:
+def test_worked_example_start(planner: str) -> None:
     assert _kinds(pk.SessionPatches(group_size=5, align="start"), 23) == [
         *(("session", 0, 5), ("session", 5, 10)),
         *(("item", i, i + 1) for i in range(10, 18)),
@@ -335,7 +348,7 @@ def test_the_caller_keeps_its_arrays() -> None:
 
 @pytest.mark.parametrize("name", cases.POLICIES)
 @pytest.mark.parametrize("with_targets", [False, True], ids=["no-targets", "targets"])
-def test_empty_batch(name: str, with_targets: bool) -> None:
+def test_empty_batch(planner: str, name: str, with_targets: bool) -> None:
     batch = cases.make_batch(cases.POLICIES[name], [], with_targets)
     layout = batch.layout()
     assert_layout(layout, [], with_targets)
@@ -344,25 +357,25 @@ def test_empty_batch(name: str, with_targets: bool) -> None:
 
 
 @pytest.mark.parametrize("name", cases.POLICIES)
-def test_empty_histories(name: str) -> None:
+def test_empty_histories(planner: str, name: str) -> None:
     batch = cases.make_batch(cases.POLICIES[name], [0, 0, 0])
     assert_layout(batch.layout(), batch.users(), True)
 
 
-def test_empty_catalog_serves_empty_histories() -> None:
+def test_empty_catalog_serves_empty_histories(planner: str) -> None:
     catalog = pk.Catalog.from_token_ids([], [0])
     layout = pk.build_layout(catalog, [[], []], pk.TextOnly(), pk.Prompt(prefix=[1, 2]))
     assert oracle.decode(layout) == [[[[1]], [[2]]], [[[1]], [[2]]]]
 
 
 @pytest.mark.parametrize("empty", ["prefix", "separator", "suffix", "response_end", "all"])
-def test_empty_prompt_parts(empty: str) -> None:
+def test_empty_prompt_parts(planner: str, empty: str) -> None:
     parts = {name: [] if empty in (name, "all") else getattr(cases.PROMPT, name) for name in vars(cases.PROMPT)}
     batch = cases.make_batch(pk.SessionPatches(2), [1, 2, 7], prompt=oracle.Parts(**parts))
     assert_layout(batch.layout(), batch.users(), True)
 
 
-def test_a_target_never_reads_another_user() -> None:
+def test_a_target_never_reads_another_user(planner: str) -> None:
     """Without prompt and history no row of the user's own stands before the first target token."""
     titles: dict[Any, oracle.Title] = {0: [1, 2], 1: [3, 4, 5], 2: [6]}
     layout = cases.Batch(titles, [[0], [], []], pk.TextOnly(), cases.NO_PROMPT, [2, 1, 2]).layout()
@@ -390,6 +403,18 @@ def _same_layout(one: pk.PatchLayout, other: pk.PatchLayout) -> None:
     if one.transpose is not None and other.transpose is not None:
         for name in ("tokens", "offsets", "rows", "divisors"):
             assert torch.equal(getattr(one.transpose, name), getattr(other.transpose, name)), name
+
+
+@settings(max_examples=200)
+@given(batch=cases.batches(longest_history=100))
+def test_native_planner_equals_numpy(batch: cases.Batch) -> None:
+    native = pytest.importorskip("patchkern.planning_native", reason="the native module is not built")
+    layouts = []
+    for module in (planning, native):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("patchkern.layout.planner", module)
+            layouts.append(batch.layout(transpose=True))
+    _same_layout(*layouts)
 
 
 # ------------------------------------------------------------------ a layout travels

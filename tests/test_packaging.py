@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build: what is in the wheel, what the native module links, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import patchkern as pk
+from patchkern import _build
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that may fail; its two streams end up in ``stdout``."""
+    return subprocess.run(
+        [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
+
+
+def checked(*command: str | Path, **options: Any) -> str:
+    done = run(*command, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """This process's environment with changes; None removes a variable."""
+    names = {**os.environ, "PATCHKERN_NATIVE": None, "CXX": None, "CXXFLAGS": None, "PYTHONPATH": None, **changes}
+    return {name: value for name, value in names.items() if value is not None}
+
+
+@pytest.fixture(scope="session")
+def module() -> Path:
+    """The native module of the package under test."""
+    found = list(Path(pk.__file__).parent.glob("_native.*.so"))
+    if not found:
+        pytest.skip(f"there is no native module here: {_build.native_build_reason()}")
+    return found[0]
+
+
+# ------------------------------------------------------------------ the sources
+
+
+def test_native_sources_include_no_torch_header() -> None:
+    sources = [path for path in (REPOSITORY / "csrc").iterdir() if path.suffix in (".h", ".cpp", ".cu")]
+    assert sources
+    for source in sources:
+        includes = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', source.read_text(), re.MULTILINE)
+        foreign = [header for header in includes if re.match(r"(torch|ATen|c10|caffe2)\b", header)]
+        assert not foreign, f"{source.name} includes {foreign}"
+
+
+def test_kernels_and_layout_know_no_python() -> None:
+    for source in (REPOSITORY / "csrc").iterdir():
+        if source.name != "bindings.cpp":
+            assert not re.search(r"#\s*include\s*[<\"](pybind11|Python\.h)", source.read_text()), source.name
+
+
+def test_setup_imports_neither_torch_nor_a_downloader() -> None:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert imported <= {*sys.stdlib_module_names, "setuptools", "pybind11"}
+    assert not imported & {"urllib", "http", "socket", "ftplib", "ctypes"}
+
+
+def test_torch_is_no_build_requirement() -> None:
+    names = {re.match(r"[\w-]+", line)[0] for line in PYPROJECT["build-system"]["requires"]}  # type: ignore[index]
+    assert names == {"setuptools", "pybind11", "ninja"}
+
+
+def test_version_is_said_once() -> None:
+    assert pk.__version__ == PYPROJECT["project"]["version"]
+    assert f"## [{pk.__version__}]" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_constraints_pin_every_requirement_for_every_python() -> None:
+    pinned: dict[str, set[str]] = {}
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            pin = re.fullmatch(r'([a-z0-9.-]+)==[\w.]+( ; python_version (?:<|>=) "3.11")?', line)
+            assert pin, f"not an exact pin: {line}"
+            pinned.setdefault(pin[1], set()).add((pin[2] or "").strip(" ;"))
+    everywhere = [{""}, {'python_version < "3.11"', 'python_version >= "3.11"'}]
+    project = PYPROJECT["project"]
+    wanted = [
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+        PYPROJECT["build-system"]["requires"],
+    ]
+    for requirement in sum(wanted, []):
+        name = re.match(r"[\w-]+", requirement)[0]  # type: ignore[index]
+        if name != "patchkern":
+            assert pinned.get(name) in everywhere, f"{requirement} is not pinned for every Python"
+
+
+# ------------------------------------------------------------------ the native module
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_native_module_links_the_c_library_only(module: Path) -> None:
+    linked = re.findall(r"\(NEEDED\).*\[(.+)\]", checked("readelf", "-d", module))
+    allowed = r"(libstdc\+\+|libgcc_s|libc|libm|libpthread|libdl|librt|ld-linux[\w-]*|libasan|libubsan)\.so\.\d+"
+    assert linked
+    assert [name for name in linked if not re.fullmatch(allowed, name)] == []
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_native_module_asks_for_no_symbol_of_torch_or_cuda(module: Path) -> None:
+    symbols = checked("readelf", "-W", "--dyn-syms", module)
+    assert "PyModule" in symbols or "Py_" in symbols
+    assert re.findall(r"UND \S*(?:torch|c10|2at\d|caffe|cuda|cublas)\S*", symbols) == []
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+sys.modules["torch"] = None  # importing it is an error from here on
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("patchkern._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+
+def at(array):
+    return array.ctypes.data
+
+weight = np.random.default_rng(0).standard_normal((7, 41)).astype(np.float32)
+titles = [[2, 3, 3], [4], [0, 6]]
+token_ids = np.array(sum(titles, []), np.int32)
+offsets = np.array([0, 3, 4, 6], np.int32)
+items = np.array([2, 0, 1], np.int32)
+lo = np.array([-1 - 5, 0, 1, 0], np.int32)  # token 5; item 2; items 0 and 1 pooled; all three pooled
+hi = np.array([0, 1, 3, 3], np.int32)
+mean = [weight[title].mean(0) for title in titles]
+wanted = np.stack([weight[5], mean[2], (mean[0] + mean[1]) / 2, (mean[2] + mean[0] + mean[1]) / 3])
+
+levels = native.isa_levels()
+assert levels, "no instruction set"
+for isa in levels:
+    out = np.full((4, 41), np.nan, np.float32)
+    status = native.pool_rows(0, at(weight), 7, 41, 41, at(lo), at(hi), 4, at(items), 3, at(token_ids), 6,
+                              at(offsets), 3, at(out), 41, 2, isa)
+    assert status == (0, 0), status
+    np.testing.assert_allclose(out, wanted, rtol=2e-6, atol=2e-6)
+print("pooled with", *levels)
+"""
+
+
+def test_native_module_pools_numpy_memory_without_torch(module: Path) -> None:
+    """No torch in the process at all: nothing in one build can depend on which version there is."""
+    said = checked(sys.executable, "-c", WITHOUT_TORCH, module, env=environment())
+    assert said.startswith("pooled with baseline")
+
+
+# ------------------------------------------------------------------ building
+
+
+def build_native(folder: Path, **changes: str | None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    return run(*command, cwd=REPOSITORY, env=environment(**changes))
+
+
+def test_native_can_be_left_out(tmp_path: Path) -> None:
+    done = build_native(tmp_path, PATCHKERN_NATIVE="0")
+    assert done.returncode == 0, done.stdout
+    assert [path.name for path in (tmp_path / "lib" / "patchkern").iterdir()] == ["_build_info.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"PATCHKERN_NATIVE": "1", "CXX": "/nowhere/c++"}, "no C++ compiler: CXX=/nowhere/c++ was not found"),
+        ({"PATCHKERN_NATIVE": "1", "PATH": "/nowhere"}, "no C++ compiler: none of c++, g++, clang++ was found"),
+        ({"PATCHKERN_NATIVE": "yes"}, "PATCHKERN_NATIVE must be auto, 0 or 1, got 'yes'"),
+        ({"CXX": "false"}, "subcommand failed"),
+    ],
+    ids=["CXX missing", "PATH empty", "bad switch", "compiler fails"],
+)
+def test_build_fails_loudly(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    done = build_native(tmp_path, **changes)
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert not list(tmp_path.glob("lib/**/*.so"))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources without any build output."""
+    folder = tmp_path_factory.mktemp("source")
+    for part in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / part, folder)
+    leave = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    for part in ("patchkern", "csrc"):
+        shutil.copytree(REPOSITORY / part, folder / part, ignore=leave)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    checked(*pip, env=environment(PATCHKERN_NATIVE="1"))
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    python = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "patchkern").rglob("*.py")}
+    assert python <= names
+    beside = {name for name in names - python if ".dist-info/" not in name}
+    assert len(beside) == 3
+    assert {"patchkern/py.typed", "patchkern/_build_info.json"} < beside
+    assert any(re.fullmatch(r"patchkern/_native\..+\.so", name) for name in beside)
+    assert not wheel.name.endswith("-none-any.whl")
+    required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
+    assert sorted(required) == ["numpy", "torch"]
+
+
+USE = """
+import warnings, patchkern as pk, torch
+from patchkern import _build
+catalog = pk.Catalog.from_token_ids([1, 2, 3], [0, 2, 3])
+prompt = pk.Prompt(prefix=[4], separator=[5], suffix=[6], response_end=[7])
+layout = pk.build_layout(catalog, [[0, 1, 0]], pk.ItemPatches(keep_text=1, max_items=5), prompt)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        rows = pk.pool_rows(torch.eye(8), layout)
+assert rows[1].tolist() == [0, 0.5, 0.5, 0, 0, 0, 0, 0], rows
+print(pk.__file__, len(caught), *pk.backends()["native"], sep="\\n")
+"""
+
+
+def use(target: Path, cwd: Path) -> tuple[str, int, bool, str]:
+    """Use the package installed under ``target``: its file, the warnings, and the native backend's status."""
+    said = checked(sys.executable, "-c", USE, cwd=cwd, env=environment(PYTHONPATH=str(target)))
+    file, warned, usable, reason = said.strip().splitlines()
+    return file, int(warned), usable == "True", reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_installed_wheel_runs_on_the_native_backend(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    checked(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, env=environment())
+    file, warned, usable, reason = use(target, tmp_path)
+    assert Path(file).parent == target / "patchkern"
+    assert (usable, warned) == (True, 0), reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"CXX": "/nowhere/c++"}, "the package was built without a C++ compiler: CXX=/nowhere/c++ was not found"),
+        ({"PATH": "/nowhere"}, "built without a C++ compiler: none of c++, g++, clang++ was found"),
+        ({"PATCHKERN_NATIVE": "0"}, "the package was built with PATCHKERN_NATIVE=0"),
+    ],
+    ids=["CXX missing", "PATH empty", "switched off"],
+)
+def test_package_built_without_a_compiler_runs_and_says_why(
+    source: Path, tmp_path: Path, changes: dict[str, str], why: str
+) -> None:
+    copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site"]
+    checked(*pip, copy, env=environment(**changes))
+    file, warned, usable, reason = use(tmp_path / "site", tmp_path)
+    assert Path(file).parent == tmp_path / "site" / "patchkern"
+    assert not usable
+    assert why in reason
+    assert warned == 1
+
+
+# ------------------------------------------------------------------ python -m patchkern
+
+REPORT = """
+import runpy, sys
+for name in ("transformers", "tokenizers", "pyarrow", "peft", "accelerate", "safetensors", "matplotlib"):
+    sys.modules[name] = None  # as if it were not installed
+runpy.run_module("patchkern", run_name="__main__")
+"""
+
+
+def test_report_says_what_a_bug_report_needs_with_torch_and_numpy_alone() -> None:
+    lines = checked(sys.executable, "-c", REPORT, cwd=REPOSITORY, env=environment()).splitlines()
+    said = {line[:14].strip(): line[14:] for line in lines}
+    assert said["patchkern"].startswith(pk.__version__)
+    assert said["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    for name in (
+        "torch",
+        "numpy",
+        "triton",
+        "transformers",
+        "platform",
+        "cpu",
+        "cpu features",
+        "threads",
+        "native isa",
+    ):
+        assert said[name]
+    for backend, status in pk.backends().items():
+        assert status.reason in said[backend]

@@ -55,6 +55,10 @@ class DeferredMask:
         """Boolean (B, 1, T, T) mask, or None where plain causal attention needs none."""
         return sdpa_mask(**self.arguments)
 
+    def contiguous(self) -> Tensor | None:
+        """The mask itself: with a static cache, `generate` prepares masks ahead of the model, and asks for this."""
+        return self.build
+
 
 def attention_mask(
     batch_size: int,

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformers causal language model that reads patch-compressed histories."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from patchkern import attention
+from patchkern.catalog import Catalog
+from patchkern.histories import HistoriesLike
+from patchkern.layout import PatchLayout
+from patchkern.ops.pool_rows import pool_rows
+from patchkern.packed import packed_kwargs
+from patchkern.policies import Policy, policy_from_dict, policy_to_dict
+from patchkern.prompt import Prompt
+
+FORMAT_VERSION = 1
+DESCRIPTION = "patchkern.json"
+_ADAPTER = "adapter_config.json"
+
+attention.register()
+
+
+class PatchedCausalLM(nn.Module):
+    """Pools a batch's rows inside ``forward`` and runs a causal language model on them, packed.
+
+    Args:
+        hf_model: any transformers causal LM, or a ``PeftModel`` around one.
+        catalog: the titles.
+        prompt: the fixed tokens.
+        policy: used by `recommend` where it is given none, and saved along.
+        attn_implementation: set on ``hf_model``; "sdpa", "eager", "flex_attention", "flash_attention_2" work too. None
+            leaves the model's own.
+
+    Under FSDP2, call ``fully_shard`` on this module (and on the layers inside it), so that the embeddings are gathered
+    when ``forward`` pools them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    accepts_loss_kwargs = True
+    """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        catalog: Catalog,
+        prompt: Prompt,
+        policy: Policy | None = None,
+        *,
+        attn_implementation: str | None = attention.NAME,
+    ) -> None:
+        super().__init__()
+        _check_model(hf_model)
+        for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"policy: expected a policy or None, got {type(policy).__name__}")
+        self.hf_model = hf_model
+        self.catalog = catalog
+        self.prompt = prompt
+        self.policy = policy
+        for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
+            self._check_token_ids(name, largest)
+        self._token_ids = frozenset(catalog.token_ids.tolist()).union(
+            prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end
+        )
+        if attn_implementation is not None:
+            _set_attention(hf_model, attn_implementation)
+        self.register_state_dict_post_hook(_drop_tied)
+        self.register_load_state_dict_pre_hook(_restore_tied)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self, layout: PatchLayout, num_items_in_batch: Tensor | int | None = None, labels: Tensor | None = None
+    ) -> CausalLMOutput:
+        """Logits where they are needed, and the loss if the layout has targets.
+
+        Args:
+            layout: from `build_layout`; moved to the model's device if it is elsewhere.
+            num_items_in_batch: divides the summed loss, as `transformers.Trainer` asks for under gradient accumulation
+                and data parallelism; without it the loss is the mean over the supervised tokens.
+            labels: not used, the layout has its own. A `Trainer` counts ``num_items_in_batch`` from the ``labels`` of
+                its batches: give it ``{"layout": layout, "labels": layout.logit_labels}``.
+
+        Returns:
+            With targets ``loss`` and the ``logits`` (K, V) of the K supervised rows, in the order of
+            ``layout.logit_labels``; without targets the ``logits`` (B, V) of every user's last row.
+
+        Raises:
+            ValueError: a token id, or a user's length, beyond what the model has.
+        """
+        if not isinstance(layout, PatchLayout):
+            raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+        self._check_length(layout.max_seqlen)
+        rows = self.embed(layout)
+        layout = layout.to(rows.device, non_blocking=True)
+        if layout.num_rows == 0:
+            loss = None if layout.labels is None else rows.sum()
+            return CausalLMOutput(loss=loss, logits=rows.new_zeros(0, self._text_config.vocab_size))
+        kwargs = packed_kwargs(layout)
+        if layout.logit_rows is None:
+            kwargs["logits_to_keep"] = self._last_rows(layout)
+        elif num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        output = self.hf_model(inputs_embeds=rows[None], **kwargs)
+        return CausalLMOutput(loss=output.loss, logits=output.logits[0])
+
+    def embed(self, layout: PatchLayout) -> Tensor:
+        """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
+
+        An embedding that is only its weight is pooled directly. One that does more (LoRA, scaling, hooks, sharding) is
+        called on the batch's distinct tokens, and its output is pooled.
+
+        Args:
+            layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more.
+
+        Raises:
+            ValueError: a token id beyond the embedding, or an embedding that is sharded and not gathered here.
+        """
+        self._check_token_ids("layout", layout.max_token_id)
+        embedding = self.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding) and self._is_only_weight(embedding):
+            layout = layout.to(embedding.weight.device, non_blocking=True)
+            return pool_rows(embedding.weight, layout, sparse_grad=embedding.sparse)
+        tokens, compact = layout.compact()
+        table = embedding(tokens[None].to(self.device, non_blocking=True))[0]
+        return pool_rows(table, compact.to(table.device, non_blocking=True))
+
+    def _is_only_weight(self, embedding: nn.Embedding) -> bool:
+        if isinstance(embedding.weight, DTensor) and not embedding._forward_pre_hooks:
+            raise ValueError(
+                "the embedding is sharded and nothing gathers it here: call fully_shard on the PatchedCausalLM, not on "
+                "the model inside it"
+            )
+        does_more = (
+            type(embedding) is not nn.Embedding
+            or embedding._forward_hooks
+            or embedding._forward_pre_hooks
+            or "forward" in vars(embedding)
+            or is_parametrized(embedding)
+            or embedding.max_norm is not None
+        )
+        # nn.Embedding gives its padding token no gradient; the weight alone would
+        return not does_more and embedding.padding_idx not in self._token_ids
+
+    def _last_rows(self, layout: PatchLayout) -> Tensor:
+        ends = layout.cu_seqlens.long()
+        may_be_empty = not (self.prompt.prefix or self.prompt.suffix)
+        if may_be_empty and bool((ends.diff() == 0).any()):
+            raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
+        return ends[1:] - 1
+
+    def _check_length(self, longest: int) -> None:
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"layout: expected at most {limit} rows per user, the positions of {self.config.model_type}, got "
+                f"{longest}; keep fewer items (max_items) or compress them more"
+            )
+
+    def _check_token_ids(self, name: str, largest: int) -> None:
+        rows = self._text_config.vocab_size
+        if largest >= rows:
+            raise ValueError(
+                f"{name}: expected token ids below {rows}, the rows of the model's embedding, got {largest}; if tokens "
+                f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
+            )
+
+    # ------------------------------------------------------------------ what trainers and tools ask of a model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The wrapped model's configuration."""
+        return self.hf_model.config
+
+    @property
+    def _text_config(self) -> PretrainedConfig:
+        return self.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where layouts go."""
+        return self.hf_model.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The wrapped model's input embedding."""
+        return self.hf_model.get_input_embeddings()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.hf_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.hf_model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """`activation_checkpointing_enable`, by the name it has had for longer."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable`, by the name it has had for longer."""
+        self.activation_checkpointing_disable()
+
+    # ------------------------------------------------------------------ recommending
+
+    def recommend(
+        self,
+        histories: HistoriesLike,
+        policy: Policy | None = None,
+        k: int = 20,
+        num_beams: int = 20,
+        search: str = "beam",
+        exclude_seen: bool = False,
+        memory_budget: int | None = None,
+        batch_size: int = 64,
+    ) -> list[list[tuple[Any, float]]]:
+        """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`."""
+        from patchkern.search import recommend
+
+        policy = self.policy if policy is None else policy
+        if policy is None:
+            raise ValueError("policy: expected one, here or when the PatchedCausalLM was made, got None")
+        return recommend(self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size)
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **hf_kwargs: Any,
+    ) -> None:
+        """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
+
+        Everything is written aside and then renamed, ``patchkern.json`` last: an interrupted call leaves the folder as
+        it was, or without a `from_pretrained` that mixes two models.
+
+        Args:
+            folder: made if needed.
+            state_dict: of this module, gathered; needed where the parameters are sharded.
+            is_main_process: False writes nothing.
+            hf_kwargs: for the wrapped model's ``save_pretrained``.
+        """
+        description = self._description()
+        if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise ValueError(
+                "state_dict: expected one, because the parameters are sharded; gather it with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+            )
+        if not is_main_process:
+            return
+        if state_dict is not None:
+            hf_kwargs["state_dict"] = {name.removeprefix("hf_model."): value for name, value in state_dict.items()}
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            self.hf_model.save_pretrained(aside, **hf_kwargs)
+            (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            _replace_folder(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        catalog: Catalog,
+        *,
+        attn_implementation: str | None = attention.NAME,
+        base_model: PreTrainedModel | None = None,
+        **hf_kwargs: Any,
+    ) -> PatchedCausalLM:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: a local folder.
+            catalog: the titles, tokenised as in training.
+            attn_implementation: as in the constructor.
+            base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
+            hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``.
+
+        Raises:
+            FileNotFoundError: no ``patchkern.json``.
+            ValueError: a ``patchkern.json`` that this version cannot read.
+        """
+        prompt, policy = _read_description(Path(folder) / DESCRIPTION)
+        if (Path(folder) / _ADAPTER).is_file():
+            hf_model = _load_adapter(folder, base_model, hf_kwargs)
+        elif base_model is not None:
+            raise ValueError(f"base_model: expected None, because {os.fspath(folder)!r} holds a whole model")
+        else:
+            hf_model = AutoModelForCausalLM.from_pretrained(folder, **hf_kwargs)
+        return cls(hf_model, catalog, prompt, policy, attn_implementation=attn_implementation)
+
+    def _description(self) -> dict[str, Any]:
+        prompt = self.prompt
+        return {
+            "format_version": FORMAT_VERSION,
+            "prompt": prompt.to_dict(),
+            "policy": None if self.policy is None else policy_to_dict(self.policy),
+            # in the prompt already; for readers who are not patchkern
+            "special_token_ids": {
+                "history_start": list(prompt.prefix[-1:]),
+                "history_separator": list(prompt.separator),
+                "history_end": list(prompt.suffix[:1]),
+                "response_end": list(prompt.response_end),
+            },
+        }
+
+
+def _check_model(hf_model: Any) -> None:
+    base = hf_model
+    if hasattr(hf_model, "peft_config"):
+        if hasattr(hf_model, "get_base_model"):
+            base = hf_model.get_base_model()
+        if any(adapter.is_prompt_learning for adapter in hf_model.peft_config.values()):
+            raise ValueError(
+                "hf_model: expected no prompt-learning adapter, whose tokens have no place in a packed batch"
+            )
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"hf_model: expected a transformers causal LM, got {type(hf_model).__name__}")
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"hf_model: expected a causal LM whose forward takes logits_to_keep, got {type(base).__name__}"
+        )
+
+
+def _set_attention(hf_model: PreTrainedModel, name: str) -> None:
+    hf_model.set_attn_implementation(name)
+    got = hf_model.config._attn_implementation
+    if got != name:
+        raise ValueError(
+            f"attn_implementation: expected one that {type(hf_model).__name__} takes, got {name!r} (it keeps {got!r})"
+        )
+
+
+# ------------------------------------------------------------------ tied weights in state dicts
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """For each parameter that has several names, its later names and the first: {later: first}."""
+    first: dict[int, str] = {}
+    names = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in names if first.setdefault(id(p), name) != name}
+
+
+def _drop_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """safetensors, and so a plain `Trainer`, refuses to write one tensor under two names."""
+    for name in _tied(module):
+        state_dict.pop(prefix + name, None)
+
+
+def _restore_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    for name, first in _tied(module).items():
+        if prefix + first in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + first])
+
+
+# ------------------------------------------------------------------ files
+
+
+def _replace_folder(aside: Path, target: Path) -> None:
+    """Move the files of ``aside`` into ``target``, the description last; drop weights of an earlier model."""
+    files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
+    (target / DESCRIPTION).unlink(missing_ok=True)
+    for pattern in ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", _ADAPTER):
+        for stale in target.glob(pattern):
+            if stale.relative_to(target) not in files:
+                stale.unlink()
+    for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / file, target / file)
+
+
+def _read_description(path: Path) -> tuple[Prompt, Policy | None]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; was it saved by patchkern?"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
+        policy = description["policy"]
+        return Prompt.from_dict(description["prompt"]), None if policy is None else policy_from_dict(policy)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)}: not a description that this version of patchkern reads: {error}"
+        ) from error
+
+
+def _load_adapter(folder: str | os.PathLike[str], base_model: PreTrainedModel | None, hf_kwargs: dict[str, Any]) -> Any:
+    try:
+        from peft import AutoPeftModelForCausalLM, PeftModel
+    except ImportError as error:
+        raise ImportError(f"{os.fspath(folder)!r} holds a peft adapter; install peft to read it") from error
+    if base_model is None:
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **hf_kwargs)
+    return PeftModel.from_pretrained(base_model, folder, **hf_kwargs)

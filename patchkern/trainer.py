@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: `transformers.Trainer` over layouts.
+
+A run is a row of *slots*, one per sample it consumes. Slot n belongs to optimisation step n // (samples per step) and
+to epoch n // (samples of the data set), whose permutation gives its sample. So shuffling, the patch pre-training
+schedule and its draws depend on the slot alone: the same under data-loader workers, data parallelism and resuming.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from patchkern.catalog import Catalog
+from patchkern.histories import Histories
+from patchkern.layout import PatchLayout, build_layout
+from patchkern.model import PatchedCausalLM
+from patchkern.policies import ItemPatches, Level, Levels, Policy, RandomItemPatches, SessionPatches, TextOnly
+from patchkern.prompt import Prompt
+
+STAGES = ("sft", "pretrain", "items", "sessions")
+_ASIDE = ".unfinished-checkpoint"
+
+
+# ------------------------------------------------------------------ the paper's settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one data set is trained and compressed.
+
+    Attributes:
+        learning_rate: of all stages but sessions.
+        sessions_learning_rate: of the sessions stage.
+        batch_size: samples per optimisation step.
+        keep_text: items that stay text in the items stage.
+        group_size: items per session in the sessions stage.
+    """
+
+    learning_rate: float
+    sessions_learning_rate: float
+    batch_size: int = 64
+    keep_text: int = 5
+    group_size: int = 5
+
+    def policy(self, stage: str, max_items: int | None = 100) -> Policy:
+        """The policy of a stage; after patch pre-training a model is ready for item patches."""
+        if _stage(stage) == "sft":
+            return TextOnly(max_items)
+        if stage == "sessions":
+            return SessionPatches(self.group_size, max_items)
+        return ItemPatches(self.keep_text, max_items)
+
+    def arguments(self, stage: str, output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
+        """The paper's training arguments: one epoch, AdamW, cosine, 5 % warm-up, clip 0.3, bf16 where a GPU has it.
+
+        ``overrides`` are fields of `TrainingArguments` and win.
+        """
+        rate = self.sessions_learning_rate if _stage(stage) == "sessions" else self.learning_rate
+        defaults: dict[str, Any] = {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "max_grad_norm": 0.3,
+            "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            "report_to": "none",
+        }
+        return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **overrides})
+
+
+SETTINGS = {
+    "ml-1m": Settings(learning_rate=8e-6, sessions_learning_rate=8e-6),
+    "ml-100k": Settings(learning_rate=1e-5, sessions_learning_rate=3e-6, group_size=20),
+    "goodreads": Settings(learning_rate=5e-5, sessions_learning_rate=5e-5, batch_size=32),
+    # not the paper's: for small models that start from random weights
+    "scratch": Settings(learning_rate=1e-3, sessions_learning_rate=3e-4),
+}
+
+
+def _stage(stage: str) -> str:
+    if stage not in STAGES:
+        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    return stage
+
+
+# ------------------------------------------------------------------ slots
+
+
+class Slot(NamedTuple):
+    """One sample at its place in the run."""
+
+    number: int
+    step: int
+    user: int
+    position: int
+
+
+class SlotDataset(Dataset[Slot]):
+    """All slots of a run, in order; read them sequentially.
+
+    Every step is full: what the last one lacks comes from the next epoch's permutation.
+
+    Args:
+        users, positions: ``(S,)`` the samples, as in `Histories.before`.
+        steps: optimisation steps of the run.
+        samples_per_step: over all processes and accumulated batches.
+        seed: of the permutations.
+    """
+
+    def __init__(
+        self, users: NDArray[np.int64], positions: NDArray[np.int64], steps: int, samples_per_step: int, seed: int
+    ) -> None:
+        self.users, self.positions = users, positions
+        self.steps, self.samples_per_step, self.seed = steps, samples_per_step, seed
+
+    def __len__(self) -> int:
+        return self.steps * self.samples_per_step
+
+    def __getitem__(self, number: int) -> Slot:
+        epoch, nth = divmod(number, self.users.size)
+        sample = _permutation(self.seed, epoch, self.users.size)[nth]
+        return Slot(number, number // self.samples_per_step, int(self.users[sample]), int(self.positions[sample]))
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+# ------------------------------------------------------------------ batches
+
+
+@dataclass(frozen=True)
+class RawAndPatched:
+    """Patch pre-training: the first half of the users as text, the second half as `RandomItemPatches`."""
+
+    probability: float
+    max_items: int | None = 100
+    seed: int = 0
+
+    def levels(self, histories: Histories) -> Levels:
+        levels = RandomItemPatches(self.probability, self.max_items, self.seed).levels(histories)
+        levels[: histories.offsets[len(histories) // 2]] = Level.TEXT
+        return levels
+
+
+@dataclass(frozen=True)
+class LayoutCollator:
+    """Slots to a batch ``{"layout": PatchLayout, "labels": (K,) int64}``, in the data-loader worker.
+
+    Attributes:
+        pretrain_steps: feed each sample twice, as text and as patches with a probability that rises from 0 by
+            1 / ``pretrain_steps`` a step; None: once, as ``policy`` says.
+        seed: of the draws.
+    """
+
+    catalog: Catalog
+    histories: Histories
+    policy: Policy
+    prompt: Prompt
+    pretrain_steps: int | None = None
+    seed: int = 0
+
+    def __call__(self, slots: list[Slot]) -> dict[str, PatchLayout | Tensor | None]:
+        policy = self.policy
+        users, positions = (np.array([slot[field] for slot in slots]) for field in (2, 3))
+        if self.pretrain_steps is not None:
+            users, positions = np.tile(users, 2), np.tile(positions, 2)
+            draw = np.random.SeedSequence((self.seed, slots[0].number)).generate_state(1)
+            policy = RawAndPatched(slots[0].step / self.pretrain_steps, policy.max_items, int(draw[0]))
+        histories = self.histories.before(users, positions, policy.max_items)
+        targets = self.histories.at(users, positions)
+        layout = build_layout(self.catalog, histories, policy, self.prompt, targets)
+        # Trainer counts the supervised tokens of accumulated batches from their labels.
+        return {"layout": layout, "labels": layout.logit_labels}
+
+
+# ------------------------------------------------------------------ the trainer
+
+
+class PatchTrainer(Trainer):
+    """`transformers.Trainer` for a `PatchedCausalLM`.
+
+    The loss of a step is the mean over all its supervised tokens, however the step is cut into batches and processes.
+    Checkpoints are `PatchedCausalLM.save_pretrained` folders with the trainer's state beside the model, and appear
+    under their name when they are complete; resuming from one continues the uninterrupted run, loss by loss.
+
+    Args:
+        model: its catalog and prompt are used; its policy where ``policy`` is None.
+        args: as for any Trainer (`Settings.arguments` has the paper's); ``num_train_epochs`` and ``max_steps`` count
+            passes over ``samples`` and optimisation steps. The run's ``epoch`` in the logs goes from 0 to 1.
+        histories: the users' items, oldest first.
+        samples: ``(users, positions)``, ``(S,)`` int64 each: the target of a sample is the item of that user at that
+            position, its history the items before; `patchkern.data.Samples` is one.
+        policy: how histories are compressed; also kept as ``model.policy``.
+        pretrain: patch pre-training: every sample twice in the same batch, as text and with each item a patch with
+            probability step / steps.
+        kwargs: for `transformers.Trainer`, such as ``processing_class`` and ``callbacks``.
+
+    Raises:
+        ValueError: no samples, a sample outside its history, no policy, or an argument that this trainer cannot serve.
+    """
+
+    def __init__(
+        self,
+        model: PatchedCausalLM,
+        args: TrainingArguments,
+        histories: Histories,
+        samples: tuple[NDArray[np.int64], NDArray[np.int64]],
+        policy: Policy | None = None,
+        *,
+        pretrain: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        policy = model.policy if policy is None else policy
+        if policy is None:
+            raise ValueError("policy: expected one, here or in the model, got None")
+        if args.auto_find_batch_size:
+            raise ValueError("args: expected auto_find_batch_size=False: the schedule depends on the batch size")
+        users, positions = samples
+        if users.size == 0:
+            raise ValueError("samples: expected at least one, got none")
+        histories.at(users, positions)
+        model.policy = policy
+
+        args = copy.copy(args)
+        # A layout cannot be scattered over GPUs by DataParallel; several of them need torchrun.
+        args._n_gpu = min(args.n_gpu, 1)
+        args.remove_unused_columns = False
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.max_steps <= 0:
+            args.max_steps = math.ceil(args.num_train_epochs * users.size / per_step)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._saving = False
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=SlotDataset(users, positions, args.max_steps, per_step, seed),
+            data_collator=LayoutCollator(
+                model.catalog, histories, policy, model.prompt, args.max_steps if pretrain else None, seed
+            ),
+            **kwargs,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        wrapped = self.accelerator.unwrap_model(self.model).hf_model
+        if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else wrapped)
+            return
+        saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype)
+        wrapped.load_state_dict(saved.state_dict())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, _ASIDE) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint aside and rename it, so that a killed run leaves no half of one under its name."""
+        folder = Path(self._get_output_dir(trial))
+        aside, name = folder / _ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(aside / name, folder / name)
+            aside.rmdir()
+            kept = self.args.save_total_limit or 0
+            for old in checkpoints(folder)[:-kept] if kept > 0 else []:
+                shutil.rmtree(old)
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints of a run's folder, oldest first; an unfinished one has no such name."""
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -27,6 +27,9 @@ except ImportError as error:
 
 ENVIRONMENT = "PATCHKERN_ISA"
 
+# Asked once: torch.compile cannot trace into an extension module.
+_LEVELS: tuple[str, ...] = () if _native is None else tuple(_native.isa_levels())
+
 # DType in csrc/pool_rows.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -47,7 +50,7 @@ _FAULTS = {
 
 def isa_levels() -> list[str]:
     """The instruction sets that were built and that this CPU has, slowest first."""
-    return [] if _native is None else list(_native.isa_levels())
+    return list(_LEVELS)
 
 
 def unusable_reason() -> str | None:

@@ -31,6 +31,7 @@ class Trie:
         own_end: ``(n_nodes,)`` int64; ranks ``begin[v]..own_end[v]`` are the items whose sequence ends at ``v``: none,
             one, or all items that share a title, in catalogue order.
         items: ``(n_items,)`` int64, catalogue index of each rank.
+        first_item: ``(n_nodes,)`` int64, the lowest catalogue index below ``v``; orders equal scores.
         depth: tokens in the longest sequence.
         end_length: tokens of ``response_end``.
     """
@@ -41,6 +42,7 @@ class Trie:
     end: Tensor
     own_end: Tensor
     items: Tensor
+    first_item: Tensor
     depth: int
     end_length: int
 
@@ -86,13 +88,18 @@ class Trie:
             if at:  # the root has number 0, so the c-th node of the level above has number level_start + c
                 parent[nodes] = level_start[at - 1] + started[at - 1, first_row[nodes]]
         own_end = first_row + (sequences.lengths[first_row] == level + 1)
+        begin = np.append(0, sequences.offsets[first_row])
+        end = np.append(items.size, sequences.offsets[last_row])
+        # reduceat over begin, end, begin, end, ...: every other result is the minimum of one range
+        lowest = np.minimum.reduceat(np.append(items, items.max()), np.stack([begin, end], axis=1).ravel())[::2]
         arrays = {
             "tokens": np.append(-1, sequences.rows[first_row, level]),
             "children": 1 + np.append(0, np.cumsum(np.bincount(parent, minlength=level.size + 1))),
-            "begin": np.append(0, sequences.offsets[first_row]),
-            "end": np.append(items.size, sequences.offsets[last_row]),
+            "begin": begin,
+            "end": end,
             "own_end": np.append(0, sequences.offsets[own_end]),
             "items": items,
+            "first_item": lowest,
         }
         tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
         return cls(**tensors, depth=depth, end_length=end_length)

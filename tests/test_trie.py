@@ -42,6 +42,7 @@ def check(trie: Trie, sequences: Sequences) -> None:
         below = {item for item, s in sequences.items() if s[: len(path)] == path}
         assert items[begin:own_end] == own  # catalogue order
         assert set(items[begin:end]) == below and end - begin == len(below)
+        assert int(trie.first_item[node]) == min(below)
         children = trie.tokens[int(trie.children[node]) : int(trie.children[node + 1])].tolist()
         assert children == sorted(set(children))
     assert trie.depth == max(map(len, sequences.values()))

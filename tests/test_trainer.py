@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: slots, batches, loss normalisation, checkpoints, and resuming after SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import patchkern as pk
+from patchkern.model import PatchedCausalLM
+from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.trainer import (
+    SETTINGS,
+    STAGES,
+    LayoutCollator,
+    PatchTrainer,
+    RawAndPatched,
+    SlotDataset,
+    checkpoints,
+)
+
+USERS, ITEMS = 12, 30
+TITLES = {10 + item: f"{'ABC'[item % 3] * 3} of {item}" for item in range(ITEMS)}
+
+
+def _data() -> tuple[pk.Histories, tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    histories = pk.Histories.from_sequences([rng.integers(10, 10 + ITEMS, 6 + user).tolist() for user in range(USERS)])
+    positions = [np.arange(3, length) for length in histories.lengths]
+    return histories, (np.repeat(np.arange(USERS), histories.lengths - 3), np.concatenate(positions))
+
+
+def _model(tokenizer: Any = None, **config: Any) -> tuple[PatchedCausalLM, Any]:
+    tokenizer = tokenizer or fit_tokenizer(TITLES.values(), 280)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, **config}
+    catalog = pk.Catalog.from_titles(TITLES, tokenizer)
+    return PatchedCausalLM(scratch_model(tokenizer, **shape), catalog, scratch_prompt(tokenizer)), tokenizer
+
+
+def _trainer(
+    folder: Path | str, stage: str = "items", *, callbacks: Any = None, config: Any = None, **arguments: Any
+) -> PatchTrainer:
+    histories, samples = _data()
+    model, tokenizer = _model(**(config or {}))
+    settings = SETTINGS["scratch"]
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        "dataloader_pin_memory": False,
+    }
+    return PatchTrainer(
+        model,
+        settings.arguments(stage, folder, **{**defaults, **arguments}),
+        histories,
+        samples,
+        settings.policy(stage, max_items=10),
+        pretrain=stage == "pretrain",
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _losses(trainer: PatchTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ------------------------------------------------------------------ slots and batches
+
+
+def test_slots_visit_every_sample_once_an_epoch() -> None:
+    users, positions = np.arange(10), np.arange(10) + 100
+    slots = [SlotDataset(users, positions, steps=6, samples_per_step=4, seed=1)[n] for n in range(24)]
+    assert [slot.number for slot in slots] == list(range(24))
+    assert [slot.step for slot in slots] == [n // 4 for n in range(24)]
+    epochs = [[slot.user for slot in slots[start : start + 10]] for start in (0, 10)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+    assert all(slot.position == slot.user + 100 for slot in slots)
+    # The same slot of a shorter run holds the same sample, and another seed another one.
+    assert SlotDataset(users, positions, steps=2, samples_per_step=4, seed=1)[7] == slots[7]
+    other = [SlotDataset(users, positions, steps=6, samples_per_step=4, seed=2)[n].user for n in range(10)]
+    assert other != epochs[0]
+
+
+def _collator(pretrain_steps: int | None, policy: pk.Policy) -> LayoutCollator:
+    histories, _ = _data()
+    model, _ = _model()
+    return LayoutCollator(model.catalog, histories, policy, model.prompt, pretrain_steps, seed=5)
+
+
+def _slots(step: int, numbers: range) -> list[Any]:
+    _, (users, positions) = _data()
+    dataset = SlotDataset(users, positions, steps=5, samples_per_step=8, seed=0)
+    return [dataset[number]._replace(step=step) for number in numbers]
+
+
+def test_batch_is_the_layout_of_its_samples() -> None:
+    collator = _collator(None, pk.ItemPatches(2, max_items=6))
+    slots = _slots(0, range(8))
+    batch = collator(slots)
+    histories = [collator.histories[slot.user][: slot.position] for slot in slots]
+    targets = [collator.histories[slot.user][slot.position] for slot in slots]
+    expected = pk.build_layout(collator.catalog, histories, collator.policy, collator.prompt, targets)
+    for name in ("lo", "hi", "items", "token_ids", "cu_seqlens", "labels"):
+        assert torch.equal(getattr(batch["layout"], name), getattr(expected, name)), name
+    assert batch["labels"] is batch["layout"].logit_labels
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.0), (3, 0.6), (5, 1.0)])
+def test_pretraining_feeds_text_and_patches_in_one_batch(step: int, share: float) -> None:
+    collator = _collator(5, pk.ItemPatches(2, max_items=10))
+    slots = _slots(step, range(64))
+    layout = collator(slots)["layout"]
+    text = _collator(None, pk.TextOnly(max_items=10))(slots)["layout"]
+    assert layout.num_users == 2 * len(slots)
+    half = int(layout.cu_seqlens[len(slots)])
+    assert torch.equal(layout.lo[:half], text.lo)
+    entries = int((layout.hi[half:] > 0).sum())
+    items = collator.histories.before([s.user for s in slots], [s.position for s in slots], 10).items.size
+    assert entries / items == pytest.approx(share, abs=0.07)
+    # Drawn from the slot: the same again for this batch, different for the next.
+    assert torch.equal(layout.lo, collator(slots)["layout"].lo)
+
+
+def test_draws_differ_between_batches() -> None:
+    policies = [RawAndPatched(0.5, None, seed) for seed in (1, 2)]
+    histories = pk.Histories.from_sequences([range(40)] * 4)
+    first, second = (policy.levels(histories) for policy in policies)
+    assert not first[:80].any() and not second[:80].any()
+    assert (first[80:] != second[80:]).any()
+    collator = _collator(5, pk.TextOnly(max_items=10))
+    slots = _slots(3, range(8))
+    moved = [slot._replace(number=slot.number + 8) for slot in slots]
+    assert collator(slots)["layout"].num_rows != collator(moved)["layout"].num_rows
+
+
+# ------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_learns(stage: str, tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, stage, num_train_epochs=4, learning_rate=1e-2, max_grad_norm=1.0)
+    trainer.train()
+    losses = _losses(trainer)
+    assert len(losses) == trainer.args.max_steps
+    assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+    assert trainer.model.policy == SETTINGS["scratch"].policy(stage, max_items=10)
+
+
+@pytest.mark.parametrize("stage", ["sft", "sessions"])
+def test_accumulation_does_not_change_the_run(stage: str, tmp_path: Path) -> None:
+    """Titles differ in length, so a mean of the small batches' means would be another loss."""
+    runs = []
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        trainer = _trainer(
+            tmp_path,
+            stage,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+        )
+        trainer.train()
+        runs.append((_losses(trainer), [p.detach().clone() for p in trainer.model.parameters()]))
+    for losses, parameters in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], rel=1e-5)
+        for parameter, expected in zip(parameters, runs[0][1], strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)
+
+
+def test_loss_is_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "pretrain", max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
+    output = trainer.model(batch["layout"])
+    expected = torch.nn.functional.cross_entropy(output.logits.double(), batch["labels"])
+    trainer.train()
+    assert _losses(trainer) == [pytest.approx(expected.item(), rel=1e-6)]
+
+
+@pytest.mark.slow
+def test_loader_workers_do_not_change_the_run(tmp_path: Path) -> None:
+    runs = []
+    for workers in (0, 2):
+        trainer = _trainer(tmp_path, "pretrain", dataloader_num_workers=workers, max_steps=6)
+        trainer.train()
+        runs.append(_losses(trainer))
+    assert runs[0] == runs[1]
+
+
+def test_gradient_checkpointing_does_not_change_the_run(tmp_path: Path) -> None:
+    runs = []
+    for enabled in (False, True):
+        trainer = _trainer(tmp_path, max_steps=3)
+        if enabled:
+            trainer.model.gradient_checkpointing_enable()
+        trainer.train()
+        runs.append(_losses(trainer))
+    assert runs[0] == runs[1]
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def test_settings_are_the_papers(tmp_path: Path) -> None:
+    table = {name: asdict(settings) for name, settings in SETTINGS.items()}
+    assert {name: table[name]["learning_rate"] for name in ("ml-1m", "goodreads", "ml-100k")} == {
+        "ml-1m": 8e-6,
+        "goodreads": 5e-5,
+        "ml-100k": 1e-5,
+    }
+    assert {name: table[name]["batch_size"] for name in ("ml-1m", "goodreads", "ml-100k")} == {
+        "ml-1m": 64,
+        "goodreads": 32,
+        "ml-100k": 64,
+    }
+    arguments = SETTINGS["ml-100k"].arguments("sessions", tmp_path)
+    assert arguments.learning_rate == 3e-6
+    assert (arguments.lr_scheduler_type, arguments.warmup_steps, arguments.max_grad_norm) == ("cosine", 0.05, 0.3)
+    assert (arguments.num_train_epochs, arguments.weight_decay, arguments.report_to) == (1, 0.0, [])
+    assert "adamw" in arguments.optim
+    assert SETTINGS["ml-100k"].arguments("items", tmp_path, learning_rate=0.5).learning_rate == 0.5
+    assert SETTINGS["ml-100k"].policy("sessions") == pk.SessionPatches(20, 100)
+    assert SETTINGS["ml-1m"].policy("items", None) == pk.ItemPatches(5, None)
+    assert SETTINGS["ml-1m"].policy("sft") == pk.TextOnly(100)
+
+
+def test_epochs_count_passes_over_the_samples(tmp_path: Path) -> None:
+    _, (users, _) = _data()
+    assert _trainer(tmp_path, num_train_epochs=1).args.max_steps == -(-users.size // 8)
+    assert _trainer(tmp_path, num_train_epochs=2.5).args.max_steps == -(-5 * users.size // 16)
+    assert _trainer(tmp_path, max_steps=7, num_train_epochs=2).args.max_steps == 7
+
+
+def _pieces(folder: Path) -> dict[str, Any]:
+    histories, samples = _data()
+    arguments = SETTINGS["scratch"].arguments("items", folder, use_cpu=True)
+    return {"model": _model()[0], "args": arguments, "histories": histories, "samples": samples}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {}, "policy: expected one, here or in the model, got None"),
+        (
+            lambda p: {"samples": (np.zeros(0, np.int64),) * 2, "policy": pk.TextOnly()},
+            "samples: expected at least one",
+        ),
+        (
+            lambda p: {"samples": (np.array([0]), np.array([6])), "policy": pk.TextOnly()},
+            r"positions\[0\]: expected below 6, got 6",
+        ),
+        (
+            lambda p: (
+                {"args": SETTINGS["scratch"].arguments("items", p, auto_find_batch_size=True)}
+                | {"policy": pk.TextOnly()}
+            ),
+            "args: expected auto_find_batch_size=False",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(change: Callable[[Path], dict[str, Any]], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "never-made"
+    with pytest.raises(ValueError, match=message):
+        PatchTrainer(**{**_pieces(folder), **change(folder)})
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("call", [SETTINGS["ml-1m"].policy, lambda stage: SETTINGS["ml-1m"].arguments(stage, "x")])
+def test_unknown_stage_is_named(call: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="stage: expected one of sft, pretrain, items, sessions, got 'patch'"):
+        call("patch")
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "sessions", max_steps=5, save_strategy="steps", save_steps=2, save_total_limit=2)
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    saved = PatchedCausalLM.from_pretrained(checkpoints(tmp_path)[-1], trainer.model.catalog)
+    assert saved.policy == pk.SessionPatches(5, 10)
+    for parameter, expected in zip(saved.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resume_continues_the_run(tied: bool, tmp_path: Path) -> None:
+    config = {"tie_word_embeddings": tied, "attention_dropout": 0.2}
+    saving = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 1.5}
+    whole = _trainer(tmp_path / "whole", "pretrain", config=config, **saving)
+    whole.train()
+    resumed = _trainer(tmp_path / "whole", "pretrain", config=config, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert len(_losses(whole)) == whole.args.max_steps > 10
+    assert _losses(resumed) == _losses(whole)
+    for parameter, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_adapter_checkpoints_resume(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer() -> PatchTrainer:
+        made = _trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        torch.manual_seed(0)
+        adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        lora = PatchedCausalLM(peft.get_peft_model(made.model.hf_model, adapter), made.model.catalog, made.model.prompt)
+        return PatchTrainer(lora, made.args, *_data(), pk.ItemPatches(5, 10))
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert _losses(resumed) == _losses(whole)
+
+
+class _Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_run(folder: str, step: int | None) -> None:
+    """A run that dies in ``step``, or, for None, between the model and the state of its second checkpoint."""
+    torch.set_num_threads(1)
+    callbacks = [] if step is None else [_Kill(step)]
+    trainer = _trainer(folder, "pretrain", save_strategy="steps", save_steps=4, callbacks=callbacks)
+    if step is None:
+
+        def die(output_dir: str) -> None:
+            if output_dir.endswith("-8"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer._save_rng_state = die
+    trainer.train()
+
+
+def _spawn(target: Callable[..., None], *arguments: Any) -> int | None:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("step", [7, None], ids=["in-mid-epoch", "in-a-checkpoint"])
+def test_killed_run_resumes_to_the_same_losses(step: int | None, tmp_path: Path) -> None:
+    assert _spawn(_killed_run, str(tmp_path / "killed"), step) == -signal.SIGKILL
+    assert [path.name for path in checkpoints(tmp_path / "killed")] == ["checkpoint-4"]
+    whole = _trainer(tmp_path / "whole", "pretrain", save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed = _trainer(tmp_path / "killed", "pretrain", save_strategy="steps", save_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert _losses(resumed) == _losses(whole)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+# ------------------------------------------------------------------ data parallelism
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    trainer = _trainer(
+        folder,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        ddp_backend="gloo",
+    )
+    trainer.train()
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(_losses(trainer)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    alone = _trainer(tmp_path / "alone", max_steps=4)
+    alone.train()
+    assert json.loads((tmp_path / "rank-0.json").read_text()) == pytest.approx(_losses(alone), rel=1e-5)
+    saved = PatchedCausalLM.from_pretrained(tmp_path / "checkpoint-4", alone.model.catalog)
+    for parameter, expected in zip(saved.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)

@@ -168,6 +168,21 @@ class PatchLayout:
         transpose = Transpose(*(torch.from_numpy(column) for column in plan))
         return self._trusted({**self.__dict__, "transpose": transpose})
 
+    def supervise_literals(self) -> PatchLayout:
+        """The layout with a label on every literal row, the history's text included, not on the response alone.
+
+        Not the paper's objective: each history teaches many next items at once, which a model without pre-training
+        needs. Prefix and suffix are supervised too; a user's first row cannot be, nothing stands before it.
+        """
+        supervised = (self.lo < 0) & (self.position_ids > 0)
+        tokens = -1 - self.lo.long()
+        values = {
+            "labels": torch.where(supervised, tokens, -100),
+            "logit_rows": torch.nonzero(supervised)[:, 0] - 1,
+            "logit_labels": tokens[supervised],
+        }
+        return self._trusted({**self.__dict__, **values})
+
     def compact(self) -> tuple[Tensor, PatchLayout]:
         """The layout over a vocabulary of just its own tokens.
 

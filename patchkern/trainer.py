@@ -192,7 +192,7 @@ class LayoutCollator:
         if self.supervise_history:
             layout = layout.supervise_literals()
         # Trainer counts the supervised tokens of accumulated batches from their labels.
-        return {"layout": layout}
+        return {"layout": layout, "labels": layout.logit_labels}
 
 
 # ------------------------------------------------------------------ the trainer

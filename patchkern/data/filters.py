@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters: each takes `Interactions` and returns the smaller ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from patchkern.data.interactions import Interactions, positions_of
+
+
+def rating_above(interactions: Interactions, threshold: float) -> Interactions:
+    """Interactions rated strictly above ``threshold``; the catalogue stays whole.
+
+    Raises:
+        ValueError: a data set without ratings.
+    """
+    if interactions.ratings is None:
+        raise ValueError(f"interactions: expected ratings to filter by, got none in {interactions.name!r}")
+    return interactions.keep(interactions.ratings > threshold)
+
+
+def min_interactions(interactions: Interactions, count: int) -> Interactions:
+    """Users with at least ``count`` interactions; the catalogue stays whole."""
+    lengths = interactions.histories.lengths
+    return interactions.keep(np.repeat(lengths >= count, lengths))
+
+
+def k_core(interactions: Interactions, k: int, *, item_k: int | None = None) -> Interactions:
+    """The largest part in which every user has at least ``k`` interactions and every item at least ``item_k`` (``k``).
+
+    Removing users can push an item below its threshold and the other way round, so it repeats until nothing falls.
+    The catalogue loses the items that go.
+    """
+    item_k = k if item_k is None else item_k
+    user, item = interactions.user_index, positions_of(interactions.item_ids, interactions.histories.items)
+    chosen = np.ones(interactions.num_interactions, bool)
+    while True:
+        per_user = np.bincount(user[chosen], minlength=interactions.num_users)
+        per_item = np.bincount(item[chosen], minlength=interactions.num_items)
+        smaller = chosen & (per_user[user] >= k) & (per_item[item] >= item_k)
+        if smaller.sum() == chosen.sum():
+            break
+        chosen = smaller
+    return _with_catalog(interactions.keep(chosen), per_item >= max(item_k, 1))
+
+
+def most_frequent_items(interactions: Interactions, count: int) -> Interactions:
+    """The ``count`` items with the most interactions (ties: catalogue order) and the interactions with them."""
+    item = positions_of(interactions.item_ids, interactions.histories.items)
+    frequency = np.bincount(item, minlength=interactions.num_items)
+    kept = np.zeros(interactions.num_items, bool)
+    kept[np.argsort(-frequency, kind="stable")[:count]] = True
+    return _with_catalog(interactions.keep(kept[item]), kept)
+
+
+def latest(interactions: Interactions, max_items: int) -> Interactions:
+    """Every history cut to its latest ``max_items`` interactions; the catalogue stays whole."""
+    first = interactions.histories.lengths - max_items
+    return interactions.keep(interactions.positions >= first[interactions.user_index])
+
+
+def _with_catalog(interactions: Interactions, kept: np.ndarray) -> Interactions:
+    titles = {item: title for (item, title), keep in zip(interactions.titles.items(), kept, strict=True) if keep}
+    return replace(interactions, titles=titles)

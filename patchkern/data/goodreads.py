@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Goodreads as the UCSD Book Graph ships it: JSON lines of interactions and of books, plain or gzip, streamed."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchkern.data._files import logger, malformed, one_file, read_lines
+from patchkern.data.interactions import Interactions
+
+SYSTEM = "You recommend books."
+INSTRUCTION = (
+    "A user has read [HISTORY_SEQUENCE]. Name one book for this user to read next: its title only, no explanation."
+)
+INTERACTIONS_FILES = ("goodreads_interactions*.json", "goodreads_interactions*.json.gz")
+BOOKS_FILES = ("goodreads_books*.json", "goodreads_books*.json.gz")
+
+_DATE = re.compile(r"\w{3} (\w{3}) (\d\d) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d) (\d{4})")
+_MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_MONTHS = {name: month for month, name in enumerate(_MONTH_NAMES, 1)}
+
+
+def read_goodreads(
+    path: str | PathLike[str],
+    books: str | PathLike[str] | None = None,
+    *,
+    rating_above: float | None = None,
+    time_field: str = "date_added",
+    title_field: str = "title",
+) -> Interactions:
+    """Read interactions and the titles of the books in them.
+
+    Both files are streamed: memory holds some 24 bytes per kept interaction, the user ids and the titles of the books
+    that occur. Book ids become integers. Interactions whose time is empty, and those with a book that has no title, are
+    left out; how many is logged.
+
+    Args:
+        path: a folder with one ``goodreads_interactions*.json[.gz]`` and one ``goodreads_books*.json[.gz]``, or the
+            file of interactions.
+        books: the file of books; None: the one beside the interactions.
+        rating_above: keep only interactions rated strictly above it (0 is "not rated"), while streaming.
+        time_field: ``date_added``, ``date_updated``, ``read_at`` or ``started_at``.
+        title_field: ``title``, or ``title_without_series``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a malformed line, with its file and number; several files that match.
+    """
+    interactions_file, books_file = _files(Path(path), books)
+    user_index: dict[str, int] = {}
+    users, items, times, ratings = array("q"), array("q"), array("q"), array("d")
+    undated = 0
+    for number, record in _records(interactions_file):
+        try:
+            user, time = str(record["user_id"]), record[time_field]
+            item, rating = int(record["book_id"]), float(record["rating"])
+        except (KeyError, TypeError, ValueError) as error:
+            expected = f"an object with user_id, integer book_id, rating and {time_field}"
+            malformed(interactions_file, number, expected, f"{type(error).__name__}: {error}")
+        if rating_above is not None and not rating > rating_above:
+            continue
+        if not time:
+            undated += 1
+            continue
+        users.append(user_index.setdefault(user, len(user_index)))
+        items.append(item)
+        times.append(_seconds(interactions_file, number, time))
+        ratings.append(rating)
+
+    taken = set(items)
+    titles: dict[int, str] = {}
+    for number, record in _records(books_file):
+        try:
+            book, title = int(record["book_id"]), str(record[title_field])
+        except (KeyError, TypeError, ValueError) as error:
+            expected = f"an object with integer book_id and {title_field}"
+            malformed(books_file, number, expected, f"{type(error).__name__}: {error}")
+        if book in taken and title.strip():
+            titles[book] = title.strip()
+
+    item_ids = np.frombuffer(items, np.int64) if items else np.zeros(0, np.int64)
+    titled = np.isin(item_ids, np.fromiter(titles, np.int64, len(titles)))
+    if undated or not titled.all():
+        logger.warning(
+            "%s: %d interactions without %s and %d with a book without title left out",
+            interactions_file, undated, time_field, int((~titled).sum()),
+        )  # fmt: skip
+    names = np.array(list(user_index), str)
+    return Interactions.from_columns(
+        names[np.array(users, np.int64)[titled]] if names.size else np.zeros(0, np.int64),
+        item_ids[titled],
+        np.array(times, np.int64)[titled],
+        titles,
+        np.array(ratings, np.float64)[titled],
+        name=interactions_file.name.partition(".")[0],
+        system=SYSTEM,
+        instruction=INSTRUCTION,
+    )
+
+
+def _files(path: Path, books: str | PathLike[str] | None) -> tuple[Path, Path]:
+    interactions_file = path if path.is_file() else one_file(path, INTERACTIONS_FILES)
+    if interactions_file is None:
+        raise FileNotFoundError(f"{path}: expected a file like {' or '.join(INTERACTIONS_FILES)}, found none")
+    books_file = Path(books) if books is not None else one_file(interactions_file.parent, BOOKS_FILES)
+    if books_file is None or not books_file.is_file():
+        where = books_file or interactions_file.parent
+        raise FileNotFoundError(f"{where}: expected the books, a file like {' or '.join(BOOKS_FILES)}, found none")
+    return interactions_file, books_file
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in read_lines(path):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict):
+            malformed(path, number, "one JSON object", line)
+        yield number, record
+
+
+def _seconds(path: Path, line: int, text: Any) -> int:
+    """Seconds since 1970 of "Sun Jul 30 07:44:10 -0700 2017", whatever the machine's language (unlike strptime)."""
+    match = _DATE.fullmatch(text) if isinstance(text, str) else None
+    try:
+        if match is None:
+            raise ValueError
+        month, day, hour, minute, second, sign, zone_hours, zone_minutes, year = match.groups()
+        zone = timedelta(hours=int(zone_hours), minutes=int(zone_minutes)) * (-1 if sign == "-" else 1)
+        moment = datetime(
+            int(year), _MONTHS[month], int(day), int(hour), int(minute), int(second), tzinfo=timezone(zone)
+        )
+    except (ValueError, KeyError):
+        malformed(path, line, "a date like 'Sun Jul 30 07:44:10 -0700 2017'", str(text))
+    return int(moment.timestamp())

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interactions: who took which item when, as flat arrays, with titles and the split of the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from patchkern.histories import Histories
+
+SPLITS = ("train", "val", "test")
+MIN_HISTORY = 3
+
+
+class Samples(NamedTuple):
+    """Prediction tasks: the target of sample ``s`` is the item of ``users[s]`` at ``positions[s]``.
+
+    Attributes:
+        users: ``(S,)`` int64, indices of users (not their ids).
+        positions: ``(S,)`` int64, positions in the users' histories.
+    """
+
+    users: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """A data set in columnar form. Immutable: its arrays are read-only, every change makes a new one.
+
+    Args:
+        user_ids: ``(U,)`` distinct ids, integers or strings.
+        histories: one history per user, oldest first; its items are keys of ``titles``.
+        titles: ``{item id: title}`` of the whole catalogue, in catalogue order.
+        ratings: ``(N,)`` float, one per interaction, or None.
+        ranges: ``{split: (U, 2) int64}``; the targets of user ``u`` in a split are the positions
+            ``ranges[split][u, 0] <= position < ranges[split][u, 1]``. Splits never overlap.
+        name: what reports call the data set.
+        system, instruction: prompt texts that fit the data, or None; the instruction holds ``[HISTORY_SEQUENCE]``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: arrays that do not fit each other, an item without title, unordered timestamps, overlapping splits.
+    """
+
+    user_ids: NDArray[Any]
+    histories: Histories
+    titles: Mapping[Any, str]
+    ratings: NDArray[np.float64] | None = None
+    ranges: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    name: str = "interactions"
+    system: str | None = None
+    instruction: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.histories, Histories):
+            raise TypeError(f"histories: expected Histories, got {type(self.histories).__name__}")
+        if not isinstance(self.titles, Mapping):
+            raise TypeError(f"titles: expected a mapping of item id to title, got {type(self.titles).__name__}")
+        _check_titles(self.titles)
+        _check_items(self.histories.items, self.titles)
+        _check_times(self.histories)
+        user_ids = np.asarray(self.user_ids)
+        if user_ids.shape != (len(self.histories),):
+            raise ValueError(f"user_ids: expected one per history ({len(self.histories)}), got shape {user_ids.shape}")
+        if np.unique(user_ids).size != user_ids.size:
+            raise ValueError("user_ids: expected distinct ids, got one twice")
+        ratings = self.ratings
+        if ratings is not None:
+            ratings = np.asarray(ratings, np.float64)
+            if ratings.shape != self.histories.items.shape:
+                raise ValueError(
+                    f"ratings: expected one per interaction ({self.histories.items.size}), got shape {ratings.shape}"
+                )
+        ranges = {split: _as_range(split, bounds, self.histories.lengths) for split, bounds in self.ranges.items()}
+        _check_disjoint(ranges)
+        if self.instruction is not None and "[HISTORY_SEQUENCE]" not in self.instruction:
+            raise ValueError(f"instruction: expected a text that holds [HISTORY_SEQUENCE], got {self.instruction!r}")
+        own = {
+            "user_ids": _read_only(user_ids),
+            "histories": _read_only_histories(self.histories),
+            "titles": MappingProxyType(dict(self.titles)),
+            "ratings": None if ratings is None else _read_only(ratings),
+            "ranges": MappingProxyType({split: _read_only(bounds) for split, bounds in ranges.items()}),
+        }
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_columns(
+        cls,
+        users: ArrayLike,
+        items: ArrayLike,
+        timestamps: ArrayLike | None,
+        titles: Mapping[Any, str],
+        ratings: ArrayLike | None = None,
+        **about: Any,
+    ) -> Interactions:
+        """Build from one row per interaction, in any order.
+
+        Users are sorted by id, each history by time; interactions of one instant keep the order they came in.
+
+        Args:
+            users, items: ``(N,)`` ids.
+            timestamps: ``(N,)`` seconds, or None: rows are then taken to be in order.
+            titles: as for the class; ``about`` takes its other fields.
+            ratings: ``(N,)`` or None.
+        """
+        user_ids, user_index = np.unique(np.asarray(users), return_inverse=True)
+        times = None if timestamps is None else np.asarray(timestamps)
+        order = np.argsort(user_index, kind="stable") if times is None else np.lexsort((times, user_index))
+        offsets = np.zeros(user_ids.size + 1, np.int64)
+        np.cumsum(np.bincount(user_index, minlength=user_ids.size), out=offsets[1:])
+        histories = Histories(np.asarray(items)[order], offsets, None if times is None else times[order])
+        return cls(
+            user_ids, histories, titles, None if ratings is None else np.asarray(ratings, np.float64)[order], **about
+        )
+
+    def __repr__(self) -> str:
+        splits = ", ".join(self.ranges) or "none"
+        return (
+            f"Interactions({self.name!r}: {self.num_users:,} users, {self.num_items:,} items, "
+            f"{self.num_interactions:,} interactions, splits: {splits})"
+        )
+
+    @property
+    def num_users(self) -> int:
+        return len(self.histories)
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue, taken by somebody or not."""
+        return len(self.titles)
+
+    @property
+    def num_interactions(self) -> int:
+        return int(self.histories.items.size)
+
+    @property
+    def item_ids(self) -> NDArray[Any]:
+        """``(num_items,)`` the catalogue's ids, in its order."""
+        return np.asarray(list(self.titles)) if self.titles else np.zeros(0, np.int64)
+
+    @property
+    def user_index(self) -> NDArray[np.int64]:
+        """``(N,)`` int64, the user of each interaction."""
+        return np.repeat(np.arange(self.num_users), self.histories.lengths)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """``(N,)`` int64, the position of each interaction in its history."""
+        return np.arange(self.num_interactions) - np.repeat(self.histories.offsets[:-1], self.histories.lengths)
+
+    @property
+    def splits(self) -> dict[str, Samples]:
+        """The samples of every split."""
+        return {split: self.samples(split) for split in self.ranges}
+
+    def in_split(self, split: str) -> NDArray[np.bool_]:
+        """``(N,)`` bool: is this interaction one of the split's, as a target or as one of a user's first items?"""
+        begin, end = self._range(split)[self.user_index].T
+        return (self.positions >= begin) & (self.positions < end)
+
+    def samples(self, split: str, min_history: int = MIN_HISTORY) -> Samples:
+        """The prediction tasks of a split: its interactions with at least ``min_history`` others before them.
+
+        Raises:
+            ValueError: an unknown split, or a negative ``min_history``.
+        """
+        if min_history < 0:
+            raise ValueError(f"min_history: expected 0 or more, got {min_history}")
+        chosen = self.in_split(split) & (self.positions >= min_history)
+        return Samples(self.user_index[chosen], self.positions[chosen])
+
+    def before(self, samples: Samples, max_items: int | None = None) -> Histories:
+        """What each sample may look at: the items before its target, cut to the latest ``max_items``."""
+        return self.histories.before(samples.users, samples.positions, max_items)
+
+    def targets(self, samples: Samples) -> NDArray[Any]:
+        """``(S,)`` ids of the items to predict."""
+        return self.histories.at(samples.users, samples.positions)
+
+    def keep(self, chosen: NDArray[np.bool_]) -> Interactions:
+        """The interactions where ``chosen`` ``(N,)`` is true; users left without any go. Splits and titles stay."""
+        if chosen.shape != (self.num_interactions,) or chosen.dtype != np.bool_:
+            raise ValueError(f"chosen: expected {self.num_interactions} booleans, got {chosen.dtype} {chosen.shape}")
+        kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)])
+        offsets = kept_before[self.histories.offsets]
+        users = np.diff(offsets) > 0
+        starts = self.histories.offsets[:-1, None]
+        ranges = {
+            split: (kept_before[starts + bounds] - offsets[:-1, None])[users] for split, bounds in self.ranges.items()
+        }
+        times = self.histories.timestamps
+        histories = Histories(
+            self.histories.items[chosen],
+            np.concatenate([offsets[:1], offsets[1:][users]]),
+            None if times is None else times[chosen],
+        )
+        ratings = None if self.ratings is None else self.ratings[chosen]
+        return replace(self, user_ids=self.user_ids[users], histories=histories, ratings=ratings, ranges=ranges)
+
+    def _range(self, split: str) -> NDArray[np.int64]:
+        if split not in self.ranges:
+            known = ", ".join(self.ranges) or "none: apply temporal_split or leave_one_out first"
+            raise ValueError(f"split: expected one of the data set's splits ({known}), got {split!r}")
+        return self.ranges[split]
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _read_only_histories(histories: Histories) -> Histories:
+    times = histories.timestamps
+    return Histories(
+        _read_only(histories.items), _read_only(histories.offsets), None if times is None else _read_only(times)
+    )
+
+
+def positions_of(item_ids: NDArray[Any], items: NDArray[Any]) -> NDArray[np.int64]:
+    """``(N,)`` catalogue positions of ``items``, all of which ``item_ids`` holds."""
+    order = np.argsort(item_ids, kind="stable")
+    return order[np.searchsorted(item_ids, items, sorter=order)] if items.size else np.zeros(0, np.int64)
+
+
+def _check_titles(titles: Mapping[Any, str]) -> None:
+    kinds = {int if isinstance(item, np.integer) else type(item) for item in titles}
+    if len(kinds) > 1 or not kinds <= {int, str}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"titles: expected keys that are all integers or all strings, got {names}")
+    for item, title in titles.items():
+        if not isinstance(title, str):
+            raise TypeError(f"titles[{item!r}]: expected a string, got {type(title).__name__}")
+        if not title.strip():
+            raise ValueError(f"titles[{item!r}]: expected a title, got {title!r}")
+
+
+def _check_items(items: NDArray[Any], titles: Mapping[Any, str]) -> None:
+    for item in np.unique(items).tolist():
+        if item not in titles:
+            raise ValueError(f"histories: expected items with a title, got {item!r} without one")
+
+
+def _check_times(histories: Histories) -> None:
+    if histories.timestamps is None or histories.items.size == 0:
+        return
+    falls = np.diff(histories.timestamps) < 0
+    borders = histories.offsets[1:-1]
+    falls[borders[(borders > 0) & (borders < histories.items.size)] - 1] = False
+    if falls.any():
+        user = int(np.searchsorted(histories.offsets, np.flatnonzero(falls)[0], side="right")) - 1
+        raise ValueError(f"histories: expected oldest first, got falling timestamps in history {user}")
+
+
+def _as_range(split: str, bounds: ArrayLike, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    array = np.array(bounds, np.int64)
+    if array.shape != (lengths.size, 2):
+        raise ValueError(f"ranges[{split!r}]: expected shape {(lengths.size, 2)}, got {array.shape}")
+    wrong = np.flatnonzero((array[:, 0] < 0) | (array[:, 0] > array[:, 1]) | (array[:, 1] > lengths))
+    if wrong.size:
+        user = int(wrong[0])
+        raise ValueError(
+            f"ranges[{split!r}][{user}]: expected 0 <= begin <= end <= {lengths[user]}, got {array[user].tolist()}"
+        )
+    return array
+
+
+def _check_disjoint(ranges: Mapping[str, NDArray[np.int64]]) -> None:
+    names: Sequence[str] = list(ranges)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            begin = np.maximum(ranges[one][:, 0], ranges[other][:, 0])
+            end = np.minimum(ranges[one][:, 1], ranges[other][:, 1])
+            wrong = np.flatnonzero(begin < end)
+            if wrong.size:
+                raise ValueError(
+                    f"ranges: expected disjoint splits, got {one!r} and {other!r} overlap for user {wrong[0]}"
+                )

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Yardsticks: recommenders without a model, which a model has to beat before it is useful.
+
+Both are fitted on the training interactions alone and look at no more of a user than a model does: "unseen" leaves out
+the items among the latest ``max_items`` before the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from patchkern.data.interactions import Interactions, Samples, positions_of
+
+_SCORES_AT_ONCE = 1 << 22
+
+
+class Ranking(NamedTuple):
+    """Recommendations for many samples, best first.
+
+    Attributes:
+        items: ``(S, k)`` item ids.
+        scores: ``(S, k)`` float64, falling; -inf where fewer than k items were left to recommend.
+    """
+
+    items: NDArray[Any]
+    scores: NDArray[np.float64]
+
+    def as_lists(self) -> list[list[tuple[Any, float]]]:
+        """The form of `PatchedCausalLM.recommend`: per sample, ``[(item id, score), ...]``."""
+        rows = zip(self.items.tolist(), self.scores.tolist(), strict=True)
+        return [[pair for pair in zip(*row, strict=True) if pair[1] > -np.inf] for row in rows]
+
+    def hit_rate(self, targets: ArrayLike, k: int) -> float:
+        """The share of samples whose target is among the first ``k``."""
+        hits = (self.items == np.asarray(targets)[:, None]) & (self.scores > -np.inf)
+        return float(hits[:, :k].any(axis=1).mean()) if len(hits) else 0.0
+
+
+def most_popular(
+    interactions: Interactions, samples: Samples, k: int = 20, *, unseen: bool = False, max_items: int | None = 100
+) -> Ranking:
+    """Everybody gets the items with the most training interactions (ties: the one that occurs first in the data).
+
+    Args:
+        k: how many to recommend.
+        unseen: leave out what is among the latest ``max_items`` (None: all) items before the target.
+
+    Raises:
+        ValueError: k outside 1..number of items, or a data set without training split.
+    """
+    item_ids, count = _by_popularity(interactions, k)
+
+    def score(part: Samples) -> NDArray[np.float64]:
+        return np.tile(count.astype(np.float64), (part.users.size, 1))
+
+    return _rank(interactions, samples, item_ids, score, k, unseen, max_items)
+
+
+def transitions(
+    interactions: Interactions,
+    samples: Samples,
+    k: int = 20,
+    *,
+    recent: int = 10,
+    unseen: bool = True,
+    max_items: int | None = 100,
+) -> Ranking:
+    """Items that, in training, came soon after the user's latest ``recent`` items.
+
+    ``count[a, b]`` is how often b came after a, within ``recent`` steps, in a training history; with ``popularity`` the
+    training interactions of an item and ``h[j]`` the j-th latest item of the user (j = 1, 2, ...),
+
+        score[b] = sum over j <= recent of  count[h[j], b] / sqrt(popularity[h[j]] * popularity[b]) / j
+
+    Ties: the more popular item first.
+
+    Args:
+        k: how many to recommend.
+        recent: how far back to look, when counting and when recommending.
+        unseen: leave out what is among the latest ``max_items`` (None: all) items before the target.
+
+    Raises:
+        ValueError: k outside 1..number of items, ``recent`` below 1, or a data set without training split.
+    """
+    if recent < 1:
+        raise ValueError(f"recent: expected 1 or more, got {recent}")
+    item_ids, count = _by_popularity(interactions, k)
+    follows = _Follows(interactions, item_ids, count, recent)
+
+    def score(part: Samples) -> NDArray[np.float64]:
+        history = interactions.before(part, recent)
+        return follows.score(positions_of(item_ids, history.items), history.offsets)
+
+    return _rank(interactions, samples, item_ids, score, k, unseen, max_items)
+
+
+class _Follows:
+    """Which item follows which, a sparse matrix: row a is ``columns[offsets[a]:offsets[a + 1]]`` with their weights."""
+
+    def __init__(
+        self, interactions: Interactions, item_ids: NDArray[Any], count: NDArray[np.int64], recent: int
+    ) -> None:
+        training = interactions.in_split("train")
+        users = interactions.user_index[training]
+        items = positions_of(item_ids, interactions.histories.items[training])
+        self.num_items = item_ids.size
+        pairs = [
+            (items[:-lag] * self.num_items + items[lag:])[users[:-lag] == users[lag:]]
+            for lag in range(1, min(recent, max(items.size - 1, 0)) + 1)
+        ]
+        pair, times = np.unique(np.concatenate(pairs) if pairs else np.zeros(0, np.int64), return_counts=True)
+        before, self.columns = np.divmod(pair, self.num_items)
+        self.weights = times / np.sqrt(count[before] * count[self.columns])
+        self.offsets = np.searchsorted(before, np.arange(self.num_items + 1))
+
+    def score(self, items: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """``(S, num_items)`` scores for ragged latest items, oldest first."""
+        lengths = np.diff(offsets)
+        sample = np.repeat(np.arange(lengths.size), lengths)
+        age = np.repeat(offsets[1:], lengths) - np.arange(items.size)
+        followers = self.offsets[items + 1] - self.offsets[items]
+        skipped = np.cumsum(followers) - followers
+        at = np.arange(int(followers.sum())) + np.repeat(self.offsets[items] - skipped, followers)
+        cell = np.repeat(sample * self.num_items, followers) + self.columns[at]
+        weight = self.weights[at] / np.repeat(age, followers)
+        table = np.bincount(cell, weight, lengths.size * self.num_items).astype(np.float64, copy=False)
+        return table.reshape(lengths.size, self.num_items)
+
+
+def _by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Item ids and their training interactions, most popular first."""
+    item_ids = interactions.item_ids
+    if not 1 <= k <= item_ids.size:
+        raise ValueError(f"k: expected 1..{item_ids.size} (items of the catalogue), got {k}")
+    at = np.flatnonzero(interactions.in_split("train"))
+    items = positions_of(item_ids, interactions.histories.items[at])
+    count = np.bincount(items, minlength=item_ids.size)
+    first = np.full(item_ids.size, interactions.num_interactions)
+    np.minimum.at(first, items, at)
+    order = np.lexsort((first, -count))
+    return item_ids[order], count[order]
+
+
+def _rank(
+    interactions: Interactions,
+    samples: Samples,
+    item_ids: NDArray[Any],
+    score: Callable[[Samples], NDArray[np.float64]],
+    k: int,
+    unseen: bool,
+    max_items: int | None,
+) -> Ranking:
+    """The k best by ``score`` (samples -> (S, items)); equal scores stay in the order of ``item_ids``."""
+    best = np.zeros((samples.users.size, k), np.int64)
+    scores = np.zeros((samples.users.size, k))
+    step = max(_SCORES_AT_ONCE // item_ids.size, 1)
+    for begin in range(0, samples.users.size, step):
+        part = Samples(samples.users[begin : begin + step], samples.positions[begin : begin + step])
+        table = score(part)
+        if unseen:
+            seen = interactions.before(part, max_items)
+            table[np.repeat(np.arange(len(seen)), seen.lengths), positions_of(item_ids, seen.items)] = -np.inf
+        top = np.argsort(-table, axis=1, kind="stable")[:, :k]
+        best[begin : begin + step] = top
+        scores[begin : begin + step] = np.take_along_axis(table, top, axis=1)
+    return Ranking(item_ids[best], scores)

@@ -68,12 +68,14 @@ gpu: $(BUILT) ## run the tests that need a CUDA device
 	then $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS); \
 	else echo 'gpu: nothing was run, torch sees no CUDA device on this machine'; fi
 
+# The package is built a second time, beside the first, and found first; nothing in .venv changes.
 SANITIZE := build/sanitize
+SANITIZED_TESTS := tests/test_native.py tests/test_fuzz.py
 sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(BUILT) ## run the native and the fuzz tests under ASan and UBSan
 	$(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	$(BIN)/pytest -o pythonpath=$(SANITIZE)/lib tests/test_native.py tests/test_fuzz.py $(PYTEST_ARGS)
+	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist patchkern.egg-info patchkern/_native.* patchkern/_build_info.json $(BUILT)

@@ -92,7 +92,8 @@ class BuildNative(build_ext):
         if cxx:
             cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
             # An editable install gets a new temporary folder each time; a fixed one keeps its builds incremental.
-            folder = Path("build", f"native-{sysconfig.get_config_var('SOABI')}" if self.inplace else self.build_temp)
+            fixed = Path("build", f"native-{sysconfig.get_config_var('SOABI')}")
+            folder = fixed if self.inplace else Path(self.build_temp)
             write_ninja(folder, library, cxx, cxxflags)
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
             shutil.copy2(folder / library, target / f"{library}.tmp")

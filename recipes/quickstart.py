@@ -36,12 +36,12 @@ KS = (10, 20)
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: the stage it goes on from, how histories are compressed, passes over the samples."""
+    """One training run: the stage it goes on from, how histories are compressed, how many samples."""
 
     name: str
     after: str | None
     policy: pk.Policy
-    passes: float
+    samples: int
     learning_rate: float
     pretrain: bool = False
 
@@ -74,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"model: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens, {catalog.lengths.mean():.2f} a title")
 
-    test = data.samples("test")
-    if args.limit:
-        test = Samples(test.users[: args.limit], test.positions[: args.limit])
+    test = spread(data.samples("test"), args.limit)
     results = yardsticks(data, catalog, test)
     recommended: dict[str, list[list[tuple[Any, float]]]] = {}
     trained: dict[str, dict[str, torch.Tensor]] = {}
@@ -110,17 +108,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument(
         "--data", default="synthetic", help='"synthetic" or a folder that patchkern.data.open_dataset reads'
     )
-    data.add_argument("--limit", type=int, help="evaluate on the first so many test samples only")
+    data.add_argument("--limit", type=int, help="evaluate on so many of the test samples only")
     data.add_argument("--examples", type=int, default=3, help="users whose recommendations are printed")
     model = parser.add_argument_group("model and training")
     model.add_argument("--vocab_size", type=int, default=4096)
     model.add_argument("--max_items", type=int, default=30, help="items of a history that the model sees")
     model.add_argument("--keep_text", type=int, default=5, help="latest items kept as text beside item patches")
     model.add_argument("--group_size", type=int, default=5, help="items per session patch")
-    model.add_argument("--stride", type=int, default=8, help="one training sample for every so many interactions")
-    model.add_argument(
-        "--passes", type=float, default=8.0, help="passes over the samples, text stage; others in proportion"
-    )
+    model.add_argument("--samples", type=int, default=24_000, help="of the text stage; the others take a quarter")
     model.add_argument("--learning_rate", type=float, default=3e-3)
     model.add_argument("--batch_size", type=int, default=32)
     model.add_argument("--seed", type=int, default=0)
@@ -136,25 +131,29 @@ def plan(args: argparse.Namespace) -> list[Stage]:
     text = pk.TextOnly(args.max_items)
     items = pk.ItemPatches(args.keep_text, args.max_items)
     sessions = pk.SessionPatches(args.group_size, args.max_items)
-    rate, passes = args.learning_rate, args.passes
+    rate, samples = args.learning_rate, args.samples
     return [
-        Stage("text", None, text, passes, rate),
-        Stage("patch pre-training", "text", items, passes / 4, rate / 3, pretrain=True),
-        Stage("item patches", "patch pre-training", items, passes / 4, rate / 3),
-        Stage("session patches", "patch pre-training", sessions, passes / 4, rate / 3),
+        Stage("text", None, text, samples, rate),
+        Stage("patch pre-training", "text", items, samples // 4, rate / 3, pretrain=True),
+        Stage("item patches", "patch pre-training", items, samples // 4, rate / 3),
+        Stage("session patches", "patch pre-training", sessions, samples // 4, rate / 3),
     ]
+
+
+def spread(samples: Samples, limit: int | None) -> Samples:
+    """At most ``limit`` of the samples, evenly spread over users and time."""
+    size = samples.users.size
+    chosen = np.linspace(0, size - 1, min(limit or size, size)).astype(np.int64)
+    return Samples(samples.users[chosen], samples.positions[chosen])
 
 
 def train(
     model: pk.PatchedCausalLM, data: Interactions, stage: Stage, args: argparse.Namespace, folder: Path
 ) -> tuple[float, int]:
     """Run one stage; returns its seconds and how many samples it took."""
-    users, positions = data.samples("train")
-    # Text in the history is supervised too, so neighbouring positions teach nearly the same.
-    chosen = np.sort(np.random.default_rng(args.seed).permutation(users.size)[: max(1, users.size // args.stride)])
     arguments = TrainingArguments(
         output_dir=str(folder / "training"),
-        num_train_epochs=stage.passes,
+        max_steps=max(1, stage.samples // args.batch_size),
         per_device_train_batch_size=args.batch_size,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
@@ -171,7 +170,7 @@ def train(
         model,
         arguments,
         data.histories,
-        (users[chosen], positions[chosen]),
+        data.samples("train"),
         stage.policy,
         pretrain=stage.pretrain,
         supervise_history=True,
@@ -238,16 +237,16 @@ def number(value: float | None, digits: int) -> str:
 
 
 def example(
-    data: Interactions, test: Samples, recommended: dict[str, list[list[tuple[Any, float]]]], user: int
+    data: Interactions, test: Samples, recommended: dict[str, list[list[tuple[Any, float]]]], sample: int
 ) -> list[str]:
-    """What one user took, what came next, and what each model would have said."""
-    history = data.before(Samples(test.users[user : user + 1], test.positions[user : user + 1]))[0]
-    target = data.targets(test)[user]
-    lines = [f"### User {data.user_ids[test.users[user]]}", ""]
+    """What the user of one sample took, what came next, and what each model would have said."""
+    history = data.before(Samples(test.users[[sample]], test.positions[[sample]]))[0]
+    target = data.targets(test)[sample]
+    lines = [f"### User {data.user_ids[test.users[sample]]}", ""]
     lines += ["- latest: " + ", ".join(data.titles[item] for item in history[-6:].tolist())]
     lines += [f"- then took: {data.titles[target]}"]
     for name, lists in recommended.items():
-        shown = [f"**{data.titles[item]}**" if item == target else data.titles[item] for item, _ in lists[user][:6]]
+        shown = [f"**{data.titles[item]}**" if item == target else data.titles[item] for item, _ in lists[sample][:6]]
         lines += [f"- {name}: " + ", ".join(shown)]
     return [*lines, ""]
 

@@ -177,7 +177,9 @@ def _batches(
     batch_size: int,
 ) -> Iterator[tuple[NDArray[np.int64], PatchLayout]]:
     """Users of about equal length and their prompts; the longest first, so that what is too large fails early."""
-    waiting = np.argsort(-histories.latest(policy.max_items).lengths, kind="stable")
+    kept = histories.latest(policy.max_items)
+    model.catalog.index_of(kept.items, "histories")
+    waiting = np.argsort(-kept.lengths, kind="stable")
     while waiting.size:
         users = waiting[:batch_size]
         layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
@@ -270,7 +272,7 @@ class _Prompts:
                 f"model: search needs {attention.NAME} attention in all {n_layers} layers of "
                 f"{type(self._model).__name__}, got it in {self._cache.num_layers}"
             )
-        self.logits = _checked(output.logits[0])
+        self.logits = _wide(output.logits[0])
         """``(B, V)``, what follows each prompt; float32 or float64."""
 
     def step(self, parent: Tensor, user: Tensor, token: Tensor) -> Tensor:
@@ -289,14 +291,11 @@ class _Prompts:
             span_cache=self._cache,
         )
         self._position = self._position + 1
-        return _checked(output.logits[:, -1])
+        return _wide(output.logits[:, -1])
 
 
-def _checked(logits: Tensor) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if bool(logits.isnan().any()):
-        raise ValueError("model: expected finite logits, got NaN")
-    return logits
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------ the searches
@@ -331,8 +330,10 @@ def _expand(logits: Tensor, row: Tensor, user: Tensor, node: Tensor, trie: Trie,
     begin, own_end, end = (running[user, rank[child]] for rank in (trie.begin, trie.own_end, trie.end))
     reached = end > begin
     parent, user, child, ends, goes_on = (x[reached] for x in (parent, user, child, own_end > begin, end > own_end))
-    row = row[parent]
-    log_prob = logits[row, trie.tokens[child]] - logits.logsumexp(dim=-1)[row]
+    row, total = row[parent], logits.logsumexp(dim=-1)
+    if not bool(total.isfinite().all()):
+        raise ValueError("model: expected finite logits, got NaN or infinity")
+    log_prob = logits[row, trie.tokens[child]] - total[row]
     return _Choices(parent, user, child, log_prob, ends, goes_on)
 
 

@@ -392,12 +392,34 @@ def test_model_is_left_as_it_was(fails: bool, monkeypatch: pytest.MonkeyPatch) -
     if fails:
         with torch.no_grad():
             model.hf_model.lm_head.weight.fill_(float("nan"))
-        with pytest.raises(ValueError, match="model: expected finite logits, got NaN"):
+        with pytest.raises(ValueError, match="model: expected finite logits, got NaN or infinity"):
             model.recommend(histories, POLICIES["text"], 3, 3)
     else:
         assert model.recommend(histories, POLICIES["text"], 3, 3) == other.recommend(histories, POLICIES["text"], 3, 3)
     assert [module.training for module in model.modules()] == states
     assert model.config._attn_implementation == "sdpa" and torch.is_grad_enabled()
+
+
+def test_adapters_take_part() -> None:
+    """LoRA on the attention and on the embedding, both away from zero: prompt rows and hypotheses go through it."""
+    peft = pytest.importorskip("peft")
+    titles = make_titles(9)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(HF_MODELS["llama"]), config).double().eval()
+    plain = copy.deepcopy(adapted)
+    model = pk.PatchedCausalLM(adapted, make_catalog(titles), PROMPT)
+    history = list(titles)[:4]
+    got = dict(model.recommend([history], POLICIES["text"], 9, 9)[0])
+    tokens = [*PROMPT.prefix]
+    for number, item in enumerate(history):
+        tokens += [*(PROMPT.separator if number else ()), *titles[item]]
+    tokens += PROMPT.suffix
+    for item, title in titles.items():
+        response = torch.tensor([*title, *PROMPT.response_end])
+        with torch.no_grad():
+            logits = plain(torch.cat([torch.tensor(tokens), response])[None], use_cache=False).logits[0]
+        expected = logits[len(tokens) - 1 : -1].log_softmax(-1).gather(1, response[:, None]).sum()
+        assert abs(got[item] - float(expected)) < 1e-9
 
 
 def test_policy_of_the_model_is_used() -> None:

@@ -181,9 +181,7 @@ def _id_array(ids: Any, argument: str) -> NDArray[Any]:
     if not isinstance(ids, np.ndarray):
         if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
             raise TypeError(f"{argument}: expected a sequence of item ids, got {type(ids).__name__}")
-        values = list(ids)
-        ids = np.empty(len(values), object)
-        ids[:] = values
+        ids = np.fromiter(ids, object)
     if ids.dtype.kind == "O":
         kinds = {type(item) for item in ids.ravel().tolist()}
         if all(issubclass(kind, (int, np.integer)) and not issubclass(kind, bool) for kind in kinds):

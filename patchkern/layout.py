@@ -236,7 +236,7 @@ def build_layout(
     """
     if not isinstance(catalog, Catalog):
         raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
-    if not isinstance(policy, Policy):
+    if isinstance(policy, type) or not isinstance(policy, Policy):
         raise TypeError(f"policy: expected a policy with max_items and levels, got {type(policy).__name__}")
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
@@ -260,7 +260,10 @@ def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_use
         raise TypeError(f"targets: expected one item id per user, got {type(targets).__name__}")
     if len(targets) != n_users:
         raise ValueError(f"targets: expected one item id per user ({n_users}), got {len(targets)}")
-    return catalog.index_of(np.asarray(targets), "targets")
+    index = catalog.index_of(targets, "targets")
+    if index.ndim != 1:
+        raise ValueError(f"targets: expected one item id per user ({n_users}), got shape {index.shape}")
+    return index
 
 
 def _check_levels(levels: Levels, histories: Histories) -> None:
@@ -300,6 +303,8 @@ def _check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.devic
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
+    if value.layout != torch.strided or value.device.type == "meta":
+        raise ValueError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
     if value.dim() != 1:
         raise ValueError(f"{name}: expected a 1-D tensor, got shape {tuple(value.shape)}")
     if not value.is_contiguous():
@@ -361,6 +366,9 @@ def _check_layout(layout: PatchLayout) -> None:
     empty = torch.nonzero(~literal & (layout.hi <= layout.lo))
     if empty.numel():
         raise ValueError(f"hi[{int(empty[0])}]: expected more than lo for a patch, got {int(layout.hi[empty[0]])}")
+    beyond = torch.nonzero(literal & (layout.hi != 0))
+    if beyond.numel():
+        raise ValueError(f"hi[{int(beyond[0])}]: expected 0 for a literal, got {int(layout.hi[beyond[0]])}")
     seen = [-1 - layout.lo[literal], layout.token_ids]
     largest_token = max((int(tokens.max()) for tokens in seen if tokens.numel()), default=-1)
     if layout.max_token_id != largest_token:
@@ -372,7 +380,7 @@ def _check_layout(layout: PatchLayout) -> None:
     if layout.prefix is not None:
         raise ValueError("prefix: expected None, got spans with a prefix, which no attention here serves yet")
     if layout.transpose is not None:
-        _check_transpose(layout.transpose, rows, layout.lo.device)
+        _check_transpose(layout.transpose, rows, layout.max_token_id, layout.lo.device)
 
 
 def _check_supervision(layout: PatchLayout, rows: int) -> None:
@@ -386,7 +394,7 @@ def _check_supervision(layout: PatchLayout, rows: int) -> None:
     _check_range("logit_rows", layout.logit_rows, 0, rows - 1)
 
 
-def _check_transpose(transpose: Any, rows: int, device: torch.device) -> None:
+def _check_transpose(transpose: Any, rows: int, max_token_id: int, device: torch.device) -> None:
     if not isinstance(transpose, Transpose):
         raise TypeError(f"transpose: expected a Transpose, got {type(transpose).__name__}")
     for field in fields(transpose):
@@ -398,4 +406,4 @@ def _check_transpose(transpose: Any, rows: int, device: torch.device) -> None:
     _check_range("transpose.divisors", transpose.divisors, 1, torch.iinfo(torch.int32).max)
     if bool((torch.diff(transpose.tokens) <= 0).any()):
         raise ValueError("transpose.tokens: expected ascending token ids without repeats")
-    _check_range("transpose.tokens", transpose.tokens[:1], 0, torch.iinfo(torch.int32).max)
+    _check_range("transpose.tokens", transpose.tokens, 0, max_token_id)

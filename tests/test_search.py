@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import patchkern as pk
+from patchkern import scratch
 from patchkern import search as search_module
 from patchkern.metrics import evaluate
 from patchkern.prefix_cache import PrefixCache
@@ -170,6 +172,42 @@ def test_never_fewer_than_k() -> None:
     histories = make_histories(titles, [9, 3])
     for k in (1, 2, 5, 20):
         assert [len(row) for row in model.recommend(histories, POLICIES["text"], k, num_beams=k)] == [k, k]
+
+
+def test_all_titles_of_ml_100k(shared_data: Path) -> None:
+    """Real titles, of which dozens begin another and two dozen are shared; every one of them scored."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    items = parquet.read_table(shared_data / "ml-100k" / "items.parquet").to_pydict()
+    names = dict(zip(items["item"], items["title"], strict=True))
+    tokenizer = scratch.fit_tokenizer(names.values(), 600)
+    catalog = pk.Catalog.from_titles(names, tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.3,
+    )  # fmt: skip
+    plain = LlamaForCausalLM(config).double().eval()
+    prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[0])
+    history, policy = list(names)[:6], pk.ItemPatches(keep_text=2)
+    weight = plain.get_input_embeddings().weight.detach()
+    rows = pk.compress_batch(weight, catalog, [history], policy, prompt).inputs_embeds
+    model = pk.PatchedCausalLM(copy.deepcopy(plain), catalog, prompt)
+
+    table = {}
+    for first in range(0, len(names), 256):
+        titles = [[*catalog.tokens(i).tolist(), 0] for i in range(first, min(first + 256, len(names)))]
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(title) for title in titles], batch_first=True)
+        inputs = torch.cat([rows.expand(len(titles), -1, -1), weight[tokens]], dim=1)
+        with torch.no_grad():
+            steps = plain(inputs_embeds=inputs, use_cache=False).logits[:, len(rows) - 1 : -1].log_softmax(-1)
+        values = steps.gather(2, tokens[..., None])[..., 0]
+        for number, title in enumerate(titles):
+            table[catalog.item_ids[first + number].item()] = float(values[number, : len(title)].sum())
+
+    titles_of = {item: catalog.tokens(number).tolist() for number, item in enumerate(names)}
+    everything = model.recommend([history], policy, k=len(names), num_beams=len(names))[0]
+    assert_ranked(everything, table, titles_of, len(names))
+    unseen = model.recommend([history], policy, k=50, num_beams=len(names), exclude_seen=True)[0]
+    assert_ranked(unseen, table, titles_of, 50, history)
 
 
 def test_single_precision_is_close() -> None:

@@ -26,6 +26,7 @@ _GENRES_PER_USER = 3
 _DRIFT = 0.06  # probability, per item, that another liked genre comes on top
 _LOYALTY = 0.85  # probability that an item is of the genre on top, not of any liked one
 _RETRIES = 20
+_POPULARITY = -1.1  # of the item at rank r, (1 + r) to this power
 _MAX_SERIES = len(_ROMAN)
 _SERIES_SHARE = 0.35
 _DAY = 86_400
@@ -77,7 +78,7 @@ def synthetic(
     random = np.random.default_rng(seed)
     genre, sequel = _series(random, num_items, num_genres)
     titles = _titles(random, genre, sequel)
-    popularity: NDArray[np.float64] = np.power(1.0 + random.permutation(num_items), -0.8)
+    popularity: NDArray[np.float64] = np.power(1.0 + random.permutation(num_items), _POPULARITY)
 
     lengths = random.lognormal(np.log(mean_length) - 0.18, 0.6, num_users).astype(np.int64)
     lengths = np.clip(lengths, min(12, num_items), max(num_items // 2, 1))

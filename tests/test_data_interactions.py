@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interactions, filters and splits: examples by hand, and properties over random data."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchkern import Histories
+from patchkern.data import (
+    Interactions,
+    Samples,
+    k_core,
+    latest,
+    leave_one_out,
+    min_interactions,
+    most_frequent_items,
+    prepare,
+    rating_above,
+    temporal_split,
+)
+
+
+def interactions(rows: list[tuple[int, int, int]], ratings: list[float] | None = None, **about: Any) -> Interactions:
+    """From ``(user, item, time)`` rows, with a title for items 0..9."""
+    table = np.array(rows, np.int64).reshape(-1, 3)
+    titles = {item: f"Title {item}" for item in range(10)}
+    return Interactions.from_columns(table[:, 0], table[:, 1], table[:, 2], titles, ratings, **about)
+
+
+random_rows = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(0, 30)), min_size=0, max_size=120)
+
+
+# ------------------------------------------------------------------ the type
+
+
+def test_from_columns_sorts_by_user_and_time_and_keeps_ties_in_order() -> None:
+    data = interactions([(5, 1, 9), (2, 7, 4), (5, 3, 2), (5, 0, 9), (5, 2, 9), (2, 6, 4)])
+    assert data.user_ids.tolist() == [2, 5]
+    assert [history.tolist() for history in data.histories] == [[7, 6], [3, 1, 0, 2]]
+    assert data.user_index.tolist() == [0, 0, 1, 1, 1, 1]
+    assert data.positions.tolist() == [0, 1, 0, 1, 2, 3]
+    assert (data.num_users, data.num_items, data.num_interactions) == (2, 10, 6)
+    assert "2 users, 10 items, 6 interactions, splits: none" in repr(data)
+
+
+def test_samples_history_and_targets() -> None:
+    data = interactions([(0, item, item) for item in range(6)] + [(1, 9, 0), (1, 8, 100)])
+    data = leave_one_out(data)
+    train, test = data.samples("train"), data.samples("test")
+    assert list(zip(*train, strict=True)) == [(0, 3)]
+    assert data.targets(train).tolist() == [3]
+    assert data.before(train)[0].tolist() == [0, 1, 2]
+    assert data.before(train, max_items=2)[0].tolist() == [1, 2]
+    assert data.targets(test).tolist() == [5]
+    assert list(zip(*data.samples("train", min_history=0), strict=True)) == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 0),
+        (1, 1),
+    ]
+    assert set(data.splits) == {"train", "val", "test"} and isinstance(data.splits["val"], Samples)
+
+
+def test_empty() -> None:
+    data = temporal_split(interactions([]))
+    assert data.num_users == 0 and data.samples("test").users.size == 0
+    assert len(data.before(data.samples("test"))) == 0
+    assert k_core(data, 2).num_items == 0
+    assert leave_one_out(data).samples("train").users.size == 0
+
+
+def test_immutable() -> None:
+    items = np.array([1, 2])
+    data = Interactions(np.array([0]), Histories(items, [0, 2]), {1: "A", 2: "B"})
+    with pytest.raises(FrozenInstanceError):
+        data.name = "other"  # type: ignore[misc]
+    with pytest.raises(ValueError, match="read-only"):
+        data.histories.items[0] = 2
+    with pytest.raises(TypeError):
+        data.titles[1] = "C"  # type: ignore[index]
+    items[0] = 1  # the caller's own array stays writable
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"histories": [[1, 2]]}, TypeError, "histories: expected Histories, got list"),
+        ({"titles": ["A"]}, TypeError, "titles: expected a mapping"),
+        ({"titles": {1: "A", 2: 5}}, TypeError, r"titles\[2\]: expected a string, got int"),
+        ({"titles": {1: "A", 2: " "}}, ValueError, r"titles\[2\]: expected a title, got ' '"),
+        ({"titles": {1: "A", "2": "B"}}, TypeError, "expected keys that are all integers or all strings, got int, str"),
+        ({"titles": {1: "A"}}, ValueError, "expected items with a title, got 2 without one"),
+        ({"user_ids": [1]}, ValueError, r"user_ids: expected one per history \(2\), got shape \(1,\)"),
+        ({"user_ids": [1, 1]}, ValueError, "user_ids: expected distinct ids"),
+        ({"ratings": [1.0]}, ValueError, r"ratings: expected one per interaction \(3\)"),
+        ({"ranges": {"train": [[0, 1]]}}, ValueError, r"ranges\['train'\]: expected shape \(2, 2\)"),
+        ({"ranges": {"train": [[0, 1], [0, 2]]}}, ValueError, r"ranges\['train'\]\[1\]: expected 0 <= begin"),
+        (
+            {"ranges": {"train": [[0, 1], [0, 1]], "test": [[1, 2], [0, 1]]}},
+            ValueError,
+            "expected disjoint splits, got 'train' and 'test' overlap for user 1",
+        ),
+        ({"histories": Histories([1, 2, 1], [0, 2, 3], [5, 4, 0])}, ValueError, "got falling timestamps in history 0"),
+        ({"instruction": "Next?"}, ValueError, r"instruction: expected a text that holds \[HISTORY_SEQUENCE\]"),
+    ],
+)
+def test_invalid(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {
+        "user_ids": [7, 8],
+        "histories": Histories([1, 2, 1], [0, 2, 3], [4, 5, 0]),
+        "titles": {1: "A", 2: "B"},
+    }
+    Interactions(**good)
+    with pytest.raises(error, match=message):
+        Interactions(**{**good, **change})
+
+
+def test_unknown_split() -> None:
+    with pytest.raises(ValueError, match="none: apply temporal_split or leave_one_out first"):
+        interactions([(0, 1, 2)]).samples("train")
+    with pytest.raises(ValueError, match=r"\(train, val, test\), got 'valid'"):
+        leave_one_out(interactions([(0, 1, 2)])).samples("valid")
+    with pytest.raises(ValueError, match="min_history: expected 0 or more, got -1"):
+        leave_one_out(interactions([(0, 1, 2)])).samples("train", min_history=-1)
+
+
+# ------------------------------------------------------------------ splits
+
+
+def test_temporal_split_by_hand() -> None:
+    data = interactions([(0, 1, 10), (0, 2, 20), (0, 3, 40), (1, 1, 20), (1, 4, 30), (1, 5, 50)])
+    split = temporal_split(data, (2, 2, 2))  # number 2 in time is at 20, and so is number 3
+    assert split.ranges["train"].tolist() == [[0, 2], [0, 1]]
+    assert split.ranges["val"].tolist() == [[2, 2], [1, 2]]
+    assert split.ranges["test"].tolist() == [[2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("ratio", [(1, 1), (0, 1, 1), (1, -1, 1), (1, 1, 1, 1)])
+def test_bad_ratio(ratio: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="ratio: expected three shares >= 0 with a training share above 0"):
+        temporal_split(interactions([(0, 1, 2)]), ratio)
+
+
+def test_temporal_split_needs_timestamps() -> None:
+    data = Interactions(np.array([0]), Histories([1], [0, 1]), {1: "A"}, name="toy")
+    with pytest.raises(ValueError, match="interactions: expected timestamps for a split by time, got none in 'toy'"):
+        temporal_split(data)
+
+
+def check_partition(data: Interactions) -> None:
+    """Every interaction is in exactly one split, in the order train, val, test within a history."""
+    number = sum(index * data.in_split(split).astype(int) for index, split in enumerate(("train", "val", "test")))
+    assert sum(data.in_split(split).astype(int) for split in data.ranges).tolist() == [1] * data.num_interactions
+    same_user = np.diff(data.user_index) == 0
+    assert (np.diff(number)[same_user] >= 0).all()
+
+
+@given(random_rows, st.tuples(st.integers(1, 50), st.integers(0, 5), st.integers(0, 5)))
+def test_temporal_split_never_leaks(rows: list[tuple[int, int, int]], ratio: tuple[int, int, int]) -> None:
+    data = temporal_split(interactions(rows), ratio)
+    check_partition(data)
+    times = data.histories.timestamps
+    assert times is not None
+    parts = [times[data.in_split(split)] for split in ("train", "val", "test")]
+    for earlier, later in ((0, 1), (0, 2), (1, 2)):
+        if parts[earlier].size and parts[later].size:
+            assert parts[earlier].max() < parts[later].min()
+    # No share is short of what the ratio asks, but for what an instant at an earlier border takes along.
+    assert parts[0].size >= len(rows) * ratio[0] // sum(ratio)
+    for split in data.ranges:
+        samples = data.samples(split)
+        assert (samples.positions >= 3).all()
+        past = data.before(samples)
+        assert past.timestamps is not None
+        target_time = times[data.histories.offsets[samples.users] + samples.positions]
+        assert (np.repeat(target_time, past.lengths) >= past.timestamps).all()
+
+
+@given(random_rows)
+def test_leave_one_out_holds_out_the_last_two(rows: list[tuple[int, int, int]]) -> None:
+    data = leave_one_out(interactions(rows))
+    check_partition(data)
+    for user, length in enumerate(data.histories.lengths.tolist()):
+        expected = [[0, length - 2], [length - 2, length - 1], [length - 1, length]]
+        if length < 3:
+            expected = [[0, length], [length, length], [length, length]]
+        assert [data.ranges[split][user].tolist() for split in ("train", "val", "test")] == expected
+
+
+# ------------------------------------------------------------------ filters
+
+
+def test_rating_and_length() -> None:
+    data = interactions([(0, 1, 1), (0, 2, 2), (0, 3, 3), (1, 1, 1)], [5, 3, 3.5, 1])
+    liked = rating_above(data, 3)
+    assert [history.tolist() for history in liked.histories] == [[1, 3]]
+    assert liked.user_ids.tolist() == [0] and liked.num_items == 10
+    assert liked.ratings is not None and liked.ratings.tolist() == [5, 3.5]
+    assert min_interactions(data, 2).user_ids.tolist() == [0]
+    assert min_interactions(data, 4).num_users == 0
+    with pytest.raises(ValueError, match="expected ratings to filter by, got none"):
+        rating_above(interactions([(0, 1, 2)]), 3)
+
+
+def test_latest_and_most_frequent() -> None:
+    data = interactions([(0, 1, 1), (0, 2, 2), (0, 3, 3), (1, 3, 1), (1, 2, 9)])
+    assert [history.tolist() for history in latest(data, 2).histories] == [[2, 3], [3, 2]]
+    top = most_frequent_items(data, 2)
+    assert list(top.titles) == [2, 3] and [history.tolist() for history in top.histories] == [[2, 3], [3, 2]]
+
+
+def test_filters_keep_the_split() -> None:
+    data = leave_one_out(interactions([(0, item, item) for item in range(8)] + [(1, 1, 1)]))
+    kept = data.keep(data.histories.items != 2)
+    assert kept.ranges["train"].tolist() == [[0, 5], [0, 1]]
+    assert kept.targets(kept.samples("test")).tolist() == [7]
+    assert latest(data, 1).ranges["test"].tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(ValueError, match="chosen: expected 9 booleans"):
+        data.keep(np.ones(3, bool))
+
+
+def k_core_by_loop(rows: list[tuple[int, int]], k_user: int, k_item: int) -> list[tuple[int, int]]:
+    while True:
+        kept = [
+            (user, item)
+            for user, item in rows
+            if sum(u == user for u, _ in rows) >= k_user and sum(i == item for _, i in rows) >= k_item
+        ]
+        if kept == rows:
+            return kept
+        rows = kept
+
+
+@given(random_rows, st.integers(1, 5), st.integers(1, 5))
+def test_k_core_equals_the_loop(rows: list[tuple[int, int, int]], k: int, item_k: int) -> None:
+    core = k_core(interactions(rows), k, item_k=item_k)
+    expected = k_core_by_loop([(user, item) for user, item, _ in rows], k, item_k)
+    got = list(zip(core.user_ids[core.user_index].tolist(), core.histories.items.tolist(), strict=True))
+    assert sorted(got) == sorted(expected)
+    assert sorted(core.titles) == sorted({item for _, item in expected})
+
+
+def test_prepare_is_the_papers() -> None:
+    rows = [(0, item % 10, item) for item in range(40)] + [(1, 1, time) for time in range(20)]
+    data = prepare(interactions(rows, [4] * 40 + [5] * 20))
+    assert data.user_ids.tolist() == [0] and set(data.ranges) == {"train", "val", "test"}
+    assert prepare(interactions(rows, [3] * 60)).num_users == 0

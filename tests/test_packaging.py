@@ -231,8 +231,8 @@ def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
     python = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "patchkern").rglob("*.py")}
     assert python <= names
     beside = {name for name in names - python if ".dist-info/" not in name}
-    assert len(beside) == 3
-    assert {"patchkern/py.typed", "patchkern/_build_info.json"} < beside
+    assert len(beside) == 4
+    assert {"patchkern/py.typed", "patchkern/_native.pyi", "patchkern/_build_info.json"} < beside
     assert any(re.fullmatch(r"patchkern/_native\..+\.so", name) for name in beside)
     assert not wheel.name.endswith("-none-any.whl")
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)

@@ -18,7 +18,7 @@ from patchkern._build import native_build_reason
 
 _native: ModuleType | None
 try:
-    from patchkern import _native  # type: ignore[no-redef]
+    from patchkern import _native
 
     _missing = ""
 except ImportError as error:

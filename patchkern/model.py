@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,11 @@ class PatchedCausalLM(nn.Module):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        self.hf_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        _checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self.hf_model.activation_checkpointing_disable()
+        _checkpointing(self.hf_model, "disable")()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -357,6 +358,13 @@ def _set_attention(hf_model: PreTrainedModel, name: str) -> None:
         raise ValueError(
             f"attn_implementation: expected one that {type(hf_model).__name__} takes, got {name!r} (it keeps {got!r})"
         )
+
+
+def _checkpointing(hf_model: PreTrainedModel, switch: str) -> Callable[..., None]:
+    """The model's method, by the name that this version of transformers has for it."""
+    name = "activation" if hasattr(hf_model, "activation_checkpointing_enable") else "gradient"
+    method: Callable[..., None] = getattr(hf_model, f"{name}_checkpointing_{switch}")
+    return method
 
 
 # ------------------------------------------------------------------ tied weights in state dicts

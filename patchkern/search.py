@@ -123,8 +123,9 @@ def generate_titles(
     """The titles that the paper's diverse beam search generates, for ``metric="paper"`` of `patchkern.metrics`.
 
     As ``recommend(search="diverse")``, but titles instead of items, repeats included: always ``num_beams`` entries per
-    user. Two accidents of the original are left out: its longest title is cut before its end token, and a group that is
-    done makes the padding token less likely for the others.
+    user. With the same model and tree, transformers 4.46 gives the same lists, but for two accidents that are left out
+    here: the authors cut their longest title before its end token, and a group that ends there makes the padding token
+    or some forbidden one, whichever comes first, less likely for the groups after it.
 
     Args:
         model, histories, policy, memory_budget, batch_size: as in `recommend`.

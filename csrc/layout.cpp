@@ -231,38 +231,52 @@ Outcome count_contributions(const Rows& rows, ContributionCounts* counts) {
 // A counting sort by token. It is stable, so contributions stay ordered by row and by their place within a row.
 int64_t fill_transpose(const Rows& rows, const ContributionCounts& counts, int32_t* tokens, int32_t* offsets,
                        int32_t* contribution_rows, int32_t* divisors) {
-  std::vector<int32_t> next(static_cast<size_t>(counts.max_token_id + 1));
-  const auto for_each_contribution = [&rows](const auto& visit) {
-    for (int64_t row = 0; row < rows.num_rows; ++row) {
-      const int32_t lo = rows.lo[row], hi = rows.hi[row];
-      if (lo < 0) {
-        visit(-1 - lo, static_cast<int32_t>(row), 1);
-        continue;
-      }
-      for (int32_t i = lo; i < hi; ++i) {
-        const int32_t begin = rows.offsets[rows.items[i]], end = rows.offsets[rows.items[i] + 1];
-        for (int32_t t = begin; t < end; ++t) {
-          visit(rows.token_ids[t], static_cast<int32_t>(row), (end - begin) * (hi - lo));
-        }
-      }
+  constexpr size_t kGroup = 16;
+  std::vector<int32_t> next((static_cast<size_t>(counts.max_token_id) + kGroup) / kGroup * kGroup);
+  std::vector<int32_t> uses(static_cast<size_t>(rows.num_titles));
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    const int32_t lo = rows.lo[row];
+    if (lo < 0) ++next[static_cast<size_t>(-1 - lo)];
+    for (int32_t i = lo; i >= 0 && i < rows.hi[row]; ++i) ++uses[static_cast<size_t>(rows.items[i])];
+  }
+  for (int64_t title = 0; title < rows.num_titles; ++title) {
+    const int32_t count = uses[static_cast<size_t>(title)];
+    if (count == 0) continue;  // without contributions there is no table to count in
+    for (int32_t t = rows.offsets[title]; t < rows.offsets[title + 1]; ++t) {
+      next[static_cast<size_t>(rows.token_ids[t])] += count;
     }
-  };
-  for_each_contribution([&](int32_t token, int32_t, int32_t) { ++next[static_cast<size_t>(token)]; });
+  }
   int32_t distinct = 0, sum = 0;
-  for (size_t token = 0; token < next.size(); ++token) {
-    const int32_t count = next[token];
-    if (count == 0) continue;
-    tokens[distinct] = static_cast<int32_t>(token);
-    offsets[distinct++] = sum;
-    next[token] = sum;
-    sum += count;
+  for (size_t group = 0; group < next.size(); group += kGroup) {
+    // most of a vocabulary is absent from any batch
+    int32_t present = 0;
+    for (size_t i = 0; i < kGroup; ++i) present |= next[group + i];
+    for (size_t token = group; present != 0 && token < group + kGroup; ++token) {
+      const int32_t count = next[token];
+      if (count == 0) continue;
+      tokens[distinct] = static_cast<int32_t>(token);
+      offsets[distinct++] = sum;
+      next[token] = sum;
+      sum += count;
+    }
   }
   offsets[distinct] = sum;
-  for_each_contribution([&](int32_t token, int32_t row, int32_t divisor) {
-    const int32_t place = next[static_cast<size_t>(token)]++;
-    contribution_rows[place] = row;
-    divisors[place] = divisor;
-  });
+  const auto place = [&](int32_t token, int64_t row, int32_t divisor) {
+    const int32_t at = next[static_cast<size_t>(token)]++;
+    contribution_rows[at] = static_cast<int32_t>(row);
+    divisors[at] = divisor;
+  };
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    const int32_t lo = rows.lo[row], hi = rows.hi[row];
+    if (lo < 0) {
+      place(-1 - lo, row, 1);
+      continue;
+    }
+    for (int32_t i = lo; i < hi; ++i) {
+      const int32_t begin = rows.offsets[rows.items[i]], end = rows.offsets[rows.items[i] + 1];
+      for (int32_t t = begin; t < end; ++t) place(rows.token_ids[t], row, (end - begin) * (hi - lo));
+    }
+  }
   return distinct;
 }
 

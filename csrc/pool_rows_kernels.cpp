@@ -26,7 +26,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kBlock = 8;  // vectors per block: two sets of sums must fit the registers
+constexpr int kBlock = 8;  // vectors of sums per block: two sets of them must fit the registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kBlock = 4;
@@ -74,16 +74,17 @@ inline void store(void* to, const Vector& vector) {
   __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// Each storage type: how it is held in memory, in which vector it is summed, and the two conversions.
-// round() is round-to-nearest-even; infinities stay, NaN stays a NaN.
+// Each storage type: the vector that is loaded and stored, the kSums vectors in which its elements are summed, and the
+// two conversions. round() is round-to-nearest-even; infinities stay, NaN stays a NaN.
 
 struct Float32 {
   using Element = float;
   using Scalar = float;
   using Sum = Floats;
   using Stored = Floats;
-  static Sum widen(const Stored& x) { return x; }
-  static Stored round(const Sum& x) { return x; }
+  static constexpr int kSums = 1;
+  static void widen(const Stored& x, Sum* sum) { *sum = x; }
+  static Stored round(const Sum* sum) { return *sum; }
 };
 
 struct Float64 {
@@ -91,22 +92,31 @@ struct Float64 {
   using Scalar = double;
   using Sum = Doubles;
   using Stored = Doubles;
-  static Sum widen(const Stored& x) { return x; }
-  static Stored round(const Sum& x) { return x; }
+  static constexpr int kSums = 1;
+  static void widen(const Stored& x, Sum* sum) { *sum = x; }
+  static Stored round(const Sum* sum) { return *sum; }
 };
 
+// Elements of even place are summed in one vector and those of odd place in another: a shift or a mask widens them, and
+// no lane ever crosses to another.
 struct BFloat16 {
   using Element = uint16_t;
   using Scalar = float;
   using Sum = Floats;
-  using Stored = Halves;
-  static Sum widen(const Stored& x) { return bits<Floats>(__builtin_convertvector(x, Words) << 16); }
-  static Stored round(const Sum& x) {
+  using Stored = Words;
+  static constexpr int kSums = 2;
+  static void widen(const Stored& x, Sum* sum) {
+    sum[0] = bits<Floats>(x << 16);
+    sum[1] = bits<Floats>(x & 0xffff0000u);
+  }
+  // A NaN comes from a bfloat16 or from the processor, so the bits that rounding adds to are zero: nothing carries into
+  // the rest, and it stays a NaN without being looked for.
+  static Words nearest_even(const Sum& x) {
     const Words raw = bits<Words>(x);
-    const Words even = raw + 0x7fff + ((raw >> 16) & 1);
-    const Words quiet = raw | 0x400000;  // truncating a NaN could leave an infinity
-    const Words nan = (raw & 0x7fffffff) > 0x7f800000 ? quiet : even;
-    return __builtin_convertvector(nan >> 16, Halves);
+    return raw + (0x7fffu + ((raw >> 16) & 1u));
+  }
+  static Stored round(const Sum* sum) {
+    return (nearest_even(sum[0]) >> 16) | (nearest_even(sum[1]) & 0xffff0000u);
   }
 };
 
@@ -115,19 +125,22 @@ struct Float16 {
   using Scalar = float;
   using Sum = Floats;
   using Stored = Halves;
+  static constexpr int kSums = 1;
+  static void widen(const Stored& x, Sum* sum) { *sum = widened(x); }
+  static Stored round(const Sum* sum) { return rounded(*sum); }
 #if defined(__AVX512F__)
   // the maskz forms: GCC 12 warns about the undefined vector inside the plain ones
-  static Sum widen(const Stored& x) { return bits<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(x))); }
-  static Stored round(const Sum& x) {
+  static Sum widened(const Stored& x) { return bits<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(x))); }
+  static Stored rounded(const Sum& x) {
     return bits<Halves>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #elif defined(__F16C__)
-  static Sum widen(const Stored& x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(x))); }
-  static Stored round(const Sum& x) {
+  static Sum widened(const Stored& x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(x))); }
+  static Stored rounded(const Sum& x) {
     return bits<Halves>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
-  static Sum widen(const Stored& x) {
+  static Sum widened(const Stored& x) {
     const Words half = __builtin_convertvector(x, Words);
     const Words magnitude = (half & 0x7fff) << 13;
     const Words exponent = magnitude & (0x7c00u << 13);
@@ -141,7 +154,7 @@ struct Float16 {
     const Words value = exponent == (0x7c00u << 13) ? infinite : finite;
     return bits<Floats>(value | ((half & 0x8000u) << 16));
   }
-  static Stored round(const Sum& x) {
+  static Stored rounded(const Sum& x) {
     const Words raw = bits<Words>(x);
     const Words magnitude = raw & 0x7fffffffu;
     // adding 2^-1 aligns a subnormal result with the last bits of the float, which rounds it
@@ -166,41 +179,53 @@ inline constexpr int lanes() {
 template <class T, int kCount, bool kPartial = false>
 struct Block {
   static_assert(!kPartial || kCount == 1, "a partial block is one vector");
-  typename T::Sum sum[kCount];
+  static constexpr int kSums = kCount * T::kSums;
+  typename T::Sum sum[kSums];
 
-  static constexpr int columns() { return kCount * lanes<T>(); }
+  static constexpr int64_t columns() { return kCount * lanes<T>(); }
+  static constexpr int64_t bytes() { return columns() * static_cast<int64_t>(sizeof(typename T::Element)); }
 
   void read(const typename T::Element* from, int64_t valid) {
     if constexpr (kPartial) {
       typename T::Stored stored{};
       __builtin_memcpy(&stored, from, static_cast<unsigned long>(valid) * sizeof(*from));
-      sum[0] = T::widen(stored);
+      T::widen(stored, sum);
     } else {
-      for (int i = 0; i < kCount; ++i) sum[i] = T::widen(load<typename T::Stored>(from + i * lanes<T>()));
+      for (int i = 0; i < kCount; ++i) T::widen(load<typename T::Stored>(from + i * lanes<T>()), sum + i * T::kSums);
     }
   }
 
   template <bool kStream>
   void write(typename T::Element* to, int64_t valid) const {
     if constexpr (kPartial) {
-      const typename T::Stored stored = T::round(sum[0]);
+      const typename T::Stored stored = T::round(sum);
       __builtin_memcpy(to, &stored, static_cast<unsigned long>(valid) * sizeof(*to));
     } else {
-      for (int i = 0; i < kCount; ++i) store<kStream>(to + i * lanes<T>(), T::round(sum[i]));
+      for (int i = 0; i < kCount; ++i) store<kStream>(to + i * lanes<T>(), T::round(sum + i * T::kSums));
     }
   }
 
   void zero() {
-    for (int i = 0; i < kCount; ++i) sum[i] = typename T::Sum{};
+    for (int i = 0; i < kSums; ++i) sum[i] = typename T::Sum{};
   }
   void add(const Block& other) {
-    for (int i = 0; i < kCount; ++i) sum[i] += other.sum[i];
+    for (int i = 0; i < kSums; ++i) sum[i] += other.sum[i];
+  }
+  void add(const Block& other, typename T::Scalar weight) {
+    for (int i = 0; i < kSums; ++i) sum[i] += other.sum[i] * weight;
   }
   void divide(int32_t count) {
     const auto divisor = typename T::Sum{} + static_cast<typename T::Scalar>(count);
-    for (int i = 0; i < kCount; ++i) sum[i] /= divisor;
+    for (int i = 0; i < kSums; ++i) sum[i] /= divisor;
   }
 };
+
+template <class T>
+using WholeBlock = Block<T, kBlock / T::kSums>;
+template <class T>
+using OneVector = Block<T, 1>;
+template <class T>
+using PartVector = Block<T, 1, true>;
 
 template <class T>
 inline const typename T::Element* weight_row(const PoolRows& call, int32_t token) {
@@ -234,7 +259,10 @@ inline void pool_block(const PoolRows& call, int32_t lo, int32_t hi, int64_t col
   mean.template write<kStream>(out + column, valid);
 }
 
-// The rows of `weight` that an output row will read: what to prefetch while the row before it is computed.
+// The rows of `weight` that an output row will read: what to prefetch while an earlier row is computed. Patches and
+// separators alternate, so two rows ahead as much is asked for as is being used; one row ahead, a separator's copy would
+// be over before the next patch has come.
+constexpr int64_t kRowsAhead = 2;
 constexpr int kMaxAhead = 32;
 
 struct Ahead {
@@ -260,7 +288,7 @@ struct Ahead {
 
   void prefetch(int64_t byte, int64_t bytes) const {
     for (int i = 0; i < count; ++i) {
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(source[i] + byte + line, 0, 2);
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(source[i] + byte + line, 0, 3);
     }
   }
 };
@@ -268,27 +296,26 @@ struct Ahead {
 template <class T, bool kStream>
 void forward_rows(const PoolRows& call, int64_t row_begin, int64_t row_end) {
   using Element = typename T::Element;
-  using Whole = Block<T, kBlock>;
-  using One = Block<T, 1>;
-  using Part = Block<T, 1, true>;
+  using Whole = WholeBlock<T>;
+  using One = OneVector<T>;
+  using Part = PartVector<T>;
   constexpr int64_t kWhole = Whole::columns(), kOne = One::columns();
-  constexpr int64_t kCopyBytes = kWhole * static_cast<int64_t>(sizeof(Element));
   const int64_t dim = call.dim;
   Ahead ahead;
   for (int64_t row = row_begin; row < row_end; ++row) {
     Element* out = static_cast<Element*>(call.out) + row * call.out_stride;
     const int32_t lo = call.lo[row], hi = call.hi[row];
     ahead.count = 0;
-    if (row + 1 < row_end) ahead.look_at<T>(call, row + 1);
+    if (row + kRowsAhead < row_end) ahead.look_at<T>(call, row + kRowsAhead);
     int64_t column = 0;
     if (lo < 0) {
       const Element* in = weight_row<T>(call, -1 - lo);
       using Bytes = Words;
       for (; column + kWhole <= dim; column += kWhole) {
-        ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), kCopyBytes);
+        ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), Whole::bytes());
         const char* from = reinterpret_cast<const char*>(in + column);
         char* to = reinterpret_cast<char*>(out + column);
-        for (int64_t byte = 0; byte < kCopyBytes; byte += kVectorBytes) {
+        for (int64_t byte = 0; byte < Whole::bytes(); byte += kVectorBytes) {
           store<kStream>(to + byte, load<Bytes>(from + byte));
         }
       }
@@ -296,7 +323,7 @@ void forward_rows(const PoolRows& call, int64_t row_begin, int64_t row_end) {
       continue;
     }
     for (; column + kWhole <= dim; column += kWhole) {
-      ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), kCopyBytes);
+      ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), Whole::bytes());
       pool_block<T, Whole, kStream>(call, lo, hi, column, kWhole, out);
     }
     for (; column + kOne <= dim; column += kOne) pool_block<T, One, kStream>(call, lo, hi, column, kOne, out);
@@ -337,13 +364,11 @@ inline void sum_block(const PoolRowsGrad& call, int32_t begin, int32_t end, int6
       const int32_t next = c + kContributionsAhead;
       if (next < end) {
         const char* address = reinterpret_cast<const char*>(grad + int64_t{call.rows[next]} * call.grad_stride);
-        constexpr int64_t kBytes = B::columns() * static_cast<int64_t>(sizeof(Element));
-        for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(address + line, 0, 3);
+        for (int64_t line = 0; line < B::bytes(); line += 64) __builtin_prefetch(address + line, 0, 3);
       }
       B row;
       row.read(grad + int64_t{call.rows[c]} * call.grad_stride, valid);
-      const auto share = typename T::Sum{} + Scalar{1} / static_cast<Scalar>(call.divisors[c]);
-      for (unsigned i = 0; i < sizeof(row.sum) / sizeof(row.sum[0]); ++i) partial.sum[i] += row.sum[i] * share;
+      partial.add(row, Scalar{1} / static_cast<Scalar>(call.divisors[c]));
     }
     total.add(partial);
   }
@@ -354,9 +379,9 @@ template <class T>
 void backward(const PoolRowsGrad& call, int64_t token_begin, int64_t token_end, int64_t column_begin,
               int64_t column_end) {
   using Element = typename T::Element;
-  using Whole = Block<T, kBlock>;
-  using One = Block<T, 1>;
-  using Part = Block<T, 1, true>;
+  using Whole = WholeBlock<T>;
+  using One = OneVector<T>;
+  using Part = PartVector<T>;
   for (int64_t token = token_begin; token < token_end; ++token) {
     const int64_t out_row = call.scatter ? int64_t{call.tokens[token]} : token;
     Element* out = static_cast<Element*>(call.out) + out_row * call.out_stride;

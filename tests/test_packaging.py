@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,9 @@ print(pk.__file__, len(caught), *pk.backends()["native"], sep="\\n")
 
 def use(target: Path, cwd: Path) -> tuple[str, int, bool, str]:
     """Use the package installed under ``target``: its file, the warnings, and the native backend's status."""
-    said = checked(sys.executable, "-c", USE, cwd=cwd, env=environment(PYTHONPATH=str(target)))
+    # -S: the finder of an editable install would supply the source tree's native module where this one has none
+    path = os.pathsep.join([str(target), sysconfig.get_path("purelib")])
+    said = checked(sys.executable, "-S", "-c", USE, cwd=cwd, env=environment(PYTHONPATH=path))
     file, warned, usable, reason = said.strip().splitlines()
     return file, int(warned), usable == "True", reason
 

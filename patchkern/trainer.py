@@ -27,8 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories
-from patchkern.layout import PatchLayout, build_layout
-from patchkern.model import PatchedCausalLM
+from patchkern.layout import build_layout
+from patchkern.model import DESCRIPTION, PatchedCausalLM
 from patchkern.policies import ItemPatches, Level, Levels, Policy, RandomItemPatches, SessionPatches, TextOnly
 from patchkern.prompt import Prompt
 
@@ -65,23 +65,25 @@ class Settings:
             return SessionPatches(self.group_size, max_items)
         return ItemPatches(self.keep_text, max_items)
 
-    def arguments(self, stage: str, output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
-        """The paper's training arguments: one epoch, AdamW, cosine, 5 % warm-up, clip 0.3, bf16 where a GPU has it.
+    def defaults(self, stage: str) -> dict[str, Any]:
+        """The paper's training, as fields of `TrainingArguments`.
 
-        ``overrides`` are fields of `TrainingArguments` and win.
+        One epoch, AdamW, cosine, 5 % warm-up, clip 0.3, bf16 where there is a GPU that has it.
         """
-        rate = self.sessions_learning_rate if _stage(stage) == "sessions" else self.learning_rate
-        defaults: dict[str, Any] = {
+        return {
             "num_train_epochs": 1,
             "per_device_train_batch_size": self.batch_size,
-            "learning_rate": rate,
+            "learning_rate": self.sessions_learning_rate if _stage(stage) == "sessions" else self.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
             "max_grad_norm": 0.3,
             "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             "report_to": "none",
         }
-        return TrainingArguments(output_dir=os.fspath(output_dir), **{**defaults, **overrides})
+
+    def arguments(self, stage: str, output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
+        """`defaults` as `TrainingArguments`; ``overrides`` are further fields, and win."""
+        return TrainingArguments(output_dir=os.fspath(output_dir), **{**self.defaults(stage), **overrides})
 
 
 SETTINGS = {
@@ -179,7 +181,7 @@ class LayoutCollator:
     seed: int = 0
     supervise_history: bool = False
 
-    def __call__(self, slots: list[Slot]) -> dict[str, PatchLayout | Tensor | None]:
+    def __call__(self, slots: list[Slot]) -> dict[str, Any]:
         policy = self.policy
         users, positions = (np.array([slot[field] for slot in slots]) for field in (2, 3))
         if self.pretrain_steps is not None:
@@ -222,6 +224,10 @@ class PatchTrainer(Trainer):
     Raises:
         ValueError: no samples, a sample outside its history, no policy, or an argument that this trainer cannot serve.
     """
+
+    model: PatchedCausalLM
+    train_dataset: SlotDataset
+    data_collator: LayoutCollator
 
     def __init__(
         self,
@@ -323,3 +329,19 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The complete checkpoints of a run's folder, oldest first; an unfinished one has no such name."""
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_model(folder: str | os.PathLike[str], argument: str = "folder") -> Path:
+    """``folder`` itself if it is a saved `PatchedCausalLM`, else the last checkpoint in it.
+
+    Raises:
+        FileNotFoundError: neither; the message names ``argument``.
+    """
+    if (Path(folder) / DESCRIPTION).is_file():
+        return Path(folder)
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(
+            f"{argument}: expected a model saved by patchkern, or a run with checkpoints, got {os.fspath(folder)!r}"
+        )
+    return found[-1]

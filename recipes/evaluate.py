@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommend to the users of a data set and compare with what they took next: HR and NDCG at 10 and 20.
+
+    python recipes/evaluate.py runs/sessions --data synthetic
+    python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --num_beams 40
+    python recipes/evaluate.py runs/sessions --data ml-1m --search diverse     # the paper's search, counted by item
+    python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
+
+The yardsticks, which any recommender should beat, are computed on the same samples. They leave out no more than the
+latest 100 items as seen. One line per user goes to a CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+import patchkern as pk
+from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
+from patchkern.metrics import METRICS, Evaluation, evaluate
+from patchkern.search import SEARCHES, generate_titles
+from patchkern.trainer import find_model
+
+KS = (10, 20)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
+    args = parse(argv)
+    folder = find_model(args.checkpoint, "checkpoint")
+    data = synthetic() if args.data == "synthetic" else prepare(open_dataset(args.data))
+    samples = Samples(*(column[: args.limit] for column in data.samples(args.split)))
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
+    model = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=getattr(torch, args.dtype))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    backend, reason = next((name, status.reason) for name, status in pk.backends().items() if status.usable)
+    print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"BACKEND {backend} ({reason}) on {model.device}, {torch.get_num_threads()} threads")
+    print(f"{data}\n{folder}: {model.policy}, {samples.users.size:,} {args.split} samples", flush=True)
+
+    started = time.perf_counter()
+    found = recommend(model, data, samples, args)
+    seconds = time.perf_counter() - started
+    results = {"this model": found, **yardsticks(data, samples, catalog)}
+
+    print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks by item\n")
+    print("\n".join(table(results)))
+    path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
+    write_csv(path, data, samples, found)
+    ambiguous = found[-1].num_ambiguous
+    print(f"\n{ambiguous:,} samples whose target shares its title with another item; per user: {path}", flush=True)
+    return results
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run of recipes/train.py, or one of its checkpoints")
+    parser.add_argument("--data", required=True, help='"synthetic" or a path that patchkern.data.open_dataset reads')
+    parser.add_argument("--split", choices=["test", "val"], default="test")
+    parser.add_argument("--limit", type=int, help="the first so many samples only")
+    parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
+    parser.add_argument("--search", choices=SEARCHES, default="beam")
+    parser.add_argument("--num_beams", type=int, default=max(KS), help="of both searches; at least %(default)s")
+    parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
+    parser.add_argument("--batch_size", type=int, default=64, help="users searched together")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--output", help="the CSV (default: beside the model)")
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit: expected at least 1, got {args.limit}")
+    if args.metric == "paper" and (args.exclude_seen or args.num_beams != max(KS)):
+        parser.error(
+            "--metric paper: expected neither --exclude_seen nor --num_beams, which its protocol does not have"
+        )
+    return args
+
+
+def recommend(
+    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, args: argparse.Namespace
+) -> list[Evaluation]:
+    """One evaluation for all k, or, as the paper decodes anew for each k, one per k."""
+    if model.policy is None:
+        raise ValueError(f"checkpoint: expected a model saved with its policy, got {args.checkpoint!r} without one")
+    histories, targets = data.before(samples), data.targets(samples)
+    if args.metric == "paper":
+        return [
+            evaluate(
+                generate_titles(model, histories, model.policy, num_beams=k, batch_size=args.batch_size),
+                targets,
+                [k],
+                "paper",
+                catalog=model.catalog,
+            )
+            for k in KS
+        ]
+    lists = model.recommend(
+        histories,
+        k=max(KS),
+        num_beams=args.num_beams,
+        search=args.search,
+        exclude_seen=args.exclude_seen,
+        batch_size=args.batch_size,
+    )
+    return [evaluate(lists, targets, KS, catalog=model.catalog)]
+
+
+def yardsticks(data: Interactions, samples: Samples, catalog: pk.Catalog) -> dict[str, list[Evaluation]]:
+    """Recommenders without a model, counted by item."""
+    k, targets = max(KS), data.targets(samples)
+    rankings = {
+        "most popular": most_popular(data, samples, k),
+        "most popular, unseen": most_popular(data, samples, k, unseen=True),
+        "transitions, unseen": transitions(data, samples, k),
+    }
+    return {name: [evaluate(r.as_lists(), targets, KS, catalog=catalog)] for name, r in rankings.items()}
+
+
+def table(results: dict[str, list[Evaluation]]) -> list[str]:
+    rows = {
+        name: {key: value for part in parts for key, value in part.as_dict().items()} for name, parts in results.items()
+    }
+    columns = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
+    lines = ["".ljust(24) + "".join(column.rjust(18) for column in columns)]
+    for name, row in rows.items():
+        cells = [f"{row[column]:.4f} ± {row[column + ' ±']:.4f}".rjust(18) for column in columns]
+        lines.append(name.ljust(24) + "".join(cells))
+    return lines
+
+
+def write_csv(path: Path, data: Interactions, samples: Samples, found: Sequence[Evaluation]) -> None:
+    """One line per sample; a rank of 0: not in the list. With one list per k, ``rank`` is that of the longest."""
+    hits: dict[str, Any] = {f"hit@{k}": part.hits(k).astype(int) for part in found for k in part.ks}
+    columns = {
+        "user": data.user_ids[samples.users],
+        "position": samples.positions,
+        "target": data.targets(samples),
+        "rank": found[-1].ranks,
+        **hits,
+        "shared_title": found[-1].ambiguous.astype(int),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a recommender over compressed histories, one stage at a time.
+
+A small model from scratch, on synthetic data (minutes on a CPU), from text to session patches:
+
+    python recipes/train.py --stage sft      --model tiny         --data synthetic --output_dir runs/sft
+    python recipes/train.py --stage pretrain --from runs/sft      --data synthetic --output_dir runs/pretrain
+    python recipes/train.py --stage items    --from runs/pretrain --data synthetic --output_dir runs/items
+    python recipes/train.py --stage sessions --from runs/pretrain --data synthetic --output_dir runs/sessions
+    python recipes/evaluate.py runs/sessions --data synthetic
+
+A local Llama-3.2-1B, with the paper's settings for the data set, 64 samples a step in batches of 8:
+
+    python recipes/train.py --stage pretrain --model Llama-3.2-1B-Instruct --data ml-1m --output_dir runs/pretrain \\
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --activation_checkpointing --save_steps 500
+
+A run that was killed goes on where it was: the same command and --resume. Several GPUs: torchrun --nproc_per_node 2
+recipes/train.py ... All flags that are not listed here are those of transformers.TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
+
+import patchkern as pk
+from patchkern.data import Interactions, open_dataset, prepare, synthetic
+from patchkern.prompt import MARKERS
+from patchkern.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.trainer import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
+
+# What a resumed run must share with the run it continues, or its losses would not be the uninterrupted run's.
+SHARED = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("seed", "data_seed", "bf16", "fp16"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> PatchTrainer:
+    args, rest = parse(argv)
+    data = load_data(args.data)
+    name, settings = choose_settings(args, data)
+    parser = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    parser.set_defaults(**settings.defaults(args.stage))
+    (arguments,) = parser.parse_args_into_dataclasses(rest)
+
+    description = {key: value for key, value in vars(args).items() if key != "resume"} | {"settings": name}
+    description |= {key: str(getattr(arguments, key)) for key in SHARED}
+    start = check_output(Path(arguments.output_dir), description, args.resume)
+
+    model, tokenizer = load_model(args, data)
+    trainer = PatchTrainer(
+        model,
+        arguments,
+        data.histories,
+        data.samples("train"),
+        settings.policy(args.stage, args.max_items),
+        pretrain=args.stage == "pretrain",
+        supervise_history=args.supervise_history,
+        processing_class=tokenizer,
+    )
+    if trainer.is_world_process_zero():
+        write_json(Path(arguments.output_dir) / "arguments.json", description)
+        print(f"{banner(model.device)}\n{data}\n{describe(trainer, args.stage)}", flush=True)
+    metrics = trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics
+    if trainer.is_world_process_zero():
+        saved = ", ".join(str(path) for path in checkpoints(arguments.output_dir)[-1:])
+        speed, memory = metrics["train_samples_per_second"], peak_memory() / 2**30
+        print(f"{speed:.1f} samples/s, peak memory {memory:.2f} GiB, saved: {saved or 'nothing'}", flush=True)
+    return trainer
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--stage", required=True, choices=STAGES)
+    parser.add_argument("--data", required=True, help='"synthetic" or a path that patchkern.data.open_dataset reads')
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help=f"{', '.join(SIZES)} (from scratch), or the folder of a transformers model")
+    model.add_argument("--from", dest="checkpoint", help="a run of this recipe, or one of its checkpoints")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, from scratch only")
+    parser.add_argument(
+        "--settings", choices=SETTINGS, help="rates, batch and patch sizes (default: by model and data)"
+    )
+    parser.add_argument("--max_items", type=int, default=100, help="latest items of a history")
+    parser.add_argument(
+        "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
+    return parser.parse_known_args(argv)
+
+
+def load_data(path: str) -> Interactions:
+    return synthetic() if path == "synthetic" else prepare(open_dataset(path))
+
+
+def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, Settings]:
+    """--settings, else those of the run we start from, of scratch models, or of the data set of that name."""
+    name = args.settings
+    if name is None and args.checkpoint is not None:
+        folder = find_model(args.checkpoint, "--from")
+        before = [path for path in (folder / "arguments.json", folder.parent / "arguments.json") if path.is_file()]
+        name = json.loads(before[0].read_text(encoding="utf-8"))["settings"] if before else None
+    elif name is None and args.model in SIZES:
+        name = "scratch"
+    name = name or next((known for known in SETTINGS if data.name.startswith(known)), None)
+    if name is None:
+        raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {data.name!r}")
+    return name, SETTINGS[name]
+
+
+# ------------------------------------------------------------------ the model
+
+
+def load_model(args: argparse.Namespace, data: Interactions) -> tuple[pk.PatchedCausalLM, Any]:
+    dtype = getattr(torch, args.dtype)
+    if args.checkpoint is not None:
+        folder = find_model(args.checkpoint, "--from")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        catalog = pk.Catalog.from_titles(data.titles, tokenizer)
+        return pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype), tokenizer
+    if args.model in SIZES:
+        tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
+        hf_model = scratch_model(tokenizer, args.model).to(dtype)
+    elif Path(args.model).is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        hf_model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    else:
+        raise ValueError(f"--model: expected {', '.join(SIZES)} or a folder, got {args.model!r}")
+    prompt = make_prompt(tokenizer, data)
+    if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
+        hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    return pk.PatchedCausalLM(hf_model, pk.Catalog.from_titles(data.titles, tokenizer), prompt), tokenizer
+
+
+def make_prompt(tokenizer: Any, data: Interactions) -> pk.Prompt:
+    """The data set's words in the tokenizer's chat template; without a template, markers alone."""
+    if tokenizer.chat_template:
+        system = data.system or "You are a helpful assistant in recommendations."
+        instruction = data.instruction or "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
+        return pk.Prompt.from_chat_template(tokenizer, system, instruction)
+    missing = [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    return scratch_prompt(tokenizer)
+
+
+# ------------------------------------------------------------------ the run's folder
+
+
+def check_output(folder: Path, description: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to start from; refuses to mix two runs in one folder."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    if not resume:
+        raise ValueError(f"--output_dir: expected a folder without checkpoints, or --resume, got {os.fspath(folder)!r}")
+    before = json.loads((folder / "arguments.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(description))
+    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in now if now[key] != before.get(key)]
+    if changed:
+        raise ValueError(f"--resume: expected the arguments of the run so far, got other {'; '.join(changed)}")
+    return found[-1]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+# ------------------------------------------------------------------ what is printed
+
+
+def banner(device: torch.device) -> str:
+    backend, reason = next((name, status.reason) for name, status in pk.backends().items() if status.usable)
+    return (
+        f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+        f"BACKEND {backend} ({reason}) on {device}, {torch.get_num_threads()} threads"
+    )
+
+
+def describe(trainer: PatchTrainer, stage: str) -> str:
+    arguments, dataset = trainer.args, trainer.train_dataset
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    batch = trainer.data_collator([dataset[number] for number in range(min(256, len(dataset)))])["layout"]
+    return (
+        f"{parameters / 1e6:.1f} M parameters, {dataset.users.size:,} samples, {arguments.max_steps:,} steps of "
+        f"{dataset.samples_per_step}, learning rate {arguments.learning_rate:g}\n"
+        f"stage {stage}, {trainer.model.policy}: {batch.num_rows / batch.num_users:.0f} rows a sequence, "
+        f"compression ratio {batch.compression_ratio:.2f} in the first batch"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -71,9 +71,10 @@ gpu: $(BUILT) ## run the tests that need a CUDA device
 # The package is built a second time, beside the first, and found first; nothing in .venv changes.
 SANITIZE := build/sanitize
 SANITIZED_TESTS := tests/test_native.py tests/test_fuzz.py
-sanitize: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+# Not a variable of the target: its prerequisite, the ordinary build, would inherit it.
 sanitize: $(BUILT) ## run the native and the fuzz tests under ASan and UBSan
-	$(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	CXXFLAGS='$(SANITIZER_FLAGS)' $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"model: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens, {catalog.lengths.mean():.2f} a title")
 
-    test = spread(data.samples("test"), args.limit)
+    test = spread(data.samples(args.split), args.limit)
     results = yardsticks(data, catalog, test)
     recommended: dict[str, list[list[tuple[Any, float]]]] = {}
     trained: dict[str, dict[str, torch.Tensor]] = {}
@@ -108,6 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument(
         "--data", default="synthetic", help='"synthetic" or a folder that patchkern.data.open_dataset reads'
     )
+    data.add_argument("--split", default="test", choices=["val", "test"], help="val is the one to tune on")
     data.add_argument("--limit", type=int, help="evaluate on so many of the test samples only")
     data.add_argument("--examples", type=int, default=3, help="users whose recommendations are printed")
     model = parser.add_argument_group("model and training")
@@ -195,9 +196,10 @@ def evaluate(
 
 
 def yardsticks(data: Interactions, catalog: pk.Catalog, test: Samples) -> list[Result]:
+    # As for the models, an item anywhere in the history is seen.
     rankings = {
-        "most popular": most_popular(data, test, max(KS), unseen=True),
-        "transitions": transitions(data, test, max(KS)),
+        "most popular": most_popular(data, test, max(KS), unseen=True, max_items=None),
+        "transitions": transitions(data, test, max(KS), max_items=None),
     }
     targets = data.targets(test)
     return [
@@ -260,7 +262,7 @@ def write_report(
     settings = ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()) if value is not None)
     lines = [
         *report,
-        f"{results[0].evaluation.ranks.size:,} test samples, strict metric, items already seen left out.",
+        f"{results[0].evaluation.ranks.size:,} test {args.split} samples, strict metric, items already seen left out.",
         f"Standard error of the largest HR@20: {max(r.evaluation.as_dict()['HR@20 ±'] for r in results):.4f}.",
         "",
         "![Accuracy against rows](accuracy.png)",

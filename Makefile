@@ -72,10 +72,12 @@ gpu: $(BUILT) ## run the tests that need a CUDA device
 SANITIZE := build/sanitize
 SANITIZED_TESTS := tests/test_native.py tests/test_fuzz.py
 SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-# Not a variable of the target: its prerequisite, the ordinary build, would inherit it.
+# CXXFLAGS is not a variable of the target: its prerequisite, the ordinary build, would inherit it. libstdc++ is loaded
+# up front too: ASan must find it before torch throws its first exception.
 sanitize: $(BUILT) ## run the native and the fuzz tests under ASan and UBSan
 	CXXFLAGS='$(SANITIZER_FLAGS)' $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
-	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; .venv stays

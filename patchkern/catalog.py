@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from patchkern.histories import check_offsets
+from patchkern.histories import check_offsets, flat_array, is_sequence
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
 # An id table of this many entries per item is still smaller than the sorted search it replaces is slow.
@@ -54,6 +54,8 @@ class Catalog:
             raise ValueError(
                 f"titles: expected at least one token per item, got none for item {self.item_ids.item(empty[0])!r}"
             )
+        if titles is not None and not (is_sequence(titles) and all(isinstance(title, str) for title in titles)):
+            raise TypeError("titles: expected a sequence of strings or None")
         if titles is not None and len(titles) != len(self):
             raise ValueError(f"titles: expected one per item ({len(self)}), got {len(titles)}")
         self.titles = None if titles is None else tuple(titles)
@@ -84,9 +86,12 @@ class Catalog:
             tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         else:
             tokens = [tokenizer(text) for text in texts]
+        for item_id, ids in zip(titles, tokens, strict=True):
+            if not is_sequence(ids):
+                raise TypeError(f"tokenizer: expected token ids for item {item_id!r}, got {type(ids).__name__}")
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
-        filled = [np.asarray(ids) for ids in tokens if len(ids)]
+        filled = [flat_array("tokenizer", ids) for ids in tokens if len(ids)]
         flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
         return cls(flat, offsets, _id_array(list(titles), "item_ids"), texts)
 
@@ -166,9 +171,7 @@ class Catalog:
 
 
 def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected a 1-D array, got {array.ndim} dimensions of shape {array.shape}")
+    array = flat_array(name, values)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     if array.size and (int(array.max()) > _INT32_MAX or int(array.min()) < -_INT32_MAX):
@@ -179,7 +182,7 @@ def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
 def _id_array(ids: Any, argument: str) -> NDArray[Any]:
     """Item ids as int64 or string array; anything else is refused, not converted."""
     if not isinstance(ids, np.ndarray):
-        if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+        if not is_sequence(ids):
             raise TypeError(f"{argument}: expected a sequence of item ids, got {type(ids).__name__}")
         ids = np.fromiter(ids, object)
     if ids.dtype.kind == "O":

@@ -12,29 +12,35 @@ from numpy.typing import ArrayLike, NDArray
 HistoriesLike = Union["Histories", Sequence[Sequence[Any]]]
 
 
-def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
-    array = np.asarray(values)
+def is_sequence(values: Any) -> bool:
+    """Whether ``values`` has a length and an order: a list, a tuple, an array, but no text."""
+    if isinstance(values, np.ndarray):
+        return values.ndim > 0
+    return isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+
+
+def flat_array(name: str, values: ArrayLike) -> NDArray[Any]:
+    """``values`` as a 1-D array."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a 1-D array, got {type(values).__name__} that makes none") from error
     if array.ndim != 1:
         raise ValueError(f"{name}: expected a 1-D array, got {array.ndim} dimensions of shape {array.shape}")
     return array
 
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    array = _flat(name, values)
+    array = flat_array(name, values)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     return array.astype(np.int64, copy=False)
 
 
 def _sequence_array(user: int, sequence: Any) -> NDArray[Any]:
-    if isinstance(sequence, (str, bytes)) or not isinstance(sequence, (Sequence, np.ndarray)):
+    if not is_sequence(sequence):
         raise TypeError(f"histories[{user}]: expected a sequence of item ids, got {type(sequence).__name__}")
-    try:
-        array = np.asarray(sequence)
-    except ValueError as error:
-        raise ValueError(f"histories[{user}]: expected a flat sequence of item ids, got a nested one") from error
-    if array.ndim != 1:
-        raise ValueError(f"histories[{user}]: expected a flat sequence of item ids, got shape {array.shape}")
+    array = flat_array(f"histories[{user}]", sequence)
     if array.size and array.dtype.kind not in "iuUO":
         raise TypeError(f"histories[{user}]: expected integer or string item ids, got dtype {array.dtype}")
     if array.dtype.kind == "U" and not isinstance(sequence, np.ndarray):
@@ -46,7 +52,7 @@ def _sequence_array(user: int, sequence: Any) -> NDArray[Any]:
 
 
 def _item_array(items: ArrayLike) -> NDArray[Any]:
-    array = _flat("items", items)
+    array = flat_array("items", items)
     if array.size == 0 and array.dtype.kind == "f":
         return array.astype(np.int64)
     if array.dtype.kind not in "iuUO":
@@ -111,7 +117,7 @@ class Histories:
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[Any]]) -> Histories:
         """Build from one sequence of item ids per user."""
-        if isinstance(sequences, (str, bytes)) or not isinstance(sequences, (Sequence, np.ndarray)):
+        if not is_sequence(sequences):
             raise TypeError(
                 f"histories: expected Histories or a list of item-id sequences, got {type(sequences).__name__}"
             )

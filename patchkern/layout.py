@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchkern import planning
 from patchkern.catalog import Catalog
-from patchkern.histories import Histories, HistoriesLike
+from patchkern.histories import Histories, HistoriesLike, is_sequence
 from patchkern.planning import RowPlan
 from patchkern.policies import Level, Levels, Policy
 from patchkern.prompt import Prompt
@@ -240,6 +240,8 @@ def build_layout(
         raise TypeError(f"policy: expected a policy with max_items and levels, got {type(policy).__name__}")
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
+    if not (transpose is None or isinstance(transpose, bool)):
+        raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
     kept = Histories.coerce(histories).latest(policy.max_items)
     index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
@@ -256,7 +258,7 @@ def build_layout(
 
 
 def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_users: int) -> NDArray[np.int32]:
-    if isinstance(targets, (str, bytes)) or not isinstance(targets, (Sequence, np.ndarray)):
+    if not is_sequence(targets):
         raise TypeError(f"targets: expected one item id per user, got {type(targets).__name__}")
     if len(targets) != n_users:
         raise ValueError(f"targets: expected one item id per user ({n_users}), got {len(targets)}")

@@ -8,6 +8,7 @@ is one `levels` method.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
@@ -90,7 +91,7 @@ class SessionPatches:
     def __post_init__(self) -> None:
         check_count("group_size", self.group_size, minimum=1)
         check_max_items(self.max_items)
-        if self.align not in ("end", "start"):
+        if not isinstance(self.align, str) or self.align not in ("end", "start"):
             raise ValueError(f'align: expected "end" or "start", got {self.align!r}')
 
     def levels(self, histories: Histories) -> Levels:
@@ -145,12 +146,14 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     return {"name": type(policy).__name__, **arguments}
 
 
-def policy_from_dict(description: dict[str, Any]) -> Policy:
+def policy_from_dict(description: Mapping[str, Any]) -> Policy:
     """The inverse of `policy_to_dict`."""
+    if not isinstance(description, Mapping):
+        raise TypeError(f"description: expected a mapping, got {type(description).__name__}")
     arguments = dict(description)
     name = arguments.pop("name", None)
     if name not in _POLICIES:
-        raise ValueError(f"name: expected one of {', '.join(_POLICIES)}, got {name!r}")
+        raise ValueError(f"description: expected a name among {', '.join(_POLICIES)}, got {name!r}")
     return _POLICIES[name](**arguments)
 
 

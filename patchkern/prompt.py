@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+
+from patchkern.histories import is_sequence
 
 HISTORY_MARK = "[HISTORY_SEQUENCE]"
 MARKERS = ("<|history_start|>", "<|history_separator|>", "<|history_end|>")
@@ -88,22 +90,24 @@ class Prompt:
         return {name: list(ids) for name, ids in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, parts: dict[str, list[int]]) -> Prompt:
+    def from_dict(cls, parts: Mapping[str, Any]) -> Prompt:
         """The inverse of `to_dict`."""
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"parts: expected a mapping, got {type(parts).__name__}")
         unknown = sorted(set(parts) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"parts: expected prefix, separator, suffix and response_end, got {unknown}")
-        return cls(**{name: tuple(ids) for name, ids in parts.items()})
+        return cls(**parts)
 
 
 def _token_tuple(name: str, ids: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+    if not is_sequence(ids):
         raise TypeError(f"{name}: expected a sequence of token ids, got {type(ids).__name__}")
     tokens = []
     for position, token in enumerate(ids):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
             raise TypeError(f"{name}[{position}]: expected an integer token id, got {type(token).__name__}")
-        value = token.__index__()
+        value = int(token)
         if not 0 <= value < _INT32_MAX:
             raise ValueError(f"{name}[{position}]: expected a token id in 0..{_INT32_MAX - 1}, got {value}")
         tokens.append(value)

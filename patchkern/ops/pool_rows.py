@@ -145,6 +145,7 @@ def pool_rows(
         raise ValueError(
             f"weight: expected more than {layout.max_token_id} rows for the layout's tokens, got {weight.shape[0]}"
         )
+    _check_flag("sparse_grad", sparse_grad)
     name = backends.choose(backend, weight.device)
     rows = (layout.lo, layout.hi, layout.items, layout.token_ids, layout.offsets)
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -186,6 +187,9 @@ def pool_rows_grad(
         raise ValueError(f"grad_rows: expected it on the layout's device, {layout.device}, got {grad_rows.device}")
     if isinstance(num_embeddings, bool) or not isinstance(num_embeddings, int):
         raise TypeError(f"num_embeddings: expected an integer, got {type(num_embeddings).__name__}")
+    if num_embeddings >= 1 << 31:
+        raise ValueError(f"num_embeddings: expected less than 2^31, as token ids are int32, got {num_embeddings}")
+    _check_flag("dense", dense)
     if num_embeddings <= layout.max_token_id:
         raise ValueError(
             f"num_embeddings: expected more than the largest token id, {layout.max_token_id}, got {num_embeddings}"
@@ -203,6 +207,11 @@ def _columns(transpose: Transpose | None) -> tuple[Tensor, ...]:
 def check_weight(weight: Any) -> None:
     """Raise unless ``weight`` is an embedding matrix that `pool_rows` can read."""
     _check_matrix("weight", weight)
+
+
+def _check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
 
 
 def _check_matrix(name: str, matrix: Any) -> None:

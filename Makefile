@@ -74,11 +74,12 @@ SANITIZED_TESTS := tests/test_native.py tests/test_fuzz.py
 SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 # CXXFLAGS is not a variable of the target: its prerequisite, the ordinary build, would inherit it. libstdc++ is loaded
 # up front too: ASan must find it before torch throws its first exception.
+# --capture=sys leaves the reports of ASan and UBSan on the terminal.
 sanitize: $(BUILT) ## run the native and the fuzz tests under ASan and UBSan
 	CXXFLAGS='$(SANITIZER_FLAGS)' $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= --capture=sys -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist patchkern.egg-info patchkern/_native.* patchkern/_build_info.json $(BUILT)

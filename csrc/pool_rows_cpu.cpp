@@ -38,9 +38,9 @@ constexpr int64_t kBytesPerThread = 1 << 20;
 constexpr int64_t kBytesPerTile = 1 << 18;
 // Larger outputs are stored past the cache: they would evict the embedding rows being gathered, and themselves.
 constexpr int64_t kStreamBytes = 8 << 20;
-// Columns of one backward tile, in bytes: the rows' share of a tile (num_rows x 512 B) stays in the last-level cache
-// while the tokens that need it come by in order of token, not of row.
-constexpr int64_t kTileColumnBytes = 512;
+// Columns of one backward tile, in bytes: wide tiles read the gradient in longer pieces, and several of them still
+// share a long run out among threads.
+constexpr int64_t kTileColumnBytes = 4096;
 
 int64_t element_bytes(DType dtype) {
   switch (dtype) {

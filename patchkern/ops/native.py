@@ -2,8 +2,8 @@
 """`pool_rows` in C++ on the CPU (csrc/pool_rows_cpu.cpp).
 
 The kernels check every index before they write, so that even a layout whose tensors were overwritten after it was
-built is a ``ValueError`` and never a crash. ``PATCHKERN_ISA`` forces an instruction set: one of those that `isa`
-lists, for tests and bug reports.
+built is a ``ValueError`` and never a crash. ``PATCHKERN_ISA`` forces an instruction set: one of
+`isa_levels`, for tests and bug reports.
 """
 
 from __future__ import annotations

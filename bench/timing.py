@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing for shared and noisy machines: every provider once per round, ratios taken within a round."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import patchkern as pk
+
+RESULTS = Path(__file__).with_name("results")
+COLUMNS = (
+    *("provider", "mode", "metric", "unit", "p20", "p50", "p80", "config"),
+    *("machine", "cpu", "threads", "torch", "patchkern", "commit", "date"),
+)
+_EVICT_BYTES = 256 << 20
+
+Calls = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: one array per provider, entry ``i`` of each from the same round."""
+
+    seconds: dict[str, np.ndarray]
+
+    def quantiles(self, provider: str) -> tuple[float, float, float]:
+        """20th, 50th and 80th percentile, in seconds."""
+        p20, p50, p80 = np.quantile(self.seconds[provider], (0.2, 0.5, 0.8))
+        return float(p20), float(p50), float(p80)
+
+    def ratio(self, numerator: str, denominator: str) -> tuple[float, float, float]:
+        """Quantiles of ``numerator / denominator``, each ratio from one round: what both met alike cancels."""
+        p20, p50, p80 = np.quantile(self.seconds[numerator] / self.seconds[denominator], (0.2, 0.5, 0.8))
+        return float(p20), float(p50), float(p80)
+
+
+def measure(
+    calls: Calls,
+    seconds: float = 3.0,
+    min_rounds: int = 7,
+    max_rounds: int = 400,
+    cold: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Time each call once per round until ``seconds`` are spent; the first round warms up and is not counted.
+
+    Args:
+        calls: provider -> a call without arguments.
+        cold: sweep the caches before every call, outside the timed part.
+        clock: `time.thread_time` counts what the calling thread itself ran for, so that single-threaded work can be
+            timed on a machine whose cores are taken by others; wall time is the default.
+    """
+    evict = torch.zeros(_EVICT_BYTES // 8, dtype=torch.int64) if cold else None
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    names, shuffle = list(calls), np.random.default_rng(0)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for round_number in range(max_rounds + 1):
+            # in a new order each time: what the call before left in the caches is no provider's privilege
+            for name in shuffle.permutation(names).tolist():
+                if evict is not None:
+                    evict.add_(1)
+                before = clock()
+                result = calls[name]()
+                after = clock()
+                del result  # freeing is not part of the call: who allocates less should not pay for another's result
+                if round_number > 0:
+                    taken[name].append(after - before)
+            if round_number >= min_rounds and time.perf_counter() - start > seconds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return Timing({name: np.asarray(values) for name, values in taken.items()})
+
+
+@dataclass
+class Table:
+    """Rows of a tidy CSV under bench/results, printed as they come."""
+
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        provider: str,
+        mode: str,
+        metric: str,
+        unit: str,
+        quantiles: tuple[float, float, float],
+        config: Mapping[str, Any],
+    ) -> None:
+        p20, p50, p80 = (f"{value:.6g}" for value in quantiles)
+        row = {"provider": provider, "mode": mode, "metric": metric, "unit": unit, "p20": p20, "p50": p50, "p80": p80}
+        self.rows.append(row | {"config": json.dumps(dict(config)), "threads": torch.get_num_threads()} | environment())
+        print(f"{provider:24} {mode:18} {metric:24} {p50:>10} {unit:10} [{p20} .. {p80}]", flush=True)
+
+    def write(self) -> Path:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{self.name}.csv"
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(path)
+        print(f"wrote {path.relative_to(RESULTS.parents[1])}")
+        return path
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions and commit, for every row."""
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "cpu": f"{_cpu()}, {pk.ops.native.isa()}",
+        "torch": torch.__version__,
+        "patchkern": pk.__version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=RESULTS.parent, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks run on: ml-1m with the Llama-3 tokenizer if at hand, else a stand-in of that shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import patchkern as pk
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+VOCABULARY = 128_256
+POLICIES: dict[str, pk.Policy] = {
+    "text": pk.TextOnly(max_items=100),
+    "items": pk.ItemPatches(keep_text=5, max_items=100),
+    "sessions": pk.SessionPatches(group_size=5, max_items=100),
+    "random": pk.RandomItemPatches(probability=0.3, max_items=100),
+}
+
+
+class Workload(NamedTuple):
+    """Everything `build_layout` takes but the policy, for training samples drawn at random."""
+
+    name: str
+    catalog: pk.Catalog
+    prompt: pk.Prompt
+    histories: pk.Histories
+
+    def samples(self, count: int, seed: int = 0) -> tuple[pk.Histories, np.ndarray]:
+        """Histories before ``count`` random interactions that have at least 3 before them, and those targets."""
+        rng = np.random.default_rng(seed)
+        lengths = self.histories.lengths
+        targets = np.maximum(lengths - 3, 0)
+        ends = np.cumsum(targets)
+        drawn = rng.integers(0, ends[-1], count)
+        users = np.searchsorted(ends, drawn, side="right")
+        positions = 3 + drawn - (ends - targets)[users]
+        return self.histories.before(users, positions), self.histories.at(users, positions)
+
+
+def ml1m() -> Workload:
+    """The workload of the published numbers, or its stand-in; `Workload.name` says which."""
+    if (SHARED / "ml-1m").is_dir() and (SHARED / "llama3-tokenizer").is_dir():
+        try:
+            return _real()
+        except ImportError as error:
+            print(f"ml-1m is at hand but cannot be read ({error}); running on a stand-in")
+    return _stand_in()
+
+
+def _real() -> Workload:
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    folder = SHARED / "ml-1m"
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama3-tokenizer")
+    table = pq.read_table(folder / "items.parquet")
+    titles = dict(zip(table["item"].to_pylist(), table["title"].to_pylist(), strict=True))
+    system, instruction = (folder / "prompt.txt").read_text().splitlines()[:2]
+    column = pq.read_table(folder / "histories.parquet", columns=["items"])["items"].combine_chunks()
+    histories = pk.Histories(column.flatten().to_numpy(), column.offsets.to_numpy())
+    return Workload(
+        "ml-1m",
+        pk.Catalog.from_titles(titles, tokenizer),
+        pk.Prompt.from_chat_template(tokenizer, system, instruction),
+        histories,
+    )
+
+
+def _stand_in() -> Workload:
+    """6,038 users, 3,883 items, about 575,000 interactions, 3.9 tokens a title; popularity and words by Zipf."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.1, 0.95, 6038).astype(np.int64), 4, 1435)
+    lengths = np.maximum(lengths * 575_281 // lengths.sum(), 4)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    popularity = 1 / np.arange(10, 10 + 3883)
+    items = rng.choice(3883, offsets[-1], p=popularity / popularity.sum())
+    title_lengths = np.clip(rng.poisson(2.94, 3883) + 1, 1, 20)
+    title_offsets = np.concatenate([[0], np.cumsum(title_lengths)])
+    words = rng.permutation(VOCABULARY - 256)[np.minimum(rng.zipf(1.3, title_offsets[-1]), 20_000)]
+    prompt = pk.Prompt(
+        prefix=tuple(range(100, 133)), separator=(128_003,), suffix=tuple(range(200, 232)), response_end=(128_009,)
+    )
+    catalog = pk.Catalog.from_token_ids(words.astype(np.int32), title_offsets.astype(np.int32))
+    return Workload("stand-in for ml-1m", catalog, prompt, pk.Histories(items, offsets))

@@ -78,6 +78,7 @@ class Settings:
             "warmup_steps": 0.05,
             "max_grad_norm": 0.3,
             "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
             "report_to": "none",
         }
 
@@ -256,6 +257,9 @@ class PatchTrainer(Trainer):
         # A layout cannot be scattered over GPUs by DataParallel; several of them need torchrun.
         args._n_gpu = min(args.n_gpu, 1)
         args.remove_unused_columns = False
+        if args.ddp_find_unused_parameters is None:
+            # Trainer's own choice for a module it does not know is True, which is slow and breaks recomputation.
+            args.ddp_find_unused_parameters = False
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.max_steps <= 0:
             args.max_steps = math.ceil(args.num_train_epochs * users.size / per_step)

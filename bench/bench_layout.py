@@ -96,7 +96,7 @@ def run_one(
         "plan": lambda: planning_native.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index),
         "transpose": lambda: planning_native.transpose_rows(*rows),
     }
-    # One after the other, as a data loader's worker does nothing else: in turns, each would find the others' data cached.
+    # One after the other, as in a data loader's worker: in turns, each would find what the others left in the caches.
     times = timing.Timing({})
     for provider, call in calls.items():
         alone = timing.measure({provider: call}, seconds=seconds / len(calls), max_rounds=2000, clock=time.thread_time)

@@ -15,7 +15,8 @@ A local Llama-3.2-1B, with the paper's settings for the data set, 64 samples a s
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --activation_checkpointing --save_steps 500
 
 A run that was killed goes on where it was: the same command and --resume. Several GPUs: torchrun --nproc_per_node 2
-recipes/train.py ... All flags that are not listed here are those of transformers.TrainingArguments.
+recipes/train.py ... All flags that are not listed here are those of transformers.TrainingArguments; before 5.23 it is
+--gradient_checkpointing instead of --activation_checkpointing.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import patchkern as pk
 from patchkern import _build
@@ -272,6 +273,20 @@ def test_installed_wheel_runs_on_the_native_backend(wheel: Path, tmp_path: Path)
     file, warned, usable, reason = use(target, tmp_path)
     assert Path(file).parent == target / "patchkern"
     assert (usable, warned) == (True, 0), reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PATCHKERN_OTHER_PYTHON" not in os.environ, reason="PATCHKERN_OTHER_PYTHON names no interpreter")
+def test_installed_wheel_runs_under_another_torch(wheel: Path, tmp_path: Path) -> None:
+    """PATCHKERN_OTHER_PYTHON: an interpreter of this Python version in an environment with another torch."""
+    other = os.environ["PATCHKERN_OTHER_PYTHON"]
+    target = tmp_path / "site"
+    checked(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, env=environment())
+    with_path = environment(PYTHONPATH=str(target))
+    version = checked(other, "-c", "import torch; print(torch.__version__)", cwd=tmp_path, env=with_path).strip()
+    assert version != torch.__version__
+    said = checked(other, "-c", USE, cwd=tmp_path, env=with_path).splitlines()
+    assert said[:3] == [str(target / "patchkern" / "__init__.py"), "0", "True"]
 
 
 @pytest.mark.slow

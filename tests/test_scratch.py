@@ -28,7 +28,10 @@ def test_tokenizer_round_trips_every_string() -> None:
 
 
 def test_tokenizer_is_the_same_in_every_process() -> None:
-    program = f"from patchkern.scratch import fit_tokenizer; print(fit_tokenizer({TITLES!r}, 320)._tokenizer.to_str(), end='')"
+    program = (
+        "from patchkern.scratch import fit_tokenizer\n"
+        f"print(fit_tokenizer({TITLES!r}, 320)._tokenizer.to_str(), end='')"
+    )
     runs = [
         subprocess.run(
             [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True

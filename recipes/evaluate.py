@@ -6,8 +6,9 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --search diverse     # the paper's search, counted by item
     python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
 
-The yardsticks, which any recommender should beat, are computed on the same samples. They leave out no more than the
-latest 100 items as seen. One line per user goes to a CSV.
+The yardsticks, which any recommender should beat, are computed on the same samples. "Unseen" leaves out the items of
+the whole history with --exclude_seen, as the model then does, else those among the latest 100. One line per user goes
+to a CSV.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     started = time.perf_counter()
     found = recommend(model, data, samples, args)
     seconds = time.perf_counter() - started
-    results = {"this model": found, **yardsticks(data, samples, catalog)}
+    results = {"this model": found, **yardsticks(data, samples, catalog, None if args.exclude_seen else 100)}
 
     print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks by item\n")
     print("\n".join(table(results)))
@@ -113,13 +114,15 @@ def recommend(
     return [evaluate(lists, targets, KS, catalog=model.catalog)]
 
 
-def yardsticks(data: Interactions, samples: Samples, catalog: pk.Catalog) -> dict[str, list[Evaluation]]:
+def yardsticks(
+    data: Interactions, samples: Samples, catalog: pk.Catalog, max_items: int | None
+) -> dict[str, list[Evaluation]]:
     """Recommenders without a model, counted by item."""
     k, targets = max(KS), data.targets(samples)
     rankings = {
         "most popular": most_popular(data, samples, k),
-        "most popular, unseen": most_popular(data, samples, k, unseen=True),
-        "transitions, unseen": transitions(data, samples, k),
+        "most popular, unseen": most_popular(data, samples, k, unseen=True, max_items=max_items),
+        "transitions, unseen": transitions(data, samples, k, max_items=max_items),
     }
     return {name: [evaluate(r.as_lists(), targets, KS, catalog=catalog)] for name, r in rankings.items()}
 

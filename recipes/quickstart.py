@@ -116,7 +116,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--max_items", type=int, default=30, help="items of a history that the model sees")
     model.add_argument("--keep_text", type=int, default=5, help="latest items kept as text beside item patches")
     model.add_argument("--group_size", type=int, default=5, help="items per session patch")
-    model.add_argument("--samples", type=int, default=24_000, help="of the text stage; the others take a quarter")
+    model.add_argument(
+        "--samples",
+        type=int,
+        help="of the text stage, the others take a quarter (default: 10,000 synthetic, else 30,000)",
+    )
     model.add_argument("--learning_rate", type=float, default=3e-3)
     model.add_argument("--batch_size", type=int, default=32)
     model.add_argument("--seed", type=int, default=0)
@@ -124,7 +128,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output", default="runs")
     output.add_argument("--name", help="folder of the report below --output (default: the data set's name)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.samples = args.samples or (10_000 if args.data == "synthetic" else 30_000)
+    return args
 
 
 def plan(args: argparse.Namespace) -> list[Stage]:

@@ -10,8 +10,9 @@ output), `native+alloc` (as autograd calls it), `embedding_bag` (per_sample_weig
 two index_adds: the reference backend) and `loop` (a Python loop over patches). Backward: `native dense`,
 `native compact`, `embedding_bag dense`, `zeros` (the (V, D) zeros that any dense gradient starts from).
 
-Memory is warm by default: glibc is told to keep what was freed, so that no provider pays for page faults in fresh
-memory, which on virtual machines cost more than the work; --fresh-memory leaves the allocator alone. Timings are CPU
+The allocator is as every process has it: large results come in fresh memory, whose page faults cost more than the work
+on most virtual machines, and `native` is the only provider that can write into memory it is given. With --warm-memory
+glibc keeps what was freed, no provider meets a page fault, and the kernels alone are compared. Timings are CPU
 time of one thread unless told otherwise, so that busy neighbours only cost cache and bandwidth. A provider whose result
 is wrong gets no timing, and the script fails.
 """
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     clock: Callable[[], float] = time.perf_counter if arguments.clock == "wall" else time.thread_time
     workload = workloads.ml1m()
     histories, targets = workload.samples(arguments.batch)
-    table = timing.Table("pool_rows" + ("_fresh_memory" if arguments.fresh_memory else ""))
+    table = timing.Table("pool_rows" + ("_warm_memory" if arguments.warm_memory else ""))
     for width in arguments.widths:
         for dtype in (getattr(torch, name) for name in arguments.dtypes):
             weight = torch.randn(workloads.VOCABULARY, width, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
                     "token_reads": transpose.rows.shape[0],
                     "distinct_tokens": transpose.tokens.shape[0],
                     "clock": arguments.clock,
-                    "memory": "fresh" if arguments.fresh_memory else "warm",
+                    "memory": "warm" if arguments.warm_memory else "fresh",
                 }
                 print(f"\n{config}")
                 measure = {"seconds": arguments.seconds, "clock": clock, "cold": arguments.cold}
@@ -183,9 +184,10 @@ def backward(
     transpose = layout.transpose
     assert transpose is not None
     tokens = transpose.tokens.long()
-    check("native compact backward", calls["native compact"]().values(), exact)
-    check("native dense backward", calls["native dense"]()[tokens], exact)
-    check("embedding_bag backward", calls["embedding_bag dense"]()[tokens], exact, loose=8.0)
+    # a separator adds thousands of rows that largely cancel; embedding_bag adds them one after the other
+    check("native compact backward", calls["native compact"]().values(), exact, loose=32.0)
+    check("native dense backward", calls["native dense"]()[tokens], exact, loose=32.0)
+    check("embedding_bag backward", calls["embedding_bag dense"]()[tokens], exact, loose=200.0)
     times = timing.measure(calls, **measure)
     report(table, times, "backward", config, "copy", "embedding_bag dense", "native compact", ("native dense",))
 
@@ -219,11 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="cpu: one thread's own time")
     parser.add_argument("--cold", action="store_true", help="sweep the caches before every call")
     parser.add_argument("--loop", action="store_true", help="also time a Python loop over patches")
-    parser.add_argument("--fresh-memory", action="store_true", help="leave the allocator alone")
+    parser.add_argument("--warm-memory", action="store_true", help="let the allocator keep what is freed")
     arguments = parser.parse_args(argv)
     if arguments.threads > 1 and arguments.clock == "cpu":
         parser.error("--clock cpu times one thread: give --clock wall with --threads")
-    if not arguments.fresh_memory and any(os.environ.get(name) != value for name, value in _WARM_MEMORY.items()):
+    if arguments.warm_memory and any(os.environ.get(name) != value for name, value in _WARM_MEMORY.items()):
         # the allocator reads its settings when the process starts
         command = [sys.executable, os.path.abspath(__file__), *(sys.argv[1:] if argv is None else argv)]
         os.execve(sys.executable, command, os.environ | _WARM_MEMORY)

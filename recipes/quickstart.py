@@ -93,9 +93,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
     report = [f"# {data.name}", "", *table(results), ""]
     say("\n" + "\n".join(report[2:]))
-    examples = [
-        line for user in range(min(args.examples, len(test.users))) for line in example(data, test, recommended, user)
-    ]
+    of_users = np.unique(test.users, return_index=True)[1][: args.examples]
+    examples = [line for sample in of_users for line in example(data, test, recommended, int(sample))]
     say("\n".join(examples))
     write_report(folder, report, results, examples, args)
     say(f"report: {folder / 'report.md'}")
@@ -109,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", default="synthetic", help='"synthetic" or a folder that patchkern.data.open_dataset reads'
     )
     data.add_argument("--split", default="test", choices=["val", "test"], help="val is the one to tune on")
-    data.add_argument("--limit", type=int, help="evaluate on so many of the test samples only")
+    data.add_argument("--limit", type=int, help="evaluate on so many of the samples only")
     data.add_argument("--examples", type=int, default=3, help="users whose recommendations are printed")
     model = parser.add_argument_group("model and training")
     model.add_argument("--vocab_size", type=int, default=4096)
@@ -269,7 +268,7 @@ def write_report(
     settings = ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()) if value is not None)
     lines = [
         *report,
-        f"{results[0].evaluation.ranks.size:,} test {args.split} samples, strict metric, items already seen left out.",
+        f"{results[0].evaluation.ranks.size:,} {args.split} samples, strict metric, items already seen left out.",
         f"Standard error of the largest HR@20: {max(r.evaluation.as_dict()['HR@20 ±'] for r in results):.4f}.",
         "",
         "![Accuracy against rows](accuracy.png)",
@@ -300,8 +299,8 @@ def plot_accuracy(path: Path, results: Sequence[Result]) -> None:
             )
         else:
             error = metrics.standard_error(result.evaluation.hits(20))
-            axes.errorbar(result.rows.mean(), hr, yerr=error, fmt="o", capsize=3)
-            axes.annotate(result.name, (float(result.rows.mean()), hr), xytext=(6, 6), textcoords="offset points")
+            axes.errorbar(result.rows.mean(), hr, yerr=error, fmt="o", capsize=3, label=result.name)
+    axes.legend(frameon=False, loc="lower right")
     axes.set(xlabel="rows per user", ylabel="HR@20", xlim=(0, None), ylim=(0, None), title="Accuracy against rows")
     figure.savefig(path, dpi=120)
 

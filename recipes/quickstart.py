@@ -7,7 +7,8 @@
 
 A small language model is trained from random weights on titles: as text, then patch pre-training and item patches, then
 session patches. All of them recommend to the same test users, beside two yardsticks that know no titles at all. The
-report with its plots is written to runs/<name>/report.md.
+report with its plots is written to runs/<name>/report.md, each model to a folder beside it, which recipes/evaluate.py
+takes.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         recommended[stage.name], result = evaluate(model, data, test, stage)
         results.append(replace(result, seconds=seconds, samples_per_second=samples / seconds))
         model.save_pretrained(folder / stage.name.replace(" ", "-"))
+        tokenizer.save_pretrained(folder / stage.name.replace(" ", "-"))
         say(f"{stage.name}: {result.evaluation}")
-    tokenizer.save_pretrained(folder / "tokenizer")
 
     report = [f"# {data.name}", "", *table(results), ""]
     say("\n" + "\n".join(report[2:]))

@@ -510,6 +510,27 @@ def test_compact_renames_tokens(batch: cases.Batch) -> None:
     assert compact.num_rows == layout.num_rows and torch.equal(compact.cu_seqlens, layout.cu_seqlens)
 
 
+# ------------------------------------------------------------------ labels on the history's text
+
+
+@settings(max_examples=50)
+@given(batch=cases.batches(longest_history=20))
+def test_supervise_literals_labels_every_token_but_the_first_row(batch: cases.Batch) -> None:
+    layout = batch.layout().supervise_literals()
+    expected, row = [], 0
+    for user in batch.users():
+        for position, titles in enumerate(user.rows):
+            drawn = int(layout.lo[row]) < 0  # a patch of one token looks like that token
+            expected.append(titles[0][0] if position and drawn else oracle.IGNORE)
+            row += 1
+    assert layout.labels is not None and layout.logit_rows is not None and layout.logit_labels is not None
+    assert layout.labels.tolist() == expected
+    labelled = [row for row, label in enumerate(expected) if label != oracle.IGNORE]
+    assert layout.logit_rows.tolist() == [row - 1 for row in labelled]
+    assert layout.logit_labels.tolist() == [expected[row] for row in labelled]
+    oracle.decode(layout)  # still a layout in every other respect
+
+
 # ------------------------------------------------------------------ the paper's compression ratios
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,22 @@ def test_batch_is_the_layout_of_its_samples() -> None:
     for name in ("lo", "hi", "items", "token_ids", "cu_seqlens", "labels"):
         assert torch.equal(getattr(batch["layout"], name), getattr(expected, name)), name
     assert batch["labels"] is batch["layout"].logit_labels
+
+
+def test_a_supervised_history_gives_the_loss_of_a_language_model() -> None:
+    collator = replace(_collator(None, pk.TextOnly(max_items=6)), supervise_history=True)
+    batch = collator(_slots(0, range(8)))
+    layout = batch["layout"]
+    model, _ = _model()
+    loss = model(layout).loss
+    ends = layout.cu_seqlens.tolist()
+    total, count = 0.0, 0
+    for begin, end in zip(ends, ends[1:], strict=False):
+        tokens = -1 - layout.lo[begin:end].long()[None]
+        total += float(model.hf_model(input_ids=tokens, labels=tokens, use_cache=False).loss) * (end - begin - 1)
+        count += end - begin - 1
+    assert batch["labels"].numel() == count
+    torch.testing.assert_close(float(loss), total / count, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (3, 0.6), (5, 1.0)])

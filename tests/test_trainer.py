@@ -132,10 +132,10 @@ def test_a_supervised_history_gives_the_loss_of_a_language_model() -> None:
     total, count = 0.0, 0
     for begin, end in zip(ends, ends[1:], strict=False):
         tokens = -1 - layout.lo[begin:end].long()[None]
-        total += float(model.hf_model(input_ids=tokens, labels=tokens, use_cache=False).loss) * (end - begin - 1)
+        total += model.hf_model(input_ids=tokens, labels=tokens, use_cache=False).loss.item() * (end - begin - 1)
         count += end - begin - 1
     assert batch["labels"].numel() == count
-    torch.testing.assert_close(float(loss), total / count, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(loss.item(), total / count, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (3, 0.6), (5, 1.0)])

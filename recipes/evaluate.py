@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 import patchkern as pk
 from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
 from patchkern.metrics import METRICS, Evaluation, evaluate
+from patchkern.ops.backends import describe as describe_backend
 from patchkern.search import SEARCHES, generate_titles
 from patchkern.trainer import find_model
 
@@ -43,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
     model = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=getattr(torch, args.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    backend, reason = next((name, status.reason) for name, status in pk.backends().items() if status.usable)
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"BACKEND {backend} ({reason}) on {model.device}, {torch.get_num_threads()} threads")
+    print(f"BACKEND {describe_backend(model.device)}")
     print(f"{data}\n{folder}: {model.policy}, {samples.users.size:,} {args.split} samples", flush=True)
 
     started = time.perf_counter()

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 import patchkern as pk
 from patchkern import metrics
 from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
+from patchkern.ops.backends import describe as describe_backend
 from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.trainer import PatchTrainer
 
@@ -330,8 +331,8 @@ def canvas() -> tuple[Any, Any]:
 
 
 def backend_line() -> str:
-    usable = [f"{name} ({status.reason})" for name, status in pk.backends().items() if status.usable]
-    return f"patchkern {pk.__version__}, torch {torch.__version__}, backend: {usable[0]}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"patchkern {pk.__version__}, torch {torch.__version__}, backend: {describe_backend(device)}"
 
 
 def say(text: str) -> None:

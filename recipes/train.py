@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import patchkern as pk
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
+from patchkern.ops.backends import describe as describe_backend
 from patchkern.prompt import MARKERS
 from patchkern.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.trainer import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
@@ -187,10 +188,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def banner(device: torch.device) -> str:
-    backend, reason = next((name, status.reason) for name, status in pk.backends().items() if status.usable)
     return (
         f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}\n"
-        f"BACKEND {backend} ({reason}) on {device}, {torch.get_num_threads()} threads"
+        f"BACKEND {describe_backend(device)}"
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import patchkern as pk
+from patchkern.ops.backends import describe
 from patchkern.policies import Level, policy_from_dict, policy_to_dict
 
 TITLES: dict[Any, oracle.Title] = {10: [1, 2], 20: [3], 30: [4, 5, 6]}
@@ -745,3 +746,10 @@ def test_layouts_overwritten_later_are_refused() -> None:
             out=out,
         )
         assert (out == 777.0).all()
+
+
+def test_the_backend_a_program_announces_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHKERN_BACKEND", "auto")
+    assert describe(torch.device("cuda:0")).startswith("reference (")  # native runs on the CPU only
+    monkeypatch.setenv("PATCHKERN_BACKEND", "reference")
+    assert describe(torch.device("cpu")).startswith("reference (")

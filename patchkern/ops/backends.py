@@ -63,6 +63,12 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
+def describe(device: torch.device) -> str:
+    """The backend that "auto" stands for on ``device``, for the line that a program prints when it starts."""
+    name = choose("auto", device)
+    return f"{name} ({backends()[name].reason}) on {device}, {torch.get_num_threads()} threads"
+
+
 def module(name: str) -> ModuleType:
     """The backend's module: ``pool_rows`` and ``pool_rows_grad`` that write into given outputs."""
     return _MODULES[name]

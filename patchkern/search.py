@@ -10,7 +10,6 @@ of ``response_end``, over the full vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,12 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchkern import attention
 from patchkern.histories import Histories, HistoriesLike
 from patchkern.layout import PatchLayout, build_layout
-from patchkern.packed import packed_kwargs
 from patchkern.policies import Policy
-from patchkern.prefix_cache import PrefixCache
+from patchkern.prompts import Prompts, check_spans, inference
 from patchkern.trie import Trie
 
 if TYPE_CHECKING:
@@ -95,14 +92,14 @@ def recommend(
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
     results: list[list[tuple[Any, float]]] = [[] for _ in range(len(histories))]
     batches = _batches(model, histories, policy, num_beams, trie.depth, memory_budget, batch_size)
-    with _inference(model):
+    with inference(model):
         for users, layout in batches:
             allowed = torch.ones(users.size, len(model.catalog), dtype=torch.bool)
             if seen is not None:
                 ignored = seen.take(users)
                 allowed[np.repeat(np.arange(users.size), ignored.lengths), ignored.items] = False
             running = trie.running_count(allowed.to(model.device))
-            prompts = _Prompts(model, layout)
+            prompts = Prompts(model, layout)
             if search == "beam":
                 found = _beam_search(prompts, trie, running, k, num_beams)
             else:
@@ -142,9 +139,9 @@ def generate_titles(
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
     results: list[list[tuple[Any, float]]] = [[] for _ in range(len(histories))]
     batches = _batches(model, histories, policy, num_beams, trie.depth, memory_budget, batch_size)
-    with _inference(model):
+    with inference(model):
         for users, layout in batches:
-            found = _diverse_search(_Prompts(model, layout), trie, everything.expand(users.size, -1), num_beams)
+            found = _diverse_search(Prompts(model, layout), trie, everything.expand(users.size, -1), num_beams)
             _collect(results, users, model, found.user, trie.items[trie.begin[found.node]], found.score)
     return results
 
@@ -184,7 +181,7 @@ def _batches(
     while waiting.size:
         users = waiting[:batch_size]
         layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
-        _check_spans(model, layout, depth)
+        check_spans(model, layout, depth)
         needed = _predicted_bytes(model, layout, num_beams, depth)
         if memory_budget is None or needed <= memory_budget:
             waiting = waiting[batch_size:]
@@ -208,95 +205,6 @@ def _predicted_bytes(model: PatchedCausalLM, layout: PatchLayout, num_beams: int
     hypotheses = layout.num_users * num_beams
     logits = config.vocab_size * (item_size + 2 * max(item_size, 4))
     return per_row * layout.num_users * layout.max_seqlen + hypotheses * (per_row * depth + logits)
-
-
-def _check_spans(model: PatchedCausalLM, layout: PatchLayout, depth: int) -> None:
-    """All that would make the search silently wrong, or fail in the model."""
-    config = model.config.get_text_config()
-    if layout.num_rows and int(layout.cu_seqlens.diff().min()) == 0:
-        raise ValueError("histories: expected at least one row per user to predict from, got a user without rows")
-    longest = layout.max_seqlen + depth - 1  # nothing follows the last token, so it is never fed
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"histories: expected at most {limit} rows per user and title, the positions of {config.model_type}, got "
-            f"{layout.max_seqlen} rows and titles of up to {depth} tokens; keep fewer items (max_items) or compress "
-            "them more"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ValueError(f"model: search needs full attention in every layer, got {', '.join(sorted(unknown))}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and "sliding_attention" in kinds and longest > window:
-        raise ValueError(f"model: search needs full attention, got {longest} rows and a sliding window of {window}")
-
-
-@contextmanager
-def _inference(model: PatchedCausalLM) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the attention that knows `PrefixCache`; restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    implementation = model.config._attn_implementation
-    model.eval()
-    try:
-        if implementation != attention.NAME:
-            model.hf_model.set_attn_implementation(attention.NAME)
-        with torch.no_grad():
-            yield
-    finally:
-        if implementation != attention.NAME:
-            model.hf_model.set_attn_implementation(implementation)
-        for module in training:
-            module.training = True
-
-
-# ------------------------------------------------------------------ the model's part
-
-
-class _Prompts:
-    """The prompts of a batch of users, computed, and their hypotheses, one token further with every step."""
-
-    def __init__(self, model: PatchedCausalLM, layout: PatchLayout) -> None:
-        self.num_users = layout.num_users
-        self._model = model.hf_model
-        layout = layout.to(model.device, non_blocking=True)
-        self._cache = PrefixCache(layout)
-        self._position = self._cache.lengths
-        rows = model.embed(layout)
-        last = layout.cu_seqlens[1:].long() - 1
-        output = self._model(
-            inputs_embeds=rows[None], logits_to_keep=last, span_cache=self._cache, **packed_kwargs(layout)
-        )
-        n_layers = model.config.get_text_config().num_hidden_layers
-        if self._cache.num_layers != n_layers:
-            raise ValueError(
-                f"model: search needs {attention.NAME} attention in all {n_layers} layers of "
-                f"{type(self._model).__name__}, got it in {self._cache.num_layers}"
-            )
-        self.logits = _wide(output.logits[0])
-        """``(B, V)``, what follows each prompt; float32 or float64."""
-
-    def step(self, parent: Tensor, user: Tensor, token: Tensor) -> Tensor:
-        """``(N, V)`` logits after one more token of N hypotheses.
-
-        Args:
-            parent: ``(N,)`` row of the last step that each continues; of no meaning in the first step.
-            user: ``(N,)``, ascending.
-            token: ``(N,)``.
-        """
-        self._cache.advance(parent, user)
-        output = self._model(
-            input_ids=token[:, None],
-            position_ids=self._position[user][:, None],
-            use_cache=False,
-            span_cache=self._cache,
-        )
-        self._position = self._position + 1
-        return _wide(output.logits[:, -1])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------ the searches
@@ -351,7 +259,7 @@ def _place(user: Tensor) -> Tensor:
     return torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
 
 
-def _beam_search(prompts: _Prompts, trie: Trie, running: Tensor, k: int, num_beams: int) -> _Found:
+def _beam_search(prompts: Prompts, trie: Trie, running: Tensor, k: int, num_beams: int) -> _Found:
     user = torch.arange(prompts.num_users, device=running.device)
     node, logits = torch.zeros_like(user), prompts.logits
     score = logits.new_zeros(len(user))
@@ -379,7 +287,7 @@ def _beam_search(prompts: _Prompts, trie: Trie, running: Tensor, k: int, num_bea
 
 
 def _diverse_search(
-    prompts: _Prompts, trie: Trie, running: Tensor, num_groups: int, penalty: float = DIVERSITY_PENALTY
+    prompts: Prompts, trie: Trie, running: Tensor, num_groups: int, penalty: float = DIVERSITY_PENALTY
 ) -> _Found:
     """As many entries per user as groups, ordered by penalised log-probability per token."""
     n_users, device = prompts.num_users, running.device

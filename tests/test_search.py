@@ -379,14 +379,14 @@ def test_memory_budget_splits_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(titles)
     histories = make_histories(titles, [30, 3, 25, 4, 20, 6, 2, 1])
     predicted: list[tuple[int, int]] = []
-    original = search_module._Prompts.__init__
+    original = search_module.Prompts.__init__
 
     def spy(self: Any, wrapped: Any, layout: pk.PatchLayout) -> None:
         depth = Trie.from_catalog(wrapped.catalog, wrapped.prompt.response_end).depth
         predicted.append((layout.num_users, search_module._predicted_bytes(wrapped, layout, 5, depth)))
         original(self, wrapped, layout)
 
-    monkeypatch.setattr(search_module._Prompts, "__init__", spy)
+    monkeypatch.setattr(search_module.Prompts, "__init__", spy)
     whole = model.recommend(histories, POLICIES["text"], 5, 5)
     assert [users for users, _ in predicted] == [8]
     budget = predicted[0][1] // 3

@@ -13,7 +13,17 @@ from patchkern.layout import PatchLayout, build_layout
 from patchkern.ops.backends import backends
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 from patchkern.packed import PackedBatch, compress_batch
-from patchkern.policies import ItemPatches, Level, Policy, RandomItemPatches, SessionPatches, TextOnly
+from patchkern.policies import (
+    FitRows,
+    FittingPolicy,
+    ItemPatches,
+    Level,
+    Policy,
+    RandomItemPatches,
+    SessionPatches,
+    TextOnly,
+    TimeSessions,
+)
 from patchkern.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -23,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Catalog",
+    "FitRows",
+    "FittingPolicy",
     "Histories",
     "ItemPatches",
     "Level",
@@ -34,6 +46,7 @@ __all__ = [
     "RandomItemPatches",
     "SessionPatches",
     "TextOnly",
+    "TimeSessions",
     "backends",
     "build_layout",
     "compress_batch",

@@ -17,7 +17,7 @@ from patchkern import planning
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories, HistoriesLike, is_sequence
 from patchkern.planning import RowPlan
-from patchkern.policies import Level, Levels, Policy
+from patchkern.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
 from patchkern.prompt import Prompt
 
 planner: ModuleType = planning
@@ -212,7 +212,7 @@ class PatchLayout:
 def build_layout(
     catalog: Catalog,
     histories: HistoriesLike,
-    policy: Policy,
+    policy: AnyPolicy,
     prompt: Prompt,
     targets: Sequence[Any] | NDArray[Any] | None = None,
     *,
@@ -236,8 +236,7 @@ def build_layout(
     """
     if not isinstance(catalog, Catalog):
         raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise TypeError(f"policy: expected a policy with max_items and levels, got {type(policy).__name__}")
+    check_policy(policy)
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
     if not (transpose is None or isinstance(transpose, bool)):
@@ -245,7 +244,10 @@ def build_layout(
     kept = Histories.coerce(histories).latest(policy.max_items)
     index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
-    levels = policy.levels(kept)
+    if isinstance(policy, FittingPolicy):
+        levels = policy.fit(kept, catalog.lengths[index], prompt)
+    else:
+        levels = policy.levels(kept)
     _check_levels(levels, kept)
     plan: RowPlan = planner.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index)
     values: dict[str, Any] = {

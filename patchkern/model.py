@@ -25,7 +25,7 @@ from patchkern.histories import HistoriesLike
 from patchkern.layout import PatchLayout
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.packed import packed_kwargs
-from patchkern.policies import Policy, policy_from_dict, policy_to_dict
+from patchkern.policies import AnyPolicy, check_policy, policy_from_dict, policy_to_dict
 from patchkern.prompt import Prompt
 
 FORMAT_VERSION = 1
@@ -61,7 +61,7 @@ class PatchedCausalLM(nn.Module):
         hf_model: PreTrainedModel,
         catalog: Catalog,
         prompt: Prompt,
-        policy: Policy | None = None,
+        policy: AnyPolicy | None = None,
         *,
         attn_implementation: str | None = attention.NAME,
     ) -> None:
@@ -70,8 +70,8 @@ class PatchedCausalLM(nn.Module):
         for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
-        if policy is not None and not isinstance(policy, Policy):
-            raise TypeError(f"policy: expected a policy or None, got {type(policy).__name__}")
+        if policy is not None:
+            check_policy(policy)
         self.hf_model = hf_model
         self.catalog = catalog
         self.prompt = prompt
@@ -229,7 +229,7 @@ class PatchedCausalLM(nn.Module):
     def recommend(
         self,
         histories: HistoriesLike,
-        policy: Policy | None = None,
+        policy: AnyPolicy | None = None,
         k: int = 20,
         num_beams: int = 20,
         search: str = "beam",
@@ -405,7 +405,7 @@ def _replace_folder(aside: Path, target: Path) -> None:
         os.replace(aside / file, target / file)
 
 
-def _read_description(path: Path) -> tuple[Prompt, Policy | None]:
+def _read_description(path: Path) -> tuple[Prompt, AnyPolicy | None]:
     if not path.is_file():
         raise FileNotFoundError(
             f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; was it saved by patchkern?"

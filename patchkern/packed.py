@@ -14,7 +14,7 @@ from patchkern.catalog import Catalog
 from patchkern.histories import HistoriesLike
 from patchkern.layout import PatchLayout, build_layout
 from patchkern.ops.pool_rows import check_weight, pool_rows
-from patchkern.policies import Policy
+from patchkern.policies import AnyPolicy
 from patchkern.prompt import Prompt
 
 
@@ -81,7 +81,7 @@ def compress_batch(
     weight: Tensor,
     catalog: Catalog,
     histories: HistoriesLike,
-    policy: Policy,
+    policy: AnyPolicy,
     prompt: Prompt,
     targets: Sequence[Any] | NDArray[Any] | None = None,
     backend: str = "auto",

@@ -29,7 +29,16 @@ from patchkern.catalog import Catalog
 from patchkern.histories import Histories
 from patchkern.layout import build_layout
 from patchkern.model import DESCRIPTION, PatchedCausalLM
-from patchkern.policies import ItemPatches, Level, Levels, Policy, RandomItemPatches, SessionPatches, TextOnly
+from patchkern.policies import (
+    AnyPolicy,
+    ItemPatches,
+    Level,
+    Levels,
+    Policy,
+    RandomItemPatches,
+    SessionPatches,
+    TextOnly,
+)
 from patchkern.prompt import Prompt
 
 STAGES = ("sft", "pretrain", "items", "sessions")
@@ -176,7 +185,7 @@ class LayoutCollator:
 
     catalog: Catalog
     histories: Histories
-    policy: Policy
+    policy: AnyPolicy
     prompt: Prompt
     pretrain_steps: int | None = None
     seed: int = 0
@@ -236,7 +245,7 @@ class PatchTrainer(Trainer):
         args: TrainingArguments,
         histories: Histories,
         samples: tuple[NDArray[np.int64], NDArray[np.int64]],
-        policy: Policy | None = None,
+        policy: AnyPolicy | None = None,
         *,
         pretrain: bool = False,
         supervise_history: bool = False,

@@ -538,7 +538,7 @@ def test_wrong_constructor_arguments() -> None:
         PatchedCausalLM(tiny("llama"), TITLES, PROMPT)
     with pytest.raises(TypeError, match="prompt: expected a Prompt, got dict"):
         PatchedCausalLM(tiny("llama"), CATALOG, {})
-    with pytest.raises(TypeError, match="policy: expected a policy or None, got str"):
+    with pytest.raises(TypeError, match="policy: expected a policy with max_items and levels, got str"):
         PatchedCausalLM(tiny("llama"), CATALOG, PROMPT, "items")
     bare = transformers.LlamaModel(tiny("llama").config)
     with pytest.raises(ValueError, match="hf_model: expected a causal LM whose forward takes logits_to_keep"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchkern.histories import Histories, HistoriesLike
 from patchkern.layout import PatchLayout, build_layout
-from patchkern.policies import Policy
+from patchkern.policies import AnyPolicy, check_policy
 from patchkern.prompts import Prompts, check_spans, inference
 from patchkern.trie import Trie
 
@@ -35,7 +35,7 @@ DIVERSITY_PENALTY = 0.8
 def recommend(
     model: PatchedCausalLM,
     histories: HistoriesLike,
-    policy: Policy,
+    policy: AnyPolicy,
     k: int = 20,
     num_beams: int = 20,
     search: str = "beam",
@@ -111,7 +111,7 @@ def recommend(
 def generate_titles(
     model: PatchedCausalLM,
     histories: HistoriesLike,
-    policy: Policy,
+    policy: AnyPolicy,
     num_beams: int = 20,
     leaves_only: bool = True,
     memory_budget: int | None = None,
@@ -168,7 +168,7 @@ def _seen_items(model: PatchedCausalLM, histories: Histories, k: int) -> Histori
 def _batches(
     model: PatchedCausalLM,
     histories: Histories,
-    policy: Policy,
+    policy: AnyPolicy,
     num_beams: int,
     depth: int,
     memory_budget: int | None,
@@ -387,8 +387,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_batching(policy: Any, memory_budget: Any, batch_size: Any) -> None:
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy: expected a policy, got {type(policy).__name__}")
+    check_policy(policy)
     if memory_budget is not None:
         _check_count("memory_budget", memory_budget)
     _check_count("batch_size", batch_size)

@@ -501,7 +501,7 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),
         ({"memory_budget": "40GiB"}, TypeError, "memory_budget: expected an integer, got '40GiB'"),
         ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
-        ({"policy": "text"}, TypeError, "policy: expected a policy, got str"),
+        ({"policy": "text"}, TypeError, "policy: expected a policy with max_items and levels, got str"),
         ({"policy": None}, ValueError, "policy: expected one"),
         ({"histories": [[0], [77]]}, ValueError, "histories: .*77"),
         ({"histories": [[0], [77]], "exclude_seen": True}, ValueError, "histories: .*77"),

@@ -13,21 +13,26 @@ from torch import Tensor
 from patchkern import attention
 from patchkern.layout import PatchLayout
 from patchkern.packed import packed_kwargs
-from patchkern.prefix_cache import PrefixCache
+from patchkern.prefix_cache import PrefixCache, StepShape
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
 
 
 class Prompts:
-    """The prompts of a batch of users, computed, and their hypotheses, one token further with every step."""
+    """The prompts of a batch of users, computed, and what follows them, token by token or in whole trees.
 
-    def __init__(self, model: PatchedCausalLM, layout: PatchLayout) -> None:
+    Args:
+        model: in evaluation mode, see `inference`.
+        layout: the prompts.
+        max_rows: tokens that all steps together may feed, until `forget`.
+    """
+
+    def __init__(self, model: PatchedCausalLM, layout: PatchLayout, max_rows: int) -> None:
         self.num_users = layout.num_users
         self._model = model.hf_model
         layout = layout.to(model.device, non_blocking=True)
-        self._cache = PrefixCache(layout)
-        self._position = self._cache.lengths
+        self._cache = PrefixCache(layout, max_rows)
         rows = model.embed(layout)
         last = layout.cu_seqlens[1:].long() - 1
         output = self._model(
@@ -42,23 +47,30 @@ class Prompts:
         self.logits = _wide(output.logits[0])
         """``(B, V)``, what follows each prompt; float32 or float64."""
 
-    def step(self, parent: Tensor, user: Tensor, token: Tensor) -> Tensor:
+    def step(self, parent: Tensor, user: Tensor, token: Tensor, shape: StepShape | None = None) -> Tensor:
         """``(N, V)`` logits after one more token of N hypotheses.
 
         Args:
-            parent: ``(N,)`` row of the last step that each continues; of no meaning in the first step.
-            user: ``(N,)``, ascending.
+            parent: ``(N,)`` the row that each token continues, -1 the prompt. Rows are numbered over all steps, in the
+                order in which they were fed; a row of this step may be continued too.
+            user: ``(N,)``, ascending. A user that is left out may be dropped, and must not come back.
             token: ``(N,)``.
+            shape: of this step; computed, with host synchronisations, where not given.
         """
-        self._cache.advance(parent, user)
+        position = self._cache.advance(parent, user, shape)
         output = self._model(
-            input_ids=token[:, None],
-            position_ids=self._position[user][:, None],
-            use_cache=False,
-            span_cache=self._cache,
+            input_ids=token[:, None], position_ids=position[:, None], use_cache=False, span_cache=self._cache
         )
-        self._position = self._position + 1
         return _wide(output.logits[:, -1])
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens fed so far; the number of the next row."""
+        return self._cache.suffixes.num_rows
+
+    def forget(self) -> None:
+        """Drop all rows fed after the prompts and number from 0 again."""
+        self._cache.suffixes.forget()
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def recommend(
                 ignored = seen.take(users)
                 allowed[np.repeat(np.arange(users.size), ignored.lengths), ignored.items] = False
             running = trie.running_count(allowed.to(model.device))
-            prompts = Prompts(model, layout)
+            prompts = Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1))
             if search == "beam":
                 found = _beam_search(prompts, trie, running, k, num_beams)
             else:
@@ -141,7 +141,12 @@ def generate_titles(
     batches = _batches(model, histories, policy, num_beams, trie.depth, memory_budget, batch_size)
     with inference(model):
         for users, layout in batches:
-            found = _diverse_search(Prompts(model, layout), trie, everything.expand(users.size, -1), num_beams)
+            found = _diverse_search(
+                Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1)),
+                trie,
+                everything.expand(users.size, -1),
+                num_beams,
+            )
             _collect(results, users, model, found.user, trie.items[trie.begin[found.node]], found.score)
     return results
 
@@ -264,7 +269,7 @@ def _beam_search(prompts: Prompts, trie: Trie, running: Tensor, k: int, num_beam
     node, logits = torch.zeros_like(user), prompts.logits
     score = logits.new_zeros(len(user))
     pool = _Found(user[:0], node[:0], score[:0])
-    row = user
+    row, fed = user, torch.full_like(user, -1)
     while True:
         choice = _expand(logits, row, user, node, trie, running)
         total = score[choice.parent] + choice.log_prob
@@ -282,7 +287,8 @@ def _beam_search(prompts: Prompts, trie: Trie, running: Tensor, k: int, num_beam
         if len(hopeful) == 0:
             return pool
         user, node, score = choice.user[hopeful], choice.node[hopeful], total[hopeful]
-        logits = prompts.step(choice.parent[hopeful], user, trie.tokens[node])
+        logits = prompts.step(fed[choice.parent[hopeful]], user, trie.tokens[node])
+        fed = prompts.num_rows - len(user) + torch.arange(len(user), device=user.device)
         row = torch.arange(len(user), device=user.device)
 
 
@@ -298,7 +304,7 @@ def _diverse_search(
     done = torch.zeros_like(node, dtype=torch.bool)
     times_chosen = prompts.logits.new_zeros(n_users, prompts.logits.shape[1])
     user, group = (~done).nonzero(as_tuple=True)
-    row, logits = user, prompts.logits
+    row, fed, logits = user, torch.full_like(user, -1), prompts.logits
     while True:
         choice = _expand(logits, row, user, node[user, group], trie, running)
         by_group = torch.argsort(group[choice.parent], stable=True)
@@ -327,7 +333,8 @@ def _diverse_search(
             order = torch.argsort(penalised / length, dim=1, descending=True, stable=True)
             owner = torch.arange(n_users, device=device).repeat_interleave(num_groups)
             return _Found(owner, node.gather(1, order).flatten(), log_prob.gather(1, order).flatten())
-        logits = prompts.step(row_of[user, group], user, trie.tokens[node[user, group]])
+        logits = prompts.step(fed[row_of[user, group]], user, trie.tokens[node[user, group]])
+        fed = prompts.num_rows - len(user) + torch.arange(len(user), device=user.device)
         row = torch.arange(len(user), device=device)
 
 

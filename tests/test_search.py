@@ -381,10 +381,10 @@ def test_memory_budget_splits_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     predicted: list[tuple[int, int]] = []
     original = search_module.Prompts.__init__
 
-    def spy(self: Any, wrapped: Any, layout: pk.PatchLayout) -> None:
+    def spy(self: Any, wrapped: Any, layout: pk.PatchLayout, max_rows: int) -> None:
         depth = Trie.from_catalog(wrapped.catalog, wrapped.prompt.response_end).depth
         predicted.append((layout.num_users, search_module._predicted_bytes(wrapped, layout, 5, depth)))
-        original(self, wrapped, layout)
+        original(self, wrapped, layout, max_rows)
 
     monkeypatch.setattr(search_module.Prompts, "__init__", spy)
     whole = model.recommend(histories, POLICIES["text"], 5, 5)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Span attention: causal attention inside each user of a packed batch, without a mask and without padding.
+"""Span attention: causal attention inside each span of a packed batch, without a mask and without padding.
+
+A span may have a prefix: one more run of rows, which all of its rows see fully. A user's history is then computed once,
+as a span, and each of many continuations is a span whose prefix it is (`PatchLayout.prefix`).
 
 Registered with transformers as ``attn_implementation="patchkern_varlen"``, together with its mask function (an
 attention without one silently gets no mask, even for padded batches). Three kinds of call arrive here:
@@ -27,6 +30,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from patchkern.ops import span_attention as prefixed
 
 NAME = "patchkern_varlen"
 
@@ -86,12 +91,15 @@ def attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    span_prefix: Tensor | None = None,
+    max_span_prefix: int | None = None,
     span_cache: SpanCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for `patchkern_varlen`.
 
     ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, Lkv, d). Returns the output (B, L, H, d) and no weights.
+    ``span_prefix`` and ``max_span_prefix`` are the ``prefix`` and ``max_prefix`` of `span_attention`.
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
@@ -102,13 +110,35 @@ def attention(
     if span_cache is not None:
         return span_cache.attend(module, query, key, value, scaling), None
     if cu_seq_lens_q is None:
+        if span_prefix is not None:
+            raise ValueError("got span_prefix without cu_seq_lens_q, which says where the spans begin")
         mask = attention_mask.build if isinstance(attention_mask, DeferredMask) else attention_mask
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
     _check_packed(module, query, key, attention_mask, sliding_window, max_length_q, kwargs.get("max_length_k"))
-    out = span_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, sliding_window)
+    if span_prefix is not None and _covers(sliding_window, max_length_q, max_span_prefix):
+        sliding_window = None
+    out = span_attention(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        max_length_q,
+        scaling,
+        dropout,
+        sliding_window,
+        prefix=span_prefix,
+        max_prefix=max_span_prefix,
+    )
     return out, None
+
+
+def _covers(sliding_window: int | None, max_seqlen: int | None, max_prefix: int | None) -> bool:
+    """Whether a window is so wide that it hides nothing of any prefix and span."""
+    if sliding_window is None or max_seqlen is None or max_prefix is None:
+        return False
+    return max_seqlen + max_prefix <= sliding_window
 
 
 def span_attention(
@@ -120,8 +150,13 @@ def span_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    *,
+    prefix: Tensor | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    max_prefix: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each span of a packed batch.
+    """Causal attention inside each span of a packed batch, and over a span's prefix where it has one.
 
     Args:
         query: (1, H, T, d).
@@ -130,23 +165,49 @@ def span_attention(
         max_seqlen: length of the longest span; computed, with a host synchronisation, where not given.
         scaling: factor of the scores; 1 / sqrt(d) where not given.
         dropout: probability of dropping an attention weight.
-        sliding_window: a row sees at most this many rows, itself included.
+        sliding_window: a row sees at most this many rows, itself included. Not with ``prefix``.
+        prefix: (S, 2) int32: span s sees, besides itself, all of rows ``prefix[s, 0] .. prefix[s, 1] - 1`` of
+            ``prefix_key`` and ``prefix_value``; none where the two are equal.
+        prefix_key, prefix_value: (1, Hkv, P, d); where not given, ``key`` and ``value`` themselves.
+        max_prefix: rows of the longest prefix, where known.
 
     Returns:
-        (1, T, H, d). Differentiable. Runs ``flash_attn`` or torch's ``varlen_attn`` on CUDA in bfloat16 and float16,
-        and one `scaled_dot_product_attention` per span elsewhere.
+        (1, T, H, d), differentiable in all five tensors. A prefix is read where it lies, not copied per span, and its
+        gradient collects from all spans that see it. Without prefixes it runs ``flash_attn`` or torch's ``varlen_attn``
+        on CUDA in bfloat16 and float16, and one `scaled_dot_product_attention` per span elsewhere.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
         # rotary embeddings promote to float32 under autocast; the kernels below are not autocast operators
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        prefix_key, prefix_value = (None if x is None else x.to(dtype) for x in (prefix_key, prefix_value))
+    if prefix is not None:
+        _check_prefix(query, key, value, cu_seqlens, sliding_window, prefix, prefix_key, prefix_value)
+        rows = (_by_row(query), _by_row(key), _by_row(value))
+        stored_key = None if prefix_key is None else _by_row(prefix_key)
+        stored_value = None if prefix_value is None else _by_row(prefix_value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = prefixed.span_attention(*rows, cu_seqlens, prefix, stored_key, stored_value, scale, dropout)
+        return out.unsqueeze(0)
+    if prefix_key is not None or prefix_value is not None:
+        raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     kernel = _cuda_kernel(query, key, value, dropout)
     if kernel is None:
         return _span_sdpa(query, key, value, cu_seqlens.tolist(), scaling, dropout, sliding_window)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max())
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    q, k, v = _by_row(query), _by_row(key), _by_row(value)
     return kernel(q, k, v, cu_seqlens, max_seqlen, scaling, dropout, window).unsqueeze(0)
+
+
+def _by_row(heads: Tensor) -> Tensor:
+    """(1, H, T, d) as (T, H, d)."""
+    return heads.squeeze(0).transpose(0, 1)
 
 
 def register() -> None:
@@ -181,6 +242,48 @@ def _check_packed(
         )
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{NAME} attention is causal within a span, but {type(module).__name__} is bidirectional")
+
+
+def _check_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sliding_window: int | None,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+) -> None:
+    """All that can be seen without waiting for the device; the ranges themselves are checked where they are made."""
+    if sliding_window is not None:
+        raise ValueError(f"sliding_window: expected None with a prefix, which is seen fully, got {sliding_window}")
+    if (prefix_key is None) != (prefix_value is None):
+        raise ValueError("prefix_key: expected prefix_key and prefix_value together or neither of them, got one")
+    if not isinstance(prefix, Tensor):
+        raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
+    for name, integers in (("cu_seqlens", cu_seqlens), ("prefix", prefix)):
+        if integers.dtype != torch.int32:
+            raise TypeError(f"{name}: expected dtype torch.int32, got {integers.dtype}")
+    spans = cu_seqlens.shape[0] - 1
+    if prefix.shape != (spans, 2):
+        raise ValueError(f"prefix: expected shape {(spans, 2)}, one range per span, got {tuple(prefix.shape)}")
+    rows, width = query.shape[2:]
+    heads = key.shape[1]
+    if query.shape[0] != 1 or heads == 0 or query.shape[1] % heads:
+        raise ValueError(f"query: expected shape (1, a multiple of {heads}, T, d), got {tuple(query.shape)}")
+    expected = {"key": (key, (1, heads, rows, width)), "value": (value, (1, heads, rows, value.shape[3]))}
+    if prefix_key is not None and prefix_value is not None:
+        stored = prefix_key.shape[2]
+        expected["prefix_key"] = (prefix_key, (1, heads, stored, width))
+        expected["prefix_value"] = (prefix_value, (1, heads, stored, value.shape[3]))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: expected query's dtype, {query.dtype}, got {tensor.dtype}")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("prefix", prefix), *((n, t) for n, (t, _) in expected.items())):
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected query's device, {query.device}, got {tensor.device}")
 
 
 def _span_sdpa(

@@ -78,12 +78,14 @@ class PatchLayout:
         labels: ``(T,)`` int64, the token id where it is supervised, -100 elsewhere; None without targets.
         logit_rows: ``(K,)`` int64, the rows whose next token is supervised, and logit_labels: ``(K,)`` int64, that
             token; None without targets.
-        prefix: ``(S, 2)`` int32, for each span the earlier rows ``start..end - 1`` it sees besides itself; None when no
-            span has a prefix, which makes every user one span.
+        prefix: ``(S, 2)`` int32, for each span the earlier rows ``start..end - 1`` it sees besides itself, none where
+            they are equal; None when no span has a prefix, which makes every user one span. Where it is given, spans
+            take the place of users in ``cu_seqlens``, ``max_seqlen`` and `num_users`.
         history_tokens: title tokens of the kept items.
         history_rows: rows that stand for them.
         max_token_id: the largest token id of any row, -1 if there is none.
         transpose: the gradient's side of the layout, or None.
+        max_prefix: rows of the longest prefix.
 
     Raises:
         TypeError, ValueError: a field of a wrong type, dtype, shape or range; the message names it.
@@ -106,6 +108,7 @@ class PatchLayout:
     max_token_id: int
     prefix: Tensor | None = None
     transpose: Transpose | None = None
+    max_prefix: int = 0
 
     def __post_init__(self) -> None:
         _check_layout(self)
@@ -124,7 +127,7 @@ class PatchLayout:
 
     @property
     def num_users(self) -> int:
-        """B, the users of the batch."""
+        """B, the users of the batch; with prefixes S, its spans."""
         return self.cu_seqlens.shape[0] - 1
 
     @property
@@ -173,7 +176,12 @@ class PatchLayout:
 
         Not the paper's objective: each history teaches many next items at once, which a model without pre-training
         needs. Prefix and suffix are supervised too; a user's first row cannot be, nothing stands before it.
+
+        Raises:
+            ValueError: the layout's spans have prefixes, so that the row before a span's first is not its predecessor.
         """
+        if self.prefix is not None:
+            raise ValueError("layout: expected one without prefixes to supervise every literal, got prefixes")
         supervised = (self.lo < 0) & (self.position_ids > 0)
         tokens = -1 - self.lo.long()
         values = {
@@ -299,7 +307,7 @@ _VECTORS = {
     "logit_labels": torch.int64,
 }
 _OPTIONAL = {"labels", "logit_rows", "logit_labels"}
-_COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id")
+_COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix")
 
 
 def _check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> None:
@@ -381,10 +389,35 @@ def _check_layout(layout: PatchLayout) -> None:
     if layout.max_seqlen != longest:
         raise ValueError(f"max_seqlen: expected the longest user's rows, {longest}, got {layout.max_seqlen}")
     _check_supervision(layout, rows)
-    if layout.prefix is not None:
-        raise ValueError("prefix: expected None, got spans with a prefix, which no attention here serves yet")
+    _check_prefix(layout)
     if layout.transpose is not None:
         _check_transpose(layout.transpose, rows, layout.max_token_id, layout.lo.device)
+
+
+def _check_prefix(layout: PatchLayout) -> None:
+    prefix, longest = layout.prefix, 0
+    if prefix is not None:
+        if not isinstance(prefix, Tensor):
+            raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
+        if prefix.shape != (layout.num_users, 2):
+            raise ValueError(
+                f"prefix: expected shape {(layout.num_users, 2)}, one range per span of cu_seqlens, got "
+                f"{tuple(prefix.shape)}"
+            )
+        if not prefix.is_contiguous():
+            raise ValueError(f"prefix: expected a contiguous tensor, got stride {prefix.stride()}")
+        _check_vector("prefix", prefix.flatten(), torch.int32, layout.lo.device)
+        start, end = prefix.unbind(1)
+        wrong = torch.nonzero((start < 0) | (end < start) | (end > layout.cu_seqlens[:-1]))
+        if wrong.numel():
+            at = int(wrong[0])
+            raise ValueError(
+                f"prefix[{at}]: expected a range of rows before its span, in 0..{int(layout.cu_seqlens[at])}, got "
+                f"{prefix[at].tolist()}"
+            )
+        longest = int((end - start).max()) if layout.num_users else 0
+    if layout.max_prefix != longest:
+        raise ValueError(f"max_prefix: expected the longest prefix's rows, {longest}, got {layout.max_prefix}")
 
 
 def _check_supervision(layout: PatchLayout, rows: int) -> None:

@@ -109,7 +109,12 @@ class PatchedCausalLM(nn.Module):
         """
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-        self._check_length(layout.max_seqlen)
+        self._check_length(layout.max_seqlen + layout.max_prefix)
+        if layout.prefix is not None and self._text_config._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"layout: expected spans without prefixes for {self._text_config._attn_implementation!r} attention, "
+                f"which would not see them; choose attn_implementation={attention.NAME!r}"
+            )
         rows = self.embed(layout)
         layout = layout.to(rows.device, non_blocking=True)
         if layout.num_rows == 0:

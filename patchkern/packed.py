@@ -61,7 +61,11 @@ class PackedBatch:
 
 
 def packed_kwargs(layout: PatchLayout) -> dict[str, Any]:
-    """`PackedBatch.model_kwargs` without the embeddings."""
+    """`PackedBatch.model_kwargs` without the embeddings.
+
+    A layout whose spans have prefixes adds ``span_prefix``, which `patchkern.attention` alone understands: every other
+    attention implementation would let each span see itself only.
+    """
     kwargs: dict[str, Any] = {
         "position_ids": layout.position_ids[None],
         "cu_seq_lens_q": layout.cu_seqlens,
@@ -70,6 +74,8 @@ def packed_kwargs(layout: PatchLayout) -> dict[str, Any]:
         "max_length_k": layout.max_seqlen,
         "use_cache": False,
     }
+    if layout.prefix is not None:
+        kwargs |= {"span_prefix": layout.prefix, "max_span_prefix": layout.max_prefix}
     if layout.logit_rows is not None and layout.logit_labels is not None:
         # transformers shifts `labels` once more unless it also gets `shift_labels`.
         labels = layout.logit_labels[None]

@@ -54,12 +54,14 @@ PYBIND11_MODULE(_native, module) {
       "pool_rows",
       [](int dtype, uintptr_t weight, int64_t num_embeddings, int64_t dim, int64_t weight_stride, uintptr_t lo,
          uintptr_t hi, int64_t num_rows, uintptr_t items, int64_t num_items, uintptr_t token_ids,
-         int64_t num_title_tokens, uintptr_t offsets, int64_t num_titles, uintptr_t out, int64_t out_stride,
-         int num_threads, const std::string& isa) {
+         int64_t num_title_tokens, uintptr_t offsets, int64_t num_titles, uintptr_t table, int64_t num_table_rows,
+         int64_t table_stride, uintptr_t title_index, double scale, uintptr_t out, int64_t out_stride, int num_threads,
+         const std::string& isa) {
         const PoolRows call = {static_cast<DType>(dtype), at<const void>(weight), num_embeddings, dim, weight_stride,
                                at<const int32_t>(lo), at<const int32_t>(hi), num_rows, at<const int32_t>(items),
                                num_items, at<const int32_t>(token_ids), num_title_tokens, at<const int32_t>(offsets),
-                               num_titles, at<void>(out), out_stride};
+                               num_titles, at<const void>(table), num_table_rows, table_stride,
+                               at<const int32_t>(title_index), scale, at<void>(out), out_stride};
         return result(pool_rows(call, num_threads, isa.c_str()));
       },
       no_gil);
@@ -68,12 +70,12 @@ PYBIND11_MODULE(_native, module) {
       "pool_rows_grad",
       [](int dtype, uintptr_t grad_rows, int64_t num_rows, int64_t dim, int64_t grad_stride, uintptr_t tokens,
          int64_t num_tokens, uintptr_t offsets, uintptr_t rows, uintptr_t divisors, int64_t num_contributions,
-         bool scatter, uintptr_t out, int64_t num_out_rows, int64_t out_stride, int num_threads,
-         const std::string& isa) {
+         double scale, bool scatter, bool accumulate, uintptr_t out, int64_t num_out_rows, int64_t out_stride,
+         int num_threads, const std::string& isa) {
         const PoolRowsGrad call = {static_cast<DType>(dtype), at<const void>(grad_rows), num_rows, dim, grad_stride,
                                    at<const int32_t>(tokens), num_tokens, at<const int32_t>(offsets),
-                                   at<const int32_t>(rows), at<const int32_t>(divisors), num_contributions, scatter,
-                                   at<void>(out), num_out_rows, out_stride};
+                                   at<const int32_t>(rows), at<const int32_t>(divisors), num_contributions, scale,
+                                   scatter, accumulate, at<void>(out), num_out_rows, out_stride};
         return result(pool_rows_grad(call, num_threads, isa.c_str()));
       },
       no_gil);

@@ -3,7 +3,8 @@
 // The ABI of pool_rows: addresses, sizes and status codes. No torch, no Python, no allocation of results.
 //
 // Row t of a packed batch is either one token's embedding (lo[t] = -1 - token, hi[t] = 0) or the mean over
-// items[lo[t]:hi[t]] of the mean over each item's title tokens.
+// items[lo[t]:hi[t]] of the mean over each item's title tokens; either times `scale`. Sums, means and products are taken
+// in float32 (float64 for float64) and rounded once, at the store.
 
 #pragma once
 
@@ -34,6 +35,7 @@ enum class Status : int {
   kTarget = 15,           // targets[position] is not in the catalog
   kTooManyRows = 16,      // the batch needs `position` rows, tokens or contributions: more than 2^31 - 1
   kLargeDivisor = 17,     // title length x session size of contribution `position` exceeds 2^31 - 1
+  kTitleIndex = 18,       // title_index[position] outside [0, num_table_rows)
 };
 
 struct Outcome {
@@ -41,7 +43,10 @@ struct Outcome {
   int64_t position = 0;
 };
 
-// out[t] for every row t. Strides count elements. `weight` and `out` have unit stride in the last dimension.
+// out[t] for every row t. Strides count elements. `weight`, `table` and `out` have unit stride in the last dimension.
+//
+// With a `table`, the mean over title i's tokens is not taken but read from row title_index[i] of it, and token_ids and
+// offsets are not used. With scale 1 a literal, and a patch that is one row of the table, is a copy bit for bit.
 struct PoolRows {
   DType dtype;
   const void* weight;
@@ -54,12 +59,16 @@ struct PoolRows {
   int64_t num_title_tokens;
   const int32_t* offsets;
   int64_t num_titles;
+  const void* table;  // or null
+  int64_t num_table_rows, table_stride;
+  const int32_t* title_index;  // num_titles of them; null without a table
+  double scale;
   void* out;
   int64_t out_stride;
 };
 
-// out[scatter ? tokens[u] : u] = sum over c in [offsets[u], offsets[u + 1]) of grad_rows[rows[c]] / divisors[c].
-// Other rows of `out` are left alone.
+// out[scatter ? tokens[u] : u] = scale * sum over c in [offsets[u], offsets[u + 1]) of grad_rows[rows[c]] / divisors[c],
+// added to what is there if `accumulate`, rounded once. Other rows of `out` are left alone.
 struct PoolRowsGrad {
   DType dtype;
   const void* grad_rows;
@@ -69,7 +78,8 @@ struct PoolRowsGrad {
   const int32_t* offsets;
   const int32_t *rows, *divisors;
   int64_t num_contributions;
-  bool scatter;
+  double scale;
+  bool scatter, accumulate;
   void* out;
   int64_t num_out_rows, out_stride;
 };

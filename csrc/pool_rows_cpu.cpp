@@ -101,9 +101,17 @@ int64_t threads_for(int64_t bytes, int num_threads) {
 
 Outcome check(const PoolRows& call) {
   int64_t at;
-  if ((at = first_bad_offset(call.offsets, call.num_titles, call.num_title_tokens)) >= 0) return {Status::kOffsets, at};
-  if ((at = first_outside(call.token_ids, call.num_title_tokens, call.num_embeddings)) >= 0) {
-    return {Status::kTitleToken, at};
+  if (call.table != nullptr) {
+    if ((at = first_outside(call.title_index, call.num_titles, call.num_table_rows)) >= 0) {
+      return {Status::kTitleIndex, at};
+    }
+  } else {
+    if ((at = first_bad_offset(call.offsets, call.num_titles, call.num_title_tokens)) >= 0) {
+      return {Status::kOffsets, at};
+    }
+    if ((at = first_outside(call.token_ids, call.num_title_tokens, call.num_embeddings)) >= 0) {
+      return {Status::kTitleToken, at};
+    }
   }
   if ((at = first_outside(call.items, call.num_items, call.num_titles)) >= 0) return {Status::kItem, at};
   bool good = true;

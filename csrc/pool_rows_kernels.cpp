@@ -214,6 +214,9 @@ struct Block {
   void add(const Block& other, typename T::Scalar weight) {
     for (int i = 0; i < kSums; ++i) sum[i] += other.sum[i] * weight;
   }
+  void multiply(typename T::Scalar factor) {
+    for (int i = 0; i < kSums; ++i) sum[i] *= factor;
+  }
   void divide(int32_t count) {
     const auto divisor = typename T::Sum{} + static_cast<typename T::Scalar>(count);
     for (int i = 0; i < kSums; ++i) sum[i] /= divisor;
@@ -232,9 +235,15 @@ inline const typename T::Element* weight_row(const PoolRows& call, int32_t token
   return static_cast<const typename T::Element*>(call.weight) + int64_t{token} * call.weight_stride;
 }
 
+template <class T>
+inline const typename T::Element* table_row(const PoolRows& call, int32_t item) {
+  return static_cast<const typename T::Element*>(call.table) + int64_t{call.title_index[item]} * call.table_stride;
+}
+
 // The mean of one title's tokens, at `column`.
 template <class T, class B>
 inline void pool_item(const PoolRows& call, int32_t item, int64_t column, int64_t valid, B& mean) {
+  if (call.table != nullptr) return mean.read(table_row<T>(call, item) + column, valid);
   const int32_t begin = call.offsets[item], end = call.offsets[item + 1];
   mean.read(weight_row<T>(call, call.token_ids[begin]) + column, valid);
   for (int32_t i = begin + 1; i < end; ++i) {
@@ -249,19 +258,32 @@ template <class T, class B, bool kStream>
 inline void pool_block(const PoolRows& call, int32_t lo, int32_t hi, int64_t column, int64_t valid,
                        typename T::Element* out) {
   B mean;
-  pool_item<T>(call, call.items[lo], column, valid, mean);
-  for (int32_t i = lo + 1; i < hi; ++i) {
-    B item;
-    pool_item<T>(call, call.items[i], column, valid, item);
-    mean.add(item);
+  if (lo < 0) {
+    mean.read(weight_row<T>(call, -1 - lo) + column, valid);
+  } else {
+    pool_item<T>(call, call.items[lo], column, valid, mean);
+    for (int32_t i = lo + 1; i < hi; ++i) {
+      B item;
+      pool_item<T>(call, call.items[i], column, valid, item);
+      mean.add(item);
+    }
+    if (hi - lo > 1) mean.divide(hi - lo);
   }
-  if (hi - lo > 1) mean.divide(hi - lo);
+  if (call.scale != 1) mean.multiply(static_cast<typename T::Scalar>(call.scale));
   mean.template write<kStream>(out + column, valid);
 }
 
-// The rows of `weight` that an output row will read: what to prefetch while an earlier row is computed. Patches and
-// separators alternate, so two rows ahead as much is asked for as is being used; one row ahead, a separator's copy would
-// be over before the next patch has come.
+// The row that an output row is a plain copy of, or null.
+template <class T>
+inline const typename T::Element* copied_row(const PoolRows& call, int32_t lo, int32_t hi) {
+  if (call.scale != 1) return nullptr;
+  if (lo < 0) return weight_row<T>(call, -1 - lo);
+  return call.table != nullptr && hi - lo == 1 ? table_row<T>(call, call.items[lo]) : nullptr;
+}
+
+// The embeddings, or rows of the table, that an output row will read: what to prefetch while an earlier row is
+// computed. Patches and separators alternate, so two rows ahead as much is asked for as is being used; one row ahead, a
+// separator's copy would be over before the next patch has come.
 constexpr int64_t kRowsAhead = 2;
 constexpr int kMaxAhead = 32;
 
@@ -278,6 +300,11 @@ struct Ahead {
       return;
     }
     for (int32_t i = lo; i < hi; ++i) {
+      if (call.table != nullptr) {
+        if (count == kMaxAhead) return;
+        source[count++] = reinterpret_cast<const char*>(table_row<T>(call, call.items[i]));
+        continue;
+      }
       const int32_t end = call.offsets[call.items[i] + 1];
       for (int32_t t = call.offsets[call.items[i]]; t < end; ++t) {
         if (count == kMaxAhead) return;
@@ -308,8 +335,7 @@ void forward_rows(const PoolRows& call, int64_t row_begin, int64_t row_end) {
     ahead.count = 0;
     if (row + kRowsAhead < row_end) ahead.look_at<T>(call, row + kRowsAhead);
     int64_t column = 0;
-    if (lo < 0) {
-      const Element* in = weight_row<T>(call, -1 - lo);
+    if (const Element* in = copied_row<T>(call, lo, hi)) {
       using Bytes = Words;
       for (; column + kWhole <= dim; column += kWhole) {
         ahead.prefetch(column * static_cast<int64_t>(sizeof(Element)), Whole::bytes());
@@ -371,6 +397,12 @@ inline void sum_block(const PoolRowsGrad& call, int32_t begin, int32_t end, int6
       partial.add(row, Scalar{1} / static_cast<Scalar>(call.divisors[c]));
     }
     total.add(partial);
+  }
+  if (call.scale != 1) total.multiply(static_cast<Scalar>(call.scale));
+  if (call.accumulate) {
+    B before;
+    before.read(out + column, valid);
+    total.add(before);
   }
   total.template write<false>(out + column, valid);
 }

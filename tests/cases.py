@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +38,8 @@ class Batch:
     def arguments(self) -> tuple[Any, ...]:
         return self.catalog, self.histories, self.policy, make_prompt(self.prompt), self.targets
 
-    def layout(self, **options: Any) -> pk.PatchLayout:
-        return pk.build_layout(*self.arguments(), **options)
+    def layout(self, device: torch.device | str = "cpu", **options: Any) -> pk.PatchLayout:
+        return pk.build_layout(*self.arguments(), **options).to(device)
 
     def users(self) -> list[oracle.User]:
         """The oracle's packed batch, one entry per user."""
@@ -118,12 +119,23 @@ def make_batch(policy: Any, lengths: Sequence[int], with_targets: bool = True, s
 
 
 def make_weight(
-    rows: int, width: int, dtype: torch.dtype = torch.float32, strided: bool = False, seed: int = 0
+    rows: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    strided: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """(rows, width) normal values; `strided` makes it a column slice of a wider matrix."""
     generator = torch.Generator().manual_seed(seed)
-    wide = torch.randn(rows, width + (7 if strided else 0), generator=generator, dtype=torch.float64).to(dtype)
+    wide = torch.randn(rows, width + (7 if strided else 0), generator=generator, dtype=torch.float64)
+    wide = wide.to(device, dtype)
     return wide[:, 3 : 3 + width] if strided else wide
+
+
+def truncates(backend: str, dtype: torch.dtype) -> bool:
+    """Triton's interpreter makes a bfloat16 by cutting off half of a float32, where everything else rounds."""
+    return backend == "triton" and dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # ------------------------------------------------------------------ random batches

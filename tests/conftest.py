@@ -15,7 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import patchkern as pk
+# Without a GPU, Triton's kernels are interpreted. Triton reads this when it is first imported, which torch puts off.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from patchkern.ops import backends
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -47,6 +51,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none here"))
+
+
+# ------------------------------------------------------------------ backends and devices
+
+CPU_BACKENDS = ["reference", "native", "triton"]
+GPU_BACKENDS = ["reference", "triton", "cuda"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for a `backend` runs on every one that can run on the CPU; if it also asks for a `device`, on
+    those of a GPU too."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    if "device" not in metafunc.fixturenames:
+        metafunc.parametrize("backend", CPU_BACKENDS, indirect=True)
+        return
+    places = [pytest.param(name, "cpu", id=name) for name in CPU_BACKENDS]
+    places += [pytest.param(name, "cuda", id=f"{name}-gpu", marks=pytest.mark.gpu) for name in GPU_BACKENDS]
+    metafunc.parametrize(("backend", "device"), places, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the test's tensors are."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; one that cannot run this test skips it with the library's own reason."""
+    parameters = request.node.callspec.params
+    device, dtype = torch.device(parameters.get("device", "cpu")), parameters.get("dtype", torch.float32)
+    try:
+        return backends.choose(request.param, device, dtype)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 # ------------------------------------------------------------------ every test
@@ -103,15 +143,6 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 # ------------------------------------------------------------------ on request
-
-
-@pytest.fixture(params=["reference", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs on the CPU; one that is not usable here skips with the library's own reason."""
-    status = pk.backends()[request.param]
-    if not status.usable:
-        pytest.skip(f"backend {request.param!r} is not usable: {status.reason}")
-    return str(request.param)
 
 
 @pytest.fixture

@@ -211,7 +211,11 @@ HALF_SMALLEST = {  # half the spacing of subnormal numbers: the absolute error o
 
 
 def rounding_floor(
-    exact: torch.Tensor, magnitude: torch.Tensor, roundings: torch.Tensor, dtype: torch.dtype
+    exact: torch.Tensor,
+    magnitude: torch.Tensor,
+    roundings: torch.Tensor,
+    dtype: torch.dtype,
+    truncates: bool = False,
 ) -> torch.Tensor:
     """The error that no implementation can be blamed for: accumulate in float32 (float64 for float64), round once.
 
@@ -219,41 +223,63 @@ def rounding_floor(
     behind each element (broadcast against it). The standard bound of a floating-point sum in any order is
     `roundings * u * magnitude` with the unit roundoff `u` of the accumulator; the store adds the output dtype's own
     rounding, relative `u_out` or half a subnormal. For float64 the oracle rounds as often as the kernel: twice that.
-    A second rounding to a 16-bit dtype in between (of the item means, say) exceeds this bound.
+    A second rounding to a 16-bit dtype in between (of the item means, say) exceeds this bound. A store that `truncates`
+    errs by a whole unit in the last place.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     summed = 1.01 * roundings * UNIT_ROUNDOFF[accumulator] * magnitude + HALF_SMALLEST[accumulator] * roundings
-    stored = UNIT_ROUNDOFF[dtype] * (exact.abs() + summed) + HALF_SMALLEST[dtype]
+    stored = (2 if truncates else 1) * (UNIT_ROUNDOFF[dtype] * (exact.abs() + summed) + HALF_SMALLEST[dtype])
     return (2.0 if dtype == torch.float64 else 1.0) * (summed + stored)
 
 
-def assert_pooled(got: torch.Tensor, weight: torch.Tensor, rows: Sequence[Row]) -> None:
-    """`got` is `pool(weight, rows)` within the error a correct implementation can have.
+def assert_pooled(
+    got: torch.Tensor, weight: torch.Tensor, rows: Sequence[Row], scale: float = 1.0, truncates: bool = False
+) -> None:
+    """`got` is `scale * pool(weight, rows)` within the error a correct implementation can have.
 
     Two bounds. Element by element, `rounding_floor`. Over the tensor, the project's rule: the worst error is at most
     twice the worst error of `torch_path`, PyTorch in the same dtype, plus that floor.
+
+    `truncates`: the store cuts bits off where it should round, which errs by a whole unit in the last place.
     """
     assert got.dtype == weight.dtype and got.shape == (len(rows), weight.shape[1])
-    exact = pool(weight, rows)
-    magnitude = pool(weight.abs(), rows)
+    got, weight = got.cpu(), weight.cpu()
+    exact = scale * pool(weight, rows)
+    magnitude = abs(scale) * pool(weight.abs(), rows)
     roundings = torch.tensor([[float(max(map(len, row)) + len(row) + 4)] for row in rows], dtype=torch.float64)
-    _assert_within(
-        got, exact, rounding_floor(exact, magnitude, roundings.reshape(-1, 1), weight.dtype), torch_path(weight, rows)
-    )
+    floor = rounding_floor(exact, magnitude, roundings.reshape(-1, 1), weight.dtype, truncates)
+    _assert_within(got, exact, floor, torch_path(weight, rows) * scale)
 
 
-def assert_gradient(got: torch.Tensor, grad_rows: torch.Tensor, rows: Sequence[Row], num_embeddings: int) -> None:
-    """`got` is `pool_gradient(grad_rows, rows)`, rows of absent tokens exactly zero; bounds as in `assert_pooled`."""
+def assert_gradient(
+    got: torch.Tensor,
+    grad_rows: torch.Tensor,
+    rows: Sequence[Row],
+    num_embeddings: int,
+    scale: float = 1.0,
+    before: torch.Tensor | None = None,
+    truncates: bool = False,
+) -> None:
+    """`got` is `scale * pool_gradient(grad_rows, rows)`, added to `before` if there is one; see `assert_pooled`.
+
+    Rows of tokens that are not in the batch are exactly as before.
+    """
     assert got.dtype == grad_rows.dtype and got.shape == (num_embeddings, grad_rows.shape[1])
-    exact = pool_gradient(grad_rows, rows, num_embeddings)
-    magnitude = pool_gradient(grad_rows.abs(), rows, num_embeddings)
+    got, grad_rows = got.cpu(), grad_rows.cpu()
+    before = torch.zeros_like(got) if before is None else before.cpu()
+    exact = scale * pool_gradient(grad_rows, rows, num_embeddings) + before.double()
+    magnitude = abs(scale) * pool_gradient(grad_rows.abs(), rows, num_embeddings) + before.double().abs()
     count = torch.zeros(num_embeddings, 1, dtype=torch.float64)
     for token, _, _ in contributions(rows):
         count[token] += 1
-    assert not got[count.reshape(-1) == 0].any(), "the gradient of a token that is not in the batch must be zero"
+    absent = count.reshape(-1) == 0
+    assert torch.equal(got[absent], before[absent]), (
+        "the gradient of a token that is not in the batch must be untouched"
+    )
     weight = torch.zeros(num_embeddings, grad_rows.shape[1], dtype=grad_rows.dtype, requires_grad=True)
     (path,) = torch.autograd.grad(torch_path(weight, rows), weight, grad_rows) if rows else (torch.zeros_like(weight),)
-    _assert_within(got, exact, rounding_floor(exact, magnitude, count + 4, grad_rows.dtype), path)
+    floor = rounding_floor(exact, magnitude, count + 4, grad_rows.dtype, truncates)
+    _assert_within(got, exact, floor, path * scale + before)
 
 
 def _assert_within(got: torch.Tensor, exact: torch.Tensor, floor: torch.Tensor, path: torch.Tensor) -> None:

@@ -39,7 +39,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def literal_layout(tokens: list[int]) -> dict[str, torch.Tensor]:
+PLAIN: dict[str, Any] = {"table": None, "title_index": None, "scale": 1.0}
+
+
+def literal_layout(tokens: list[int]) -> dict[str, Any]:
     """`native.pool_rows`' arguments for a batch of literals."""
     lo = -1 - torch.tensor(tokens, dtype=torch.int32)
     none = torch.zeros(0, dtype=torch.int32)
@@ -49,10 +52,11 @@ def literal_layout(tokens: list[int]) -> dict[str, torch.Tensor]:
         "items": none,
         "token_ids": none,
         "offsets": torch.zeros(1, dtype=torch.int32),
+        **PLAIN,
     }
 
 
-def one_title(tokens: list[int]) -> dict[str, torch.Tensor]:
+def one_title(tokens: list[int]) -> dict[str, Any]:
     """`native.pool_rows`' arguments for one item patch."""
     return {
         "lo": torch.zeros(1, dtype=torch.int32),
@@ -60,6 +64,7 @@ def one_title(tokens: list[int]) -> dict[str, torch.Tensor]:
         "items": torch.zeros(1, dtype=torch.int32),
         "token_ids": torch.tensor(tokens, dtype=torch.int32),
         "offsets": torch.tensor([0, len(tokens)], dtype=torch.int32),
+        **PLAIN,
     }
 
 
@@ -183,7 +188,7 @@ def test_long_runs_are_summed_in_parts(isa: str) -> None:
     out = torch.empty(1, 3)
     rows = torch.arange(count, dtype=torch.int32)
     ends = torch.tensor([0, count], dtype=torch.int32)
-    native.pool_rows_grad(grad_rows, one, ends, rows, torch.ones_like(rows), out, False)
+    native.pool_rows_grad(grad_rows, one, ends, rows, torch.ones_like(rows), 1.0, out, False, False)
     exact = grad_rows.double().sum(0)
     assert ((out[0].double() - exact).abs() / exact).max() < 2e-5
     straight = grad_rows.numpy().cumsum(0, dtype=np.float32)[-1]
@@ -222,7 +227,7 @@ def test_nothing_to_do(isa: str) -> None:
         none = torch.zeros(0, dtype=torch.int32)
         dense = torch.zeros(cases.VOCABULARY, width)
         offsets = torch.zeros(1, dtype=torch.int32)
-        native.pool_rows_grad(torch.zeros(0, width), none, offsets, none, none, dense, True)
+        native.pool_rows_grad(torch.zeros(0, width), none, offsets, none, none, 1.0, dense, True, False)
         assert not dense.any()
 
 
@@ -254,10 +259,10 @@ def test_malformed_rows_are_refused(name: str, isa: str) -> None:
     change, message = MALFORMED_ROWS[name]
     arguments = {key: int32(*values) for key, values in (ROWS | change).items()}
     weight, out = torch.ones(10, 5), torch.full((2, 5), 7.0)
-    native.pool_rows(weight, **{key: int32(*values) for key, values in ROWS.items()}, out=out)
+    native.pool_rows(weight, **{key: int32(*values) for key, values in ROWS.items()}, **PLAIN, out=out)
     out.fill_(7.0)
     with pytest.raises(ValueError, match=message):
-        native.pool_rows(weight, **arguments, out=out)
+        native.pool_rows(weight, **arguments, **PLAIN, out=out)
     assert (out == 7).all(), "something was written"
 
 
@@ -282,7 +287,7 @@ def test_malformed_contributions_are_refused(name: str, isa: str) -> None:
     arguments = {key: int32(*values) for key, values in (CONTRIBUTIONS | change).items()}
     out = torch.full((10, 5), 7.0)
     with pytest.raises(ValueError, match=message):
-        native.pool_rows_grad(torch.ones(3, 5), **arguments, out=out, scatter=True)
+        native.pool_rows_grad(torch.ones(3, 5), **arguments, scale=1.0, out=out, scatter=True, accumulate=False)
     assert (out == 7).all(), "something was written"
 
 

@@ -159,7 +159,7 @@ assert levels, "no instruction set"
 for isa in levels:
     out = np.full((4, 41), np.nan, np.float32)
     status = native.pool_rows(0, at(weight), 7, 41, 41, at(lo), at(hi), 4, at(items), 3, at(token_ids), 6,
-                              at(offsets), 3, at(out), 41, 2, isa)
+                              at(offsets), 3, 0, 0, 0, 0, 1.0, at(out), 41, 2, isa)
     assert status == (0, 0), status
     np.testing.assert_allclose(out, wanted, rtol=2e-6, atol=2e-6)
 print("pooled with", *levels)

@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends of the ops: which can be used here, and why not."""
+"""The backends of the ops: which can be used here, and why not.
+
+A backend is a module with three functions: ``pool_rows`` and ``pool_rows_grad``, which write into given outputs and do
+what `reference` does, and ``unusable_reason``, which says why they cannot run on this machine, or None.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
+from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from patchkern.ops import native, reference
+from patchkern.ops import native
 
 ENVIRONMENT = "PATCHKERN_BACKEND"
-_MODULES: dict[str, ModuleType] = {"native": native, "reference": reference}
+
+# Fastest first. Imported when they are asked for: Triton takes a second.
+_MODULES = {
+    "cuda": "patchkern.ops.cuda",
+    "triton": "patchkern.ops.triton_kernels",
+    "native": "patchkern.ops.native",
+    "reference": "patchkern.ops.reference",
+}
+# What "auto" tries on a kind of device, before it falls back on the reference.
+_KERNELS = {"cpu": ("native",), "cuda": ("cuda", "triton")}
 
 
 class BackendStatus(NamedTuple):
@@ -25,60 +39,105 @@ class BackendStatus(NamedTuple):
 
 def backends() -> dict[str, BackendStatus]:
     """Each backend by name, fastest first: usable or not, and why."""
-    missing = native.unusable_reason()
-    return {
-        "native": BackendStatus(missing is None, missing or f"C++ kernels for the CPU, {native.isa()} instructions"),
-        "reference": BackendStatus(True, "PyTorch, on any device"),
-    }
+    return {name: _status(name) for name in _MODULES}
 
 
-def choose(backend: str, device: torch.device) -> str:
-    """The name of the backend to run on ``device``.
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend to run on tensors of ``device`` and ``dtype``.
 
     Args:
         backend: a name, or "auto" for the ``PATCHKERN_BACKEND`` environment variable, else the fastest that fits.
 
     Raises:
-        TypeError, ValueError: an unknown backend, or one that cannot run here; the message says why.
+        ValueError: an unknown backend, or one that cannot run here; the message says why.
     """
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
     argument = "backend"
     if backend == "auto":
         backend, argument = os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT
     if backend == "auto":
-        if device.type == "cpu":
-            if native.unusable_reason() is None:
-                return "native"
-            _warn_once()
-        return "reference"
+        return _fastest(device, dtype)
     if backend not in _MODULES:
         raise ValueError(f"{argument}: expected auto, {' or '.join(_MODULES)}, got {backend!r}")
-    if backend == "native":
-        reason = native.unusable_reason()
-        if reason is not None:
-            raise ValueError(f"{argument}: expected a usable backend, got 'native': {reason}")
-        if device.type != "cpu":
-            raise ValueError(f"{argument}: expected a backend for {device}, got 'native', which runs on the CPU")
+    reason = _unusable_reason(backend)
+    if reason is not None:
+        raise ValueError(f"{argument}: expected a usable backend, got {backend!r}: {reason}")
+    reason = _unfit_reason(backend, device, dtype)
+    if reason is not None:
+        raise ValueError(f"{argument}: expected a backend for {dtype} on {device}, got {backend!r}, {reason}")
     return backend
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that "auto" stands for on ``device``, for the line that a program prints when it starts."""
-    name = choose("auto", device)
-    return f"{name} ({backends()[name].reason}) on {device}, {torch.get_num_threads()} threads"
+    name = choose("auto", device, dtype)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{name} ({_status(name).reason}) on {device}{threads}"
 
 
 def module(name: str) -> ModuleType:
-    """The backend's module: ``pool_rows`` and ``pool_rows_grad`` that write into given outputs."""
-    return _MODULES[name]
+    """The backend's module.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+    """
+    return import_module(_MODULES[name])
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    reasons = []
+    for name in _KERNELS.get(device.type, ()):
+        if device.type == "cuda" and dtype == torch.float64:
+            continue
+        reason = _unusable_reason(name) or _unfit_reason(name, device, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if reasons:
+        _warn_once("; ".join(reasons))
+    return "reference"
+
+
+def _status(name: str) -> BackendStatus:
+    reason = _unusable_reason(name)
+    if reason is not None:
+        return BackendStatus(False, reason)
+    description = {
+        "cuda": "CUDA C++ kernels, on NVIDIA GPUs",
+        "triton": "Triton kernels, " + ("interpreted on the CPU" if _interpreted() else "on GPUs"),
+        "native": f"C++ kernels for the CPU, {native.isa()} instructions",
+        "reference": "PyTorch, on any device",
+    }
+    return BackendStatus(True, description[name])
+
+
+def _unusable_reason(name: str) -> str | None:
+    try:
+        reason: str | None = module(name).unusable_reason()
+    except ImportError as error:
+        return f"{_MODULES[name]} does not load: {error}"
+    return reason
+
+
+def _unfit_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a usable backend does not take tensors of this kind, or None."""
+    if name == "reference":
+        return None
+    kind = "cpu" if name == "native" or (name == "triton" and _interpreted()) else "cuda"
+    if device.type != kind:
+        return f"which runs on {'the CPU' if kind == 'cpu' else 'CUDA devices'}"
+    return "which has no float64" if name != "native" and dtype == torch.float64 else None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels are interpreted, which is for tests: then, and only then, they take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 _warned = False
 
 
-def _warn_once() -> None:
+def _warn_once(reason: str) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(f"patchkern runs on the slow reference backend: {native.unusable_reason()}", stacklevel=4)
+        warnings.warn(f"patchkern runs on the slow reference backend: {reason}", stacklevel=4)

@@ -27,9 +27,6 @@ except ImportError as error:
 
 ENVIRONMENT = "PATCHKERN_ISA"
 
-# Asked once: torch.compile cannot trace into an extension module.
-_LEVELS: tuple[str, ...] = () if _native is None else tuple(_native.isa_levels())
-
 # DType in csrc/pool_rows.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -45,12 +42,13 @@ _FAULTS = {
     9: ("token_offsets", "rising offsets from 0 to the number of contributions"),
     10: ("rows", "an index of one of the rows"),
     11: ("divisors", "a divisor of at least 1"),
+    18: ("title_index", "a row of the table"),
 }
 
 
 def isa_levels() -> list[str]:
     """The instruction sets that were built and that this CPU has, slowest first."""
-    return list(_LEVELS)
+    return [] if _native is None else _native.isa_levels()
 
 
 def unusable_reason() -> str | None:
@@ -70,13 +68,26 @@ def isa() -> str:
 
 
 def pool_rows(
-    weight: Tensor, lo: Tensor, hi: Tensor, items: Tensor, token_ids: Tensor, offsets: Tensor, out: Tensor
+    weight: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    items: Tensor,
+    token_ids: Tensor,
+    offsets: Tensor,
+    table: Tensor | None,
+    title_index: Tensor | None,
+    scale: float,
+    out: Tensor,
 ) -> None:
     """Write every row of the packed batch into ``out`` ``(T, D)``; see `reference.pool_rows`.
 
     Raises:
         ValueError: an index out of its range; ``out`` is untouched then.
     """
+    if table is None or title_index is None:
+        means = (0, 0, 0, 0)
+    else:
+        means = (table.data_ptr(), table.shape[0], table.stride(0), title_index.data_ptr())
     status, position = _module().pool_rows(
         _DTYPES[weight.dtype],
         weight.data_ptr(),
@@ -92,6 +103,8 @@ def pool_rows(
         token_ids.shape[0],
         offsets.data_ptr(),
         offsets.shape[0] - 1,
+        *means,
+        scale,
         out.data_ptr(),
         out.stride(0),
         torch.get_num_threads(),
@@ -101,7 +114,15 @@ def pool_rows(
 
 
 def pool_rows_grad(
-    grad_rows: Tensor, tokens: Tensor, token_offsets: Tensor, rows: Tensor, divisors: Tensor, out: Tensor, scatter: bool
+    grad_rows: Tensor,
+    tokens: Tensor,
+    token_offsets: Tensor,
+    rows: Tensor,
+    divisors: Tensor,
+    scale: float,
+    out: Tensor,
+    scatter: bool,
+    accumulate: bool,
 ) -> None:
     """Write each token's gradient into its row of ``out``; see `reference.pool_rows_grad`.
 
@@ -122,7 +143,9 @@ def pool_rows_grad(
         rows.data_ptr(),
         divisors.data_ptr(),
         rows.shape[0],
+        scale,
         scatter,
+        accumulate,
         out.data_ptr(),
         out.shape[0],
         out.stride(0),

@@ -15,13 +15,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("patchkern", "DEF")
 _library.define(
-    "pool_rows(Tensor weight, Tensor lo, Tensor hi, Tensor items, Tensor token_ids, Tensor offsets, "
-    "Tensor(a!) out, str backend) -> ()"
+    "pool_rows(Tensor weight, Tensor lo, Tensor hi, Tensor items, Tensor token_ids, Tensor offsets, Tensor? table, "
+    "Tensor? title_index, float scale, Tensor(a!) out, str backend) -> ()"
 )
 _library.define(
-    "pool_rows_grad(Tensor grad_rows, Tensor tokens, Tensor token_offsets, Tensor rows, Tensor divisors, "
-    "Tensor(a!) out, bool scatter, str backend) -> ()"
+    "pool_rows_grad(Tensor grad_rows, Tensor tokens, Tensor token_offsets, Tensor rows, Tensor divisors, float scale, "
+    "Tensor(a!) out, bool scatter, bool accumulate, str backend) -> ()"
 )
+
+
+# The backend is chosen inside the ops, where torch.compile does not look: its reasons lie in extension modules, in
+# drivers and in the environment.
 
 
 def _pool_rows(
@@ -31,10 +35,14 @@ def _pool_rows(
     items: Tensor,
     token_ids: Tensor,
     offsets: Tensor,
+    table: Tensor | None,
+    title_index: Tensor | None,
+    scale: float,
     out: Tensor,
     backend: str,
 ) -> None:
-    backends.module(backend).pool_rows(weight, lo, hi, items, token_ids, offsets, out)
+    kernels = backends.module(backends.choose(backend, weight.device, weight.dtype))
+    kernels.pool_rows(weight, lo, hi, items, token_ids, offsets, table, title_index, scale, out)
 
 
 def _pool_rows_grad(
@@ -43,11 +51,14 @@ def _pool_rows_grad(
     token_offsets: Tensor,
     rows: Tensor,
     divisors: Tensor,
+    scale: float,
     out: Tensor,
     scatter: bool,
+    accumulate: bool,
     backend: str,
 ) -> None:
-    backends.module(backend).pool_rows_grad(grad_rows, tokens, token_offsets, rows, divisors, out, scatter)
+    kernels = backends.module(backends.choose(backend, grad_rows.device, grad_rows.dtype))
+    kernels.pool_rows_grad(grad_rows, tokens, token_offsets, rows, divisors, scale, out, scatter, accumulate)
 
 
 for _device in ("CPU", "CUDA"):
@@ -79,25 +90,27 @@ class _PoolRows(torch.autograd.Function):
         token_offsets: Tensor,
         rows: Tensor,
         divisors: Tensor,
+        scale: float,
         backend: str,
         sparse_grad: bool,
     ) -> Tensor:
         ctx.save_for_backward(tokens, token_offsets, rows, divisors)
-        ctx.num_embeddings, ctx.backend, ctx.sparse_grad = weight.shape[0], backend, sparse_grad
+        ctx.num_embeddings, ctx.sparse_grad = weight.shape[0], sparse_grad
+        ctx.scale, ctx.backend = scale, backend
         out = weight.new_empty(lo.shape[0], weight.shape[1])
-        torch.ops.patchkern.pool_rows(weight, lo, hi, items, token_ids, offsets, out, backend)
+        torch.ops.patchkern.pool_rows(weight, lo, hi, items, token_ids, offsets, None, None, scale, out, backend)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         transpose: tuple[Tensor, ...] = ctx.saved_tensors
-        grad = _weight_grad(grad_rows, transpose, ctx.num_embeddings, not ctx.sparse_grad, ctx.backend)
-        return (grad, *[None] * 11)
+        grad = _weight_grad(grad_rows, transpose, ctx.num_embeddings, not ctx.sparse_grad, ctx.scale, ctx.backend)
+        return (grad, *[None] * 12)
 
 
 def _weight_grad(
-    grad_rows: Tensor, transpose: tuple[Tensor, ...], num_embeddings: int, dense: bool, backend: str
+    grad_rows: Tensor, transpose: tuple[Tensor, ...], num_embeddings: int, dense: bool, scale: float, backend: str
 ) -> Tensor:
     width = grad_rows.shape[1]
     if width > 1 and grad_rows.stride(1) != 1:
@@ -105,21 +118,27 @@ def _weight_grad(
     tokens = transpose[0]
     if dense:
         grad = grad_rows.new_zeros(num_embeddings, width)
-        torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, grad, True, backend)
+        torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, scale, grad, True, False, backend)
         return grad
     values = grad_rows.new_empty(tokens.shape[0], width)
-    torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, values, False, backend)
+    torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, scale, values, False, False, backend)
     size = (num_embeddings, width)
     # Tokens are ascending and distinct by construction, which is what coalesced means.
     return torch.sparse_coo_tensor(tokens.long()[None], values, size, is_coalesced=True, check_invariants=False)
 
 
 def pool_rows(
-    weight: Tensor, layout: PatchLayout, backend: str = "auto", out: Tensor | None = None, sparse_grad: bool = False
+    weight: Tensor,
+    layout: PatchLayout,
+    backend: str = "auto",
+    out: Tensor | None = None,
+    sparse_grad: bool = False,
+    *,
+    scale: float = 1.0,
 ) -> Tensor:
     """Write every row of a layout: literals, item patches and session patches (section 3.2 of the paper).
 
-    Sums and means are taken in float32 (float64 for float64 weights) and rounded once, at the store.
+    Sums, means and products are taken in float32 (float64 for float64 weights) and rounded once, at the store.
 
     Args:
         weight: ``(V, D)`` input embeddings; float32, bfloat16, float16 or float64, contiguous in the last dimension.
@@ -128,6 +147,7 @@ def pool_rows(
         out: ``(T, D)`` of ``weight``'s dtype and device to write into, contiguous in the last dimension; only where no
             gradient is recorded.
         sparse_grad: give ``weight`` a coalesced ``torch.sparse_coo`` gradient that holds the batch's tokens only.
+        scale: multiplies every row; Gemma scales its embeddings by ``sqrt(D)``.
 
     Returns:
         ``(T, D)`` in ``weight``'s dtype, differentiable in ``weight``; the gradient is the same bit for bit from run
@@ -146,24 +166,32 @@ def pool_rows(
             f"weight: expected more than {layout.max_token_id} rows for the layout's tokens, got {weight.shape[0]}"
         )
     _check_flag("sparse_grad", sparse_grad)
-    name = backends.choose(backend, weight.device)
+    _check_scale(scale, weight.dtype)
+    _check_backend(backend)
     rows = (layout.lo, layout.hi, layout.items, layout.token_ids, layout.offsets)
     if torch.is_grad_enabled() and weight.requires_grad:
         if out is not None:
             raise ValueError("out: expected None where a gradient is recorded, got a tensor; use torch.no_grad()")
         columns = _columns(layout.with_transpose().transpose)
-        pooled: Tensor = _PoolRows.apply(weight, *rows, *columns, name, sparse_grad)
+        pooled: Tensor = _PoolRows.apply(weight, *rows, *columns, float(scale), backend, sparse_grad)
         return pooled
     if out is None:
         out = weight.new_empty(layout.num_rows, weight.shape[1])
     else:
-        _check_out(out, weight, layout.num_rows)
-    torch.ops.patchkern.pool_rows(weight, *rows, out, name)
+        _check_out(out, layout.num_rows, "weight", weight)
+    torch.ops.patchkern.pool_rows(weight, *rows, None, None, float(scale), out, backend)
     return out
 
 
 def pool_rows_grad(
-    grad_rows: Tensor, layout: PatchLayout, num_embeddings: int, *, dense: bool = True, backend: str = "auto"
+    grad_rows: Tensor,
+    layout: PatchLayout,
+    num_embeddings: int,
+    *,
+    dense: bool = True,
+    backend: str = "auto",
+    scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The gradient of `pool_rows` in its weight, for those who call it without autograd.
 
@@ -173,6 +201,9 @@ def pool_rows_grad(
         num_embeddings: V, the rows of the weight.
         dense: ``(V, D)`` if true; else a coalesced ``torch.sparse_coo`` of that size, whose ``indices()`` and
             ``values()`` are the batch's ``(U,)`` tokens and their ``(U, D)`` gradients.
+        scale: as in `pool_rows`.
+        out: ``(V, D)`` gradient of ``grad_rows``' dtype and device, such as ``weight.grad``, to add to and return; each
+            of the batch's rows is rounded once, and no other is touched. Only with ``dense``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -194,8 +225,15 @@ def pool_rows_grad(
         raise ValueError(
             f"num_embeddings: expected more than the largest token id, {layout.max_token_id}, got {num_embeddings}"
         )
-    name = backends.choose(backend, grad_rows.device)
-    return _weight_grad(grad_rows, transpose, num_embeddings, dense, name)
+    _check_scale(scale, grad_rows.dtype)
+    _check_backend(backend)
+    if out is None:
+        return _weight_grad(grad_rows, transpose, num_embeddings, dense, float(scale), backend)
+    if not dense:
+        raise ValueError("out: expected None for a compact gradient (dense=False), got a tensor")
+    _check_out(out, num_embeddings, "grad_rows", grad_rows)
+    torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, float(scale), out, True, True, backend)
+    return out
 
 
 def _columns(transpose: Transpose | None) -> tuple[Tensor, ...]:
@@ -214,6 +252,19 @@ def _check_flag(name: str, flag: Any) -> None:
         raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
 
 
+def _check_scale(scale: Any, dtype: torch.dtype) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    if not -largest <= scale <= largest:
+        raise ValueError(f"scale: expected a finite number, at most {largest:.4g} for {dtype}, got {scale}")
+
+
+def _check_backend(backend: Any) -> None:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
+
+
 def _check_matrix(name: str, matrix: Any) -> None:
     if not isinstance(matrix, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
@@ -229,17 +280,18 @@ def _check_matrix(name: str, matrix: Any) -> None:
         )
 
 
-def _check_out(out: Any, weight: Tensor, rows: int) -> None:
+def _check_out(out: Any, rows: int, name: str, like: Tensor) -> None:
+    """Raise unless ``out`` can take ``rows`` rows as wide as those of ``like``, the argument ``name``."""
     _check_matrix("out", out)
-    if out.shape != (rows, weight.shape[1]):
-        raise ValueError(f"out: expected shape {(rows, weight.shape[1])}, got {tuple(out.shape)}")
-    if out.dtype != weight.dtype:
-        raise TypeError(f"out: expected weight's dtype, {weight.dtype}, got {out.dtype}")
-    if out.device != weight.device:
-        raise ValueError(f"out: expected weight's device, {weight.device}, got {out.device}")
+    if out.shape != (rows, like.shape[1]):
+        raise ValueError(f"out: expected shape {(rows, like.shape[1])}, got {tuple(out.shape)}")
+    if out.dtype != like.dtype:
+        raise TypeError(f"out: expected {name}'s dtype, {like.dtype}, got {out.dtype}")
+    if out.device != like.device:
+        raise ValueError(f"out: expected {name}'s device, {like.device}, got {out.device}")
     if out.requires_grad:
         raise ValueError("out: expected a tensor that requires no gradient")
     if rows > 1 and out.stride(0) < out.shape[1]:
         raise ValueError(f"out: expected rows that do not overlap, got stride {out.stride()}")
-    if rows and out.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-        raise ValueError("out: expected memory of its own, got weight's")
+    if rows and out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
+        raise ValueError(f"out: expected memory of its own, got {name}'s")

@@ -9,7 +9,6 @@ of ``response_end``, over the full vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.histories import Histories, HistoriesLike
-from patchkern.layout import PatchLayout, build_layout
+from patchkern.layout import PatchLayout
+from patchkern.memory import in_batches
 from patchkern.policies import AnyPolicy, check_policy
-from patchkern.prompts import Prompts, check_spans, inference
+from patchkern.prompts import Prompts, inference
 from patchkern.trie import Trie
 
 if TYPE_CHECKING:
@@ -91,20 +91,25 @@ def recommend(
     seen = _seen_items(model, histories, k) if exclude_seen else None
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
     results: list[list[tuple[Any, float]]] = [[] for _ in range(len(histories))]
-    batches = _batches(model, histories, policy, num_beams, trie.depth, memory_budget, batch_size)
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, Tensor, Tensor]:
+        allowed = torch.ones(users.size, len(model.catalog), dtype=torch.bool)
+        if seen is not None:
+            ignored = seen.take(users)
+            allowed[np.repeat(np.arange(users.size), ignored.lengths), ignored.items] = False
+        running = trie.running_count(allowed.to(model.device))
+        prompts = Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1))
+        if search == "beam":
+            found = _beam_search(prompts, trie, running, k, num_beams)
+        else:
+            found = _without_repeats(_diverse_search(prompts, trie, running, num_beams))
+        return _items_of(found, trie, running, k)
+
     with inference(model):
-        for users, layout in batches:
-            allowed = torch.ones(users.size, len(model.catalog), dtype=torch.bool)
-            if seen is not None:
-                ignored = seen.take(users)
-                allowed[np.repeat(np.arange(users.size), ignored.lengths), ignored.items] = False
-            running = trie.running_count(allowed.to(model.device))
-            prompts = Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1))
-            if search == "beam":
-                found = _beam_search(prompts, trie, running, k, num_beams)
-            else:
-                found = _without_repeats(_diverse_search(prompts, trie, running, num_beams))
-            _collect(results, users, model, *_items_of(found, trie, running, k))
+        for users, found in in_batches(
+            model, histories, policy, num_beams, trie.depth, compute, memory_budget, batch_size
+        ):
+            _collect(results, users, model, *found)
     return results
 
 
@@ -138,16 +143,17 @@ def generate_titles(
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
     results: list[list[tuple[Any, float]]] = [[] for _ in range(len(histories))]
-    batches = _batches(model, histories, policy, num_beams, trie.depth, memory_budget, batch_size)
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, Tensor, Tensor]:
+        prompts = Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1))
+        found = _diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
+        return found.user, trie.items[trie.begin[found.node]], found.score
+
     with inference(model):
-        for users, layout in batches:
-            found = _diverse_search(
-                Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1)),
-                trie,
-                everything.expand(users.size, -1),
-                num_beams,
-            )
-            _collect(results, users, model, found.user, trie.items[trie.begin[found.node]], found.score)
+        for users, found in in_batches(
+            model, histories, policy, num_beams, trie.depth, compute, memory_budget, batch_size
+        ):
+            _collect(results, users, model, *found)
     return results
 
 
@@ -168,48 +174,6 @@ def _seen_items(model: PatchedCausalLM, histories: Histories, k: int) -> Histori
             f"{short[0]} has not seen, got {k}"
         )
     return Histories(pairs % n_items, np.append(0, np.cumsum(counts)))
-
-
-def _batches(
-    model: PatchedCausalLM,
-    histories: Histories,
-    policy: AnyPolicy,
-    num_beams: int,
-    depth: int,
-    memory_budget: int | None,
-    batch_size: int,
-) -> Iterator[tuple[NDArray[np.int64], PatchLayout]]:
-    """Users of about equal length and their prompts; the longest first, so that what is too large fails early."""
-    kept = histories.latest(policy.max_items)
-    model.catalog.index_of(kept.items, "histories")
-    waiting = np.argsort(-kept.lengths, kind="stable")
-    while waiting.size:
-        users = waiting[:batch_size]
-        layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
-        check_spans(model, layout, depth)
-        needed = _predicted_bytes(model, layout, num_beams, depth)
-        if memory_budget is None or needed <= memory_budget:
-            waiting = waiting[batch_size:]
-            yield users, layout
-        elif users.size > 1:
-            batch_size = users.size // 2
-        else:
-            raise ValueError(
-                f"memory_budget: expected at least {needed} bytes for {num_beams} beams of user {users[0]}, whose "
-                f"prompt has {layout.num_rows} rows, got {memory_budget}"
-            )
-
-
-def _predicted_bytes(model: PatchedCausalLM, layout: PatchLayout, num_beams: int, depth: int) -> int:
-    """Keys and values of prompts and hypotheses, and the logits of a step with their exponentials."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item_size = torch.finfo(model.hf_model.dtype).bits // 8
-    per_row = 2 * config.num_hidden_layers * heads * width * item_size
-    hypotheses = layout.num_users * num_beams
-    logits = config.vocab_size * (item_size + 2 * max(item_size, 4))
-    return per_row * layout.num_users * layout.max_seqlen + hypotheses * (per_row * depth + logits)
 
 
 # ------------------------------------------------------------------ the searches

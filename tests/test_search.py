@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import patchkern as pk
-from patchkern import scratch
+from patchkern import memory, scratch
 from patchkern import search as search_module
 from patchkern.metrics import evaluate
 from patchkern.prefix_cache import PrefixCache
@@ -383,7 +383,7 @@ def test_memory_budget_splits_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def spy(self: Any, wrapped: Any, layout: pk.PatchLayout, max_rows: int) -> None:
         depth = Trie.from_catalog(wrapped.catalog, wrapped.prompt.response_end).depth
-        predicted.append((layout.num_users, search_module._predicted_bytes(wrapped, layout, 5, depth)))
+        predicted.append((layout.num_users, memory._predicted_bytes(wrapped, layout, 5, depth)))
         original(self, wrapped, layout, max_rows)
 
     monkeypatch.setattr(search_module.Prompts, "__init__", spy)

@@ -81,6 +81,7 @@ class PatchedCausalLM(nn.Module):
         self._token_ids = frozenset(catalog.token_ids.tolist()).union(
             prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end
         )
+        self._known_scale: tuple[Tensor, int, torch.dtype, float] | None = None
         if attn_implementation is not None:
             _set_attention(hf_model, attn_implementation)
         self.register_state_dict_post_hook(_drop_tied)
@@ -131,8 +132,8 @@ class PatchedCausalLM(nn.Module):
     def embed(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
 
-        An embedding that is only its weight is pooled directly. One that does more (LoRA, scaling, hooks, sharding) is
-        called on the batch's distinct tokens, and its output is pooled.
+        An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
+        (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled.
 
         Args:
             layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more.
@@ -142,29 +143,45 @@ class PatchedCausalLM(nn.Module):
         """
         self._check_token_ids("layout", layout.max_token_id)
         embedding = self.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding) and self._is_only_weight(embedding):
-            layout = layout.to(embedding.weight.device, non_blocking=True)
-            return pool_rows(embedding.weight, layout, sparse_grad=embedding.sparse)
+        if isinstance(embedding, nn.Embedding) and (scale := self._scale_of(embedding)) is not None:
+            weight = embedding.weight
+            layout = layout.to(weight.device, non_blocking=True)
+            return pool_rows(weight, layout, sparse_grad=embedding.sparse, scale=scale)
         tokens, compact = layout.compact()
         table = embedding(tokens[None].to(self.device, non_blocking=True))[0]
         return pool_rows(table, compact.to(table.device, non_blocking=True))
 
-    def _is_only_weight(self, embedding: nn.Embedding) -> bool:
+    def _scale_of(self, embedding: nn.Embedding) -> float | None:
+        """The number by which the embedding multiplies its weight's rows; None where it does more than that."""
         if isinstance(embedding.weight, DTensor) and not embedding._forward_pre_hooks:
             raise ValueError(
                 "the embedding is sharded and nothing gathers it here: call fully_shard on the PatchedCausalLM, not on "
                 "the model inside it"
             )
         does_more = (
-            type(embedding) is not nn.Embedding
-            or embedding._forward_hooks
+            embedding._forward_hooks
             or embedding._forward_pre_hooks
             or "forward" in vars(embedding)
             or is_parametrized(embedding)
             or embedding.max_norm is not None
         )
         # nn.Embedding gives its padding token no gradient; the weight alone would
-        return not does_more and embedding.padding_idx not in self._token_ids
+        if does_more or embedding.padding_idx in self._token_ids:
+            return None
+        if type(embedding) is nn.Embedding:
+            return 1.0
+        if not _only_scales(type(embedding)) or torch.compiler.is_compiling():
+            return None
+        return self._host_scale(embedding.embed_scale, embedding.weight.dtype)
+
+    def _host_scale(self, scale: Any, dtype: torch.dtype) -> float | None:
+        """A scaled embedding's buffer as a number, read from its device only when it is another or has changed."""
+        if not isinstance(scale, Tensor) or scale.dim() != 0 or scale.is_inference() or scale.requires_grad:
+            return None
+        known = self._known_scale
+        if known is None or known[0] is not scale or known[1:3] != (scale._version, dtype):
+            known = self._known_scale = (scale, scale._version, dtype, float(scale.to(dtype)))
+        return known[3]
 
     def _last_rows(self, layout: PatchLayout) -> Tensor:
         ends = layout.cu_seqlens.long()
@@ -354,6 +371,22 @@ def _check_model(hf_model: Any) -> None:
         raise ValueError(
             f"hf_model: expected a causal LM whose forward takes logits_to_keep, got {type(base).__name__}"
         )
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """What transformers' Gemma models do to their embeddings; `_only_scales` compares with it."""
+
+    embed_scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
+def _only_scales(kind: type[nn.Embedding]) -> bool:
+    """Whether the class is `_ScaledEmbedding` but for its name: its ``forward`` is made of the same instructions."""
+    wanted, code = _ScaledEmbedding.forward.__code__, getattr(kind.forward, "__code__", None)
+    same = code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
+    return same and kind.__bases__ == (nn.Embedding,)
 
 
 def _set_attention(hf_model: PreTrainedModel, name: str) -> None:

@@ -310,6 +310,66 @@ def test_adapted_embedding_differs_from_its_raw_weight(name: str) -> None:
     assert (model.embed(layout) - pk.pool_rows(weight, layout)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scaled_embeddings_are_pooled_directly(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is what the module gives, bit for bit; a patch is as close to the exact mean as one rounding allows."""
+    model = PatchedCausalLM(tiny("gemma3").to(dtype), CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, batch_of([9, 4])[0], POLICIES["sessions, end"], PROMPT, [1, 2])
+    tokens, compact = layout.compact()
+    embedding = model.get_input_embeddings()
+    module = embedding(tokens)
+
+    def refuse(self: pk.PatchLayout) -> Any:
+        raise AssertionError("the module was called on the batch's tokens")
+
+    monkeypatch.setattr(pk.PatchLayout, "compact", refuse)
+    rows = model.embed(layout)
+    through_module = pk.pool_rows(module, compact)
+    literal = layout.lo < 0
+    assert torch.equal(rows[literal], through_module[literal])
+    scale = float(embedding.embed_scale.to(dtype))
+    assert scale > 5
+    every_row = [row for user in oracle.decode(layout) for row in user]
+    oracle.assert_pooled(rows, embedding.weight.detach(), every_row, scale=scale)
+    # each of the module's own rows is rounded, which their mean inherits
+    magnitude = pk.pool_rows(module.abs().double(), compact)
+    error = (rows.double() - through_module.double()).abs()
+    assert (error <= 3 * oracle.UNIT_ROUNDOFF[dtype] * magnitude + 3 * oracle.HALF_SMALLEST[dtype]).all()
+    grad_rows = torch.randn_like(rows)
+    (grad,) = torch.autograd.grad(rows, embedding.weight, grad_rows)
+    oracle.assert_gradient(grad, grad_rows, every_row, VOCABULARY, scale=scale)
+
+
+def test_a_changed_scale_is_noticed() -> None:
+    model = PatchedCausalLM(tiny("gemma3"), CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, batch_of([9])[0], POLICIES["items"], PROMPT)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        before = model.embed(layout)
+        embedding.embed_scale.mul_(2)
+        torch.testing.assert_close(model.embed(layout), before * 2)
+        embedding.embed_scale = embedding.embed_scale / 4
+        torch.testing.assert_close(model.embed(layout), before / 2)
+        model.to(torch.bfloat16)
+        assert model.embed(layout).dtype == torch.bfloat16
+        embedding.embed_scale = torch.full((32,), 3.0)  # not one number: the module's business
+        torch.testing.assert_close(model.embed(layout), pk.pool_rows(embedding.weight.detach() * 3, layout))
+
+
+def test_only_what_scales_is_pooled_directly() -> None:
+    """A class by the same kind of name that does more, and one derived from an embedding that only scales."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding as Scaled
+    from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding as DoesMore
+
+    from patchkern.model import _only_scales
+
+    class Derived(Scaled):
+        pass
+
+    assert _only_scales(Scaled)
+    assert not _only_scales(DoesMore) and not _only_scales(Derived) and not _only_scales(nn.Embedding)
+
+
 def test_hook_on_the_embedding_is_run() -> None:
     hf_model = tiny("llama")
     hf_model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 3 + 1)

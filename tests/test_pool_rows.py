@@ -232,6 +232,70 @@ def test_out(backend: str, device: torch.device, dtype: torch.dtype, width: int,
     assert (canvas == 777.0).all(), "something outside out was written"
 
 
+# ------------------------------------------------------------------ scale
+
+
+SCALES = [2.0, -0.37, 45.25483399593904, 0.0]
+
+
+@by_dtype
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale(backend: str, device: torch.device, dtype: torch.dtype, scale: float) -> None:
+    """Rounded once, after the product: text is what PyTorch's own product is."""
+    batch = cases.make_batch(pk.SessionPatches(3), [0, 17, 1])
+    weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
+    layout = batch.layout(device)
+    got = pk.pool_rows(weight, layout, backend=backend, scale=scale)
+    assert_pooled(backend, got, weight, batch.rows(), scale=scale)
+    literal = layout.lo < 0
+    product = weight[(-1 - layout.lo[literal]).long()] * scale
+    assert torch.equal(got[literal], product) or cases.truncates(backend, dtype)
+    into = torch.full_like(got, 777.0)
+    assert torch.equal(pk.pool_rows(weight, layout, backend=backend, scale=scale, out=into), got)
+    grad_rows = cases.make_weight(layout.num_rows, 41, dtype, seed=1, device=device)
+    grad = gradient(weight, layout, grad_rows, backend=backend, scale=scale)
+    assert_gradient(backend, grad, grad_rows, batch.rows(), cases.VOCABULARY, scale=scale)
+    by_hand = pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend=backend, scale=scale)
+    compact = pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, dense=False, backend=backend, scale=scale)
+    assert torch.equal(by_hand, grad) and torch.equal(compact.to_dense(), grad)
+
+
+def test_scale_of_one_copies_every_bit(backend: str, device: torch.device) -> None:
+    weight = torch.tensor([[-0.0, 0.0, float("nan"), float("-inf"), 1e-42]], device=device)
+    weight.view(torch.int32)[0, 2] = 0x7FC12345  # a NaN that says something
+    layout = cases.Batch({0: [0]}, [[0]], pk.TextOnly(), cases.NO_PROMPT).layout(device)
+    for scale in (1, 1.0):
+        got = pk.pool_rows(weight, layout, backend=backend, scale=scale)
+        assert torch.equal(got.view(torch.int32), weight.view(torch.int32))
+
+
+WRONG_SCALES = {
+    "nan": (float("nan"), ValueError, "scale: expected a finite number, .*, got nan"),
+    "inf": (float("-inf"), ValueError, "scale: expected a finite number, .*, got -inf"),
+    "beyond float32": (
+        1e39,
+        ValueError,
+        r"scale: expected a finite number, at most 3.403e\+38 for torch.float32, got 1e\+39",
+    ),
+    "bool": (True, TypeError, "scale: expected a number, got bool"),
+    "string": ("2", TypeError, "scale: expected a number, got str"),
+    "none": (None, TypeError, "scale: expected a number, got NoneType"),
+    "tensor": (torch.tensor(2.0), TypeError, "scale: expected a number, got Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SCALES)
+def test_wrong_scale(name: str) -> None:
+    scale, error, message = WRONG_SCALES[name]
+    layout = cases.make_batch(pk.SessionPatches(3), [9]).layout()
+    weight = cases.make_weight(cases.VOCABULARY, 8)
+    with pytest.raises(error, match=message):
+        pk.pool_rows(weight, layout, scale=scale)
+    with pytest.raises(error, match=message):
+        pk.pool_rows_grad(weight[: layout.num_rows], layout, cases.VOCABULARY, scale=scale)
+    assert pk.pool_rows(weight.double(), layout, scale=1e39).isfinite().all()
+
+
 # ------------------------------------------------------------------ gradients
 
 
@@ -308,6 +372,65 @@ def test_dense_compact_and_autograd_agree(backend: str, device: torch.device) ->
     oracle.torch_path(leaf, batch.rows()).backward(grad_rows.double())
     assert leaf.grad is not None
     torch.testing.assert_close(dense.double(), leaf.grad, rtol=1e-6, atol=1e-6)
+
+
+@by_dtype
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "column-slice"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_adding_to_a_gradient(
+    backend: str, device: torch.device, dtype: torch.dtype, strided: bool, scale: float
+) -> None:
+    """The sum is rounded once, and nothing but the batch's rows is touched."""
+    batch = cases.make_batch(pk.SessionPatches(4), HARD_LENGTHS)
+    layout, rows = batch.layout(device), batch.rows()
+    grad_rows = cases.make_weight(len(rows), 41, dtype, seed=1, device=device)
+    before = cases.make_weight(cases.VOCABULARY, 41, dtype, strided, seed=2, device=device)
+    canvas = before._base if before._base is not None else before
+    margin = canvas.clone()
+    out = before
+    before = before.clone()
+    got = pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend=backend, scale=scale, out=out)
+    assert got is out
+    assert_gradient(backend, got, grad_rows, rows, cases.VOCABULARY, scale=scale, before=before)
+    if strided:
+        assert torch.equal(canvas[:, :3], margin[:, :3]) and torch.equal(canvas[:, 44:], margin[:, 44:])
+
+
+def test_adding_to_no_gradient_is_the_gradient(backend: str, device: torch.device) -> None:
+    layout = cases.make_batch(pk.SessionPatches(4), HARD_LENGTHS).layout(device)
+    grad_rows = cases.make_weight(layout.num_rows, 41, seed=1, device=device)
+    expected = pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend=backend)
+    zeros = torch.zeros(cases.VOCABULARY, 41, device=device)
+    assert torch.equal(pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend=backend, out=zeros), expected)
+
+
+def test_wrong_gradient_to_add_to() -> None:
+    layout = cases.make_batch(pk.SessionPatches(3), [9]).layout()
+    grad_rows = cases.make_weight(layout.num_rows, 8)
+    count = cases.VOCABULARY
+    cut = torch.ones(layout.num_rows + count, 8)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ([[0.0]], TypeError, "out: expected a tensor, got list"),
+        (torch.zeros(count, 7), ValueError, r"out: expected shape \(97, 8\), got \(97, 7\)"),
+        (torch.zeros(count - 1, 8), ValueError, r"out: expected shape \(97, 8\), got \(96, 8\)"),
+        (
+            torch.zeros(count, 8).double(),
+            TypeError,
+            "out: expected grad_rows's dtype, torch.float32, got torch.float64",
+        ),
+        (torch.zeros(count, 8, device="meta"), ValueError, "out: expected grad_rows's device, cpu, got meta"),
+        (torch.zeros(8, count).t(), ValueError, r"out: expected contiguous rows .* got stride \(1, 97\)"),
+        (torch.zeros(1, 8).expand(count, 8), ValueError, "out: expected rows that do not overlap"),
+        (torch.zeros(count, 8, requires_grad=True), ValueError, "out: expected a tensor that requires no gradient"),
+        (cut[layout.num_rows :], ValueError, "out: expected memory of its own, got grad_rows's"),
+    ]
+    for out, error, message in wrong:
+        given = cut[: layout.num_rows] if out is wrong[-1][0] else grad_rows
+        with pytest.raises(error, match=message):
+            pk.pool_rows_grad(given, layout, count, out=out)
+    assert cut.eq(1).all()
+    with pytest.raises(ValueError, match=r"out: expected None for a compact gradient \(dense=False\), got a tensor"):
+        pk.pool_rows_grad(grad_rows, layout, count, dense=False, out=torch.zeros(count, 8))
 
 
 def test_rows_that_must_be_zero_are_zero_and_others_are_not(backend: str, device: torch.device) -> None:
@@ -496,18 +619,18 @@ def test_opcheck(backend: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def _compiled_equals_eager(backend: str, device: torch.device, compiler: str) -> None:
-    def step(weight: torch.Tensor, readout: torch.Tensor, layout: pk.PatchLayout) -> torch.Tensor:
-        return (pk.pool_rows(weight * 2, layout, backend=backend) * readout).square().sum()
+    def step(weight: torch.Tensor, readout: torch.Tensor, layout: pk.PatchLayout, scale: float) -> torch.Tensor:
+        return (pk.pool_rows(weight * 2, layout, backend=backend, scale=scale) * readout).square().sum()
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     readout = cases.make_weight(1, 8, seed=2, device=device)
-    for lengths in ([9, 0, 2], [30, 1]):
+    for lengths, scale in (([9, 0, 2], 1.0), ([30, 1], 0.5)):
         layout = cases.make_batch(pk.SessionPatches(3), lengths).layout(device)
         losses, grads = [], []
         for function in (step, compiled):
             weight = cases.make_weight(cases.VOCABULARY, 8, device=device).requires_grad_()
-            loss = function(weight, readout, layout)
+            loss = function(weight, readout, layout, scale)
             loss.backward()
             losses.append(loss.detach())
             grads.append(weight.grad)

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing for shared and noisy machines: every provider once per round, ratios taken within a round."""
+"""Timing for shared and noisy machines: every provider once per round, ratios taken within a round.
+
+Tables go to bench/results, or to the folder that PATCHKERN_BENCH_OUT names. PATCHKERN_COMMIT stands in for the commit
+where there is no git.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
 import gc
+import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -23,6 +30,7 @@ RESULTS = Path(__file__).with_name("results")
 COLUMNS = (
     *("provider", "mode", "metric", "unit", "p20", "p50", "p80", "config"),
     *("machine", "cpu", "threads", "torch", "patchkern", "commit", "date"),
+    *("gpu", "driver", "cuda", "triton", "transformers"),
 )
 _EVICT_BYTES = 256 << 20
 
@@ -88,6 +96,61 @@ def measure(
     return Timing({name: np.asarray(values) for name, values in taken.items()})
 
 
+def measure_cuda(
+    calls: Calls, device: torch.device, seconds: float = 1.0, min_rounds: int = 10, max_rounds: int = 1000
+) -> Timing:
+    """Time each call once per round by CUDA events on ``device``; two rounds warm up and are not counted.
+
+    Before every call, outside its events, a buffer several times the size of the L2 cache is written. The call then
+    finds none of its data there, and what it writes has to push other dirty lines out, as in any long program. The
+    sweep also takes longer than it takes to enqueue most calls, and the host never waits between rounds: a launch's own
+    latency shows only where a call is slower to enqueue than to run, or waits for the device itself.
+    """
+    evict = torch.empty(max(_EVICT_BYTES, 4 * _cache_bytes(device)) // 4, dtype=torch.int32, device=device)
+    names, shuffle = list(calls), np.random.default_rng(0)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+
+    def play_round(counted: bool) -> None:
+        for name in shuffle.permutation(names).tolist():
+            evict.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            result = calls[name]()
+            end.record()
+            del result  # its memory goes to the next call that asks for as much
+            if counted:
+                events[name].append((begin, end))
+
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        play_round(counted=False)
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        play_round(counted=False)
+        torch.cuda.synchronize(device)
+        rounds = int(seconds / (time.perf_counter() - start))
+        for _ in range(min(max(rounds, min_rounds), max_rounds)):
+            play_round(counted=True)
+        torch.cuda.synchronize(device)
+    finally:
+        if collecting:
+            gc.enable()
+    return Timing(
+        {name: np.array([1e-3 * begin.elapsed_time(end) for begin, end in pairs]) for name, pairs in events.items()}
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for ``device``, so that a host clock counts its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 @dataclass
 class Table:
     """Rows of a tidy CSV under bench/results, printed as they come."""
@@ -110,27 +173,45 @@ class Table:
         print(f"{provider:24} {mode:18} {metric:24} {p50:>10} {unit:10} [{p20} .. {p80}]", flush=True)
 
     def write(self) -> Path:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.name}.csv"
+        """Write all rows so far; after every configuration, so that an interrupted run leaves what it has measured."""
+        folder = results_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.csv"
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         temporary.replace(path)
-        print(f"wrote {path.relative_to(RESULTS.parents[1])}")
+        print(f"wrote {os.path.relpath(path)}", flush=True)
         return path
+
+
+def results_folder() -> Path:
+    """Where tables and plots go."""
+    return Path(os.environ.get("PATCHKERN_BENCH_OUT") or RESULTS)
 
 
 def environment() -> dict[str, str]:
     """Machine, versions and commit, for every row."""
+    return {"machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"} | _software()
+
+
+@functools.cache
+def _software() -> dict[str, str]:
+    on_gpu = torch.cuda.is_available()
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "cpu": f"{_cpu()}, {pk.ops.native.isa()}",
         "torch": torch.__version__,
         "patchkern": pk.__version__,
-        "commit": _commit(),
+        "commit": os.environ.get("PATCHKERN_COMMIT")
+        or _output("git", "describe", "--always", "--dirty", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name() if on_gpu else "",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
+        "cuda": torch.version.cuda or "",
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
     }
 
 
@@ -142,9 +223,16 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, cwd=RESULTS.parent, check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, cwd=RESULTS.parent, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip().partition("\n")[0]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

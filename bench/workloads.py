@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks run on: ml-1m with the Llama-3 tokenizer if at hand, else a stand-in of that shape."""
+"""What the benchmarks run on: ml-1m with the Llama-3 tokenizer if at hand, else a stand-in of that shape.
+
+The folder with ``ml-1m`` and ``llama3-tokenizer`` is the one that PATCHKERN_BENCH_DATA names, else ``shared/data``
+beside the repository.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +22,8 @@ POLICIES: dict[str, pk.Policy] = {
     "items": pk.ItemPatches(keep_text=5, max_items=100),
     "sessions": pk.SessionPatches(group_size=5, max_items=100),
     "random": pk.RandomItemPatches(probability=0.3, max_items=100),
+    # a few rows with a hundred members, some 400 tokens, among thousands of literals
+    "long": pk.SessionPatches(group_size=100, max_items=None),
 }
 
 
@@ -42,20 +49,24 @@ class Workload(NamedTuple):
 
 def ml1m() -> Workload:
     """The workload of the published numbers, or its stand-in; `Workload.name` says which."""
-    if (SHARED / "ml-1m").is_dir() and (SHARED / "llama3-tokenizer").is_dir():
+    given = os.environ.get("PATCHKERN_BENCH_DATA")
+    folder = Path(given) if given else SHARED
+    if (folder / "ml-1m").is_dir() and (folder / "llama3-tokenizer").is_dir():
         try:
-            return _real()
+            return _real(folder)
         except ImportError as error:
             print(f"ml-1m is at hand but cannot be read ({error}); running on a stand-in")
+    elif given:
+        raise FileNotFoundError(f"PATCHKERN_BENCH_DATA: expected ml-1m and llama3-tokenizer in {given}")
     return _stand_in()
 
 
-def _real() -> Workload:
+def _real(data: Path) -> Workload:
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    folder = SHARED / "ml-1m"
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama3-tokenizer")
+    folder = data / "ml-1m"
+    tokenizer = AutoTokenizer.from_pretrained(data / "llama3-tokenizer")
     table = pq.read_table(folder / "items.parquet")
     titles = dict(zip(table["item"].to_pylist(), table["title"].to_pylist(), strict=True))
     system, instruction = (folder / "prompt.txt").read_text().splitlines()[:2]

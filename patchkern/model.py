@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
@@ -258,14 +260,33 @@ class PatchedCausalLM(nn.Module):
         exclude_seen: bool = False,
         memory_budget: int | None = None,
         batch_size: int = 64,
+        **options: Any,
     ) -> list[list[tuple[Any, float]]]:
-        """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`."""
+        """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`.
+
+        Args:
+            options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``max_expansions``.
+        """
         from patchkern.search import recommend
 
-        policy = self.policy if policy is None else policy
-        if policy is None:
+        policy = self._policy_or(policy)
+        return recommend(
+            self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size, **options
+        )
+
+    def score_items(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
+    ) -> NDArray[np.floating[Any]]:
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.score_items`."""
+        from patchkern.search import score_items
+
+        return score_items(self, histories, self._policy_or(policy), items, **options)
+
+    def _policy_or(self, policy: AnyPolicy | None) -> AnyPolicy:
+        chosen = self.policy if policy is None else policy
+        if chosen is None:
             raise ValueError("policy: expected one, here or when the PatchedCausalLM was made, got None")
-        return recommend(self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size)
+        return chosen
 
     # ------------------------------------------------------------------ files
 

@@ -68,6 +68,14 @@ class Prompts:
         """Tokens fed so far; the number of the next row."""
         return self._cache.suffixes.num_rows
 
+    def live(self, rows: Tensor, depth: int) -> Tensor:
+        """The given rows and all on their way to the prompt; see `Suffixes.live`."""
+        return self._cache.suffixes.live(rows, depth)
+
+    def keep(self, is_live: Tensor, count: int) -> Tensor:
+        """Drop the other rows and number those that stay anew; see `Suffixes.keep`."""
+        return self._cache.suffixes.keep(is_live, count)
+
     def forget(self) -> None:
         """Drop all rows fed after the prompts and number from 0 again."""
         self._cache.suffixes.forget()

@@ -1,35 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search over the titles of a catalogue: beam search and the paper's diverse beam search, batched over users.
+"""Recommending: a catalogue's titles searched with a model, for many users at once.
 
 The prompts of a batch of users are computed once, packed, and their keys and values stored once per user. All
-hypotheses of all users then advance together, one token per step; each keeps the keys and values of its own few tokens
-and sees its user's prompt through `PrefixCache`. A title's score is the sum of the log-probabilities of its tokens and
-of ``response_end``, over the full vocabulary.
+hypotheses of all users then advance together and see their user's prompt through `PrefixCache`; which ones is decided
+in `patchkern.title_search`. A title's score is the sum of the log-probabilities of its tokens and of ``response_end``,
+over the full vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchkern.filters import ItemFilter
 from patchkern.histories import Histories, HistoriesLike
 from patchkern.layout import PatchLayout
 from patchkern.memory import in_batches
 from patchkern.policies import AnyPolicy, check_policy
 from patchkern.prompts import Prompts, inference
+from patchkern.title_search import (
+    DIVERSITY_PENALTY,
+    Found,
+    best_titles,
+    diverse_search,
+    score_titles,
+    search_titles,
+    without_repeats,
+)
 from patchkern.trie import Trie
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
 
-SEARCHES = ("beam", "diverse")
+SEARCHES = ("beam", "exact", "diverse")
+NORMALIZATIONS = ("titles", "items")
 
-DIVERSITY_PENALTY = 0.8
-"""What ``search="diverse"`` takes off a token's log-probability for each earlier group that chose it; the paper's."""
+__all__ = ["DIVERSITY_PENALTY", "UnprovenSearchWarning", "generate_titles", "recommend", "score_items"]
+
+EXPANSIONS_PER_BEAM = 50
+"""Without ``max_expansions``, an exact search may expand this many prefixes per user for each of ``num_beams``."""
+
+Ranked = list[tuple[Any, float]]
+
+
+class UnprovenSearchWarning(UserWarning):
+    """An exact search reached ``max_expansions``: some lists are the best that was found, perhaps not the best."""
 
 
 def recommend(
@@ -42,13 +64,23 @@ def recommend(
     exclude_seen: bool = False,
     memory_budget: int | None = None,
     batch_size: int = 64,
-) -> list[list[tuple[Any, float]]]:
+    *,
+    allowed_items: Any = None,
+    length_penalty: float = 0.0,
+    normalize: str | None = None,
+    max_expansions: int | None = None,
+) -> list[Ranked]:
     """Recommend items to users.
 
     ``search="beam"``: at every step each user's ``num_beams`` best unfinished hypotheses go on, and the titles they
-    complete enter a pool of the user's ``k`` best. A user is done when no unfinished hypothesis scores as high as the
-    pool's worst, since log-probabilities only fall. With ``num_beams`` at least the number of titles nothing is ever
-    cut, and the result is that of scoring every title. Never fewer than ``k`` items.
+    complete enter a pool of the user's ``k`` best. A user is done when no unfinished hypothesis can reach the pool's
+    worst, since log-probabilities only fall. With ``num_beams`` at least the number of titles nothing is ever cut, and
+    the result is that of scoring every title. Never fewer than ``k`` items.
+
+    ``search="exact"``: the ``k`` best of all titles. After the beam search come the prefixes that it left aside, best
+    first and ``num_beams`` at a time, until none is left that could lead to one of the ``k`` best. Users who would need
+    more than ``max_expansions`` prefixes get the best titles found, never worse ones than from ``search="beam"``, and
+    an `UnprovenSearchWarning` counts them.
 
     ``search="diverse"``: the paper's protocol, diverse beam search with ``num_beams`` groups of one beam (Hamming
     diversity, as transformers 4 defined it). In each step the groups choose in turn, and a token loses
@@ -62,16 +94,29 @@ def recommend(
         histories: B users.
         policy: how to compress the histories.
         k: items per user.
-        num_beams: hypotheses per user, at least ``k``: a narrower beam may find fewer than ``k`` titles.
-        search: ``"beam"`` or ``"diverse"``.
+        num_beams: hypotheses per user and step, at least ``k``: a narrower beam may find fewer than ``k`` titles.
+        search: ``"beam"``, ``"exact"`` or ``"diverse"``.
         exclude_seen: leave out the items of a user's whole history, also those that ``policy`` cuts off.
         memory_budget: bytes for what grows with users and beams (keys, values, logits); a batch that needs more is
             split.
         batch_size: users computed together, at most.
+        allowed_items: recommend these only: one sequence of item ids for all users or one per user, or booleans in
+            catalogue order, ``(n_items,)`` or ``(B, n_items)``, an array or a tensor.
+        length_penalty: rank by ``log-probability / length ** length_penalty`` and return that, as transformers does;
+            ``length`` counts the tokens of the title and of ``response_end``. Above 0 favours longer titles, below 0
+            shorter ones. Not for ``"diverse"``, which has its own.
+        normalize: scores given that one of the user's allowed items comes out; with ``search="exact"`` only, because
+            all their titles are scored for it. ``"titles"``: ``log P(title | an allowed title)``; items that share a
+            title share its score, and the titles' probabilities sum to one. ``"items"``: a title's probability is
+            divided equally among the user's allowed items that share it, which changes the order too, and the items'
+            probabilities sum to one.
+        max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
+            search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
 
     Returns:
-        Per user ``(item_id, log-probability)``, best first. Equal scores are in catalogue order, and the items that
-        share a title follow each other.
+        Per user ``(item_id, score)``, best first, the score being the log-probability unless ``length_penalty`` or
+        ``normalize`` say otherwise. Equal scores are in catalogue order, and the items that share a title follow each
+        other.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -79,37 +124,51 @@ def recommend(
     for name, value in (("k", k), ("num_beams", num_beams)):
         _check_count(name, value)
     _check_batching(policy, memory_budget, batch_size)
-    if search not in SEARCHES:
-        raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
     if not isinstance(exclude_seen, bool):
         raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
+    _check_search(search, length_penalty, normalize, max_expansions)
     if k > len(model.catalog):
         raise ValueError(f"k: expected at most {len(model.catalog)}, the items of the catalog, got {k}")
     if num_beams < k:
         raise ValueError(f"num_beams: expected at least k={k}, to find that many titles, got {num_beams}")
     histories = Histories.coerce(histories)
-    seen = _seen_items(model, histories, k) if exclude_seen else None
+    items = ItemFilter(model.catalog, histories, allowed_items, exclude_seen)
+    items.check(k)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
-    results: list[list[tuple[Any, float]]] = [[] for _ in range(len(histories))]
+    if search == "exact" and max_expansions is None:
+        max_expansions = EXPANSIONS_PER_BEAM * num_beams
+    passes = [] if normalize is None else trie.passes(num_beams)
+    step_rows, kept_rows = num_beams, _kept_rows(trie, search, num_beams, max_expansions)
+    if normalize is not None:
+        step_rows = kept_rows = max(len(tree.fed) for tree in passes)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, Tensor, Tensor]:
-        allowed = torch.ones(users.size, len(model.catalog), dtype=torch.bool)
-        if seen is not None:
-            ignored = seen.take(users)
-            allowed[np.repeat(np.arange(users.size), ignored.lengths), ignored.items] = False
-        running = trie.running_count(allowed.to(model.device))
-        prompts = Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1))
-        if search == "beam":
-            found = _beam_search(prompts, trie, running, k, num_beams)
+    def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, ...]:
+        running = trie.running_count(items.mask(users).to(model.device)).expand(users.size, -1)
+        prompts = Prompts(model, layout, users.size * kept_rows)
+        unproven = torch.zeros(0, dtype=torch.bool)
+        if normalize is not None:
+            found = _normalized(score_titles(prompts, trie, passes), trie, running, k, normalize == "items")
+        elif search == "diverse":
+            found = without_repeats(diverse_search(prompts, trie, running, num_beams))
         else:
-            found = _without_repeats(_diverse_search(prompts, trie, running, num_beams))
-        return _items_of(found, trie, running, k)
+            found, unproven = search_titles(prompts, trie, running, k, num_beams, length_penalty, max_expansions)
+        return *_items_of(found, trie, running, k), unproven
 
+    results: list[Ranked] = [[] for _ in range(len(histories))]
+    n_unproven = 0
     with inference(model):
-        for users, found in in_batches(
-            model, histories, policy, num_beams, trie.depth, compute, memory_budget, batch_size
+        for users, (*found, unproven) in in_batches(
+            model, histories, policy, step_rows, trie.depth, compute, memory_budget, batch_size
         ):
             _collect(results, users, model, *found)
+            n_unproven += int(unproven.sum())
+    if n_unproven:
+        warnings.warn(
+            f"max_expansions: {max_expansions} prefixes were not enough to prove the lists of {n_unproven} of "
+            f"{len(histories)} users; theirs are the best titles that were found",
+            UnprovenSearchWarning,
+            stacklevel=2,
+        )
     return results
 
 
@@ -121,7 +180,7 @@ def generate_titles(
     leaves_only: bool = True,
     memory_budget: int | None = None,
     batch_size: int = 64,
-) -> list[list[tuple[Any, float]]]:
+) -> list[Ranked]:
     """The titles that the paper's diverse beam search generates, for ``metric="paper"`` of `patchkern.metrics`.
 
     As ``recommend(search="diverse")``, but titles instead of items, repeats included: always ``num_beams`` entries per
@@ -142,13 +201,14 @@ def generate_titles(
     histories = Histories.coerce(histories)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
-    results: list[list[tuple[Any, float]]] = [[] for _ in range(len(histories))]
 
     def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, Tensor, Tensor]:
-        prompts = Prompts(model, layout, layout.num_users * num_beams * (trie.depth - 1))
-        found = _diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
-        return found.user, trie.items[trie.begin[found.node]], found.score
+        prompts = Prompts(model, layout, users.size * _kept_rows(trie, "diverse", num_beams))
+        found = diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
+        owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)
+        return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
 
+    results: list[Ranked] = [[] for _ in range(len(histories))]
     with inference(model):
         for users, found in in_batches(
             model, histories, policy, num_beams, trie.depth, compute, memory_budget, batch_size
@@ -157,197 +217,126 @@ def generate_titles(
     return results
 
 
-# ------------------------------------------------------------------ users
+def score_items(
+    model: PatchedCausalLM,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    items: Sequence[Any] | NDArray[Any] | None = None,
+    memory_budget: int | None = None,
+    batch_size: int = 64,
+    nodes_per_pass: int = 64,
+) -> NDArray[np.floating[Any]]:
+    """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
+
+    The titles are fed as trees after each user's prompt, a part of the catalogue at a time. For full rankings,
+    calibration or one's own normalisation; to find the best few, ``recommend(search="exact")`` computes less.
+
+    Args:
+        model, histories, policy, memory_budget, batch_size: as in `recommend`.
+        items: the item ids to score; the whole catalogue where not given.
+        nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
+
+    Returns:
+        ``(B, n)`` float32, or float64 for a float64 model; columns in the order of ``items`` or of the catalogue.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _check_count("nodes_per_pass", nodes_per_pass)
+    _check_batching(policy, memory_budget, batch_size)
+    histories = Histories.coerce(histories)
+    wanted = np.arange(len(model.catalog)) if items is None else model.catalog.index_of(items, "items")
+    distinct, column = np.unique(wanted.astype(np.int64), return_inverse=True)
+    double = model.hf_model.dtype == torch.float64
+    scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
+    if not scores.size:
+        return scores
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
+    passes = trie.passes(nodes_per_pass)
+    rows = max(len(tree.fed) for tree in passes)
+    counts = trie.own_end[trie.titles] - trie.begin[trie.titles]
+    title = torch.arange(len(counts), device=model.device).repeat_interleave(counts)[trie.items.argsort()]
+    title = title[torch.from_numpy(column).to(model.device)]
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout) -> Tensor:
+        return score_titles(Prompts(model, layout, users.size * rows), trie, passes)[:, title]
+
+    with inference(model):
+        for users, found in in_batches(model, histories, policy, rows, trie.depth, compute, memory_budget, batch_size):
+            scores[users] = found.cpu().numpy()
+    return scores
 
 
-def _seen_items(model: PatchedCausalLM, histories: Histories, k: int) -> Histories:
-    """The distinct items of every history, as catalogue indices."""
-    n_items = len(model.catalog)
-    index = model.catalog.index_of(histories.items, "histories").astype(np.int64)
-    owner = np.repeat(np.arange(len(histories)), histories.lengths)
-    pairs = np.unique(owner * n_items + index)
-    counts = np.bincount(pairs // n_items, minlength=len(histories))
-    short = np.flatnonzero(n_items - counts < k)
-    if short.size:
-        raise ValueError(
-            f"k: expected at most {n_items - counts[short[0]]}, the items of the catalog ({n_items}) that user "
-            f"{short[0]} has not seen, got {k}"
-        )
-    return Histories(pairs % n_items, np.append(0, np.cumsum(counts)))
+# ------------------------------------------------------------------ titles and items
 
 
-# ------------------------------------------------------------------ the searches
+def _kept_rows(trie: Trie, search: str, num_beams: int, max_expansions: int | None = None) -> int:
+    """Tokens per user whose keys and values a search keeps at once, at most."""
+    if search == "diverse":  # groups may choose the same tokens, and each keeps its own
+        return num_beams * (trie.depth - 1)
+    if max_expansions is None:
+        return trie.live_rows(num_beams)
+    return max(trie.fed_rows(num_beams), max_expansions)
 
 
-class _Found(NamedTuple):
-    """Titles found, M in all, ordered by user and then as listed."""
-
-    user: Tensor  # (M,)
-    node: Tensor  # (M,) node of the trie where the title ends
-    score: Tensor  # (M,) its log-probability
-
-
-class _Choices(NamedTuple):
-    """All next tokens of N hypotheses that lead to an allowed item, C in all, hypothesis by hypothesis."""
-
-    parent: Tensor  # (C,) 0..N-1
-    user: Tensor  # (C,)
-    node: Tensor  # (C,)
-    log_prob: Tensor  # (C,) of the token alone
-    ends: Tensor  # (C,) bool: a title that the user may get ends here
-    goes_on: Tensor  # (C,) bool: longer ones lie below
+def _normalized(score: Tensor, trie: Trie, running: Tensor, k: int, by_item: bool) -> Found:
+    """The ``k`` best titles by probability given that a title which the user may get, or such an item, comes out."""
+    node = trie.titles.expand_as(score)
+    count = running[:, trie.own_end[trie.titles]] - running[:, trie.begin[trie.titles]]
+    score = score.masked_fill(count == 0, float("-inf"))
+    score = score - score.logsumexp(dim=1, keepdim=True)
+    if by_item:
+        score = score - count.clamp(min=1).to(score.dtype).log()
+    return best_titles(Found(node, score), trie, k)
 
 
-def _expand(logits: Tensor, row: Tensor, user: Tensor, node: Tensor, trie: Trie, running: Tensor) -> _Choices:
-    """The choices of N hypotheses, whose next-token logits are rows ``row`` of ``logits``."""
-    first = trie.children[node]
-    count = trie.children[node + 1] - first
-    parent = torch.repeat_interleave(count)
-    child = torch.arange(len(parent), device=node.device) + (first - count.cumsum(0) + count)[parent]
-    user = user[parent]
-    begin, own_end, end = (running[user, rank[child]] for rank in (trie.begin, trie.own_end, trie.end))
-    reached = end > begin
-    parent, user, child, ends, goes_on = (x[reached] for x in (parent, user, child, own_end > begin, end > own_end))
-    row, total = row[parent], logits.logsumexp(dim=-1)
-    if not bool(total.isfinite().all()):
-        raise ValueError("model: expected finite logits, got NaN or infinity")
-    log_prob = logits[row, trie.tokens[child]] - total[row]
-    return _Choices(parent, user, child, log_prob, ends, goes_on)
-
-
-def _best(user: Tensor, score: Tensor, tie: Tensor, count: int) -> Tensor:
-    """Positions of every user's ``count`` highest scores, by user and then from the highest; ties by ``tie``."""
-    order = torch.argsort(tie, stable=True)
-    order = order[torch.argsort(score[order], descending=True, stable=True)]
-    order = order[torch.argsort(user[order], stable=True)]
-    return order[_place(user[order]) < count]
-
-
-def _place(user: Tensor) -> Tensor:
-    """0, 1, 2, ... within every run of an ascending ``user``."""
-    return torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
-
-
-def _beam_search(prompts: Prompts, trie: Trie, running: Tensor, k: int, num_beams: int) -> _Found:
-    user = torch.arange(prompts.num_users, device=running.device)
-    node, logits = torch.zeros_like(user), prompts.logits
-    score = logits.new_zeros(len(user))
-    pool = _Found(user[:0], node[:0], score[:0])
-    row, fed = user, torch.full_like(user, -1)
-    while True:
-        choice = _expand(logits, row, user, node, trie, running)
-        total = score[choice.parent] + choice.log_prob
-        ended = _Found(choice.user[choice.ends], choice.node[choice.ends], total[choice.ends])
-        pool = _Found(*(torch.cat(pair) for pair in zip(pool, ended, strict=True)))
-        kept = _best(pool.user, pool.score, trie.items[trie.begin[pool.node]], k)
-        pool = _Found(*(x[kept] for x in pool))
-        # what scores below a full pool's worst cannot enter it, nor can anything that continues it
-        to_beat = score.new_full((prompts.num_users,), float("-inf"))
-        is_last = _place(pool.user) == k - 1
-        to_beat[pool.user[is_last]] = pool.score[is_last]
-        hopeful = (choice.goes_on & (total >= to_beat[choice.user])).nonzero()[:, 0]
-        tie = trie.first_item[choice.node[hopeful]]
-        hopeful = hopeful[_best(choice.user[hopeful], total[hopeful], tie, num_beams)]
-        if len(hopeful) == 0:
-            return pool
-        user, node, score = choice.user[hopeful], choice.node[hopeful], total[hopeful]
-        logits = prompts.step(fed[choice.parent[hopeful]], user, trie.tokens[node])
-        fed = prompts.num_rows - len(user) + torch.arange(len(user), device=user.device)
-        row = torch.arange(len(user), device=user.device)
-
-
-def _diverse_search(
-    prompts: Prompts, trie: Trie, running: Tensor, num_groups: int, penalty: float = DIVERSITY_PENALTY
-) -> _Found:
-    """As many entries per user as groups, ordered by penalised log-probability per token."""
-    n_users, device = prompts.num_users, running.device
-    node = torch.zeros(n_users, num_groups, dtype=torch.int64, device=device)
-    log_prob = prompts.logits.new_zeros(n_users, num_groups)
-    penalised = torch.zeros_like(log_prob)
-    length = torch.zeros_like(node)
-    done = torch.zeros_like(node, dtype=torch.bool)
-    times_chosen = prompts.logits.new_zeros(n_users, prompts.logits.shape[1])
-    user, group = (~done).nonzero(as_tuple=True)
-    row, fed, logits = user, torch.full_like(user, -1), prompts.logits
-    while True:
-        choice = _expand(logits, row, user, node[user, group], trie, running)
-        by_group = torch.argsort(group[choice.parent], stable=True)
-        sizes = torch.bincount(group[choice.parent], minlength=num_groups).tolist()
-        times_chosen.zero_()
-        for at, mine in enumerate(by_group.split(sizes)):
-            if len(mine) == 0:
-                continue
-            owner, child = choice.user[mine], choice.node[mine]
-            token = trie.tokens[child]
-            total = penalised[owner, at] + choice.log_prob[mine] - penalty * times_chosen[owner, token]
-            taken = _first_highest(owner, total, n_users)
-            owner, child, token, mine = owner[taken], child[taken], token[taken], mine[taken]
-            node[owner, at] = child
-            penalised[owner, at] = total[taken]
-            log_prob[owner, at] += choice.log_prob[mine]
-            length[owner, at] += 1
-            done[owner, at] = choice.ends[mine]
-            # the token that closes a response counts for nobody, as the end token in transformers 4
-            counts = ~choice.ends[mine] if trie.end_length else torch.ones_like(choice.ends[mine])
-            times_chosen[owner[counts], token[counts]] += 1
-        row_of = torch.zeros_like(node)
-        row_of[user, group] = torch.arange(len(user), device=device)
-        user, group = (~done).nonzero(as_tuple=True)
-        if len(user) == 0:
-            order = torch.argsort(penalised / length, dim=1, descending=True, stable=True)
-            owner = torch.arange(n_users, device=device).repeat_interleave(num_groups)
-            return _Found(owner, node.gather(1, order).flatten(), log_prob.gather(1, order).flatten())
-        logits = prompts.step(fed[row_of[user, group]], user, trie.tokens[node[user, group]])
-        fed = prompts.num_rows - len(user) + torch.arange(len(user), device=user.device)
-        row = torch.arange(len(user), device=device)
-
-
-def _first_highest(user: Tensor, score: Tensor, n_users: int) -> Tensor:
-    """Position of the first highest score of every user that has one."""
-    highest = score.new_full((n_users,), float("-inf")).scatter_reduce_(0, user, score, "amax")
-    positions = (score == highest[user]).nonzero()[:, 0]
-    first = positions.new_full((n_users,), len(score)).scatter_reduce_(0, user[positions], positions, "amin")
-    return first[first < len(score)]
-
-
-# ------------------------------------------------------------------ items
-
-
-def _without_repeats(found: _Found) -> _Found:
-    """Every user's titles at their first place only."""
-    position = torch.arange(len(found.user), device=found.user.device)
-    key = found.user * (int(found.node.max()) + 1) + found.node
-    _, number = torch.unique(key, return_inverse=True)
-    first = torch.full_like(position, len(position)).scatter_reduce_(0, number, position, "amin")
-    kept = position == first[number]
-    return _Found(*(x[kept] for x in found))
-
-
-def _items_of(found: _Found, trie: Trie, running: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _items_of(found: Found, trie: Trie, running: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """User, catalogue index and score of every user's first ``k`` allowed items."""
     begin = trie.begin[found.node]
-    count = trie.own_end[found.node] - begin
+    count = (trie.own_end[found.node] - begin).masked_fill(found.score == float("-inf"), 0).flatten()
     title = torch.repeat_interleave(count)
-    rank = torch.arange(len(title), device=title.device) + (begin - count.cumsum(0) + count)[title]
-    user = found.user[title]
+    rank = torch.arange(len(title), device=title.device) + (begin.flatten() - count.cumsum(0) + count)[title]
+    user = torch.div(title, found.node.shape[1], rounding_mode="floor")
     allowed = running[user, rank + 1] > running[user, rank]
     title, rank, user = title[allowed], rank[allowed], user[allowed]
-    kept = _place(user) < k
-    return user[kept], trie.items[rank[kept]], found.score[title[kept]]
+    place = torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
+    kept = place < k
+    return user[kept], trie.items[rank[kept]], found.score.flatten()[title[kept]]
 
 
 def _collect(
-    results: list[list[tuple[Any, float]]],
-    users: NDArray[np.int64],
-    model: PatchedCausalLM,
-    user: Tensor,
-    item: Tensor,
-    score: Tensor,
+    results: list[Ranked], users: NDArray[np.int64], model: PatchedCausalLM, user: Tensor, item: Tensor, score: Tensor
 ) -> None:
     owners = users[user.cpu().numpy()].tolist()
     item_ids = model.catalog.item_ids[item.cpu().numpy()].tolist()
     for owner, item_id, value in zip(owners, item_ids, score.tolist(), strict=True):
         results[owner].append((item_id, value))
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def _check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
+    if search not in SEARCHES:
+        raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
+    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float, np.integer, np.floating)):
+        raise TypeError(f"length_penalty: expected a number, got {length_penalty!r}")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
+    if normalize not in (None, *NORMALIZATIONS):
+        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
+    if search == "diverse" and length_penalty != 0:
+        raise ValueError(f'length_penalty: expected 0 with search="diverse", which has its own, got {length_penalty}')
+    if normalize is not None and search != "exact":
+        raise ValueError(f'normalize: expected None or search="exact", got {normalize!r} with {search!r}')
+    if normalize is not None and length_penalty != 0:
+        raise ValueError(f"normalize: expected None with a length_penalty of {length_penalty}, got {normalize!r}")
+    if max_expansions is not None:
+        _check_count("max_expansions", max_expansions)
+        if search != "exact":
+            raise ValueError(f'max_expansions: expected None or search="exact", got {max_expansions} with {search!r}')
+        if normalize is not None:
+            raise ValueError(f"max_expansions: expected None with normalize={normalize!r}, got {max_expansions}")
 
 
 def _check_count(name: str, value: Any) -> None:

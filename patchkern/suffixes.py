@@ -13,18 +13,23 @@ class Suffixes:
     """A pool of rows, each with the row it continues, so that any row fed so far can be continued at any time.
 
     Rows are numbered in the order in which they are fed, over all passes. A row sees itself and the rows on its way to
-    the prompt; which ones is found by following parents on the device, without waiting for it.
+    the prompt; which ones is found by following parents on the device, without waiting for it. The pool grows with what
+    is fed, by doubling up to ``max_rows``; rows that nothing will continue can be given back, see `keep`.
 
     Args:
-        capacity: rows kept at most.
+        max_rows: rows kept at most.
         device: of the model.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, device: torch.device) -> None:
         self.num_rows = 0
-        self._parent = torch.full((capacity,), -1, dtype=torch.int64, device=device)
+        self.max_rows = max_rows
+        self._parent = torch.full((0,), -1, dtype=torch.int64, device=device)  # (num_rows,)
         self._chain = torch.zeros(0, 0, dtype=torch.int64, device=device)  # (N, depth) rows seen, own first; -1: none
         self._pool: dict[int, tuple[Tensor, Tensor]] = {}  # per layer (Hkv, capacity, d)
+        self._capacity = 0
+        self._kept: Tensor | None = None  # rows of the last pass that are still there, by new number; None: all
+        self._to_keep: Tensor | None = None  # the same, for the next pass
 
     def advance(self, parent: Tensor, depth: int | None = None) -> Tensor:
         """Choose the rows of the next pass.
@@ -39,23 +44,57 @@ class Suffixes:
             ``(N,)`` int64, the depth of each new row: 1 where it follows the prompt.
         """
         first, self.num_rows = self.num_rows, self.num_rows + len(parent)
-        if self.num_rows > len(self._parent):
-            raise ValueError(
-                f"max_rows: expected at least {self.num_rows} rows after the prompts, got {len(self._parent)}"
-            )
-        self._parent[first : self.num_rows] = parent
-        chain = [torch.arange(first, self.num_rows, device=parent.device)]
+        if self.num_rows > self.max_rows:
+            raise ValueError(f"max_rows: expected at least {self.num_rows}, got {self.max_rows}")
+        self._kept, self._to_keep = self._to_keep, None
+        if self._kept is not None:
+            self._capacity = self.num_rows
+        elif self.num_rows > self._capacity:
+            self._capacity = min(max(self.num_rows, 2 * self._capacity), self.max_rows)
+        self._parent = torch.cat([self._parent, parent])
+        self._chain = self._ancestors(torch.arange(first, self.num_rows, device=parent.device), depth)
+        return (self._chain >= 0).sum(dim=1)
+
+    def live(self, rows: Tensor, depth: int) -> Tensor:
+        """``(num_rows,)`` bool: the given rows and all on their way to the prompt.
+
+        Args:
+            rows: int64 of any shape, -1 for none.
+            depth: at least that of the deepest of them.
+        """
+        is_live = torch.zeros(self.num_rows + 1, dtype=torch.bool, device=rows.device)
+        is_live[self._ancestors(rows.flatten(), max(depth, 1))] = True  # -1 is the last, which stands for none
+        return is_live[:-1]
+
+    def keep(self, is_live: Tensor, count: int) -> Tensor:
+        """Give the other rows back and number those that stay anew, in their order.
+
+        Args:
+            is_live: ``(num_rows,)`` bool, with every row also those before it. At most once between two passes.
+            count: how many.
+
+        Returns:
+            ``(num_rows + 1,)`` int64, each row's new number, or any number for those given back; -1 stays -1.
+        """
+        self._to_keep = is_live.logical_not().to(torch.int8).argsort(stable=True)[:count]
+        number = torch.cat([is_live.cumsum(0) - 1, self._to_keep.new_full((1,), -1)])
+        self._parent = number[self._parent[self._to_keep]]
+        self.num_rows = count
+        return number
+
+    def forget(self) -> None:
+        """Make room: no row fed so far can be continued any more."""
+        self.num_rows, self._parent, self._to_keep = 0, self._parent[:0], None
+
+    def _ancestors(self, rows: Tensor, depth: int | None) -> Tensor:
+        """(n, depth): each row and those before it, -1 behind."""
+        chain = [rows]
         while depth is None or len(chain) < depth:
             above = self._parent[chain[-1].clamp(min=0)].masked_fill_(chain[-1] < 0, -1)
             if depth is None and bool((above < 0).all()):
                 break
             chain.append(above)
-        self._chain = torch.stack(chain, dim=1)
-        return (self._chain >= 0).sum(dim=1)
-
-    def forget(self) -> None:
-        """Make room: no row fed so far can be continued any more."""
-        self.num_rows = 0
+        return torch.stack(chain, dim=1)
 
     def partial(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         """Store the new rows of one layer, then attend to what each sees; see `partial_softmax`.
@@ -68,12 +107,11 @@ class Suffixes:
         Returns:
             ``(N, Hkv, G, d)`` and twice ``(N, Hkv, G, 1)``.
         """
-        if layer not in self._pool:
-            _, n_heads, _, width = key.shape
-            self._pool[layer] = tuple(key.new_empty(n_heads, len(self._parent), width) for _ in range(2))  # type: ignore[assignment]
-        keys, values = self._pool[layer]
-        keys[:, self.num_rows - len(key) : self.num_rows] = key[:, :, 0].transpose(0, 1)
-        values[:, self.num_rows - len(key) : self.num_rows] = value[:, :, 0].transpose(0, 1)
+        keys, values = (
+            self._stored(old, new[:, :, 0].transpose(0, 1))
+            for old, new in zip(self._pool.get(layer, (None, None)), (key, value), strict=True)
+        )
+        self._pool[layer] = keys, values
         # heads outermost: what is gathered is then one batch of matrices, without another copy
         seen = self._chain.clamp(min=0).flatten()
         shape = (len(keys), *self._chain.shape, -1)
@@ -81,6 +119,19 @@ class Suffixes:
         hidden = (self._chain < 0)[:, None]
         out = partial_softmax(query.transpose(0, 1), keys, values, hidden)
         return tuple(x.transpose(0, 1) for x in out)  # type: ignore[return-value]
+
+    def _stored(self, pool: Tensor | None, new: Tensor) -> Tensor:
+        """The pool, larger if need be, with the pass' rows (Hkv, N, d) at its end."""
+        n_old = self.num_rows - new.shape[1]
+        if pool is None or self._kept is not None or pool.shape[1] < self._capacity:
+            larger = new.new_empty(len(new), self._capacity, new.shape[2])
+            if pool is not None and self._kept is None:
+                larger[:, :n_old] = pool[:, :n_old]
+            elif pool is not None and self._kept is not None:
+                larger[:, :n_old] = pool.index_select(1, self._kept)
+            pool = larger
+        pool[:, n_old : self.num_rows] = new
+        return pool
 
 
 def partial_softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Partial:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -32,6 +34,8 @@ class Trie:
             one, or all items that share a title, in catalogue order.
         items: ``(n_items,)`` int64, catalogue index of each rank.
         first_item: ``(n_nodes,)`` int64, the lowest catalogue index below ``v``; orders equal scores.
+        level: ``(n_nodes,)`` int64, tokens that lead to ``v``; 0 for the root.
+        longest: ``(n_nodes,)`` int64, tokens in the longest sequence that goes through ``v`` or ends there.
         depth: tokens in the longest sequence.
         end_length: tokens of ``response_end``.
     """
@@ -43,11 +47,19 @@ class Trie:
     own_end: Tensor
     items: Tensor
     first_item: Tensor
+    level: Tensor
+    longest: Tensor
     depth: int
     end_length: int
 
     @classmethod
-    def from_catalog(cls, catalog: Catalog, response_end: Sequence[int], leaves_only: bool = False) -> Trie:
+    def from_catalog(
+        cls,
+        catalog: Catalog,
+        response_end: Sequence[int],
+        leaves_only: bool = False,
+        items: NDArray[np.int64] | None = None,
+    ) -> Trie:
         """Build the tree.
 
         Args:
@@ -56,17 +68,18 @@ class Trie:
                 inner node.
             leaves_only: leave out the titles that begin another title, as the PatchRec authors' tree does, which
                 cannot stop before the longer one ends.
+            items: catalogue indices, to build the tree of these alone; each at most once.
 
         Raises:
-            ValueError: an empty catalogue.
+            ValueError: an empty catalogue, or no items.
         """
-        if len(catalog) == 0:
+        if len(catalog) == 0 or (items is not None and len(items) == 0):
             raise ValueError("catalog: expected at least one item to search for, got none")
-        items = np.arange(len(catalog))
+        items = np.arange(len(catalog), dtype=np.int64) if items is None else np.sort(items)
         if leaves_only:
             titles = _Sorted.of(_sequences(catalog, items, ()))
             begins_another = np.append(titles.shared[1:] == titles.lengths[:-1], False)
-            items = np.sort(titles.order[~np.repeat(begins_another, np.diff(titles.offsets))])
+            items = items[np.sort(titles.order[~np.repeat(begins_another, np.diff(titles.offsets))])]
         sequences = _Sorted.of(_sequences(catalog, items, tuple(response_end)))
         return cls._from_sorted(sequences, items[sequences.order], len(response_end))
 
@@ -90,8 +103,7 @@ class Trie:
         own_end = first_row + (sequences.lengths[first_row] == level + 1)
         begin = np.append(0, sequences.offsets[first_row])
         end = np.append(items.size, sequences.offsets[last_row])
-        # reduceat over begin, end, begin, end, ...: every other result is the minimum of one range
-        lowest = np.minimum.reduceat(np.append(items, items.max()), np.stack([begin, end], axis=1).ravel())[::2]
+        rows = np.append(0, first_row), np.append(n_rows, last_row)
         arrays = {
             "tokens": np.append(-1, sequences.rows[first_row, level]),
             "children": 1 + np.append(0, np.cumsum(np.bincount(parent, minlength=level.size + 1))),
@@ -99,7 +111,9 @@ class Trie:
             "end": end,
             "own_end": np.append(0, sequences.offsets[own_end]),
             "items": items,
-            "first_item": lowest,
+            "first_item": _over_ranges(np.minimum, items, begin, end),
+            "level": np.append(0, level + 1),
+            "longest": _over_ranges(np.maximum, sequences.lengths, *rows),
         }
         tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
         return cls(**tensors, depth=depth, end_length=end_length)
@@ -112,13 +126,81 @@ class Trie:
     @property
     def num_titles(self) -> int:
         """Distinct titles."""
-        return int((self.own_end > self.begin).sum())
+        return len(self.titles)
+
+    @functools.cached_property
+    def titles(self) -> Tensor:
+        """``(n_titles,)`` int64, the nodes where titles end, in the order of their items' ranks."""
+        ends = (self.own_end > self.begin).nonzero()[:, 0]
+        return ends[self.begin[ends].argsort()]
 
     def to(self, device: torch.device | str) -> Trie:
         """The same tree on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **moved)
+
+    def fed_rows(self, num_beams: int) -> int:
+        """Tokens that a beam search may feed per user: in each step at most ``num_beams``, and no last ones."""
+        return int(np.minimum(self._fed_at_level.sum(axis=1), num_beams).sum())
+
+    def live_rows(self, num_beams: int) -> int:
+        """Tokens of a user that a beam search may have to keep in one step: those that lead to its hypotheses."""
+        widths = self._fed_at_level[:, ::-1].cumsum(axis=1)[:, ::-1]  # [j, l]: nodes of level j that lead to level l
+        return int(np.triu(np.minimum(widths, num_beams)).sum(axis=0).max(initial=0))
+
+    @functools.cached_property
+    def _fed_at_level(self) -> NDArray[np.int64]:
+        """(depth - 1, depth - 1) number of inner nodes by their level and by the level to which they lead, both - 1."""
+        level, longest = self.level.cpu().numpy(), self.longest.cpu().numpy()
+        inner = (self.children.diff() > 0).cpu().numpy() & (level > 0)
+        count = np.zeros((self.depth - 1, self.depth - 1), np.int64)
+        np.add.at(count, (level[inner] - 1, longest[inner] - 2), 1)
+        return count
+
+    def passes(self, nodes_per_pass: int) -> list[TreePass]:
+        """Cut all titles into trees that feed about ``nodes_per_pass`` tokens each, at most ``depth - 1`` more."""
+        host = self.to("cpu")
+        begin, own_end, end, children, level, titles = (
+            x.numpy() for x in (host.begin, host.own_end, host.end, host.children, host.level, host.titles)
+        )
+        parent_of = np.append(-1, np.repeat(np.arange(self.num_nodes), np.diff(children)))
+        inner = np.flatnonzero(children[:-1] < children[1:])[1:]
+        # every inner node is new to the first title that goes through it
+        added = np.bincount(np.searchsorted(begin[titles], begin[inner], side="right") - 1, minlength=titles.size)
+        number = np.maximum(added.cumsum() - 1, 0) // nodes_per_pass
+        cuts = np.append(np.flatnonzero(np.diff(number, prepend=-1)), titles.size)
+        passes = []
+        for first, last in itertools.pairwise(cuts.tolist()):
+            chosen = titles[first:last]
+            nodes = np.flatnonzero((begin < own_end[chosen[-1]]) & (end > begin[chosen[0]]))[1:]
+            passes.append(self._pass(nodes, parent_of[nodes], level[nodes], self.tokens.cpu().numpy(), chosen))
+        return passes
+
+    def _pass(
+        self,
+        nodes: NDArray[np.int64],
+        parents: NDArray[np.int64],
+        level: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        titles: NDArray[np.int64],
+    ) -> TreePass:
+        later = level > 1
+        fed = np.unique(parents[later])
+        above = np.searchsorted(fed, parents[np.searchsorted(nodes, fed)])
+        above[: int((level[np.searchsorted(nodes, fed)] == 1).sum())] = -1
+        arrays = (
+            tokens[fed],
+            above,
+            tokens[nodes],
+            np.searchsorted(fed, parents[later]),
+            np.searchsorted(nodes, parents[later]),
+            np.searchsorted(nodes, titles),
+        )
+        device = self.tokens.device
+        a, b, c, d, e, f = (torch.from_numpy(array.astype(np.int64)).to(device) for array in arrays)
+        level_ends = tuple(np.searchsorted(level, np.arange(1, level.max() + 1), side="right").tolist())
+        return TreePass(a, b, c, level_ends, d, e, f)
 
     def running_count(self, allowed: Tensor) -> Tensor:
         """Count allowed items by rank: ``running[u, end] - running[u, begin]`` is how many user ``u`` has in a range.
@@ -132,6 +214,29 @@ class Trie:
         running = allowed.new_zeros(allowed.shape[0], self.items.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(allowed[:, self.items], dim=1, out=running[:, 1:])
         return running
+
+
+class TreePass(NamedTuple):
+    """Some titles as a tree, with the tokens on their way; nodes in the order of their levels.
+
+    Whatever another token follows is fed to a model, and its output scores that other token.
+    """
+
+    fed: Tensor  # (F,) tokens to feed
+    above: Tensor  # (F,) the fed token before each, -1 the prompt
+    tokens: Tensor  # (R,) all tokens
+    level_ends: tuple[int, ...]  # where each level's tokens end; those of the first follow the prompt
+    source: Tensor  # (R - level_ends[0],) the fed token before each of the others
+    parent: Tensor  # (R - level_ends[0],) the same token's place among all
+    ends: Tensor  # (n,) last tokens of the titles, in the order of `Trie.titles`
+
+
+def _over_ranges(
+    reduce: np.ufunc, values: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """``reduce`` over every ``values[begin:end]``; no range is empty."""
+    # reduceat over begin, end, begin, end, ...: every other result is that of one range
+    return reduce.reduceat(np.append(values, values[-1]), np.stack([begin, end], axis=1).ravel())[::2]
 
 
 class _Sorted(NamedTuple):

@@ -496,7 +496,7 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"k": 2.0}, TypeError, r"k: expected an integer, got 2\.0"),
         ({"k": 10, "num_beams": 10}, ValueError, "k: expected at most 9, the items of the catalog, got 10"),
         ({"num_beams": 2}, ValueError, "num_beams: expected at least k=3, to find that many titles, got 2"),
-        ({"search": "exact"}, ValueError, "search: expected one of beam, diverse, got 'exact'"),
+        ({"search": "greedy"}, ValueError, "search: expected one of beam, exact, diverse, got 'greedy'"),
         ({"exclude_seen": 1}, TypeError, "exclude_seen: expected a bool, got 1"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),
         ({"memory_budget": "40GiB"}, TypeError, "memory_budget: expected an integer, got '40GiB'"),

@@ -53,24 +53,28 @@ TOLERANCE = 1e-4
 # ------------------------------------------------------------------ the two ways to a loss
 
 
-def reference_loss(
+def reference_batch(
     model: LlamaForCausalLM,
     workload: Workload,
     histories: pk.Histories,
-    targets: np.ndarray,
+    targets: np.ndarray | None,
     policy: pk.Policy,
-) -> Tensor:
-    """Item by item, padded on the right, all logits."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Item by item, padded on the right: embeddings (B, L, D), attention mask (B, L) and labels (B, L)."""
     catalog, prompt = workload.catalog, workload.prompt
+    device = model.device
     kept = histories.latest(policy.max_items)
     levels = policy.levels(kept)
     titles = [[catalog.tokens(item).tolist() for item in catalog.index_of(history).tolist()] for history in kept]
-    responses = [[*catalog.tokens(item).tolist(), *prompt.response_end] for item in catalog.index_of(targets).tolist()]
+    responses: list[list[int]] = [[] for _ in range(len(kept))]
+    if targets is not None:
+        answers_of = catalog.index_of(targets).tolist()
+        responses = [[*catalog.tokens(item).tolist(), *prompt.response_end] for item in answers_of]
 
     # One look-up per batch: one per title would make the backward pass a dense (V, D) gradient for each of them.
     runs: list[Sequence[int]] = [prompt.prefix, prompt.separator, prompt.suffix]
     runs += [title for history in titles for title in history] + responses
-    ids = torch.tensor([token for run in runs for token in run])
+    ids = torch.tensor([token for run in runs for token in run], device=device)
     embedded = iter(model.get_input_embeddings()(ids).split([len(run) for run in runs]))
     prefix, separator, suffix = next(embedded), next(embedded), next(embedded)
     rows = [[next(embedded) for _ in history] for history in titles]
@@ -100,6 +104,18 @@ def reference_loss(
     wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
+    return inputs, mask.to(device), wanted.to(device)
+
+
+def reference_loss(
+    model: LlamaForCausalLM,
+    workload: Workload,
+    histories: pk.Histories,
+    targets: np.ndarray,
+    policy: pk.Policy,
+) -> Tensor:
+    """Padded, and all logits."""
+    inputs, mask, wanted = reference_batch(model, workload, histories, targets, policy)
     logits = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100)
 

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What patchkern is worth around a model of the size of Llama-3.2-1B (random weights), on a GPU.
+
+    python bench/bench_end_to_end.py                      # bfloat16, ml-1m if at hand: minutes
+    python bench/bench_end_to_end.py --device cpu --shape small --batches 4 --training_batches 2 --seconds 0
+
+"share": `compress_batch` (plan the rows, send the layout, pool) as a fraction of the model's own forward pass on the
+batch it makes; once as for inference and once with the gradient's plan and graph.
+
+"inference" and "training": one forward pass to every user's next-token logits, and one optimisation step, by the
+reference style (a Python loop embeds and pools item by item, right padding, an attention mask, all logits; SDPA) and by
+patchkern (plan, send, pool, packed attention, logits where they are needed). The two share one set of weights and take
+turns; logits and losses must agree before anything is timed. A provider that runs out of memory says so in the table.
+
+All times are wall times, from histories to results on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import patchkern as pk
+from bench.bench_training import patchkern_loss, reference_batch, reference_loss
+from bench.timing import Table, Timing, measure, synchronize
+from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "small": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+# Of two ways through sixteen layers in the same dtype, relative to the norm of the result.
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
+PROVIDERS = ("reference", "patchkern")
+
+Step = Callable[[pk.Histories, np.ndarray], Tensor]
+
+
+class Models:
+    """One set of weights, behind the reference style's attention and behind patchkern's."""
+
+    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, workload: Workload) -> None:
+        config = LlamaConfig(
+            **SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=131_072, tie_word_embeddings=True
+        )
+        torch.manual_seed(0)
+        with device:
+            packed, padded = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
+        padded.set_attn_implementation("sdpa")
+        padded.load_state_dict(packed.state_dict(keep_vars=True), assign=True)
+        self.padded = padded
+        self.packed = pk.PatchedCausalLM(packed, workload.catalog, workload.prompt)
+        self.workload, self.dtype = workload, dtype
+
+    # ------------------------------------------------------------------ inference
+
+    @torch.no_grad()
+    def reference_logits(self, histories: pk.Histories, policy: pk.Policy) -> Tensor:
+        inputs, mask, _ = reference_batch(self.padded, self.workload, histories, None, policy)
+        logits = self.padded(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
+        return logits[torch.arange(len(histories), device=mask.device), mask.sum(1) - 1]
+
+    @torch.no_grad()
+    def patchkern_logits(self, histories: pk.Histories, policy: pk.Policy) -> Tensor:
+        layout = pk.build_layout(self.workload.catalog, histories, policy, self.workload.prompt, transpose=False)
+        logits: Tensor = self.packed(layout).logits
+        return logits
+
+    # ------------------------------------------------------------------ training
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.packed.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+
+# ------------------------------------------------------------------ the three measurements
+
+
+def share(table: Table, models: Models, policy: str, batch: int, seconds: float, config: dict[str, Any]) -> None:
+    workload = models.workload
+    histories, targets = workload.samples(batch)
+    embedding: Any = models.packed.get_input_embeddings()
+    weight: Tensor = embedding.weight
+    frozen, device = weight.detach(), models.packed.device
+
+    def compress(matrix: Tensor) -> pk.PackedBatch:
+        compressed = pk.compress_batch(matrix, workload.catalog, histories, POLICIES[policy], workload.prompt, targets)
+        synchronize(device)
+        return compressed
+
+    def plan() -> pk.PatchLayout:
+        return pk.build_layout(workload.catalog, histories, POLICIES[policy], workload.prompt, targets, transpose=False)
+
+    hf_model: Any = models.packed.hf_model
+    kwargs = compress(frozen).model_kwargs()
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        output = hf_model(**kwargs)
+        synchronize(device)
+        logits: Tensor = output.logits
+        return logits
+
+    calls = {
+        "forward": forward,
+        "build_layout": plan,
+        "compress_batch": lambda: compress(frozen),
+        "compress_batch for gradients": lambda: compress(weight),
+    }
+    times = measure(calls, seconds=seconds, min_rounds=5)
+    config = config | {"policy": policy, "batch": batch, "rows": kwargs["inputs_embeds"].shape[1]}
+    for name in calls:
+        p20, p50, p80 = (1e3 * value for value in times.quantiles(name))
+        table.add(name, "share", "time", "ms", (p20, p50, p80), config)
+        if name != "forward":
+            table.add(name, "share", "fraction of forward", "ratio", times.ratio(name, "forward"), config)
+
+
+def compare(
+    table: Table, mode: str, steps: dict[str, Step], workload: Workload, rounds: int, config: dict[str, Any]
+) -> None:
+    """Time two ways to the same tensor in turns, each on batches the other gets too."""
+    device = torch.device(config["device"])
+    batch = config["batch"]
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    memory = dict.fromkeys(steps, 0)
+    running = dict(steps)
+    for number in range(rounds + 1):
+        samples = workload.samples(batch, seed=number)
+        for name in list(running) if number % 2 else list(running)[::-1]:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            synchronize(device)
+            before = time.perf_counter()
+            try:
+                running[name](*samples)
+            except torch.OutOfMemoryError:
+                del running[name]
+                table.add(name, mode, "out of memory", "", (1, 1, 1), config)
+                continue
+            synchronize(device)
+            if number > 0:  # the first turn warms up and allocates the optimiser's state
+                taken[name].append(time.perf_counter() - before)
+                if device.type == "cuda":
+                    memory[name] = max(memory[name], torch.cuda.max_memory_allocated(device))
+    times = Timing({name: np.array(taken[name]) for name in running})
+    for name in running:
+        p20, p50, p80 = (batch / value for value in times.quantiles(name))
+        table.add(name, mode, "speed", "samples/s", (p80, p50, p20), config)
+        if memory[name]:
+            table.add(name, mode, "peak memory", "GiB", (memory[name] / 2**30,) * 3, config)
+    if len(running) == 2:
+        table.add("patchkern", mode, "speed-up", "x", times.ratio("reference", "patchkern"), config)
+        if memory["patchkern"]:
+            saved = memory["reference"] / memory["patchkern"]
+            table.add("patchkern", mode, "memory saved", "x", (saved,) * 3, config)
+
+
+def check(name: str, got: Tensor, expected: Tensor, allowed: float) -> None:
+    error = ((got - expected).float().norm() / expected.float().norm()).item()
+    if not error <= allowed:
+        sys.exit(
+            f"{name}: patchkern and the reference style differ by {error:.3g}, allowed {allowed}; nothing was timed"
+        )
+
+
+def inference(table: Table, models: Models, policy: str, batch: int, rounds: int, config: dict[str, Any]) -> None:
+    config = config | {"policy": policy, "batch": batch}
+    few, _ = models.workload.samples(min(batch, 4), seed=99)
+    chosen = POLICIES[policy]
+    logits = models.patchkern_logits(few, chosen), models.reference_logits(few, chosen)
+    check(f"{policy} logits", *logits, TOLERANCE[models.dtype])
+    steps: dict[str, Step] = {
+        "reference": lambda histories, targets: models.reference_logits(histories, chosen),
+        "patchkern": lambda histories, targets: models.patchkern_logits(histories, chosen),
+    }
+    compare(table, "inference", steps, models.workload, rounds, config)
+
+
+def training(table: Table, models: Models, policy: str, batch: int, rounds: int, config: dict[str, Any]) -> None:
+    config = config | {"policy": policy, "batch": batch}
+    workload, chosen = models.workload, POLICIES[policy]
+    few = workload.samples(min(batch, 4), seed=99)
+    with torch.no_grad():
+        losses = (
+            patchkern_loss(models.packed, workload, *few, chosen),
+            reference_loss(models.padded, workload, *few, chosen),
+        )
+    check(f"{policy} loss", *losses, TOLERANCE[models.dtype])
+    optimizer = torch.optim.AdamW(models.packed.parameters(), lr=1e-6, fused=True)
+    steps: dict[str, Step] = {
+        "reference": lambda histories, targets: models.step(
+            reference_loss(models.padded, workload, histories, targets, chosen), optimizer
+        ),
+        "patchkern": lambda histories, targets: models.step(
+            patchkern_loss(models.packed, workload, histories, targets, chosen), optimizer
+        ),
+    }
+    compare(table, "training", steps, workload, rounds, config)
+    optimizer.zero_grad()  # of a step that ran out of memory
+
+
+# ------------------------------------------------------------------ the run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["text", "items", "sessions"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64], help="of the share and of inference")
+    parser.add_argument("--training_batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--rounds", type=int, default=7, help="of inference and training")
+    parser.add_argument("--seconds", type=float, default=3.0, help="spent on each share")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("bench_end_to_end: nothing was run, torch sees no CUDA device on this machine")
+        return
+    workload = ml1m()
+    models = Models(args.shape, getattr(torch, args.dtype), device, workload)
+    config = {"data": workload.name, "shape": args.shape, "dtype": args.dtype, "device": device.type}
+    table = Table("end_to_end")
+    for policy in args.policies:
+        for batch in args.batches:
+            share(table, models, policy, batch, args.seconds, config)
+            inference(table, models, policy, batch, args.rounds, config)
+            table.write()
+    for policy in args.policies:
+        for batch in args.training_batches:
+            training(table, models, policy, batch, args.rounds, config)
+            table.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -187,6 +187,18 @@ class Histories:
         kept = ends if max_items is None else np.minimum(ends, max_items)
         return self._gather(self.offsets[index] + ends - kept, kept)
 
+    def between(self, users: ArrayLike, starts: ArrayLike, ends: ArrayLike) -> Histories:
+        """For each sample, the items of ``users[s]`` from position ``starts[s]`` to before ``ends[s]``."""
+        index, ends = self._samples(users, ends)
+        starts = _integers("starts", starts)
+        if starts.size != ends.size:
+            raise ValueError(f"starts: expected one per user ({ends.size}), got {starts.size}")
+        wrong = np.flatnonzero((starts < 0) | (starts > ends))
+        if wrong.size:
+            s = int(wrong[0])
+            raise ValueError(f"starts[{s}]: expected 0..{ends[s]}, got {starts[s]}")
+        return self._gather(self.offsets[index] + starts, ends - starts)
+
     def at(self, users: ArrayLike, positions: ArrayLike) -> NDArray[Any]:
         """``(S,)`` item ids: the item of ``users[s]`` at ``positions[s]``."""
         index, ends = self._samples(users, positions)

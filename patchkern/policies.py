@@ -57,6 +57,20 @@ class FittingPolicy(Protocol):
         """As `Policy.levels`; ``title_lengths`` ``(N,)`` counts each item's tokens."""
 
 
+@runtime_checkable
+class TrunkPolicy(Policy, Protocol):
+    """A policy under which a user's prompts share their beginnings, so that many targets can be trained in one pass."""
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How much of the levels of ``(S,)`` histories of these lengths of one user does not depend on the length.
+
+        Returns:
+            ``(S,)`` keys and ``(S,)`` splits. Among histories of one user that begin at the same item and have the same
+            key, the levels before the split are those that the longest one has there, no patch reaches across the
+            split, and what follows it has the levels that it would have as a history of its own.
+        """
+
+
 AnyPolicy = Policy | FittingPolicy
 
 
@@ -78,6 +92,9 @@ class TextOnly:
     def levels(self, histories: Histories) -> Levels:
         return np.zeros(histories.items.size, np.uint8)
 
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros_like(lengths), lengths
+
 
 @dataclass(frozen=True)
 class ItemPatches:
@@ -94,6 +111,9 @@ class ItemPatches:
         levels = np.full(histories.items.size, Level.PATCH, np.uint8)
         _set_latest(levels, histories, self.keep_text, Level.TEXT)
         return levels
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros_like(lengths), np.maximum(lengths - self.keep_text, 0)
 
 
 @dataclass(frozen=True)
@@ -118,9 +138,7 @@ class SessionPatches:
 
     def levels(self, histories: Histories) -> Levels:
         g, lengths = self.group_size, histories.lengths
-        pooled = np.maximum(lengths - 2 * g, 0)
-        if self.align == "start":
-            pooled -= pooled % g
+        pooled = self._pooled(lengths)
         # Positions within each history, shifted so that sessions start at multiples of g.
         shift = -pooled % g
         position = np.arange(histories.items.size) - np.repeat(histories.offsets[:-1] - shift, lengths)
@@ -129,6 +147,15 @@ class SessionPatches:
         levels[position >= np.repeat(pooled + shift, lengths)] = Level.PATCH
         _set_latest(levels, histories, g, Level.TEXT)
         return levels
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        pooled = self._pooled(lengths)
+        return pooled % self.group_size, pooled
+
+    def _pooled(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Items in sessions."""
+        pooled = np.maximum(lengths - 2 * self.group_size, 0)
+        return pooled - pooled % self.group_size if self.align == "start" else pooled
 
 
 @dataclass(frozen=True)
@@ -154,6 +181,10 @@ class RandomItemPatches:
     def levels(self, histories: Histories) -> Levels:
         draws = np.random.Generator(np.random.SFC64(self.seed)).random(histories.items.size, np.float32)
         return np.where(draws < self.probability, np.uint8(Level.PATCH), np.uint8(Level.TEXT))
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One draw per trunk: its targets see the same items as patches, where samples of their own would differ."""
+        return np.zeros_like(lengths), lengths
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from patchkern import attention
 from patchkern.layout import PatchLayout
 from patchkern.packed import packed_kwargs
+from patchkern.prefill import Pass, plan_passes, shared_literals
 from patchkern.prefix_cache import PrefixCache, StepShape
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
+    from patchkern.user_cache import UserCache
 
 
 class Prompts:
@@ -24,28 +27,68 @@ class Prompts:
 
     Args:
         model: in evaluation mode, see `inference`.
-        layout: the prompts.
+        layout: the prompts, on the CPU unless they are there already.
         max_rows: tokens that all steps together may feed, until `forget`.
+        chunk_rows: rows of the prompts that go through the model together, at most; bounds the memory of activations.
+        user_cache: keeps the prompts' keys and values for later calls, and is asked for them first.
+        user_ids: ``B`` hashable names of the users in ``user_cache``.
     """
 
-    def __init__(self, model: PatchedCausalLM, layout: PatchLayout, max_rows: int) -> None:
+    def __init__(
+        self,
+        model: PatchedCausalLM,
+        layout: PatchLayout,
+        max_rows: int,
+        *,
+        chunk_rows: int | None = None,
+        user_cache: UserCache | None = None,
+        user_ids: Sequence[Any] | None = None,
+    ) -> None:
         self.num_users = layout.num_users
         self._model = model.hf_model
-        layout = layout.to(model.device, non_blocking=True)
-        self._cache = PrefixCache(layout, max_rows)
-        rows = model.embed(layout)
-        last = layout.cu_seqlens[1:].long() - 1
-        output = self._model(
-            inputs_embeds=rows[None], logits_to_keep=last, span_cache=self._cache, **packed_kwargs(layout)
-        )
+        layout = layout.to("cpu")
+        cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
+        on_device = layout.cu_seqlens.to(model.device, non_blocking=True)
+        self._cache = PrefixCache(on_device, layout.num_rows, max_rows)
+        cached = None
+        stored = np.zeros(self.num_users, np.int64)
+        if user_cache is not None:
+            cached = user_cache.begin(model, layout, user_ids)
+            stored = cached.load(self._cache)
+        shared = shared_literals(layout.lo.numpy(), cu_seqlens)
+        logits = []
+        passes = plan_passes(cu_seqlens, stored, shared, chunk_rows)
+        for spans in passes:
+            logits.append(self._prefill(model, layout, spans))
+        self._check_layers(model)
+        if cached is not None:
+            cached.save(self._cache)
+        users = np.concatenate([spans.users for spans in passes])
+        in_order = torch.from_numpy(np.argsort(users)).to(model.device, non_blocking=True)
+        self.logits = _wide(torch.cat(logits)[in_order])
+        """``(B, V)``, what follows each prompt; float32 or float64."""
+
+    def _prefill(self, model: PatchedCausalLM, layout: PatchLayout, spans: Pass) -> Tensor:
+        """Compute rows of the prompts; returns the logits (k, V) of those that end one."""
+        self._cache.prefill(spans)
+        packed = _packed(layout, spans)
+        rows = model.embed(packed)
+        kwargs = {"logits_to_keep": torch.from_numpy(spans.last), **packed_kwargs(packed)}
+        on_device = {
+            name: value.to(rows.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in kwargs.items()
+        }
+        output = self._model(inputs_embeds=rows[None], span_cache=self._cache, **on_device)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _check_layers(self, model: PatchedCausalLM) -> None:
         n_layers = model.config.get_text_config().num_hidden_layers
-        if self._cache.num_layers != n_layers:
+        if len(self._cache.layers) != n_layers:
             raise ValueError(
                 f"model: search needs {attention.NAME} attention in all {n_layers} layers of "
-                f"{type(self._model).__name__}, got it in {self._cache.num_layers}"
+                f"{type(self._model).__name__}, got it in {len(self._cache.layers)}"
             )
-        self.logits = _wide(output.logits[0])
-        """``(B, V)``, what follows each prompt; float32 or float64."""
 
     def step(self, parent: Tensor, user: Tensor, token: Tensor, shape: StepShape | None = None) -> Tensor:
         """``(N, V)`` logits after one more token of N hypotheses.
@@ -79,6 +122,23 @@ class Prompts:
     def forget(self) -> None:
         """Drop all rows fed after the prompts and number from 0 again."""
         self._cache.suffixes.forget()
+
+
+def _packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
+    """The rows of a pass as a layout of their own, which has the titles of all."""
+    rows = torch.from_numpy(spans.rows)
+    values = {
+        "lo": layout.lo[rows],
+        "hi": layout.hi[rows],
+        "position_ids": layout.position_ids[rows],
+        "cu_seqlens": torch.from_numpy(spans.cu_seqlens).int(),
+        "max_seqlen": spans.max_seqlen,
+        "labels": None,
+        "logit_rows": None,
+        "logit_labels": None,
+        "transpose": None,
+    }
+    return PatchLayout._trusted({**layout.__dict__, **values})
 
 
 def _wide(logits: Tensor) -> Tensor:

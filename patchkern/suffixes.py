@@ -96,8 +96,8 @@ class Suffixes:
             chain.append(above)
         return torch.stack(chain, dim=1)
 
-    def partial(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-        """Store the new rows of one layer, then attend to what each sees; see `partial_softmax`.
+    def partial(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Partial | None:
+        """Store the new rows of one layer, then attend to the rows before each, not itself; see `partial_softmax`.
 
         Args:
             layer: its number.
@@ -105,7 +105,7 @@ class Suffixes:
             key, value: ``(N, Hkv, 1, d)``.
 
         Returns:
-            ``(N, Hkv, G, d)`` and twice ``(N, Hkv, G, 1)``.
+            ``(N, Hkv, G, d)`` and twice ``(N, Hkv, G, 1)``; None where all rows follow the prompt.
         """
         keys, values = (
             self._stored(old, new[:, :, 0].transpose(0, 1))
@@ -113,10 +113,12 @@ class Suffixes:
         )
         self._pool[layer] = keys, values
         # heads outermost: what is gathered is then one batch of matrices, without another copy
-        seen = self._chain.clamp(min=0).flatten()
-        shape = (len(keys), *self._chain.shape, -1)
-        keys, values = (x.index_select(1, seen).view(shape) for x in (keys, values))
-        hidden = (self._chain < 0)[:, None]
+        before = self._chain[:, 1:]
+        shape = (len(keys), *before.shape, -1)
+        if before.shape[1] == 0:
+            return None
+        keys, values = (x.index_select(1, before.clamp(min=0).flatten()).view(shape) for x in (keys, values))
+        hidden = (before < 0)[:, None]
         out = partial_softmax(query.transpose(0, 1), keys, values, hidden)
         return tuple(x.transpose(0, 1) for x in out)  # type: ignore[return-value]
 
@@ -137,14 +139,14 @@ class Suffixes:
 def partial_softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Partial:
     """Unnormalised attention (..., R, d), with the largest score and the sum of exponentials (..., R, 1) beside it.
 
-    At least float32. No row may have all its keys hidden.
+    At least float32. A row that has all its keys hidden gets zeros, and a peak below all others.
     """
     scores = query @ keys.transpose(-1, -2)
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
-    peak = scores.amax(dim=-1, keepdim=True)
+    peak = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     weights = scores.sub_(peak).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     return (weights.to(values.dtype) @ values).to(weights.dtype), peak, total

@@ -20,7 +20,6 @@ import patchkern as pk
 from patchkern import memory, scratch
 from patchkern import search as search_module
 from patchkern.metrics import evaluate
-from patchkern.prefix_cache import PrefixCache
 from patchkern.search import DIVERSITY_PENALTY, generate_titles, recommend
 from patchkern.trie import Trie
 
@@ -398,23 +397,6 @@ def test_memory_budget_splits_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(needed <= budget for _, needed in predicted)
     with pytest.raises(ValueError, match=r"memory_budget: expected at least \d+ bytes for 5 beams of user 0"):
         model.recommend(histories, POLICIES["text"], 5, 5, memory_budget=1000)
-
-
-def test_prompts_are_stored_once_per_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    titles = make_titles(23)
-    model = make_model(titles)
-    stored = {}
-    original = PrefixCache._pad
-
-    def spy(self: PrefixCache, rows: torch.Tensor) -> torch.Tensor:
-        padded = original(self, rows)
-        stored[len(stored)] = tuple(padded.shape)
-        return padded
-
-    monkeypatch.setattr(PrefixCache, "_pad", spy)
-    model.recommend(make_histories(titles, [4, 9]), POLICIES["items-all"], 20, 20)
-    longest = 2 + 9 + 8 + 2
-    assert list(stored.values()) == [(2, 2, longest, 8)] * 4  # keys and values of two layers, whatever the beams
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories
+from patchkern.item_table import ItemTable
 from patchkern.layout import PatchLayout, build_layout
 from patchkern.ops.backends import backends
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
@@ -37,6 +38,7 @@ __all__ = [
     "FittingPolicy",
     "Histories",
     "ItemPatches",
+    "ItemTable",
     "Level",
     "PackedBatch",
     "PatchLayout",

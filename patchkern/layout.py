@@ -86,6 +86,8 @@ class PatchLayout:
         max_token_id: the largest token id of any row, -1 if there is none.
         transpose: the gradient's side of the layout, or None.
         max_prefix: rows of the longest prefix.
+        catalog_fingerprint: `Catalog.fingerprint` of the catalogue that ``title_index`` points into; None for a layout
+            made by hand, which then cannot be pooled with an `ItemTable`.
 
     Raises:
         TypeError, ValueError: a field of a wrong type, dtype, shape or range; the message names it.
@@ -109,6 +111,7 @@ class PatchLayout:
     prefix: Tensor | None = None
     transpose: Transpose | None = None
     max_prefix: int = 0
+    catalog_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         _check_layout(self)
@@ -175,14 +178,10 @@ class PatchLayout:
         """The layout with a label on every literal row, the history's text included, not on the response alone.
 
         Not the paper's objective: each history teaches many next items at once, which a model without pre-training
-        needs. Prefix and suffix are supervised too; a user's first row cannot be, nothing stands before it.
-
-        Raises:
-            ValueError: the layout's spans have prefixes, so that the row before a span's first is not its predecessor.
+        needs. Prefix and suffix are supervised too; a span's first row cannot be, its predecessor is not beside it.
         """
-        if self.prefix is not None:
-            raise ValueError("layout: expected one without prefixes to supervise every literal, got prefixes")
-        supervised = (self.lo < 0) & (self.position_ids > 0)
+        supervised = self.lo < 0
+        supervised[self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()] = False
         tokens = -1 - self.lo.long()
         values = {
             "labels": torch.where(supervised, tokens, -100),
@@ -262,7 +261,8 @@ def build_layout(
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in plan._asdict().items()
     }
-    layout = PatchLayout._trusted({**values, "prefix": None, "transpose": None})
+    values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
+    layout = PatchLayout._trusted(values)
     wanted = targets is not None if transpose is None else transpose
     return layout.with_transpose() if wanted else layout
 
@@ -369,6 +369,10 @@ def _check_layout(layout: PatchLayout) -> None:
     lengths = torch.diff(layout.offsets)
     if titles and int(lengths.min()) == 0:
         raise ValueError(f"offsets: expected at least one token per title, got none for title {int(lengths.argmin())}")
+    _check_range("title_index", layout.title_index, 0, torch.iinfo(torch.int32).max)
+    fingerprint: Any = layout.catalog_fingerprint
+    if not (fingerprint is None or isinstance(fingerprint, str)):
+        raise TypeError(f"catalog_fingerprint: expected a string or None, got {type(fingerprint).__name__}")
     _check_range("items", layout.items, 0, titles - 1)
     largest = torch.iinfo(torch.int32).max - 1
     _check_range("token_ids", layout.token_ids, 0, largest)

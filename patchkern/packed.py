@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchkern.catalog import Catalog
 from patchkern.histories import HistoriesLike
+from patchkern.item_table import ItemTable
 from patchkern.layout import PatchLayout, build_layout
 from patchkern.ops.pool_rows import check_weight, pool_rows
 from patchkern.policies import AnyPolicy
@@ -92,13 +93,16 @@ def compress_batch(
     targets: Sequence[Any] | NDArray[Any] | None = None,
     backend: str = "auto",
     out: Tensor | None = None,
+    *,
+    table: ItemTable | None = None,
+    scale: float = 1.0,
 ) -> PackedBatch:
     """Compress histories into one packed batch on ``weight``'s device: plan the rows, then write them in one pass.
 
     Args:
         weight: ``(V, D)`` input embeddings, float32, bfloat16, float16 or float64.
         catalog, histories, policy, prompt, targets: as in `build_layout`.
-        backend, out: as in `pool_rows`.
+        backend, out, table, scale: as in `pool_rows`.
 
     Returns:
         A `PackedBatch`, differentiable in ``weight``.
@@ -109,4 +113,4 @@ def compress_batch(
     check_weight(weight)
     layout = build_layout(catalog, histories, policy, prompt, targets, transpose=weight.requires_grad)
     layout = layout.to(weight.device, non_blocking=True)
-    return PackedBatch(pool_rows(weight, layout, backend=backend, out=out), layout)
+    return PackedBatch(pool_rows(weight, layout, backend, out, table=table, scale=scale), layout)

@@ -690,6 +690,8 @@ def int32(*values: int) -> torch.Tensor:
         ({"max_prefix": 2}, ValueError, r"max_prefix: expected the longest prefix's rows, 0, got 2"),
         ({"lo": int32(-8, 0, 1, -10).to_sparse()}, ValueError, r"lo: expected a dense tensor .*torch.sparse_coo"),
         ({"transpose": (1, 2)}, TypeError, r"transpose: expected a Transpose, got tuple"),
+        ({"title_index": int32(0, -1)}, ValueError, r"title_index\[1\]: expected a value in 0\.\..*, got -1"),
+        ({"catalog_fingerprint": 7}, TypeError, r"catalog_fingerprint: expected a string or None, got int"),
         (
             {"lo": int32(-8, 0, 1, -10).to("meta")},
             ValueError,

@@ -266,6 +266,58 @@ def test_malformed_rows_are_refused(name: str, isa: str) -> None:
     assert (out == 7).all(), "something was written"
 
 
+TABLE_ROWS = {"lo": [0, -4, 1], "hi": [2, 0, 2], "items": [1, 0], "title_index": [4, 2]}
+MALFORMED_TABLE_ROWS = {
+    "title past the table": ({"title_index": [4, 5]}, r"title_index\[1\]: expected a row of the table"),
+    "negative title": ({"title_index": [-1, 2]}, r"title_index\[0\]: expected a row of the table"),
+    "item past the titles": ({"items": [1, 2]}, r"items\[1\]: expected an index of one of the titles"),
+    "literal token >= V": ({"lo": [0, -11, 1]}, r"lo\[1\]: expected a literal's token below"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_TABLE_ROWS)
+def test_malformed_rows_with_a_table_are_refused(name: str, isa: str) -> None:
+    change, message = MALFORMED_TABLE_ROWS[name]
+    # The titles' own tokens are not read, whatever they are.
+    titles = {"token_ids": int32(99, -7), "offsets": int32(5, 1, -3)}
+    weight, table = torch.ones(10, 5), torch.arange(5.0)[:, None].expand(5, 5).contiguous()
+    out = torch.full((3, 5), 7.0)
+    arguments = {key: int32(*values) for key, values in TABLE_ROWS.items()}
+    native.pool_rows(weight, **arguments, **titles, table=table, scale=1.0, out=out)
+    assert out[:, 0].tolist() == [3.0, 1.0, 4.0]
+    out.fill_(7.0)
+    arguments = {key: int32(*values) for key, values in (TABLE_ROWS | change).items()}
+    with pytest.raises(ValueError, match=message):
+        native.pool_rows(weight, **arguments, **titles, table=table, scale=1.0, out=out)
+    assert (out == 7).all(), "something was written"
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_table_and_scale_on_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    batch = cases.make_batch(pk.SessionPatches(group_size=5, max_items=None), LENGTHS)
+    layout, rows = batch.layout(), batch.rows()
+    for width in WIDTHS:
+        weight = cases.make_weight(cases.VOCABULARY, width, dtype)
+        oracle.assert_pooled(pk.pool_rows(weight, layout, backend="native", scale=-3.7), weight, rows, scale=-3.7)
+        table = batch.catalog.item_table(weight, backend="native")
+        exact = torch.stack([table.rows[torch.tensor(index)].double().mean(0) for index in _entries(layout)])
+        patches = layout.lo >= 0
+        got = pk.pool_rows(weight, layout, backend="native", table=table, scale=0.5)[patches].double()
+        magnitude = exact.abs() + 1  # of normal values
+        assert ((got - exact / 2).abs() <= 2 * oracle.UNIT_ROUNDOFF[dtype] * magnitude).all()
+        grad_rows = cases.make_weight(layout.num_rows, width, dtype, seed=1)
+        into = cases.make_weight(cases.VOCABULARY, width, dtype, seed=2)
+        before = into.clone()
+        pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend="native", scale=-3.7, out=into)
+        oracle.assert_gradient(into, grad_rows, rows, cases.VOCABULARY, scale=-3.7, before=before)
+
+
+def _entries(layout: pk.PatchLayout) -> list[list[int]]:
+    """Each patch's catalogue positions."""
+    ends = zip(layout.lo.tolist(), layout.hi.tolist(), strict=True)
+    return [layout.title_index[layout.items[lo:hi].long()].tolist() for lo, hi in ends if lo >= 0]
+
+
 CONTRIBUTIONS = {"tokens": [2, 7], "token_offsets": [0, 2, 3], "rows": [0, 1, 2], "divisors": [1, 2, 3]}
 MALFORMED_CONTRIBUTIONS = {
     "token >= V": ({"tokens": [2, 10]}, r"tokens\[1\]: expected ascending tokens below"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkern.item_table import ItemTable
 from patchkern.layout import PatchLayout, Transpose
 from patchkern.ops import backends
 
@@ -134,6 +135,7 @@ def pool_rows(
     out: Tensor | None = None,
     sparse_grad: bool = False,
     *,
+    table: ItemTable | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Write every row of a layout: literals, item patches and session patches (section 3.2 of the paper).
@@ -147,6 +149,9 @@ def pool_rows(
         out: ``(T, D)`` of ``weight``'s dtype and device to write into, contiguous in the last dimension; only where no
             gradient is recorded.
         sparse_grad: give ``weight`` a coalesced ``torch.sparse_coo`` gradient that holds the batch's tokens only.
+        table: item patches pooled beforehand by `Catalog.item_table`, from this weight, which must be frozen, and the
+            layout's catalogue. Item patches are the same bit for bit (with ``scale`` 1 and the backend that
+            made the table); a session patch is the mean of rounded item patches.
         scale: multiplies every row; Gemma scales its embeddings by ``sqrt(D)``.
 
     Returns:
@@ -167,7 +172,9 @@ def pool_rows(
         )
     _check_flag("sparse_grad", sparse_grad)
     _check_scale(scale, weight.dtype)
-    _check_backend(backend)
+    check_backend(backend)
+    if table is not None:
+        _check_table(table, weight, layout)
     rows = (layout.lo, layout.hi, layout.items, layout.token_ids, layout.offsets)
     if torch.is_grad_enabled() and weight.requires_grad:
         if out is not None:
@@ -179,7 +186,8 @@ def pool_rows(
         out = weight.new_empty(layout.num_rows, weight.shape[1])
     else:
         _check_out(out, layout.num_rows, "weight", weight)
-    torch.ops.patchkern.pool_rows(weight, *rows, None, None, float(scale), out, backend)
+    means = (None, None) if table is None else (table.rows, layout.title_index)
+    torch.ops.patchkern.pool_rows(weight, *rows, *means, float(scale), out, backend)
     return out
 
 
@@ -226,7 +234,7 @@ def pool_rows_grad(
             f"num_embeddings: expected more than the largest token id, {layout.max_token_id}, got {num_embeddings}"
         )
     _check_scale(scale, grad_rows.dtype)
-    _check_backend(backend)
+    check_backend(backend)
     if out is None:
         return _weight_grad(grad_rows, transpose, num_embeddings, dense, float(scale), backend)
     if not dense:
@@ -260,7 +268,16 @@ def _check_scale(scale: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"scale: expected a finite number, at most {largest:.4g} for {dtype}, got {scale}")
 
 
-def _check_backend(backend: Any) -> None:
+def _check_table(table: Any, weight: Tensor, layout: PatchLayout) -> None:
+    if not isinstance(table, ItemTable):
+        raise TypeError(f"table: expected an ItemTable or None, got {type(table).__name__}")
+    if torch.compiler.is_compiling():
+        raise ValueError("table: expected None under torch.compile, which cannot see whether a table is stale")
+    table.check(weight, layout)
+
+
+def check_backend(backend: Any) -> None:
+    """Raise unless ``backend`` may be the name of one; the op itself sees whether it is."""
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,14 +26,87 @@ _library.define(
 )
 
 
-def _forward(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    rows = (query, key, value, cu_seqlens, prefix, prefix_key, prefix_value)
+    if (kernels := _kernels(query, value, dropout)) is not None:
+        result: tuple[Tensor, Tensor] = kernels.forward(*rows, scale)
+        return result
     with torch.autocast(query.device.type, enabled=False):
-        return tiles.forward(query, *args)
+        return tiles.forward(*rows, scale, dropout, seed)
 
 
-def _backward(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(grad_out.device.type, enabled=False):
-        return tiles.backward(grad_out, *args)
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = (grad_out, query, key, value, out, lse, cu_seqlens, prefix, prefix_key, prefix_value)
+    if (kernels := _kernels(query, value, dropout)) is not None:
+        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.backward(*rows, scale)
+        return result
+    with torch.autocast(query.device.type, enabled=False):
+        return tiles.backward(*rows, scale, dropout, seed)
+
+
+def _kernels(query: Tensor, value: Tensor, dropout: float) -> ModuleType | None:
+    """The Triton kernels where they serve: on CUDA, all but float64, dropout and unequal or very wide heads.
+
+    Elsewhere on CUDA the tiles run, which wait for the device once per call; one warning says why.
+    """
+    if not query.is_cuda:
+        return None
+    reason = _unusable_reason(query, value, dropout)
+    if reason is None:
+        return importlib.import_module("patchkern.ops.span_attention_triton")
+    _warn_once(reason)
+    return None
+
+
+def _unusable_reason(query: Tensor, value: Tensor, dropout: float) -> str | None:
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels have no {query.dtype}"
+    if not query.shape[2] == value.shape[2] <= 256:
+        return f"the kernels have heads of at most 256, not {query.shape[2]} for keys and {value.shape[2]} for values"
+    if dropout > 0:
+        return "the kernels have no attention dropout; set the model's to 0"
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the kernels need a device of compute capability 8.0"
+    return _triton_missing()
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"attention over prefixes runs without kernels, slowly: {reason}", stacklevel=2)
 
 
 for _device in ("CPU", "CUDA"):
@@ -57,12 +134,10 @@ def _(
     prefix_value: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def by_head(like: Tensor | None) -> Tensor:
-        if like is None:
-            return key.new_empty(0)
-        return like.new_empty(like.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)
+    def rows(like: Tensor | None) -> Tensor:
+        return query.new_empty(0 if like is None else like.shape)
 
-    return query.new_empty(query.shape), by_head(key), by_head(value), by_head(prefix_key), by_head(prefix_value)
+    return rows(query), rows(key), rows(value), rows(prefix_key), rows(prefix_value)
 
 
 class _SpanAttention(torch.autograd.Function):

@@ -222,8 +222,8 @@ def backward(
     keys, values = _or_own(prefix_key, key), _or_own(prefix_value, value)
     run = _Pass(query, key, value, cu_seqlens, prefix, keys, values, scale, dropout, seed)
 
-    def zeros(like: Tensor) -> Tensor:  # (Hkv, rows, d), as the products write it
-        return torch.zeros(like.shape[1], like.shape[0], like.shape[2], dtype=run.wide, device=like.device)
+    def zeros(like: Tensor) -> Tensor:  # (Hkv, rows, d) for the products, (rows, Hkv, d) in memory
+        return torch.zeros(like.shape, dtype=run.wide, device=like.device).transpose(0, 1)
 
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = zeros(key), zeros(value)

@@ -9,10 +9,12 @@ schedule and its draws depend on the slot alone: the same under data-loader work
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from patchkern.catalog import Catalog
-from patchkern.histories import Histories
+from patchkern.histories import Histories, check_count
 from patchkern.layout import build_layout
 from patchkern.model import DESCRIPTION, PatchedCausalLM
 from patchkern.policies import (
@@ -40,6 +42,7 @@ from patchkern.policies import (
     TextOnly,
 )
 from patchkern.prompt import Prompt
+from patchkern.training_layout import build_training_layout, join_layouts, training_rows
 
 STAGES = ("sft", "pretrain", "items", "sessions")
 _ASIDE = ".unfinished-checkpoint"
@@ -144,6 +147,11 @@ class SlotDataset(Dataset[Slot]):
     def __len__(self) -> int:
         return self.steps * self.samples_per_step
 
+    @property
+    def num_targets(self) -> int:
+        """Targets that the whole run learns, repeated ones included."""
+        return len(self)
+
     def __getitem__(self, number: int) -> Slot:
         epoch, nth = divmod(number, self.users.size)
         sample = _permutation(self.seed, epoch, self.users.size)[nth]
@@ -153,6 +161,118 @@ class SlotDataset(Dataset[Slot]):
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+# ------------------------------------------------------------------ passes
+
+
+class Pass(NamedTuple):
+    """Targets that one forward pass learns together, at their place in the run."""
+
+    number: int
+    step: int
+    users: NDArray[np.int64]
+    ranges: NDArray[np.int64]
+    """``(n, 2)`` first and last target position of each user"""
+
+
+class PassDataset(Dataset[Pass]):
+    """All passes of a run, in order; read them sequentially.
+
+    Every epoch is a new permutation of the users, packed greedily into passes of at most ``rows_per_pass`` rows. A user
+    whose targets need more than that is cut into runs of consecutive targets.
+
+    Args:
+        users, positions: ``(S,)`` the samples, as in `Histories.before`.
+        count_rows: the rows that ``(n,)`` users with ``(n, 2)`` target ranges take.
+        rows_per_pass: the most rows of a pass.
+        epochs: passes over the samples that make the run, where ``steps`` is None.
+        steps: optimisation steps of the run.
+        passes_per_step: over all processes and accumulated batches.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: a target that alone needs more than ``rows_per_pass`` rows.
+    """
+
+    def __init__(
+        self,
+        users: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        count_rows: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]],
+        rows_per_pass: int,
+        epochs: float,
+        steps: int | None,
+        passes_per_step: int,
+        seed: int,
+    ) -> None:
+        self._users, self._ranges, rows = _runs(users, positions, count_rows, rows_per_pass)
+        self.passes_per_step = passes_per_step
+        stream = _pack(rows, rows_per_pass, seed)
+        self._passes: list[NDArray[np.int64]] = []
+        if steps is None:
+            left = math.ceil(epochs * rows.size)
+            while left > 0:
+                self._passes.append(next(stream))
+                left -= self._passes[-1].size
+            steps = math.ceil(len(self._passes) / passes_per_step)
+        self.steps = steps
+        while len(self._passes) < len(self):
+            self._passes.append(next(stream))
+
+    def __len__(self) -> int:
+        return self.steps * self.passes_per_step
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that the whole run learns, repeated ones included."""
+        counts = self._ranges[:, 1] - self._ranges[:, 0] + 1
+        return int(sum(counts[runs].sum() for runs in self._passes))
+
+    def __getitem__(self, number: int) -> Pass:
+        runs = self._passes[number]
+        return Pass(number, number // self.passes_per_step, self._users[runs], self._ranges[runs])
+
+
+def _runs(
+    users: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    count_rows: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]],
+    rows_per_pass: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Users, ranges and rows of the longest runs of consecutive targets that fit a pass."""
+    order = np.lexsort((positions, users))
+    users, positions = users[order], positions[order]
+    begins = np.append(True, (np.diff(users) != 0) | (np.diff(positions) != 1)) if users.size else np.zeros(0, bool)
+    while True:
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], users.size) - 1
+        ranges = np.stack([positions[first], positions[last]], axis=1)
+        rows = count_rows(users[first], ranges)
+        large = np.flatnonzero(rows > rows_per_pass)
+        if large.size == 0:
+            return users[first], ranges, rows
+        alone = large[first[large] == last[large]]
+        if alone.size:
+            at = int(alone[0])
+            raise ValueError(
+                f"rows_per_pass: expected at least {rows[at]} for the target of user {users[first[at]]} at position "
+                f"{positions[first[at]]}, got {rows_per_pass}"
+            )
+        begins[(first[large] + last[large] + 1) // 2] = True
+
+
+def _pack(rows: NDArray[np.int64], rows_per_pass: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Runs of one permutation after the other, in passes that are full but for what does not fit any more."""
+    taken: list[int] = []
+    filled = 0
+    for epoch in itertools.count():
+        for run in np.random.default_rng((seed, epoch)).permutation(rows.size).tolist():
+            if taken and filled + rows[run] > rows_per_pass:
+                yield np.array(taken)
+                taken, filled = [], 0
+            taken.append(run)
+            filled += int(rows[run])
 
 
 # ------------------------------------------------------------------ batches
@@ -207,6 +327,50 @@ class LayoutCollator:
         return {"layout": layout, "labels": layout.logit_labels}
 
 
+@dataclass(frozen=True)
+class PassCollator:
+    """A `Pass` to a batch of trunks and branches, as `LayoutCollator` makes one of samples.
+
+    In patch pre-training every user has two trunks side by side, the text and one draw of patches, each with all the
+    user's targets.
+    """
+
+    catalog: Catalog
+    histories: Histories
+    policy: AnyPolicy
+    prompt: Prompt
+    pretrain_steps: int | None = None
+    seed: int = 0
+    supervise_history: bool = False
+
+    def __call__(self, passes: list[Pass]) -> dict[str, Any]:
+        (one,) = passes
+        policies = [self.policy]
+        if self.pretrain_steps is not None:
+            draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
+            patched = RandomItemPatches(one.step / self.pretrain_steps, self.policy.max_items, int(draw[0]))
+            policies = [TextOnly(self.policy.max_items), patched]
+        histories = self.histories.take(one.users)
+        layout = join_layouts(
+            [
+                build_training_layout(self.catalog, histories, policy, self.prompt, one.ranges, transpose=False)
+                for policy in policies
+            ]
+        )
+        layout = layout.with_transpose()
+        if self.supervise_history:
+            layout = layout.supervise_literals()
+        return {"layout": layout, "labels": layout.logit_labels}
+
+    def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)`` the most rows that each user takes."""
+        histories = self.histories.take(users)
+        text = TextOnly(self.policy.max_items)
+        policy = self.policy if self.pretrain_steps is None else text
+        rows = training_rows(self.catalog, histories, policy, self.prompt, ranges)
+        return rows if self.pretrain_steps is None else 2 * rows
+
+
 # ------------------------------------------------------------------ the trainer
 
 
@@ -229,6 +393,9 @@ class PatchTrainer(Trainer):
             probability step / steps.
         supervise_history: label the history's text as well as the response. Not the paper's objective, but a model
             that starts from random weights learns many times faster from it.
+        rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
+            in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
+            target, as published.
         kwargs: for `transformers.Trainer`, such as ``processing_class`` and ``callbacks``.
 
     Raises:
@@ -236,8 +403,8 @@ class PatchTrainer(Trainer):
     """
 
     model: PatchedCausalLM
-    train_dataset: SlotDataset
-    data_collator: LayoutCollator
+    train_dataset: SlotDataset | PassDataset
+    data_collator: LayoutCollator | PassCollator
 
     def __init__(
         self,
@@ -249,6 +416,7 @@ class PatchTrainer(Trainer):
         *,
         pretrain: bool = False,
         supervise_history: bool = False,
+        rows_per_pass: int | None = None,
         **kwargs: Any,
     ) -> None:
         policy = model.policy if policy is None else policy
@@ -269,24 +437,33 @@ class PatchTrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             # Trainer's own choice for a module it does not know is True, which is slow and breaks recomputation.
             args.ddp_find_unused_parameters = False
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.max_steps <= 0:
-            args.max_steps = math.ceil(args.num_train_epochs * users.size / per_step)
         seed = args.seed if args.data_seed is None else args.data_seed
+        steps = args.max_steps if args.max_steps > 0 else None
+        dataset: SlotDataset | PassDataset
+        collator: LayoutCollator | PassCollator
+        kept = (model.catalog, histories, policy, model.prompt)
+        if rows_per_pass is None:
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            args.max_steps = steps or math.ceil(args.num_train_epochs * users.size / per_step)
+            dataset = SlotDataset(users, positions, args.max_steps, per_step, seed)
+            collator = LayoutCollator(*kept, args.max_steps if pretrain else None, seed, supervise_history)
+        else:
+            check_count("rows_per_pass", rows_per_pass, minimum=1)
+            args.per_device_train_batch_size = 1
+            per_step = args.gradient_accumulation_steps * args.world_size
+            # how many steps there are depends on the rows, and those on whether there are two trunks
+            collator = PassCollator(*kept, 1 if pretrain else None, seed, supervise_history)
+            dataset = PassDataset(
+                users, positions, collator.rows, rows_per_pass, args.num_train_epochs, steps, per_step, seed
+            )
+            args.max_steps = dataset.steps
+            collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
         self._saving = False
         super().__init__(
             model=model,
             args=args,
-            train_dataset=SlotDataset(users, positions, args.max_steps, per_step, seed),
-            data_collator=LayoutCollator(
-                model.catalog,
-                histories,
-                policy,
-                model.prompt,
-                args.max_steps if pretrain else None,
-                seed,
-                supervise_history,
-            ),
+            train_dataset=dataset,
+            data_collator=collator,
             **kwargs,
         )
 

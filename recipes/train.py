@@ -9,10 +9,13 @@ A small model from scratch, on synthetic data (minutes on a CPU), from text to s
     python recipes/train.py --stage sessions --from runs/pretrain --data synthetic --output_dir runs/sessions
     python recipes/evaluate.py runs/sessions --data synthetic
 
-A local Llama-3.2-1B, with the paper's settings for the data set, 64 samples a step in batches of 8:
+All targets of a user are learned in one pass over the history, in batches of --rows_per_pass rows. The published form,
+a sample for each target with a history of its own, is --targets-per-pass one: here with a local Llama-3.2-1B and the
+paper's settings for the data set, 64 samples a step in batches of 8:
 
     python recipes/train.py --stage pretrain --model Llama-3.2-1B-Instruct --data ml-1m --output_dir runs/pretrain \\
-        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --activation_checkpointing --save_steps 500
+        --targets-per-pass one --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \\
+        --activation_checkpointing --save_steps 500
 
 A run that was killed goes on where it was: the same command and --resume. Several GPUs: torchrun --nproc_per_node 2
 recipes/train.py ... All flags that are not listed here are those of transformers.TrainingArguments; before 5.23 it is
@@ -70,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         settings.policy(args.stage, args.max_items),
         pretrain=args.stage == "pretrain",
         supervise_history=args.supervise_history,
+        rows_per_pass=args.rows_per_pass if args.targets_per_pass == "all" else None,
         processing_class=tokenizer,
     )
     if trainer.is_world_process_zero():
@@ -78,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     metrics = trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics
     if trainer.is_world_process_zero():
         saved = ", ".join(str(path) for path in checkpoints(arguments.output_dir)[-1:])
-        speed, memory = metrics["train_samples_per_second"], peak_memory() / 2**30
-        print(f"{speed:.1f} samples/s, peak memory {memory:.2f} GiB, saved: {saved or 'nothing'}", flush=True)
+        speed, memory = trainer.train_dataset.num_targets / metrics["train_runtime"], peak_memory() / 2**30
+        print(f"{speed:.1f} targets/s, peak memory {memory:.2f} GiB, saved: {saved or 'nothing'}", flush=True)
     return trainer
 
 
@@ -98,6 +102,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--settings", choices=SETTINGS, help="rates, batch and patch sizes (default: by model and data)"
     )
     parser.add_argument("--max_items", type=int, default=100, help="latest items of a history")
+    parser.add_argument("--targets-per-pass", choices=["all", "one"], default="all", help="of a user")
+    parser.add_argument("--rows_per_pass", type=int, default=16384, help="of a batch with all targets")
     parser.add_argument(
         "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
     )
@@ -197,12 +203,14 @@ def banner(device: torch.device) -> str:
 def describe(trainer: PatchTrainer, stage: str) -> str:
     arguments, dataset = trainer.args, trainer.train_dataset
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    batch = trainer.data_collator([dataset[number] for number in range(min(256, len(dataset)))])["layout"]
+    collate: Any = trainer.data_collator
+    batch = collate([dataset[number] for number in range(arguments.train_batch_size)])["layout"]
+    targets = dataset.num_targets / arguments.max_steps
     return (
-        f"{parameters / 1e6:.1f} M parameters, {dataset.users.size:,} samples, {arguments.max_steps:,} steps of "
-        f"{dataset.samples_per_step}, learning rate {arguments.learning_rate:g}\n"
-        f"stage {stage}, {trainer.model.policy}: {batch.num_rows / batch.num_users:.0f} rows a sequence, "
-        f"compression ratio {batch.compression_ratio:.2f} in the first batch"
+        f"{parameters / 1e6:.1f} M parameters, {dataset.num_targets:,} targets in {arguments.max_steps:,} steps of "
+        f"{targets:,.0f}, learning rate {arguments.learning_rate:g}\n"
+        f"stage {stage}, {trainer.model.policy}: {batch.num_rows:,} rows, compression ratio "
+        f"{batch.compression_ratio:.2f} in the first batch"
     )
 
 

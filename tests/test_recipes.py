@@ -68,7 +68,7 @@ def test_stages_follow_each_other_and_are_evaluated(
         assert trainer.args.learning_rate == rate, "the settings of the first run are handed on"
         before = stage
     printed = capsys.readouterr().out
-    assert "BACKEND" in printed and "samples/s, peak memory" in printed
+    assert "BACKEND" in printed and "targets/s, peak memory" in printed
     assert "SessionPatches(group_size=5, max_items=12" in printed
 
     output = tmp_path / "users.csv"

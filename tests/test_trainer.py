@@ -25,6 +25,8 @@ from patchkern.trainer import (
     SETTINGS,
     STAGES,
     LayoutCollator,
+    PassCollator,
+    PassDataset,
     PatchTrainer,
     RawAndPatched,
     SlotDataset,
@@ -50,7 +52,13 @@ def _model(tokenizer: Any = None, **config: Any) -> tuple[PatchedCausalLM, Any]:
 
 
 def _trainer(
-    folder: Path | str, stage: str = "items", *, callbacks: Any = None, config: Any = None, **arguments: Any
+    folder: Path | str,
+    stage: str = "items",
+    *,
+    callbacks: Any = None,
+    config: Any = None,
+    rows_per_pass: int | None = None,
+    **arguments: Any,
 ) -> PatchTrainer:
     histories, samples = _data()
     model, tokenizer = _model(**(config or {}))
@@ -71,6 +79,7 @@ def _trainer(
         samples,
         settings.policy(stage, max_items=10),
         pretrain=stage == "pretrain",
+        rows_per_pass=rows_per_pass,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -432,3 +441,102 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     saved = PatchedCausalLM.from_pretrained(tmp_path / "checkpoint-4", alone.model.catalog)
     for parameter, expected in zip(saved.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)
+
+
+# ------------------------------------------------------------------ all targets of a user in one pass
+
+
+def _passes(rows_per_pass: int, steps: int | None = None, pretrain: bool = False, per_step: int = 1) -> PassDataset:
+    histories, samples = _data()
+    model, _ = _model()
+    collator = PassCollator(model.catalog, histories, pk.ItemPatches(2, 10), model.prompt, 1 if pretrain else None)
+    return PassDataset(*samples, collator.rows, rows_per_pass, 2.0, steps, per_step, seed=0)
+
+
+@pytest.mark.parametrize("rows_per_pass", [200, 500, 100_000])
+@pytest.mark.parametrize("pretrain", [False, True])
+def test_passes_teach_every_target_once_an_epoch(rows_per_pass: int, pretrain: bool) -> None:
+    histories, (users, positions) = _data()
+    dataset = _passes(rows_per_pass, pretrain=pretrain)
+    model, _ = _model()
+    steps = dataset.steps if pretrain else None
+    collator = PassCollator(model.catalog, histories, pk.ItemPatches(2, 10), model.prompt, steps)
+    taught = []
+    for number in range(len(dataset)):
+        one = dataset[number]
+        assert one.number == one.step == number
+        taught += [(u, p) for u, (a, b) in zip(one.users, one.ranges, strict=True) for p in range(a, b + 1)]
+        layout = collator([one])["layout"]
+        assert 0 < layout.num_rows <= rows_per_pass
+        if not pretrain:
+            assert layout.num_rows == collator.rows(one.users, one.ranges).sum()
+    assert len(taught) == dataset.num_targets
+    once = sorted(zip(users.tolist(), positions.tolist(), strict=True))
+    if rows_per_pass < 100_000:  # else the passes run over from one epoch to the next
+        assert sorted(taught[: len(once)]) == once
+        assert sorted(taught[len(once) : 2 * len(once)]) == once
+    else:
+        assert set(taught) == set(once)
+
+
+def test_passes_are_the_same_from_run_to_run_and_fill_every_step() -> None:
+    one, two = _passes(200, per_step=4), _passes(200, per_step=4)
+    assert len(one) == 4 * one.steps and one[len(one) - 1].step == one.steps - 1
+    for number in range(len(one)):
+        assert one[number].users.tolist() == two[number].users.tolist()
+    assert len(_passes(200, steps=7, per_step=2)) == 14
+    with pytest.raises(
+        ValueError, match=r"rows_per_pass: expected at least \d+ for the target of user"
+    ):
+        _passes(10)
+
+
+def test_a_pass_has_the_loss_of_its_samples(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, rows_per_pass=300, max_steps=1)
+    model, collator = trainer.model, trainer.data_collator
+    one = trainer.train_dataset[0]
+    assert isinstance(collator, PassCollator)
+    users = np.repeat(one.users, one.ranges[:, 1] - one.ranges[:, 0] + 1)
+    positions = np.concatenate([np.arange(first, last + 1) for first, last in one.ranges])
+    # within max_items, where the two are the same
+    policy = replace(model.policy, max_items=None)
+    histories = collator.histories.before(users, positions)
+    targets = collator.histories.at(users, positions)
+    samples = pk.build_layout(model.catalog, histories, policy, model.prompt, targets)
+    passed = replace(collator, policy=policy)([one])["layout"]
+    assert passed.num_rows < samples.num_rows
+    torch.testing.assert_close(model(passed).loss, model(samples).loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain", "items", "sessions"])
+def test_training_on_passes_resumes_and_does_not_depend_on_accumulation(stage: str, tmp_path: Path) -> None:
+    whole = _trainer(tmp_path / "whole", stage, rows_per_pass=250, max_steps=4, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = _trainer(tmp_path / "resumed", stage, rows_per_pass=250, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert _losses(resumed) == _losses(whole) and len(_losses(whole)) == 4
+    assert all(np.isfinite(_losses(whole)))
+
+
+def test_accumulated_passes_weigh_by_targets(tmp_path: Path) -> None:
+    """Two passes in a step: the loss is the mean over all their supervised tokens."""
+    trainer = _trainer(tmp_path, rows_per_pass=250, max_steps=1, gradient_accumulation_steps=2, learning_rate=0.0)
+    model = trainer.model
+    with torch.no_grad():
+        parts = [trainer.data_collator([trainer.train_dataset[number]])["layout"] for number in range(2)]
+        losses, counts = zip(*((model(part).loss, part.logit_labels.numel()) for part in parts), strict=True)
+    trainer.train()
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert counts[0] != counts[1]
+    assert _losses(trainer)[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_history_text_is_supervised_within_each_span() -> None:
+    histories, _ = _data()
+    model, _ = _model()
+    collator = PassCollator(model.catalog, histories, pk.TextOnly(None), model.prompt, supervise_history=True)
+    layout = collator([_passes(10_000, steps=1)[0]])["layout"]
+    firsts = set(layout.cu_seqlens[:-1].tolist())
+    assert set((layout.logit_rows + 1).tolist()) == set(range(layout.num_rows)) - firsts
+    assert torch.equal(layout.labels[layout.logit_rows + 1], layout.logit_labels)
+    assert torch.isfinite(model(layout).loss)

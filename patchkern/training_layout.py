@@ -154,6 +154,8 @@ def training_rows(
 def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
     """The spans of several layouts on the CPU, one after the other, as one layout without a transpose.
 
+    Where the layouts are of several catalogues, ``title_index`` no longer says of which, and the fingerprint is None.
+
     Raises:
         ValueError: no layout.
     """
@@ -163,6 +165,7 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         np.cumsum([0, *(getattr(layout, name).shape[0] for layout in layouts)]).tolist()
         for name in ("lo", "items", "title_index", "token_ids")
     )
+    fingerprints = {layout.catalog_fingerprint for layout in layouts}
     lo = torch.cat([torch.where(x.lo < 0, x.lo, x.lo + at) for x, at in zip(layouts, items, strict=False)])
     hi = torch.cat([torch.where(x.lo < 0, 0, x.hi + at) for x, at in zip(layouts, items, strict=False)])
     offsets = [x.offsets[:-1] + at for x, at in zip(layouts, tokens, strict=False)]
@@ -186,6 +189,7 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         "prefix": None,
         "max_prefix": 0,
         "transpose": None,
+        "catalog_fingerprint": fingerprints.pop() if len(fingerprints) == 1 else None,
     }
     if any(x.labels is not None for x in layouts):
         labels = [x.labels if x.labels is not None else torch.full_like(x.position_ids, -100) for x in layouts]

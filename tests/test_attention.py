@@ -14,8 +14,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+import patchkern as pk
 import patchkern.attention
 from patchkern.attention import NAME, DeferredMask, attention_mask, register, span_attention
+from patchkern.layout import PatchLayout
 
 register()
 VOCABULARY = 61
@@ -187,6 +189,137 @@ def test_mask_is_deferred_only_where_a_packed_batch_may_come() -> None:
     assert isinstance(attention_mask(2, 5, 9, 4, attention_mask=None, allow_is_causal_skip=False), Tensor)
     padding = torch.tensor([[True] * 3, [False, True, True]])
     assert isinstance(attention_mask(2, 3, 3, 0, attention_mask=padding), Tensor)
+
+
+# ------------------------------------------------------------------ spans with prefixes
+
+
+def literal_layout(spans: list[list[int]], prefix: list[tuple[int, int]] | None, supervised: list[int]) -> PatchLayout:
+    """Tokens as they are; a span goes on where its prefix ends. The rows after ``supervised`` ones are the labels."""
+    lengths = [len(tokens) for tokens in spans]
+    begins = [0, *itertools.accumulate(lengths)]
+    tokens = torch.tensor([token for span in spans for token in span], dtype=torch.int32)
+    ranges = prefix or [(0, 0)] * len(spans)
+    empty = torch.zeros(0, dtype=torch.int32)
+    rows = torch.tensor(supervised)
+    labels = torch.full_like(tokens, -100, dtype=torch.int64)
+    labels[rows + 1] = tokens[rows + 1].long()
+    return PatchLayout(
+        lo=-1 - tokens,
+        hi=torch.zeros_like(tokens),
+        items=empty,
+        token_ids=empty,
+        offsets=torch.zeros(1, dtype=torch.int32),
+        title_index=empty,
+        cu_seqlens=torch.tensor(begins, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        position_ids=torch.cat([torch.arange(n) + b - a for (a, b), n in zip(ranges, lengths, strict=True)]),
+        labels=labels,
+        logit_rows=rows,
+        logit_labels=labels[rows + 1],
+        history_tokens=0,
+        history_rows=0,
+        max_token_id=int(tokens.max()),
+        prefix=None if prefix is None else torch.tensor(prefix, dtype=torch.int32),
+        max_prefix=max(end - start for start, end in ranges),
+    )
+
+
+def trunks_and_branches() -> tuple[PatchLayout, PatchLayout]:
+    """Two histories with three and two targets: as trunks with branches, and as a prompt for every target alone."""
+    spans, prefix, shared_rows = [], [], []
+    alone, alone_rows = [], []
+    for trunk_length, ends in ((17, (4, 11, 17)), (9, (1, 9))):
+        trunk = torch.randint(3, VOCABULARY, (trunk_length,)).tolist()
+        begin = sum(map(len, spans))
+        spans, prefix = [*spans, trunk], [*prefix, (0, 0)]
+        for end in ends:
+            branch = torch.randint(3, VOCABULARY, (6,)).tolist()
+            shared_rows += [sum(map(len, spans)) + row for row in (2, 3, 4)]
+            spans, prefix = [*spans, branch], [*prefix, (begin, begin + end)]
+            alone_rows += [sum(map(len, alone)) + end + row for row in (2, 3, 4)]
+            alone = [*alone, trunk[:end] + branch]
+    return literal_layout(spans, prefix, shared_rows), literal_layout(alone, None, alone_rows)
+
+
+class ExactNorm(nn.Module):
+    """RMS norm in its input's dtype; transformers' own goes through float32, backwards too."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.weight * rows * (rows.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+
+
+def patched(kind: str, **overrides: Any) -> pk.PatchedCausalLM:
+    """In float64, all of it but the angles of the positions."""
+    model = tiny(kind, **overrides).double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "variance_epsilon"):
+                setattr(module, name, ExactNorm(child))
+    prompt = pk.Prompt(prefix=[3], separator=[4], suffix=[5], response_end=[6])
+    catalog = pk.Catalog.from_token_ids([7, 8], [0, 2])
+    return pk.PatchedCausalLM(model, catalog, prompt)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_branches_equal_prompts_alone(kind: str, checkpointing: bool) -> None:
+    """One trunk computed once, however many targets: the same loss and the same gradients."""
+    model, results = patched(kind), []
+    if checkpointing:
+        model.train()
+        model.activation_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    for layout in trunks_and_branches():
+        model.zero_grad()
+        output = model(layout)
+        output.loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        results.append((output.loss, output.logits, gradients))
+    (loss, logits, gradients), (loss_alone, logits_alone, gradients_alone) = results
+    torch.testing.assert_close(loss, loss_alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(logits, logits_alone, rtol=1e-10, atol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_alone[name], rtol=1e-10, atol=1e-11, msg=name)
+
+
+def test_a_window_wider_than_all_that_is_seen_is_no_window() -> None:
+    shared, alone = trunks_and_branches()
+    model = patched("mistral", sliding_window=34)
+    torch.testing.assert_close(model(shared).loss, model(alone).loss, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="sliding_window: expected None with a prefix, which is seen fully, got 33"):
+        patched("mistral", sliding_window=33)(shared)
+
+
+def test_other_attentions_refuse_prefixes() -> None:
+    shared, alone = trunks_and_branches()
+    model = pk.PatchedCausalLM(tiny("llama"), *(getattr(patched("llama"), x) for x in ("catalog", "prompt")))
+    for name in ("sdpa", "eager"):
+        model.hf_model.set_attn_implementation(name)
+        assert model(alone).loss.isfinite()
+        with pytest.raises(ValueError, match=f"layout: expected spans without prefixes for '{name}' attention"):
+            model(shared)
+
+
+def test_prefixes_need_spans() -> None:
+    query = torch.randn(1, 2, 6, 4)
+    with pytest.raises(ValueError, match="span_prefix without cu_seq_lens_q"):
+        patchkern.attention.attention(nn.Identity(), query, query, query, None, span_prefix=torch.zeros(1, 2))
+
+
+def test_prefixes_count_as_rows_against_the_models_positions() -> None:
+    shared, alone = trunks_and_branches()
+    model = patched("llama", max_position_embeddings=32)
+    assert model(alone).loss.isfinite()
+    model.config.max_position_embeddings = 24
+    with pytest.raises(ValueError, match="expected at most 24 rows"):
+        model(shared)
 
 
 # ------------------------------------------------------------------ calls that would be silently wrong

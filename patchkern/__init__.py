@@ -8,6 +8,7 @@ batch that variable-length attention takes.
 from typing import TYPE_CHECKING, Any
 
 from patchkern.catalog import Catalog
+from patchkern.hashes import row_hashes
 from patchkern.histories import Histories
 from patchkern.item_table import ItemTable
 from patchkern.layout import PatchLayout, build_layout
@@ -26,6 +27,7 @@ from patchkern.policies import (
     TimeSessions,
 )
 from patchkern.prompt import Prompt
+from patchkern.user_cache import UserCache
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
@@ -49,11 +51,13 @@ __all__ = [
     "SessionPatches",
     "TextOnly",
     "TimeSessions",
+    "UserCache",
     "backends",
     "build_layout",
     "compress_batch",
     "pool_rows",
     "pool_rows_grad",
+    "row_hashes",
 ]
 
 

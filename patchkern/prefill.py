@@ -109,10 +109,9 @@ def shared_literals(lo: Int64, cu_seqlens: Int64) -> int:
         lo: ``(T,)`` `PatchLayout.lo`.
         cu_seqlens: ``(B + 1,)``.
     """
-    shortest = int(np.diff(cu_seqlens).min(initial=0))
-    if cu_seqlens.size < 3 or shortest < 2:
+    if cu_seqlens.size < 3:
         return 0
-    first = lo[cu_seqlens[0] : cu_seqlens[0] + shortest - 1]
+    first = lo[: np.diff(cu_seqlens).min() - 1]
     literals = int(np.append(first >= 0, True).argmax())
     same = lo[cu_seqlens[:-1, None] + np.arange(literals)] == first[:literals]
     return int(np.append(same.all(axis=0), False).argmin())

@@ -143,7 +143,7 @@ class PrefixCache:
     def _over_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> list[Partial]:
         """Attention of (N, Hkv, G, d) queries over their users' prompts and themselves; prompts are read once."""
         keys, values = self.layers[layer]
-        if query.device.type == "cpu" and keys.shape[2] == values.shape[2]:
+        if self._has_flash(keys, values):
             own = (query * key).sum(dim=-1, keepdim=True).to(_wide(query.dtype)) * scaling
             return [self._flash(query, keys, values, scaling), (value.to(own.dtype), own, torch.ones_like(own))]
         n_rows = query.shape[0]
@@ -162,6 +162,10 @@ class PrefixCache:
         )
         lse = lse.view(*query.shape[:3], 1)
         return [(out.view(*query.shape[:3], -1).to(lse.dtype), lse, torch.ones_like(lse))]
+
+    @staticmethod
+    def _has_flash(keys: Tensor, values: Tensor) -> bool:
+        return keys.device.type == "cpu" and keys.shape[2] == values.shape[2]
 
     def _flash(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Partial:
         """The CPU's kernel, a call per user: it takes no batch of users with prompts of different lengths."""

@@ -165,6 +165,13 @@ def check_spans(model: PatchedCausalLM, layout: PatchLayout, depth: int) -> None
     window = getattr(config, "sliding_window", None)
     if window is not None and "sliding_attention" in kinds and longest > window:
         raise ValueError(f"model: search needs full attention, got {longest} rows and a sliding window of {window}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and original is not None and longest > original:
+        raise ValueError(
+            f"model: search needs positions that mean the same in prompts of any length, got {longest} rows and "
+            f"longrope beyond {original}"
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from patchkern.histories import check_count, is_sequence
 from patchkern.layout import PatchLayout
-from patchkern.row_hashes import UInt64, row_hashes
+from patchkern.hashes import UInt64, row_hashes
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM

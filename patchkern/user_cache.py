@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from patchkern.hashes import UInt64, row_hashes
 from patchkern.histories import check_count, is_sequence
 from patchkern.layout import PatchLayout
-from patchkern.hashes import UInt64, row_hashes
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM

@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -63,10 +64,9 @@ format: $(INSTALLED) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu: $(BUILT) ## run the tests that need a CUDA device
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS); \
-	else echo 'gpu: nothing was run, torch sees no CUDA device on this machine'; fi
+# On a machine without a network: python3 bench/gpu.py, which builds and runs with the packages that Python has.
+gpu: $(BUILT) ## build, test, sanitize and measure on a GPU; without one a dry run on the CPU; GPU_ARGS=--list
+	$(BIN)/python bench/gpu.py $(GPU_ARGS)
 
 # The package is built a second time, beside the first, and found first; nothing in .venv changes.
 SANITIZE := build/sanitize
@@ -76,10 +76,10 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 # up front too: ASan must find it before torch throws its first exception.
 # --capture=sys leaves the reports of ASan and UBSan on the terminal.
 sanitize: $(BUILT) ## run the native and the fuzz tests under ASan and UBSan
-	CXXFLAGS='$(SANITIZER_FLAGS)' $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	CXXFLAGS='$(SANITIZER_FLAGS)' PATCHKERN_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= --capture=sys -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist patchkern.egg-info patchkern/_native.* patchkern/_build_info.json $(BUILT)
+	rm -rf build dist patchkern.egg-info patchkern/_native.*.so patchkern/_cuda.*.so patchkern/_build_info.json $(BUILT)

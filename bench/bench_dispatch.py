@@ -94,10 +94,10 @@ def compare_on(
             table.add(first, mode, f"speed-up over {name}", "ratio", times.ratio(name, first), config)
 
 
-def host_time(call: Callable[[], object], device: torch.device, rounds: int = 20) -> timing.Timing:
+def host_time(call: Callable[[], object], device: torch.device) -> timing.Timing:
     """How long the host is busy with a call: the device has nothing else to do, and is not waited for."""
-    taken = []
-    for _ in range(rounds):
+    taken: list[float] = []
+    while len(taken) < 20 and sum(taken) < 0.5:
         timing.synchronize(device)
         before = time.perf_counter()
         call()

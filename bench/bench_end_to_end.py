@@ -59,19 +59,22 @@ PROVIDERS = ("reference", "patchkern")
 Step = Callable[[pk.Histories, np.ndarray], Tensor]
 
 
+def make_model(shape: str, dtype: torch.dtype) -> Any:
+    # a configuration of its own: setting a model's attention writes into it
+    config = LlamaConfig(
+        **SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=131_072, tie_word_embeddings=True
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
 class Models:
     """One set of weights, behind the reference style's attention and behind patchkern's."""
 
     def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, workload: Workload) -> None:
-        config = LlamaConfig(
-            **SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=131_072, tie_word_embeddings=True
-        )
         torch.manual_seed(0)
         with device:
-            packed, padded = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
-        padded.set_attn_implementation("sdpa")
-        padded.load_state_dict(packed.state_dict(keep_vars=True), assign=True)
-        self.padded = padded
+            packed, self.padded = (make_model(shape, dtype) for _ in range(2))
+        self.padded.load_state_dict(packed.state_dict(keep_vars=True), assign=True)
         self.packed = pk.PatchedCausalLM(packed, workload.catalog, workload.prompt)
         self.workload, self.dtype = workload, dtype
 

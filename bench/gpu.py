@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that only a GPU can show, in one go: build, tests, compute-sanitizer, benchmarks.
+
+    make gpu                                              # in .venv
+    python3 bench/gpu.py                                  # with the packages this Python has: nothing is installed
+    python3 bench/gpu.py --minutes 9.5 --only build tests-pool-rows bench-pool-rows
+    python3 bench/gpu.py --list
+
+Steps run in order of value, each under a limit of its own, and none prevents the next. Tables, plot and `gpu.log` go to
+--out (default: $OUT, else bench/results). The last lines say how each step ended and which targets were met.
+
+On a machine without a CUDA device, and with --dry-run, the same steps run on the CPU with tiny sizes, so that no typing
+error waits for a GPU; that writes to build/gpu-dry-run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Small tests of both backends that reach every kernel: by hand, long titles and sessions, split runs, row strides.
+SANITIZED = (
+    "test_by_hand or test_long_titles_and_sessions or test_long_runs_of_one_token or test_gradients_accumulate or "
+    "test_a_session_is_a_mean_of_means"
+)
+PYTEST = "{python} -m pytest -q -p no:cacheprovider"
+SANITIZER = "{sanitizer} --target-processes all --error-exitcode 86 --tool"
+ON_GPU = PYTEST + f" -n 0 -m gpu -k '({SANITIZED}) and (cuda-gpu or triton-gpu)' tests/test_pool_rows.py"
+ON_CPU = PYTEST + " -n 0 -m 'not gpu' -k '(test_by_hand or test_a_session) and triton' tests/test_pool_rows.py"
+
+
+class Step(NamedTuple):
+    """A command for the GPU, and the one that tries it out on a CPU; {python} and {sanitizer} are filled in."""
+
+    name: str
+    minutes: float
+    command: str
+    dry: str
+
+
+STEPS = (
+    Step("environment", 1, "{python} -m patchkern", "{python} -m patchkern"),
+    Step("build", 6, "{python} setup.py -q build_ext --inplace", "{python} setup.py -q build_ext --inplace"),
+    Step(
+        "tests-pool-rows",
+        5,
+        PYTEST + " -n 4 -m gpu tests/test_pool_rows.py",
+        PYTEST + " -n 0 -m gpu tests/test_pool_rows.py",
+    ),
+    Step(
+        "bench-pool-rows",
+        6,
+        "{python} bench/bench_pool_rows.py --device cuda --dtypes bfloat16 float32",
+        "{python} bench/bench_pool_rows.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
+        "--policies items --compile eager --loop --peak_mib 1",
+    ),
+    Step(
+        "bench-end-to-end",
+        5,
+        "{python} bench/bench_end_to_end.py",
+        "{python} bench/bench_end_to_end.py --device cpu --shape small --policies items --batches 2 "
+        "--training_batches 2 --seconds 0 --rounds 1",
+    ),
+    Step("memcheck", 4, f"{SANITIZER} memcheck {ON_GPU}", ON_CPU),
+    Step("tests", 6, PYTEST + " -n 4 -m gpu --ignore tests/test_pool_rows.py", PYTEST + " -n 0 -m gpu"),
+    Step(
+        "bench-dispatch",
+        5,
+        "{python} bench/bench_dispatch.py",
+        "{python} bench/bench_dispatch.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0",
+    ),
+    Step("racecheck", 4, f"{SANITIZER} racecheck {ON_GPU}", ON_CPU),
+    Step(
+        "plot",
+        1,
+        "{python} bench/plot.py --folder {out} --dtype bfloat16",
+        "{python} bench/plot.py --folder {out} --dtype bfloat16",
+    ),
+)
+
+
+class Target(NamedTuple):
+    """What a metric of a table should reach, at the median; for providers whose name ends so."""
+
+    table: str
+    mode: str
+    metric: str
+    provider: str
+    at_least: bool
+    value: float
+
+
+TARGETS = (
+    Target("pool_rows_cuda", "forward", "fraction of peak", "", True, 0.9),
+    Target("pool_rows_cuda", "forward", "fraction of copy", "", True, 0.9),
+    Target("pool_rows_cuda", "forward", "speed-up over embedding_bag", "", True, 3),
+    Target("pool_rows_cuda", "forward", "speed-up over index_add", "", True, 3),
+    Target("pool_rows_cuda", "forward", "speed-up over segment_reduce", "", True, 3),
+    Target("pool_rows_cuda", "forward", "speed-up over index_add compiled", "", True, 3),
+    Target("pool_rows_cuda", "forward", "speed-up over reference compiled", "", True, 3),
+    Target("pool_rows_cuda", "forward", "speed-up over loop", "", True, 200),
+    Target("pool_rows_cuda", "backward", "speed-up over embedding_bag dense", " dense", True, 2),
+    Target("pool_rows_cuda", "backward", "speed-up over embedding_bag sparse", " compact", True, 2),
+    Target("pool_rows_cuda", "backward", "bitwise equal in 10 runs", "", True, 1),
+    Target("end_to_end", "share", "fraction of forward", "compress_batch", False, 0.03),
+)
+
+
+# ------------------------------------------------------------------ running
+
+
+def run(command: str, log: Path, environment: dict[str, str], seconds: float) -> int | None:
+    """The command's exit status, None if it ran past its time; its output goes to the end of ``log``."""
+    with log.open("ab") as file:
+        file.write(f"\n$ {command}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            shlex.split(command),
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own group, compilers and test workers included
+            process.wait()
+            return None
+
+
+def find_sanitizer() -> str:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return found if Path(found).exists() else ""
+
+
+def perform(step: Step, dry: bool, out: Path, seconds: float) -> tuple[str, float]:
+    """How a step ended, in a word or two, and how long it took."""
+    log = out / "gpu.log"
+    command, sanitizer = step.dry if dry else step.command, find_sanitizer()
+    if "{sanitizer}" in command and not sanitizer:
+        return "not run: there is no compute-sanitizer here", 0.0
+    environment = os.environ | {"PATCHKERN_BENCH_OUT": str(out), "PYTHONUNBUFFERED": "1"}
+    if dry:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    if "{sanitizer}" in command:
+        # every tensor its own allocation, so that reading past its end is an error and not a neighbour's value
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    filled = command.format(python=shlex.quote(sys.executable), sanitizer=sanitizer, out=shlex.quote(str(out)))
+    limit = min(60 * step.minutes, seconds)
+    print(f"\n=== {step.name} (at most {limit:.0f} s)\n$ {filled}", flush=True)
+    written, start = log.stat().st_size if log.exists() else 0, time.monotonic()
+    status = run(filled, log, environment, limit)
+    taken = time.monotonic() - start
+    with log.open("rb") as file:
+        file.seek(written)
+        lines = file.read().decode(errors="replace").rstrip().splitlines()
+    print("\n".join(line[:200] for line in lines[-12:]), flush=True)
+    ended = "ok" if status == 0 else "ran past its limit" if status is None else f"exit status {status}"
+    return f"{ended}: {lines[-1][:100]}" if "pytest" in command else ended, taken
+
+
+# ------------------------------------------------------------------ the summary
+
+
+def targets(out: Path) -> list[str]:
+    """One line per measured target: met or missed, and on which configurations."""
+    lines = []
+    for target in TARGETS:
+        path = out / f"{target.table}.csv"
+        if not path.exists():
+            continue
+        with path.open(newline="") as file:
+            rows = [
+                row
+                for row in csv.DictReader(file)
+                if (row["mode"], row["metric"]) == (target.mode, target.metric)
+                and row["provider"].endswith(target.provider)
+            ]
+        for provider in dict.fromkeys(row["provider"] for row in rows):
+            results = []
+            for row in rows:
+                if row["provider"] == provider:
+                    config, value = (
+                        json.loads(row["config"]),
+                        float({"True": 1, "False": 0}.get(row["p50"], row["p50"])),
+                    )
+                    met = value >= target.value if target.at_least else value <= target.value
+                    name = f"{config['policy']}/{config['batch']}/{config['dtype'].replace('float', '')}"
+                    results.append(f"{name} {value:.3g}{'' if met else ' MISSED'}")
+            sign = ">=" if target.at_least else "<="
+            lines.append(f"{provider}, {target.mode}, {target.metric} {sign} {target.value:g}: {', '.join(results)}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], default=None)
+    parser.add_argument("--skip", nargs="+", choices=[step.name for step in STEPS], default=[])
+    parser.add_argument("--minutes", type=float, default=25, help="for everything (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for tables and the log")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    args = parser.parse_args(argv)
+    if args.list:
+        for step in STEPS:
+            print(f"{step.name:18} {step.minutes:4g} min  {step.command}")
+        return 0
+    import torch
+
+    dry = args.dry_run
+    if not dry and not torch.cuda.is_available():
+        print("gpu: torch sees no CUDA device on this machine; this is a dry run on the CPU")
+        dry = True
+    default = REPOSITORY / "build/gpu-dry-run" if dry else Path(os.environ.get("OUT") or REPOSITORY / "bench/results")
+    out = (args.out or default).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.log").unlink(missing_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    summary, failed = [], False
+    for step in STEPS:
+        if step.name in args.skip or (args.only and step.name not in args.only):
+            continue
+        left = deadline - time.monotonic()
+        ended, taken = perform(step, dry, out, left) if left > 5 else ("not run: no time left", 0.0)
+        failed |= not ended.startswith("ok")
+        summary.append(f"{step.name:18} {taken:6.1f} s  {ended}")
+    report = "\n".join([f"\n=== summary, {'dry run on the CPU' if dry else 'GPU'}: {out}", *summary, *targets(out)])
+    print(report)
+    with (out / "gpu.log").open("a") as file:
+        file.write(report + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

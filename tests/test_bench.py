@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks from their command lines, on sizes that take a moment: no typing error should wait for a GPU."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import patchkern as pk
+from bench import bench_dispatch, bench_pool_rows, gpu, timing, workloads
+
+TINY = ["--device", "cpu", "--batches", "1", "--widths", "8", "--dtypes", "bfloat16", "--seconds", "0"]
+POOL_ROWS = [*TINY, "--policies", "items", "--compile", "eager", "--loop", "--peak_mib", "1"]
+
+
+@pytest.fixture(autouse=True)
+def a_small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results go aside, data is made up, and interpreted kernels, which take minutes, are left to the other tests."""
+    workload = workloads._stand_in()
+    monkeypatch.setenv("PATCHKERN_BENCH_OUT", str(tmp_path))
+    for module in (bench_pool_rows, bench_dispatch):
+        monkeypatch.setattr(module, "kernels", lambda device, dtype: ["native"])
+        monkeypatch.setattr(module.workloads, "ml1m", lambda: workload)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------ timing
+
+
+class Device:
+    """A device that works off what is enqueued, and whose clock counts 2 ms a sweep and 5 ms a kernel."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def event(self, enable_timing: bool) -> Any:
+        device = self
+
+        class Event:
+            def record(self) -> None:
+                self.at = device.now
+
+            def elapsed_time(self, other: Any) -> float:
+                return float(other.at - self.at)
+
+        return Event()
+
+
+def test_events_leave_out_the_sweep_and_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+
+    def sweep(self: torch.Tensor) -> torch.Tensor:
+        device.now += 2
+        device.log.append("sweep")
+        return self
+
+    def kernel(name: str, milliseconds: float) -> Callable[[], None]:
+        def call() -> None:
+            device.log.append(name)
+            # the first two calls compile
+            device.now += milliseconds if device.log.count(name) > 2 else 1000
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "zero_", sweep)
+    monkeypatch.setattr(timing, "_cache_bytes", lambda device: 1024)
+    calls = {"fast": kernel("fast", 5), "slow": kernel("slow", 20)}
+    times = timing.measure_cuda(calls, torch.device("cpu"), seconds=0, min_rounds=7)
+    assert times.seconds["fast"].tolist() == [0.005] * 7 and times.seconds["slow"].tolist() == [0.02] * 7
+    assert times.ratio("slow", "fast") == (4, 4, 4)
+    assert device.log[0::2] == ["sweep"] * 18  # one before every call
+    orders = {tuple(device.log[i + 1 : i + 4 : 2]) for i in range(0, len(device.log), 4)}
+    assert orders == {("fast", "slow"), ("slow", "fast")}
+
+
+def test_tables_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHKERN_COMMIT", "abc1234")
+    timing._software.cache_clear()
+    results = timing.Table("some")
+    results.add("provider", "mode", "time", "ms", (1.0, 2.0, 3.0), {"rows": 4})
+    results.write()
+    timing._software.cache_clear()
+    (row,) = table(tmp_path / "some.csv")
+    assert tuple(row) == timing.COLUMNS
+    assert (row["p50"], json.loads(row["config"]), row["commit"]) == ("2", {"rows": 4}, "abc1234")
+    assert row["torch"] == torch.__version__ and bool(row["gpu"]) == torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------ the scripts
+
+
+MODES = {
+    "forward": {
+        *("copy", "native", "native+alloc", "native+table", "embedding_bag", "index_add", "segment_reduce"),
+        *("reference", "index_add compiled", "reference compiled", "loop"),
+    },
+    "backward": {
+        *("copy", "zeros", "native compact", "native dense", "native dense into grad"),
+        *("embedding_bag dense", "embedding_bag sparse"),
+    },
+}
+
+
+@pytest.mark.unpoisoned("tracing would record the filling")
+def test_pool_rows(tmp_path: Path) -> None:
+    bench_pool_rows.main(POOL_ROWS)
+    rows = table(tmp_path / "pool_rows.csv")
+    timed = {
+        mode: {row["provider"] for row in rows if (row["mode"], row["metric"]) == (mode, "time")} for mode in MODES
+    }
+    assert timed == MODES
+    figures = {(row["provider"], row["mode"], row["metric"]): float(row["p50"]) for row in rows}
+    time_of_native = 1e-3 * figures["native", "forward", "time"]
+    config = next(json.loads(row["config"]) for row in rows if row["provider"] == "native")
+    assert figures["native", "forward", "least bytes"] == pytest.approx(
+        config["least_bytes"] / time_of_native / 1e9, rel=1e-3
+    )
+    assert figures["native compact", "backward", "bitwise equal in 10 runs"] == 1
+    assert {"speed-up over loop", "speed-up over index_add compiled", "fraction of peak"} <= {
+        row["metric"] for row in rows
+    }
+
+
+def test_least_bytes_by_hand() -> None:
+    """Rows 9 | patch of (5, 6) | 6 | 9: embeddings 5, 6 and 9, or with a table 6, 9 and one of its rows."""
+    catalog = pk.Catalog.from_token_ids([5, 6, 6], [0, 2, 3])
+    prompt = pk.Prompt(prefix=[9], separator=[], suffix=[9], response_end=[])
+    layout = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=1), prompt)
+    lo, hi, items, token_ids, offsets, title_index = 4, 4, 1, 2, 2, 1
+    assert bench_pool_rows.least_bytes(layout, row_bytes=100) == {
+        "least_bytes": 100 * (4 + 3) + 4 * (lo + hi + items + token_ids + offsets),
+        "least_bytes_table": 100 * (4 + 2 + 1) + 4 * (lo + hi + items + title_index),
+    }
+
+
+def test_what_is_wrong_or_breaks_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(self: Any, weight: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on this device")
+
+    right = bench_pool_rows.Segments.index_add
+    monkeypatch.setattr(bench_pool_rows.Segments, "index_add", lambda self, weight: right(self, weight) * 1.1)
+    monkeypatch.setattr(bench_pool_rows.Loop, "pool", breaks)
+    with pytest.raises(SystemExit) as stopped:
+        bench_pool_rows.main([*POOL_ROWS, "--compile", "off"])
+    complaint = str(stopped.value)
+    assert "index_add forward: wrong result" in complaint and "loop forward: RuntimeError: not on" in complaint
+    rows = table(tmp_path / "pool_rows.csv")
+    assert not [row for row in rows if "index_add" in row["provider"] + row["metric"] or "loop" in row["provider"]]
+    assert [row for row in rows if row["metric"] == "speed-up over embedding_bag"]
+
+
+def test_dispatch(tmp_path: Path) -> None:
+    bench_dispatch.main(TINY)
+    modes = {row["mode"] for row in table(tmp_path / "dispatch.csv")}
+    assert modes == {"transfer", "pool_rows", "pool_rows_grad"}
+
+
+def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from bench import bench_end_to_end
+
+    workload = workloads._stand_in()
+    monkeypatch.setattr(bench_end_to_end, "ml1m", lambda: workload)
+    models = bench_end_to_end.Models("small", torch.float32, torch.device("cpu"), workload)
+    shared = zip(models.padded.parameters(), models.packed.hf_model.parameters(), strict=True)
+    assert all(ours is theirs for ours, theirs in shared)
+    assert models.padded.config._attn_implementation == "sdpa" != models.packed.config._attn_implementation
+
+    small = ["--shape", "small", "--dtype", "float32", "--policies", "sessions", "--batches", "1", "--seconds", "0"]
+    bench_end_to_end.main(["--device", "cpu", *small, "--training_batches", "1", "--rounds", "1"])
+    rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "end_to_end.csv")}
+    assert ("compress_batch", "share", "fraction of forward") in rows
+    assert ("patchkern", "inference", "speed-up") in rows and ("patchkern", "training", "speed-up") in rows
+
+
+def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from bench import bench_end_to_end
+
+    def too_large(histories: Any, targets: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    results = timing.Table("oom")
+    steps = {"reference": too_large, "patchkern": lambda histories, targets: torch.zeros(1)}
+    config = {"device": "cpu", "batch": 2}
+    bench_end_to_end.compare(results, "training", steps, workloads._stand_in(), 2, config)
+    assert [(row["provider"], row["metric"]) for row in results.rows] == [
+        ("reference", "out of memory"),
+        ("patchkern", "speed"),
+    ]
+
+
+def test_plot_of_the_published_tables(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    for path in plot.RESULTS.glob("pool_rows*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        written = plot.main([str(tmp_path / path.name), "--width", "2048", "--dtype", "bfloat16"])
+        assert [image.read_bytes()[:4] for image in written] == [b"\x89PNG"]
+    points, machine = plot.read(plot.RESULTS / "pool_rows.csv", 2048, "bfloat16")
+    copy = next(point for point in points if point.provider == "copy" and point.policy == "text")
+    assert copy.megabytes == pytest.approx(2 * 24016 * 2048 * 2 / 1e6) and copy.low <= copy.rate <= copy.high
+    assert "torch" in machine
+    with pytest.raises(ValueError, match="width 3"):
+        plot.read(plot.RESULTS / "pool_rows.csv", 3, None)
+
+
+# ------------------------------------------------------------------ everything in one go
+
+
+def test_steps_end_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(command: str, seconds: float = 20.0, minutes: float = 1.0) -> str:
+        return gpu.perform(gpu.Step("step", minutes, command, ""), False, tmp_path, seconds)[0]
+
+    assert ended("{python} -c 'import os; print(os.environ[\"PATCHKERN_BENCH_OUT\"])'") == "ok"
+    assert str(tmp_path) in (tmp_path / "gpu.log").read_text()
+    assert ended("{python} -c 'raise SystemExit(3)'") == "exit status 3"
+    start = time.monotonic()
+    assert ended("{python} -c 'import time; time.sleep(60)'", minutes=1 / 60) == "ran past its limit"
+    assert time.monotonic() - start < 20
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: "")
+    assert ended("{sanitizer} true").startswith("not run")
+
+
+def test_no_step_prevents_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    steps = tuple(
+        gpu.Step(name, 1, "", f"{{python}} -c 'raise SystemExit({code})'") for name, code in (("a", 1), ("b", 0))
+    )
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    summary = capsys.readouterr().out.partition("=== summary")[2].splitlines()
+    assert [line.split()[0] for line in summary[1:3]] == ["a", "b"]
+    assert summary[1].endswith("exit status 1") and summary[2].endswith("ok")
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--only", "b"]) == 0
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--minutes", "0"]) == 1
+
+
+def test_targets_are_told_met_from_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = timing.Table("pool_rows_cuda")
+    for policy, value in (("text", 0.95), ("items", 0.5)):
+        config = {"policy": policy, "batch": 64, "dtype": "bfloat16"}
+        results.add("cuda", "forward", "fraction of peak", "ratio", (value,) * 3, config)
+    results.write()
+    assert gpu.targets(tmp_path) == [
+        "cuda, forward, fraction of peak >= 0.9: text/64/b16 0.95, items/64/b16 0.5 MISSED",
+    ]
+
+
+def test_steps_are_commands_that_exist() -> None:
+    for step in gpu.STEPS:
+        for command in (step.command, step.dry):
+            filled = command.format(python=sys.executable, sanitizer="compute-sanitizer", out="out")
+            words = gpu.shlex.split(filled)
+            scripts = [word for word in words if word.endswith(".py")]
+            assert all((gpu.REPOSITORY / script).exists() for script in scripts), command
+    assert np.unique([step.name for step in gpu.STEPS]).size == len(gpu.STEPS)

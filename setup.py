@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds `patchkern._native` with ninja. Everything else about the package is in pyproject.toml.
+"""Builds `patchkern._native` and `patchkern._cuda` with ninja. Everything else about the package is in pyproject.toml.
 
-PATCHKERN_NATIVE=auto (default) builds the module when there is a C++ compiler, 1 requires it, 0 leaves it out.
-CXX names the compiler, CXXFLAGS adds flags. A compiler that is found and then fails is an error, never a fallback.
-What was built, or why nothing was, is written to patchkern/_build_info.json.
+PATCHKERN_NATIVE=auto (default) builds the C++ module when there is a C++ compiler, 1 requires it, 0 leaves it out.
+CXX names the compiler, CXXFLAGS adds flags.
+PATCHKERN_CUDA=auto (default) builds the CUDA module when there is nvcc (CUDACXX, else that of CUDA_HOME or CUDA_PATH,
+else that on the PATH), 1 requires it, 0 leaves it out. PATCHKERN_CUDA_ARCHS says for which GPUs; "80;90;100" is the
+default, less those that nvcc does not know. The last one is there as PTX too, for newer GPUs.
+A compiler that is found and then fails is an error, never a fallback.
+What was built, or why it was not, is written to patchkern/_build_info.json.
 """
 
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent / "csrc"
-SOURCES = ["bindings.cpp", "layout.cpp", "pool_rows_cpu.cpp"]
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMPILERS = ["c++", "g++", "clang++"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
+SOURCES = ["bindings.cpp", "layout.cpp", "pool_rows_cpu.cpp"]
 
 # The CPU kernels are compiled once per instruction set; pool_rows_cpu.cpp picks one at run time.
 KERNELS = "pool_rows_kernels.cpp"
@@ -31,27 +37,113 @@ if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     KERNEL_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 
+CUDA_SOURCES = ["bindings_cuda.cpp", "pool_rows_fwd.cu", "pool_rows_bwd.cu"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_LINK = ["-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"]  # torch's own CUDA runtime is not disturbed
+CUDA_ARCHS = ["80", "90", "100"]
+
+
+def switch(name: str) -> str:
+    """The value of PATCHKERN_NATIVE or PATCHKERN_CUDA."""
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} must be auto, 0 or 1, got {value!r}")
+    return value
+
 
 def find_compiler() -> "tuple[list[str], str]":
-    """The compiler's command, or an empty one and the reason why there is none."""
-    switch = os.environ.get("PATCHKERN_NATIVE", "auto")
-    if switch not in ("auto", "0", "1"):
-        raise SystemExit(f"PATCHKERN_NATIVE must be auto, 0 or 1, got {switch!r}")
-    if switch == "0":
-        return [], "the package was built with PATCHKERN_NATIVE=0"
+    """The C++ compiler's command, or an empty one and what was not found."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command, ""
-    missing = f"CXX={shlex.join(named)} was not found" if named else f"none of {', '.join(COMPILERS)} was found"
-    if switch == "1":
-        raise SystemExit(f"PATCHKERN_NATIVE=1, but there is no C++ compiler: {missing}")
-    return [], f"the package was built without a C++ compiler: {missing}"
+    return [], f"CXX={shlex.join(named)} was not found" if named else f"none of {', '.join(COMPILERS)} was found"
 
 
-def write_ninja(folder: Path, library: str, cxx: "list[str]", cxxflags: "list[str]") -> None:
-    """Write folder/build.ninja: one object per source and instruction set, linked into one module."""
+def find_nvcc() -> "tuple[list[str], str]":
+    """nvcc's command, or an empty one and what was not found."""
+    compiler, missing = find_compiler()
+    if not compiler:
+        return [], f"nvcc needs a C++ compiler, and {missing}"
+    named = shlex.split(os.environ.get("CUDACXX", ""))
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [named] if named else [[str(Path(home, "bin", "nvcc"))] for home in homes] + [["nvcc"]]
+    for command in candidates:
+        if shutil.which(command[0]):
+            return command, ""
+    return [], " or ".join(shlex.join(command) for command in candidates) + " was not found"
+
+
+def chosen(name: str, what: str, found: "tuple[list[str], str]") -> "tuple[list[str], str]":
+    """What was found, or nothing and why the package is built without."""
+    value, (command, missing) = switch(name), found
+    if value == "0":
+        return [], f"the package was built with {name}=0"
+    if not command and value == "1":
+        raise SystemExit(f"{name}=1, but there is no {what}: {missing}")
+    return command, "" if command else f"the package was built without a {what}: {missing}"
+
+
+def version(compiler: "list[str]") -> str:
+    return subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+
+
+def cuda_archs(nvcc: "list[str]") -> "list[str]":
+    """The GPUs to build for, oldest first."""
+    named = re.split(r"[\s,;]+", os.environ.get("PATCHKERN_CUDA_ARCHS", "").strip())
+    if named != [""]:
+        archs = [name.removeprefix("sm_") for name in named]
+        if not all(arch.isdigit() for arch in archs):
+            raise SystemExit(f"PATCHKERN_CUDA_ARCHS must be numbers like 80;90, got {';'.join(named)!r}")
+        return sorted(set(archs), key=int)
+    known = subprocess.run([*nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    if archs := [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]:
+        return archs
+    raise SystemExit(f"{shlex.join(nvcc)} knows none of the GPUs {', '.join(CUDA_ARCHS)}: see PATCHKERN_CUDA_ARCHS")
+
+
+class Unit(NamedTuple):
+    source: str
+    object: str
+    flags: "list[str]"
+
+
+class Module(NamedTuple):
+    """An extension module: how to compile its units and how to link them."""
+
+    library: str
+    compile: "list[str]"
+    link: "list[str]"
+    units: "list[Unit]"
+
+
+def includes() -> "list[str]":
     import pybind11
+
+    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+
+
+def native_module(library: str, cxx: "list[str]", cxxflags: "list[str]") -> Module:
+    units = [Unit(name, f"{Path(name).stem}.o", includes() if name == "bindings.cpp" else []) for name in SOURCES]
+    for isa, flags in KERNEL_FLAGS.items():
+        units.append(Unit(KERNELS, f"{Path(KERNELS).stem}_{isa}.o", [f"-DPK_ISA={isa}", *flags.split()]))
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    return Module(library, [*cxx, *FLAGS, *cxxflags], [*cxx, *shared, "-pthread", *cxxflags], units)
+
+
+def cuda_module(library: str, nvcc: "list[str]", archs: "list[str]") -> Module:
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    units = [
+        Unit(name, f"{Path(name).stem}.o", includes() if name.endswith(".cpp") else targets) for name in CUDA_SOURCES
+    ]
+    host = shlex.split(os.environ.get("CXX", ""))
+    ccbin = [f"-ccbin={host[0]}"] if len(host) == 1 else []
+    return Module(library, [*nvcc, *ccbin, *CUDA_FLAGS], [*nvcc, *ccbin, *CUDA_LINK, *targets], units)
+
+
+def write_ninja(folder: Path, modules: "list[Module]") -> None:
+    """Write folder/build.ninja, which builds the modules' libraries there."""
 
     def command(*parts: str) -> str:
         return shlex.join(parts).replace("$", "$$")
@@ -59,54 +151,75 @@ def write_ninja(folder: Path, library: str, cxx: "list[str]", cxxflags: "list[st
     def path(p: Path) -> str:
         return str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
-    includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    units = [(name, Path(name).stem, includes if name == "bindings.cpp" else []) for name in SOURCES]
-    for isa, flags in KERNEL_FLAGS.items():
-        units.append((KERNELS, f"{Path(KERNELS).stem}_{isa}", [f"-DPK_ISA={isa}", *flags.split()]))
-    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-
-    lines = [
-        "rule compile",
-        f"  command = {command(*cxx)} -MMD -MF $out.d {command(*FLAGS)} $unit {command(*cxxflags)} -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {command(*cxx, *shared, '-pthread', *cxxflags)} $in -o $out",
-    ]
-    for source, stem, flags in units:
-        lines += [f"build {stem}.o: compile {path(CSRC / source)}", f"  unit = {command(*flags)}"]
-    lines += [f"build {library}: link {' '.join(f'{stem}.o' for _, stem, _ in units)}", ""]
+    lines = []
+    for number, module in enumerate(modules):
+        lines += [
+            f"rule compile{number}",
+            f"  command = {command(*module.compile)} -MMD -MF $out.d $unit -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"rule link{number}",
+            f"  command = {command(*module.link)} $in -o $out",
+            f"build {module.library}: link{number} {' '.join(unit.object for unit in module.units)}",
+        ]
+        for unit in module.units:
+            lines += [
+                f"build {unit.object}: compile{number} {path(CSRC / unit.source)}",
+                f"  unit = {command(*unit.flags)}",
+            ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines))
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
-class BuildNative(build_ext):
+class BuildModules(build_ext):
     """Compile with ninja: parallel, and only what changed."""
 
     def run(self) -> None:
-        library = Path(self.get_ext_filename("patchkern._native")).name
         target = Path("patchkern") if self.inplace else Path(self.build_lib, "patchkern")
         target.mkdir(parents=True, exist_ok=True)
-        cxx, reason = find_compiler()
-        info: dict[str, object] = {"native": bool(cxx), "reason": reason}
+        cxx, reason = chosen("PATCHKERN_NATIVE", "C++ compiler", find_compiler())
+        nvcc, cuda_reason = chosen("PATCHKERN_CUDA", "CUDA compiler", find_nvcc())
+        info: dict[str, object] = {
+            "native": bool(cxx),
+            "reason": reason,
+            "cuda": bool(nvcc),
+            "cuda_reason": cuda_reason,
+        }
+        native, cuda = (Path(self.get_ext_filename(f"patchkern.{name}")).name for name in ("_native", "_cuda"))
+        modules = []
         if cxx:
             cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
+            modules.append(native_module(native, cxx, cxxflags))
+            info.update(flags=FLAGS + cxxflags, isa=list(KERNEL_FLAGS))
+        if nvcc:
+            archs = cuda_archs(nvcc)
+            modules.append(cuda_module(cuda, nvcc, archs))
+            info.update(archs=archs)
+        for library, left_out in ((native, reason), (cuda, cuda_reason)):
+            if left_out:
+                print(f"warning: patchkern/{library} is left out: {left_out}", file=sys.stderr)
+                (target / library).unlink(missing_ok=True)
+        if modules:
             # An editable install gets a new temporary folder each time; a fixed one keeps its builds incremental.
             fixed = Path("build", f"native-{sysconfig.get_config_var('SOABI')}")
             folder = fixed if self.inplace else Path(self.build_temp)
-            write_ninja(folder, library, cxx, cxxflags)
+            write_ninja(folder, modules)
             subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
-            shutil.copy2(folder / library, target / f"{library}.tmp")
-            os.replace(target / f"{library}.tmp", target / library)  # a running process may have the old one mapped
-            version = subprocess.run([*cxx, "--version"], check=True, capture_output=True, text=True).stdout
-            info.update(compiler=version.splitlines()[0], flags=FLAGS + cxxflags, isa=list(KERNEL_FLAGS))
-        else:
-            print(f"warning: patchkern._native is left out: {reason}", file=sys.stderr)
-            (target / library).unlink(missing_ok=True)
+            for module in modules:
+                shutil.copy2(folder / module.library, target / f"{module.library}.tmp")
+                # a running process may have the old one mapped
+                os.replace(target / f"{module.library}.tmp", target / module.library)
+        if cxx:
+            info["compiler"] = version(cxx).splitlines()[0]
+        if nvcc:
+            info["nvcc"] = version(nvcc).splitlines()[-1]
         (target / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
 setup(
-    ext_modules=[Extension("patchkern._native", [f"csrc/{name}" for name in [*SOURCES, KERNELS]], optional=True)],
-    cmdclass={"build_ext": BuildNative},
+    ext_modules=[
+        Extension("patchkern._native", [f"csrc/{name}" for name in [*SOURCES, KERNELS]], optional=True),
+        Extension("patchkern._cuda", [f"csrc/{name}" for name in CUDA_SOURCES], optional=True),
+    ],
+    cmdclass={"build_ext": BuildModules},
 )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build: what is in the wheel, what the native module links, and what happens without a compiler."""
+"""The build: what is in the wheel, what the extension modules link, and what happens without a compiler."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -44,7 +45,10 @@ def checked(*command: str | Path, **options: Any) -> str:
 
 def environment(**changes: str | None) -> dict[str, str]:
     """This process's environment with changes; None removes a variable."""
-    names = {**os.environ, "PATCHKERN_NATIVE": None, "CXX": None, "CXXFLAGS": None, "PYTHONPATH": None, **changes}
+    names: dict[str, str | None] = dict(os.environ)
+    names |= dict.fromkeys(("PATCHKERN_NATIVE", "CXX", "CXXFLAGS", "PYTHONPATH"))
+    names |= dict.fromkeys(("PATCHKERN_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"))
+    names |= {"PATCHKERN_CUDA": "0", **changes}
     return {name: value for name, value in names.items() if value is not None}
 
 
@@ -57,11 +61,20 @@ def module() -> Path:
     return found[0]
 
 
+@pytest.fixture(scope="session")
+def cuda_module() -> Path:
+    """The CUDA module of the package under test."""
+    found = list(Path(pk.__file__).parent.glob("_cuda.*.so"))
+    if not found:
+        pytest.skip(f"there is no CUDA module here: {_build.cuda_build_reason()}")
+    return found[0]
+
+
 # ------------------------------------------------------------------ the sources
 
 
 def test_native_sources_include_no_torch_header() -> None:
-    sources = [path for path in (REPOSITORY / "csrc").iterdir() if path.suffix in (".h", ".cpp", ".cu")]
+    sources = [path for path in (REPOSITORY / "csrc").iterdir() if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources
     for source in sources:
         includes = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', source.read_text(), re.MULTILINE)
@@ -71,7 +84,7 @@ def test_native_sources_include_no_torch_header() -> None:
 
 def test_kernels_and_layout_know_no_python() -> None:
     for source in (REPOSITORY / "csrc").iterdir():
-        if source.name != "bindings.cpp":
+        if not source.name.startswith("bindings"):
             assert not re.search(r"#\s*include\s*[<\"](pybind11|Python\.h)", source.read_text()), source.name
 
 
@@ -110,26 +123,37 @@ def test_constraints_pin_every_requirement_for_every_python() -> None:
         wanted += extra
     for requirement in wanted:
         name = re.match(r"[\w-]+", requirement)[0]  # type: ignore[index]
-        if name != "patchkern":
+        if name not in ("patchkern", "triton"):  # torch for CUDA requires one triton and no other
             assert pinned.get(name) in everywhere, f"{requirement} is not pinned for every Python"
 
 
 # ------------------------------------------------------------------ the native module
 
 
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
-def test_native_module_links_the_c_library_only(module: Path) -> None:
-    linked = re.findall(r"\(NEEDED\).*\[(.+)\]", checked("readelf", "-d", module))
-    allowed = r"(libstdc\+\+|libgcc_s|libc|libm|libpthread|libdl|librt|ld-linux[\w-]*|libasan|libubsan)\.so\.\d+"
+ALLOWED = r"(libstdc\+\+|libgcc_s|libc|libm|libpthread|libdl|librt|ld-linux[\w-]*|libasan|libubsan)\.so\.\d+"
+needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+
+
+@needs_readelf
+@pytest.mark.parametrize("fixture", ["module", "cuda_module"])
+def test_modules_link_the_c_library_only(fixture: str, request: pytest.FixtureRequest) -> None:
+    """No libtorch, and no CUDA runtime beside torch's."""
+    linked = re.findall(r"\(NEEDED\).*\[(.+)\]", checked("readelf", "-d", request.getfixturevalue(fixture)))
     assert linked
-    assert [name for name in linked if not re.fullmatch(allowed, name)] == []
+    assert [name for name in linked if not re.fullmatch(ALLOWED, name)] == []
 
 
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
-def test_native_module_asks_for_no_symbol_of_torch_or_cuda(module: Path) -> None:
-    symbols = checked("readelf", "-W", "--dyn-syms", module)
+@needs_readelf
+@pytest.mark.parametrize("fixture", ["module", "cuda_module"])
+def test_modules_ask_for_no_symbol_of_torch_or_cuda_and_offer_their_entry_only(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(fixture)
+    symbols = checked("readelf", "-W", "--dyn-syms", path)
     assert "PyModule" in symbols or "Py_" in symbols
     assert re.findall(r"UND \S*(?:torch|c10|2at\d|caffe|cuda|cublas)\S*", symbols) == []
+    offered = re.findall(r"(?:FUNC|OBJECT) +GLOBAL +DEFAULT +\d+ (\S+)", symbols)
+    assert offered == [f"PyInit_{path.name.partition('.')[0]}"]
 
 
 WITHOUT_TORCH = """
@@ -172,6 +196,25 @@ def test_native_module_pools_numpy_memory_without_torch(module: Path) -> None:
     assert said.startswith("pooled with baseline")
 
 
+LOAD_CUDA = """
+import importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("patchkern._cuda", sys.argv[1])
+cuda = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda)
+print(cuda.runtime_version(), cuda.driver_version(), cuda.error_string(35), sep="\\n")
+"""
+
+
+def test_cuda_module_loads_without_torch_or_a_driver(cuda_module: Path) -> None:
+    runtime, driver, message = checked(sys.executable, "-c", LOAD_CUDA, cuda_module, env=environment()).splitlines()
+    release = re.search(r"cuda_(\d+)\.(\d+)\.", _build.build_info()["nvcc"])
+    assert release is not None
+    assert int(runtime) == 1000 * int(release[1]) + 10 * int(release[2])
+    assert int(driver) >= 0
+    assert "driver version is insufficient" in message
+
+
 # ------------------------------------------------------------------ building
 
 
@@ -193,14 +236,87 @@ def test_native_can_be_left_out(tmp_path: Path) -> None:
         ({"PATCHKERN_NATIVE": "1", "PATH": "/nowhere"}, "no C++ compiler: none of c++, g++, clang++ was found"),
         ({"PATCHKERN_NATIVE": "yes"}, "PATCHKERN_NATIVE must be auto, 0 or 1, got 'yes'"),
         ({"CXX": "false"}, "subcommand failed"),
+        ({"PATCHKERN_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "no CUDA compiler: /nowhere/nvcc was not found"),
+        (
+            {"PATCHKERN_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": str(Path(shutil.which("c++") or "").parent)},
+            "no CUDA compiler: /nowhere/bin/nvcc or nvcc was not found",
+        ),
+        (
+            {"PATCHKERN_CUDA": "1", "PATCHKERN_NATIVE": "0", "CXX": "/nowhere/c++"},
+            "no CUDA compiler: nvcc needs a C++ compiler, and CXX=/nowhere/c++ was not found",
+        ),
+        ({"PATCHKERN_CUDA": "on"}, "PATCHKERN_CUDA must be auto, 0 or 1, got 'on'"),
+        ({"PATCHKERN_CUDA": "auto", "CUDACXX": "false", "PATCHKERN_CUDA_ARCHS": "90"}, "subcommand failed"),
+        (
+            {"PATCHKERN_CUDA": "auto", "CUDACXX": "true", "PATCHKERN_CUDA_ARCHS": "hopper"},
+            "PATCHKERN_CUDA_ARCHS must be numbers like 80;90, got 'hopper'",
+        ),
+        ({"PATCHKERN_CUDA": "auto", "CUDACXX": "true"}, "true knows none of the GPUs 80, 90, 100"),
     ],
-    ids=["CXX missing", "PATH empty", "bad switch", "compiler fails"],
+    ids=[
+        "CXX missing",
+        "PATH empty",
+        "bad switch",
+        "compiler fails",
+        "CUDACXX missing",
+        "no nvcc anywhere",
+        "nvcc without C++",
+        "bad CUDA switch",
+        "nvcc fails",
+        "bad archs",
+        "nvcc too old",
+    ],
 )
 def test_build_fails_loudly(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     done = build_native(tmp_path, **changes)
     assert done.returncode != 0
     assert message in done.stdout
     assert not list(tmp_path.glob("lib/**/*.so"))
+
+
+FAKE_NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo 'Cuda compilation tools'; echo 'Build cuda_12.4.r12.4/compiler.1'; exit;;
+  --list-gpu-arch) printf 'compute_80\\ncompute_90\\n'; exit;;
+esac
+echo "$@" >> "$(dirname "$0")/calls"
+while [ "$1" != -o ]; do [ "$1" = -MF ] && echo 'nothing:' > "$2"; shift; done
+touch "$2"
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_nvcc_is_found_and_told_the_gpus_it_knows(variable: str, tmp_path: Path) -> None:
+    """With an nvcc that only writes down what it was told."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(FAKE_NVCC)
+    nvcc.chmod(0o755)
+    home, path = str(tmp_path / "cuda"), os.pathsep.join([str(nvcc.parent), os.environ["PATH"]])
+    where = {"CUDACXX": str(nvcc), "CUDA_HOME": home, "CUDA_PATH": home, "PATH": path}[variable]
+    done = build_native(tmp_path, **{variable: where, "PATCHKERN_CUDA": "auto", "PATCHKERN_NATIVE": "0"})
+    assert done.returncode == 0, done.stdout
+    info = json.loads((tmp_path / "lib" / "patchkern" / "_build_info.json").read_text())
+    assert info["cuda"] and info["cuda_reason"] == "" and not info["native"]
+    assert info["archs"] == ["80", "90"] and info["nvcc"] == "Build cuda_12.4.r12.4/compiler.1"
+    assert [path.name.partition(".")[0] for path in (tmp_path / "lib" / "patchkern").glob("*.so")] == ["_cuda"]
+    calls = (nvcc.parent / "calls").read_text().splitlines()
+    kernels = [call for call in calls if ".cu " in call]
+    assert len(kernels) == 2 and len(calls) == 4
+    for call in kernels:
+        assert re.findall(r",code=(\S+)", call) == ["sm_80", "sm_90", "compute_90"]
+    assert "-cudart static" in calls[-1] and "-shared" in calls[-1]
+
+
+def test_archs_are_chosen_by_the_environment(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(FAKE_NVCC)
+    nvcc.chmod(0o755)
+    archs = {"PATCHKERN_CUDA_ARCHS": "sm_120, 86"}
+    done = build_native(tmp_path, PATCHKERN_CUDA="1", PATCHKERN_NATIVE="0", CUDACXX=str(nvcc), **archs)
+    assert done.returncode == 0, done.stdout
+    assert "code=sm_86 -gencode=arch=compute_120,code=sm_120 -gencode=arch=compute_120,code=compute_120" in done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -233,8 +349,9 @@ def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
     python = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "patchkern").rglob("*.py")}
     assert python <= names
     beside = {name for name in names - python if ".dist-info/" not in name}
-    assert len(beside) == 4
-    assert {"patchkern/py.typed", "patchkern/_native.pyi", "patchkern/_build_info.json"} < beside
+    assert len(beside) == 5
+    stubs = {"patchkern/_native.pyi", "patchkern/_cuda.pyi"}
+    assert {"patchkern/py.typed", "patchkern/_build_info.json", *stubs} < beside
     assert any(re.fullmatch(r"patchkern/_native\..+\.so", name) for name in beside)
     assert not wheel.name.endswith("-none-any.whl")
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)

@@ -264,7 +264,7 @@ def score_titles(prompts: Prompts, trie: Trie, passes: Sequence[TreePass]) -> Te
 def _at_the_prompts(prompts: Prompts, trie: Trie) -> _Hypotheses:
     user = torch.arange(prompts.num_users, device=trie.tokens.device)
     root = torch.zeros_like(user)
-    most = int(trie.children[1] - trie.children[0])
+    most = trie.num_first_tokens
     score = prompts.logits.new_zeros(len(user))
     return _Hypotheses(user, root, score, root - 1, prompts.logits.log_softmax(dim=-1), most, most)
 

@@ -124,9 +124,20 @@ class Trie:
         return self.tokens.shape[0]
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+    @property
     def num_titles(self) -> int:
         """Distinct titles."""
         return len(self.titles)
+
+    @functools.cached_property
+    def num_first_tokens(self) -> int:
+        """Distinct tokens that titles begin with."""
+        return int(self.children[1]) - 1
 
     @functools.cached_property
     def titles(self) -> Tensor:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,79 +12,24 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from search_oracle import (
+    HF_MODELS,
+    PROMPT,
+    VOCABULARY,
+    assert_ranked,
+    diverse_by_definition,
+    forced_scores,
+    make_model,
+    narrow_beam,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import patchkern as pk
-from patchkern import memory, scratch
+from patchkern import memory
 from patchkern import search as search_module
 from patchkern.metrics import evaluate
-from patchkern.search import DIVERSITY_PENALTY, generate_titles, recommend
+from patchkern.search import generate_titles, recommend
 from patchkern.trie import Trie
-
-VOCABULARY = 101
-PROMPT = pk.Prompt(prefix=[90, 91], separator=[92], suffix=[93, 94], response_end=[96])
-Ranked = list[tuple[Any, float]]
-
-
-def make_hf_model(family: str = "llama", dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(3)
-    size = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    rest = {"intermediate_size": 48, "max_position_embeddings": 512, "initializer_range": 0.3}
-    if family == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**size, **rest, num_key_value_heads=2))
-    elif family == "qwen3":
-        model = Qwen3ForCausalLM(
-            Qwen3Config(**size, **rest, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
-        )
-    else:
-        model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
-        )
-    return model.to(dtype).eval()
-
-
-HF_MODELS = {family: make_hf_model(family) for family in ("llama", "qwen3", "gpt2")}
-
-
-def make_model(titles: dict[Any, list[int]], family: str = "llama", prompt: pk.Prompt = PROMPT) -> pk.PatchedCausalLM:
-    return pk.PatchedCausalLM(copy.deepcopy(HF_MODELS[family]), make_catalog(titles), prompt)
-
-
-def forced_scores(
-    model: pk.PatchedCausalLM, family: str, histories: Sequence[Any], policy: Any, titles: dict[Any, list[int]]
-) -> list[dict[Any, float]]:
-    """Per user the log-probability of every item's title and response end, one forward pass for each."""
-    plain = copy.deepcopy(HF_MODELS[family])
-    plain.set_attn_implementation("sdpa")  # eager rounds the softmax to float32
-    weight = plain.get_input_embeddings().weight
-    end = list(model.prompt.response_end)
-    scores = []
-    for history in histories:
-        batch = pk.compress_batch(weight.detach(), model.catalog, [history], policy, model.prompt)
-        table = {}
-        for item, title in titles.items():
-            response = torch.tensor([*title, *end])
-            rows = torch.cat([batch.inputs_embeds, weight[response]])
-            with torch.no_grad():
-                logits = plain(inputs_embeds=rows[None], use_cache=False).logits[0]
-            steps = logits[len(batch.inputs_embeds) - 1 : -1].log_softmax(-1)
-            table[item] = float(steps.gather(1, response[:, None]).sum())
-        scores.append(table)
-    return scores
-
-
-def ranked(table: dict[Any, float], titles: dict[Any, list[int]], k: int, leave_out: Sequence[Any] = ()) -> list[Any]:
-    """The k best items; those of one title together, in catalogue order."""
-    first = {tuple(title): item for item, title in reversed(titles.items())}
-    place = {item: number for number, item in enumerate(titles)}
-    items = [item for item in titles if item not in set(leave_out)]
-    return sorted(items, key=lambda i: (-table[first[tuple(titles[i])]], place[first[tuple(titles[i])]], place[i]))[:k]
-
-
-def assert_ranked(got: Ranked, table: dict[Any, float], titles: dict[Any, list[int]], k: int, seen: Any = ()) -> None:
-    assert [item for item, _ in got] == ranked(table, titles, k, seen)
-    np.testing.assert_allclose([score for _, score in got], [table[item] for item, _ in got], rtol=0, atol=1e-9)
-
 
 # ------------------------------------------------------------------ beam search
 
@@ -127,30 +70,6 @@ def test_wide_beam_is_exhaustive(
         assert_ranked(row, table, titles, k, history if exclude_seen else ())
 
 
-def narrow_beam(
-    model: pk.PatchedCausalLM, titles: dict[Any, list[int]], history: Any, policy: Any, k: int, num_beams: int
-) -> dict[tuple[int, ...], float]:
-    """The definition of the beam, with one forward pass per hypothesis and step: {finished sequence: score}."""
-    plain = copy.deepcopy(HF_MODELS["llama"])
-    weight = plain.get_input_embeddings().weight.detach()
-    prompt = pk.compress_batch(weight, model.catalog, [history], policy, model.prompt).inputs_embeds
-    sequences = {(*title, *model.prompt.response_end) for title in titles.values()}
-    frontier: dict[tuple[int, ...], float] = {(): 0.0}
-    finished: dict[tuple[int, ...], float] = {}
-    while frontier:
-        longer = {}
-        for path, score in frontier.items():
-            rows = torch.cat([prompt, weight[list(path)]])
-            with torch.no_grad():
-                log_probs = plain(inputs_embeds=rows[None], use_cache=False).logits[0, -1].log_softmax(-1)
-            for token in {s[len(path)] for s in sequences if s[: len(path)] == path and len(s) > len(path)}:
-                longer[(*path, token)] = score + float(log_probs[token])
-        finished |= {path: score for path, score in longer.items() if path in sequences}
-        unfinished = {p: s for p, s in longer.items() if any(q[: len(p)] == p and q != p for q in sequences)}
-        frontier = dict(sorted(unfinished.items(), key=lambda entry: -entry[1])[:num_beams])
-    return dict(sorted(finished.items(), key=lambda entry: -entry[1])[:k])
-
-
 @settings(max_examples=25)
 @given(tries, st.integers(1, 4), st.data())
 def test_narrow_beam_is_its_definition(sequences: list[list[int]], num_beams: int, data: st.DataObject) -> None:
@@ -171,42 +90,6 @@ def test_never_fewer_than_k() -> None:
     histories = make_histories(titles, [9, 3])
     for k in (1, 2, 5, 20):
         assert [len(row) for row in model.recommend(histories, POLICIES["text"], k, num_beams=k)] == [k, k]
-
-
-def test_all_titles_of_ml_100k(shared_data: Path) -> None:
-    """Real titles, of which dozens begin another and two dozen are shared; every one of them scored."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    items = parquet.read_table(shared_data / "ml-100k" / "items.parquet").to_pydict()
-    names = dict(zip(items["item"], items["title"], strict=True))
-    tokenizer = scratch.fit_tokenizer(names.values(), 600)
-    catalog = pk.Catalog.from_titles(names, tokenizer)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.3,
-    )  # fmt: skip
-    plain = LlamaForCausalLM(config).double().eval()
-    prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[0])
-    history, policy = list(names)[:6], pk.ItemPatches(keep_text=2)
-    weight = plain.get_input_embeddings().weight.detach()
-    rows = pk.compress_batch(weight, catalog, [history], policy, prompt).inputs_embeds
-    model = pk.PatchedCausalLM(copy.deepcopy(plain), catalog, prompt)
-
-    table = {}
-    for first in range(0, len(names), 256):
-        titles = [[*catalog.tokens(i).tolist(), 0] for i in range(first, min(first + 256, len(names)))]
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(title) for title in titles], batch_first=True)
-        inputs = torch.cat([rows.expand(len(titles), -1, -1), weight[tokens]], dim=1)
-        with torch.no_grad():
-            steps = plain(inputs_embeds=inputs, use_cache=False).logits[:, len(rows) - 1 : -1].log_softmax(-1)
-        values = steps.gather(2, tokens[..., None])[..., 0]
-        for number, title in enumerate(titles):
-            table[catalog.item_ids[first + number].item()] = float(values[number, : len(title)].sum())
-
-    titles_of = {item: catalog.tokens(number).tolist() for number, item in enumerate(names)}
-    everything = model.recommend([history], policy, k=len(names), num_beams=len(names))[0]
-    assert_ranked(everything, table, titles_of, len(names))
-    unseen = model.recommend([history], policy, k=50, num_beams=len(names), exclude_seen=True)[0]
-    assert_ranked(unseen, table, titles_of, 50, history)
 
 
 def test_single_precision_is_close() -> None:
@@ -287,37 +170,6 @@ def test_one_item_catalogue() -> None:
 
 
 # ------------------------------------------------------------------ diverse search
-
-
-def diverse_by_definition(
-    model: pk.PatchedCausalLM, titles: dict[Any, list[int]], history: Any, policy: Any, groups: int, allowed: set[Any]
-) -> list[tuple[tuple[int, ...], float]]:
-    """(sequence, log-probability) in the order of the list; one forward pass per group and step."""
-    plain = copy.deepcopy(HF_MODELS["llama"])
-    weight = plain.get_input_embeddings().weight.detach()
-    prompt = pk.compress_batch(weight, model.catalog, [history], policy, model.prompt).inputs_embeds
-    end = model.prompt.response_end
-    sequences = {(*titles[item], *end) for item in allowed}
-    paths: list[tuple[int, ...]] = [()] * groups
-    sums, penalised = [0.0] * groups, [0.0] * groups
-    while any(path not in sequences for path in paths):
-        chosen: list[int] = []
-        for group, path in enumerate(paths):
-            if path in sequences:
-                continue
-            rows = torch.cat([prompt, weight[list(path)]])
-            with torch.no_grad():
-                log_probs = plain(inputs_embeds=rows[None], use_cache=False).logits[0, -1].log_softmax(-1)
-            tokens = sorted({s[len(path)] for s in sequences if s[: len(path)] == path and len(s) > len(path)})
-            values = [float(log_probs[token]) - DIVERSITY_PENALTY * chosen.count(token) for token in tokens]
-            best = int(np.argmax(values))
-            paths[group] = (*path, tokens[best])
-            sums[group] += float(log_probs[tokens[best]])
-            penalised[group] += values[best]
-            if not (end and paths[group] in sequences):
-                chosen.append(tokens[best])
-    order = sorted(range(groups), key=lambda group: -penalised[group] / len(paths[group]))
-    return [(paths[group], sums[group]) for group in order]
 
 
 @settings(max_examples=25)

@@ -4,11 +4,16 @@
     python bench/bench_training.py                      # ml-1m and the Llama-3 tokenizer if at hand, else a stand-in
     python bench/bench_training.py --policies items --rounds 3
     python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --name training-deep
+    python bench/bench_training.py --targets all --rounds 5 --name training-passes
 
 "reference" is what a training script does without patchkern: a Python loop embeds item by item and pools the old ones,
 the sequences are padded on the right, and the model computes all logits under an attention mask and a cross-entropy.
 "patchkern" plans the batch (inside the timed step), pools it in one pass and computes logits where there is a label.
 Same weights, same samples, same AdamW.
+
+With --targets all, two ways to learn every target of a whole user are compared, both patchkern's: "one per pass" packs
+a sample for each target, with a history of its own; "all per pass" computes the history once (`build_training_layout`).
+Histories are not cut, so that the two losses are the same.
 
 Each provider is a process of its own, so that its peak memory is its own: the largest resident set, less what the
 process held once everything was imported and read. The two take turns, so that a busy machine slows both; ratios are
@@ -23,10 +28,12 @@ they are about 10 %, and with the third command about half. Of the peak memory, 
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,8 +50,10 @@ import patchkern as pk
 from bench.timing import Table, Timing
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
 from patchkern.policies import Level
+from patchkern.training_layout import build_training_layout
 
-PROVIDERS = ("reference", "patchkern")
+# --targets: the slow way and the fast one
+PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per pass")}
 # The largest powers of two with which the reference step stays below 8 GiB.
 BATCH_SIZES = {"text": 8, "items": 16, "sessions": 32}
 TOLERANCE = 1e-4
@@ -130,6 +139,35 @@ def patchkern_loss(
     return model(pk.build_layout(workload.catalog, histories, policy, workload.prompt, targets)).loss
 
 
+def whole_users(workload: Workload, count: int, seed: int) -> tuple[pk.Histories, np.ndarray]:
+    """Random users and the range of their targets: every interaction with at least 3 before it."""
+    drawn = np.random.default_rng(seed).choice(len(workload.histories), count, replace=False)
+    histories = workload.histories.take(drawn)
+    return histories, np.stack([np.full(count, 3), histories.lengths - 1], axis=1)
+
+
+def one_per_pass_loss(
+    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
+) -> Tensor:
+    users = np.repeat(np.arange(len(histories)), histories.lengths - 3)
+    positions = np.concatenate([np.arange(first, last + 1) for first, last in ranges])
+    return patchkern_loss(model, workload, histories.before(users, positions), histories.at(users, positions), policy)
+
+
+def all_per_pass_loss(
+    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
+) -> Tensor:
+    return model(build_training_layout(workload.catalog, histories, policy, workload.prompt, ranges)).loss
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "reference": reference_loss,
+    "patchkern": patchkern_loss,
+    "one per pass": one_per_pass_loss,
+    "all per pass": all_per_pass_loss,
+}
+
+
 # ------------------------------------------------------------------ a provider in its own process
 
 
@@ -149,26 +187,29 @@ def make_model(hidden_size: int, layers: int, vocabulary: int) -> LlamaForCausal
 
 
 def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.Policy) -> None:
-    """Answer each batch number with what its step took: wall seconds, processor seconds, loss, gradient norm."""
+    """Answer each batch number with what its step took: wall and processor seconds per target, loss, gradient norm."""
     torch.set_num_threads(args.threads)
     workload = ml1m()
     before = resident()
     hf_model = make_model(args.hidden_size, args.layers, VOCABULARY)
     model: Any = hf_model
-    if provider == "patchkern":
+    if provider != "reference":
         model = pk.PatchedCausalLM(hf_model, workload.catalog, workload.prompt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    loss_of = patchkern_loss if provider == "patchkern" else reference_loss
+    loss_of = LOSSES[provider]
+    draw = workload.samples if args.targets == "one" else functools.partial(whole_users, workload)
     pipe.send("ready")
     for number in iter(pipe.recv, None):
-        batch = workload.samples(args.batch_size, seed=number)
+        batch = draw(args.batch_size, seed=number)
         wall, processor = time.perf_counter(), time.process_time()
         loss = loss_of(model, workload, *batch, policy)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((time.perf_counter() - wall, time.process_time() - processor, loss.item(), norm.item()))
+        targets = len(batch[0]) if args.targets == "one" else int((batch[0].lengths - 3).sum())
+        seconds = (time.perf_counter() - wall, time.process_time() - processor)
+        pipe.send((*(taken / targets for taken in seconds), loss.item(), norm.item()))
     pipe.send(resident("VmHWM") - before)
 
 
@@ -179,36 +220,39 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def compare(args: argparse.Namespace, policy: pk.Policy) -> tuple[Timing, Timing, dict[str, int]]:
-    """Wall seconds, processor seconds and peak memory of both providers.
+    """Wall and processor seconds per target, and the peak memory, of both providers.
 
     Raises:
         RuntimeError: losses or gradient norms of the two differ.
     """
     context = multiprocessing.get_context("spawn")
+    providers = PROVIDERS[args.targets]
     pipes, processes = {}, []
-    for provider in PROVIDERS:
+    for provider in providers:
         pipes[provider], end = context.Pipe()
         processes.append(context.Process(target=work, args=(end, provider, args, policy), daemon=True))
         processes[-1].start()
         end.close()
     for pipe in pipes.values():
         pipe.recv()
-    turns: dict[str, list[tuple[float, ...]]] = {provider: [] for provider in PROVIDERS}
+    turns: dict[str, list[tuple[float, ...]]] = {provider: [] for provider in providers}
     for number in range(args.rounds + 1):
-        for provider in PROVIDERS if number % 2 else PROVIDERS[::-1]:
+        for provider in providers if number % 2 else providers[::-1]:
             pipes[provider].send(number)
             turns[provider].append(pipes[provider].recv())
-        expected, got = turns["reference"][-1][2:], turns["patchkern"][-1][2:]
+        expected, got = (turns[provider][-1][2:] for provider in providers)
         if not np.allclose(got, expected, rtol=TOLERANCE, atol=0):
-            raise RuntimeError(f"step {number}: expected loss and gradient norm {expected}, got {got} with patchkern")
+            raise RuntimeError(
+                f"step {number}: expected loss and gradient norm {expected}, got {got} from {providers[1]}"
+            )
     memory = {}
-    for provider, process in zip(PROVIDERS, processes, strict=True):
+    for provider, process in zip(providers, processes, strict=True):
         pipes[provider].send(None)
         memory[provider] = pipes[provider].recv()
         process.join()
     wall, processor = (
         # The first step warms up and allocates the optimiser's state.
-        Timing({provider: np.array([turn[column] for turn in turns[provider][1:]]) for provider in PROVIDERS})
+        Timing({provider: np.array([turn[column] for turn in turns[provider][1:]]) for provider in providers})
         for column in (0, 1)
     )
     return wall, processor, memory
@@ -221,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", choices=BATCH_SIZES, default=list(BATCH_SIZES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}")
+    parser.add_argument("--targets", choices=PROVIDERS, default="one", help="of a user in one pass")
+    parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}; with --targets all 1 user")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -231,22 +276,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     table = Table(args.name)
     data = ml1m().name
-    sizes = BATCH_SIZES if args.batch_size is None else dict.fromkeys(BATCH_SIZES, args.batch_size)
+    slow, fast = PROVIDERS[args.targets]
+    sizes = BATCH_SIZES if args.targets == "one" else dict.fromkeys(BATCH_SIZES, 1)
+    sizes = sizes if args.batch_size is None else dict.fromkeys(BATCH_SIZES, args.batch_size)
     for mode in args.policies:
         args.batch_size = sizes[mode]
-        config = {"data": data, "policy": str(POLICIES[mode]), "vocabulary": VOCABULARY, "dtype": "float32"}
+        chosen: Any = POLICIES[mode]
+        policy: pk.Policy = chosen if args.targets == "one" else replace(chosen, max_items=None)
+        config = {"data": data, "policy": str(policy), "vocabulary": VOCABULARY, "dtype": "float32"}
         config |= {name: getattr(args, name) for name in ("batch_size", "hidden_size", "layers", "rounds")}
-        wall, processor, memory = compare(args, POLICIES[mode])
-        for provider in PROVIDERS:
-            p20, p50, p80 = (args.batch_size / seconds for seconds in wall.quantiles(provider))
-            table.add(provider, mode, "speed", "samples/s", (p80, p50, p20), config)
-            table.add(provider, mode, "processor time", "s/step", processor.quantiles(provider), config)
+        wall, processor, memory = compare(args, policy)
+        for provider in (slow, fast):
+            p20, p50, p80 = (1 / seconds for seconds in wall.quantiles(provider))
+            table.add(provider, mode, "speed", "targets/s", (p80, p50, p20), config)
+            table.add(provider, mode, "processor time", "s/target", processor.quantiles(provider), config)
             gibibytes = memory[provider] / 2**30
             table.add(provider, mode, "peak memory", "GiB", (gibibytes,) * 3, config)
-        saved = memory["reference"] / memory["patchkern"]
-        table.add("patchkern", mode, "speed-up", "x", wall.ratio("reference", "patchkern"), config)
-        table.add("patchkern", mode, "processor speed-up", "x", processor.ratio("reference", "patchkern"), config)
-        table.add("patchkern", mode, "memory saved", "x", (saved,) * 3, config)
+        table.add(fast, mode, "speed-up", "x", wall.ratio(slow, fast), config)
+        table.add(fast, mode, "processor speed-up", "x", processor.ratio(slow, fast), config)
+        table.add(fast, mode, "memory saved", "x", (memory[slow] / memory[fast],) * 3, config)
     table.write()
 
 

@@ -173,8 +173,12 @@ def span_attention(
 
     Returns:
         (1, T, H, d), differentiable in all five tensors. A prefix is read where it lies, not copied per span, and its
-        gradient collects from all spans that see it. Without prefixes it runs ``flash_attn`` or torch's ``varlen_attn``
-        on CUDA in bfloat16 and float16, and one `scaled_dot_product_attention` per span elsewhere.
+        gradient collects from all spans that see it.
+
+        Without prefixes this is ``flash_attn`` or torch's ``varlen_attn`` on CUDA in bfloat16 and float16, which wait
+        for the device only where ``max_seqlen`` is missing, and one `scaled_dot_product_attention` per span elsewhere,
+        which waits for ``cu_seqlens`` once a call. With prefixes it is `patchkern.ops.span_attention`: kernels on CUDA,
+        which never wait and whose gradients are the same bit for bit from run to run, tiles of rows elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -332,7 +336,7 @@ def _cuda_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> _
         return None
     if (kernel := _flash_attn_kernel()) is not None:
         return kernel
-    kernel = _torch_varlen_kernel()
+    kernel = _torch_varlen_kernel() if query.shape[-1] % 8 == 0 else None  # flash_attn pads such heads, torch refuses
     if kernel is not None and dropout > 0:
         warnings.warn(
             "torch's varlen_attn has no attention dropout, so each user is attended separately, which is slow; "

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op `span_attention`: causal attention inside each span, plus one fully visible prefix run of rows each."""
+"""The op `span_attention`: causal attention inside each span, plus one fully visible prefix run of rows each.
+
+Two routes give the same results: Triton kernels, and tiles of matrix products (see the modules beside this one);
+`_kernels` decides which runs. Two calls of a variable-length kernel, merged by their log-sum-exps, would do too for a
+forward pass: they read a shared prefix once per span, and only newer versions of torch take ranges that overlap.
+FlexAttention expresses the mask, but wants it as blocks, built anew for every batch. None of this has been measured on
+a GPU yet.
+"""
 
 from __future__ import annotations
 

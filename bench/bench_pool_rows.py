@@ -123,7 +123,6 @@ class Segments:
         self.patch_offsets = F.pad(sizes.cumsum(0), (1, 0)).to(device)
         self.patch_of_member = patches.repeat_interleave(sizes).to(device)
         self.sizes = sizes.to(device)
-        self.num_rows = layout.num_rows
 
     def index_add(self, weight: Tensor) -> Tensor:
         """Sums in float32, as index_add_ has no other accumulator."""
@@ -143,7 +142,8 @@ class Segments:
         return self._place(weight, torch.segment_reduce(members, "mean", offsets=self.patch_offsets, unsafe=True))
 
     def _place(self, weight: Tensor, patches: Tensor) -> Tensor:
-        out = weight.new_empty(self.num_rows, weight.shape[1])
+        rows = self.literal_rows.shape[0] + self.patch_rows.shape[0]
+        out = weight.new_empty(rows, weight.shape[1])
         out[self.literal_rows] = weight[self.literal_tokens]
         out[self.patch_rows] = patches.to(weight.dtype)
         return out

@@ -101,20 +101,22 @@ def _status(name: str) -> BackendStatus:
     reason = _unusable_reason(name)
     if reason is not None:
         return BackendStatus(False, reason)
-    description = {
-        "cuda": "CUDA C++ kernels, on NVIDIA GPUs",
-        "triton": "Triton kernels, " + ("interpreted on the CPU" if _interpreted() else "on GPUs"),
-        "native": f"C++ kernels for the CPU, {native.isa()} instructions",
-        "reference": "PyTorch, on any device",
-    }
-    return BackendStatus(True, description[name])
+    if name == "cuda":
+        description = "CUDA C++ kernels, on NVIDIA GPUs"
+    elif name == "triton":
+        description = f"Triton kernels, {'interpreted on the CPU, for tests' if _interpreted() else 'on GPUs'}"
+    elif name == "native":
+        description = f"C++ kernels for the CPU, {native.isa()} instructions"
+    else:
+        description = "PyTorch, on any device"
+    return BackendStatus(True, description)
 
 
 def _unusable_reason(name: str) -> str | None:
     try:
         reason: str | None = module(name).unusable_reason()
     except ImportError as error:
-        return f"{_MODULES[name]} does not load: {error}"
+        return str(error)
     return reason
 
 
@@ -129,8 +131,11 @@ def _unfit_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def _interpreted() -> bool:
-    """Whether Triton's kernels are interpreted, which is for tests: then, and only then, they take CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton, which must be there, interprets its kernels: then, and only then, they take CPU tensors."""
+    import triton
+
+    interpreted: bool = triton.knobs.runtime.interpret
+    return interpreted
 
 
 _warned = False

@@ -180,6 +180,7 @@ def pool_rows(
             TITLES=16,
             BLOCK_D=blocks.columns,
             num_warps=blocks.warps,
+            maxnreg=blocks.registers if vector > 1 else None,
             enable_fp_fusion=True,
         )
 
@@ -409,6 +410,7 @@ def pool_rows_grad(
             FANOUT=128,
             BLOCK_D=blocks.columns,
             num_warps=blocks.warps,
+            maxnreg=blocks.registers if vector > 1 else None,
             enable_fp_fusion=True,
         )
         if n_tiles < 3:
@@ -429,7 +431,7 @@ def pool_rows_grad(
             TILE=_TILE,
             SLOTS=32,
             BLOCK_D=columns,
-            num_warps=4,
+            num_warps=8,
             enable_fp_fusion=True,
         )
 
@@ -465,36 +467,38 @@ _TILE = 64
 
 
 class _Blocks(NamedTuple):
-    """How many embedding or gradient rows a program loads together, of how many columns, on how many warps."""
+    """How a program is cut: the rows that it loads together, of how many columns, on how many warps.
+
+    ``registers`` bounds those of a thread where the vector path is taken.
+    """
 
     slots: int
     columns: int
     warps: int
+    registers: int
 
 
-# Layout and embedding reads are dependent reads, 1 to 3 us a patch, so throughput is bytes in flight per
-# multiprocessor: registers decide. Each thread loads 16 bytes at a time, and a warp's loads are independent.
+# A patch is a chain of dependent reads (row, item, title, token, embedding) of 1 to 2 us, so throughput is bytes in
+# flight per multiprocessor, and registers decide how many: each has 65,536 of them on sm_80, sm_90 and sm_100 alike,
+# which is why one table serves all. The bounds are those that ptxas meets without a spill.
 #
-# Forward: 4 slots x 2 x 16 bytes per thread, an item patch's 4 tokens (ml-1m) in one round. 80 registers (bf16), 24
-# warps per multiprocessor. 8 slots need 128 registers, 16 warps: no more in flight, and half of it idle for item
-# patches. Two warps per program keep the two barriers of a round cheap; 4 rows keep short batches in several waves.
+# Forward: 4 slots of 2 x 16 bytes per thread hold an item patch's tokens (ml-1m: 4) in one round, and 72 registers let
+# 28 warps run. 8 slots would need 128: 16 warps, half of whose slots an item patch leaves empty. Two warps per program
+# keep the barriers of a round cheap; 4 rows per program give short batches several waves.
 #
-# Backward: 8 slots x 16 bytes per thread, their values float32 in registers while the runs among them are summed: 128
-# registers (bf16), 16 warps. Gradient rows come from memory, not from the cache, but no chain of reads is longer than
-# two.
-#
-# The same on every architecture: registers and warps per multiprocessor are those of sm_80, sm_90 and sm_100 alike.
+# Backward: 8 slots of 16 bytes per thread, held in float32 while the runs among them are summed. At most 128 registers
+# make that 4 programs of 4 warps, 64 KB in flight.
 _FORWARD_ROWS = 4
 
 
 def _forward_blocks(width: int, itemsize: int) -> _Blocks:
     columns = min(_power_of_two(width), 2048 // itemsize)
-    return _Blocks(4, columns, max(1, min(2, columns * itemsize // 512)))
+    return _Blocks(4, columns, max(1, min(2, columns * itemsize // 512)), 72)
 
 
 def _gradient_blocks(width: int, itemsize: int) -> _Blocks:
     columns = min(_power_of_two(width), 2048 // itemsize)
-    return _Blocks(8, columns, max(1, min(4, columns * itemsize // 512)))
+    return _Blocks(8, columns, max(1, min(4, columns * itemsize // 512)), 128)
 
 
 def _power_of_two(number: int) -> int:

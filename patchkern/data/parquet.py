@@ -71,7 +71,7 @@ def write_parquet(interactions: Interactions, folder: str | PathLike[str]) -> No
     Raises:
         ImportError: pyarrow is missing.
     """
-    pa, pq = _pyarrow()
+    pa, pq = import_pyarrow()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     histories = interactions.histories
@@ -89,14 +89,19 @@ def write_parquet(interactions: Interactions, folder: str | PathLike[str]) -> No
         columns[f"{split}_first"] = pa.array(bounds[:, 0].astype(np.int32), mask=empty)
         columns[f"{split}_last"] = pa.array((bounds[:, 1] - 1).astype(np.int32), mask=empty)
     titles = {"item": pa.array(interactions.item_ids), "title": pa.array(list(interactions.titles.values()))}
-    _replace(folder / ITEMS, lambda file: pq.write_table(pa.table(titles), file))
+    replace_file(folder / ITEMS, lambda file: pq.write_table(pa.table(titles), file))
     if interactions.system is not None and interactions.instruction is not None:
         prompt = f"{interactions.system}\n{interactions.instruction}\n"
-        _replace(folder / PROMPT, lambda file: Path(file).write_text(prompt, encoding="utf-8"))
-    _replace(folder / HISTORIES, lambda file: pq.write_table(pa.table(columns), file))
+        replace_file(folder / PROMPT, lambda file: Path(file).write_text(prompt, encoding="utf-8"))
+    replace_file(folder / HISTORIES, lambda file: pq.write_table(pa.table(columns), file))
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> tuple[Any, Any]:
+    """pyarrow and its parquet module.
+
+    Raises:
+        ImportError: it is missing, and how to install it.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -106,7 +111,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _read_table(path: Path) -> Any:
-    pa, pq = _pyarrow()
+    pa, pq = import_pyarrow()
     try:
         return pq.read_table(path)
     except pa.ArrowInvalid as error:
@@ -128,7 +133,7 @@ def _numpy(column: Any) -> NDArray[Any]:
 
 
 def _lists(path: Path, table: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    pa, _ = _pyarrow()
+    pa, _ = import_pyarrow()
     column = _column(path, table, name)
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         raise ValueError(f"{path}: expected lists in column {name!r}, got {column.type}")
@@ -162,7 +167,8 @@ def _prompt(path: Path) -> tuple[str | None, str | None]:
     return lines[0], lines[1]
 
 
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
+def replace_file(path: Path, write: Callable[[str], Any]) -> None:
+    """Let ``write`` make the file under a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(str(temporary))

@@ -172,20 +172,25 @@ class Trie:
     def passes(self, nodes_per_pass: int) -> list[TreePass]:
         """Cut all titles into trees that feed about ``nodes_per_pass`` tokens each, at most ``depth - 1`` more."""
         host = self.to("cpu")
-        begin, own_end, end, children, level, titles = (
-            x.numpy() for x in (host.begin, host.own_end, host.end, host.children, host.level, host.titles)
-        )
+        tensors = (host.tokens, host.begin, host.own_end, host.end, host.children, host.level, host.titles)
+        tokens, begin, own_end, end, children, level, titles = (x.numpy() for x in tensors)
         parent_of = np.append(-1, np.repeat(np.arange(self.num_nodes), np.diff(children)))
         inner = np.flatnonzero(children[:-1] < children[1:])[1:]
         # every inner node is new to the first title that goes through it
         added = np.bincount(np.searchsorted(begin[titles], begin[inner], side="right") - 1, minlength=titles.size)
         number = np.maximum(added.cumsum() - 1, 0) // nodes_per_pass
         cuts = np.append(np.flatnonzero(np.diff(number, prepend=-1)), titles.size)
+        # the nodes of a level stand in the order of their ranks, so those of a pass are adjacent
+        from_rank, to_rank = begin[titles[cuts[:-1]]], own_end[titles[cuts[1:] - 1]]
+        borders = np.searchsorted(level, np.arange(1, self.depth + 2))
+        of_level = [slice(*pair) for pair in itertools.pairwise(borders.tolist())]
+        firsts = [at.start + np.searchsorted(end[at], from_rank, side="right") for at in of_level]
+        lasts = [at.start + np.searchsorted(begin[at], to_rank) for at in of_level]
         passes = []
-        for first, last in itertools.pairwise(cuts.tolist()):
-            chosen = titles[first:last]
-            nodes = np.flatnonzero((begin < own_end[chosen[-1]]) & (end > begin[chosen[0]]))[1:]
-            passes.append(self._pass(nodes, parent_of[nodes], level[nodes], self.tokens.cpu().numpy(), chosen))
+        for number_of_pass, (first, last) in enumerate(itertools.pairwise(cuts.tolist())):
+            spans = zip(firsts, lasts, strict=True)
+            nodes = np.concatenate([np.arange(x[number_of_pass], y[number_of_pass]) for x, y in spans])
+            passes.append(self._pass(nodes, parent_of[nodes], level[nodes], tokens, titles[first:last]))
         return passes
 
     def _pass(

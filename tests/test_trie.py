@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from cases import make_catalog
@@ -43,6 +44,8 @@ def check(trie: Trie, sequences: Sequences) -> None:
         assert items[begin:own_end] == own  # catalogue order
         assert set(items[begin:end]) == below and end - begin == len(below)
         assert int(trie.first_item[node]) == min(below)
+        assert int(trie.level[node]) == len(path)
+        assert int(trie.longest[node]) == max(len(sequences[item]) for item in below)
         children = trie.tokens[int(trie.children[node]) : int(trie.children[node + 1])].tolist()
         assert children == sorted(set(children))
     assert trie.depth == max(map(len, sequences.values()))
@@ -50,15 +53,16 @@ def check(trie: Trie, sequences: Sequences) -> None:
 
 
 titles = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=14)
+ends = st.lists(st.integers(0, 3), max_size=2)
 
 
-@given(titles, st.lists(st.integers(0, 3), max_size=2))
+@given(titles, ends)
 def test_nodes_and_ranges(titles: list[list[int]], response_end: list[int]) -> None:
     trie = Trie.from_catalog(make_catalog(dict(enumerate(titles))), response_end)
     check(trie, {item: (*title, *response_end) for item, title in enumerate(titles)})
 
 
-@given(titles, st.lists(st.integers(0, 3), max_size=2))
+@given(titles, ends)
 def test_leaves_only_leaves_out_titles_that_begin_another(titles: list[list[int]], response_end: list[int]) -> None:
     trie = Trie.from_catalog(make_catalog(dict(enumerate(titles))), response_end, leaves_only=True)
     kept = {
@@ -80,6 +84,55 @@ def test_running_count(titles: list[list[int]], data: st.DataObject) -> None:
         for begin, end in zip(trie.begin.tolist(), trie.end.tolist(), strict=True):
             expected = sum(bool(mask[item]) for item in trie.items[begin:end].tolist())
             assert int(running[user, end] - running[user, begin]) == expected
+
+
+@given(titles, ends, st.data())
+def test_tree_of_some_items(titles: list[list[int]], end: list[int], data: st.DataObject) -> None:
+    items = data.draw(st.lists(st.sampled_from(range(len(titles))), min_size=1, unique=True))
+    trie = Trie.from_catalog(make_catalog(dict(enumerate(titles))), end, items=np.array(items))
+    check(trie, {item: (*titles[item], *end) for item in sorted(items)})
+
+
+@given(titles, ends, st.integers(1, 20))
+def test_passes_hold_all_titles(titles: list[list[int]], end: list[int], nodes_per_pass: int) -> None:
+    trie = Trie.from_catalog(make_catalog(dict(enumerate(titles))), end)
+    found = []
+    for tree in trie.passes(nodes_per_pass):
+        n_first = tree.level_ends[0]
+        parent, source = ([-1] * n_first + x.tolist() for x in (tree.parent, tree.source))
+        tokens, fed, above = tree.tokens.tolist(), tree.fed.tolist(), tree.above.tolist()
+        assert len(fed) <= nodes_per_pass + trie.depth - 1
+        assert all(before < at for at, before in enumerate(above))
+        levels: list[int] = []
+        for before, row in zip(parent, source, strict=True):
+            levels.append(0 if before < 0 else levels[before] + 1)
+            assert (before < 0) == (row < 0)
+            if row >= 0:  # what is fed is the token before, and so on up to the prompt
+                assert fed[row] == tokens[before] and above[row] == source[before]
+        assert levels == [
+            level for level, count in enumerate(np.diff(tree.level_ends, prepend=0)) for _ in range(count)
+        ]
+        for place in tree.ends.tolist():
+            path = []
+            while place >= 0:
+                path.insert(0, tokens[place])
+                place = parent[place]
+            found.append(tuple(path))
+    assert found == sorted({(*title, *end) for title in titles})
+
+
+@given(titles, ends, st.integers(1, 5))
+def test_rows_of_a_beam_search(titles: list[list[int]], end: list[int], num_beams: int) -> None:
+    trie = Trie.from_catalog(make_catalog(dict(enumerate(titles))), end)
+    inner = {(*title, *end)[:n] for title in titles for n in range(1, len(title) + len(end))}
+
+    def leading(level: int, target: int) -> int:
+        return len({path[:level] for path in inner if len(path) == target})
+
+    levels = range(1, trie.depth)
+    assert trie.fed_rows(num_beams) == sum(min(num_beams, leading(level, level)) for level in levels)
+    live = [sum(min(num_beams, leading(j, level)) for j in range(1, level + 1)) for level in levels]
+    assert trie.live_rows(num_beams) == max(live, default=0)
 
 
 def test_small_tree_by_hand() -> None:

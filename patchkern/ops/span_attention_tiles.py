@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`span_attention` in matrix products over tiles of rows: the CPU's path, and any device's where no kernel serves.
+"""`span_attention` over tiles of rows: the CPU's path, and any device's where no kernel serves.
 
-A tile is a run of consecutive query rows whose prefixes begin at the same row. All heads that share a key head, of all
-its rows, are multiplied with the keys at once; keys and values are read where they lie, never copied per span. Tiles
-bound the memory: there is no score matrix but that of the tile at work.
+A tile is a run of consecutive query rows whose prefixes begin at the same row. It attends to its parts one after the
+other: the prefix, the earlier rows of its span, and itself. Each part gives an output and the log-sum-exp of its
+scores, by which they are merged. Given the merged output and log-sum-exp, the parts' gradients are exact on their own.
+Keys and values are read where they lie, never copied per span (narrow dtypes are widened a part at a time), and no
+temporary tensor is larger than a tile's.
+
+A part is attended by PyTorch's flash attention for the CPU where that is there and serves, else in matrix products.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# Scores of one tile, over all heads: four bytes each and read five times, they should stay in the second-level cache.
+# Scores of a tile over all heads, where they are written out: read five times, they should stay in the caches.
 _SCORES = 1 << 18
-_ROWS = range(16, 257)  # query rows of a tile; few only where prefixes are so long that the bound above cannot hold
-# What calling a tile's dozen operators costs, in scores of one head that could be computed in that time.
-_OVERHEAD = 4096
+_ROWS = range(16, 129)  # query rows of a tile; few only where prefixes are so long that the bound above cannot hold
+# What calling a tile's dozen operators costs, in multiplications of queries with keys that fit into that time.
+_OVERHEAD = 1 << 20
+
+
+# ------------------------------------------------------------------ the plan
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class _Tile:
     prefix_begin: int
     prefix_end: int
     shared: int
+    spans: int = 1
 
     @property
     def prefix_length(self) -> int:
@@ -45,17 +55,22 @@ class _Tile:
     def columns(self) -> int:
         return self.prefix_length + self.end - self.first
 
-    @property
-    def cost(self) -> int:
-        return (self.end - self.begin) * self.columns + _OVERHEAD
+    def cost(self, width: int) -> int:
+        """Multiplications, for all heads' ``width`` together."""
+        return (self.end - self.begin) * self.columns * width + _OVERHEAD
 
 
 def _rows_of(columns: int, n_heads: int) -> int:
     return min(max(_SCORES // (n_heads * max(columns, 1)), _ROWS.start), _ROWS.stop - 1)
 
 
-def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, n_heads: int) -> Iterator[_Tile]:
-    """Cut the rows into tiles; neighbouring short spans of one trunk share a tile where that is less work."""
+def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, width: int, n_heads: int) -> Iterator[_Tile]:
+    """Cut the rows into tiles; neighbouring short spans of one trunk share a tile where that is less work.
+
+    Args:
+        width: of all heads together.
+        n_heads: heads whose scores are written out at once; 0 where none are.
+    """
     _check_ranges(cu_seqlens, prefix, n_rows, n_prefix)
     pending: _Tile | None = None
     for (begin, end), (prefix_begin, prefix_end) in zip(
@@ -67,15 +82,16 @@ def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, n_head
         alone = _Tile(begin, end, begin, prefix_begin, prefix_end, length)
         if pending is not None and length and pending.prefix_length and pending.prefix_begin == prefix_begin:
             shared, furthest = min(pending.shared, length), max(pending.prefix_end, prefix_end)
-            both = replace(pending, end=end, prefix_end=furthest, shared=shared)
-            fits = end - both.begin <= _rows_of(both.columns, n_heads)
-            if fits and both.cost <= pending.cost + alone.cost:
+            both = replace(pending, end=end, prefix_end=furthest, shared=shared, spans=pending.spans + 1)
+            if end - both.begin <= _limit(both, n_heads) and both.cost(width) <= pending.cost(width) + alone.cost(
+                width
+            ):
                 pending = both
                 continue
         if pending is not None:
             yield pending
         pending = None
-        rows = _rows_of(alone.columns, n_heads)
+        rows = _limit(alone, n_heads)
         if end - begin <= rows:
             pending = alone
             continue
@@ -83,6 +99,10 @@ def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, n_head
             yield replace(alone, begin=start, end=min(start + rows, end))
     if pending is not None:
         yield pending
+
+
+def _limit(tile: _Tile, n_heads: int) -> int:
+    return _rows_of(tile.columns, n_heads) if n_heads else _ROWS.stop - 1
 
 
 def _check_ranges(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int) -> None:
@@ -96,73 +116,197 @@ def _check_ranges(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int
         raise ValueError(f"prefix[{at}]: expected a range of rows in 0..{n_prefix}, got {prefix[at].tolist()}")
 
 
-class _Pass:
-    """What the forward and the backward pass over the same tiles have in common."""
+class _Part(NamedTuple):
+    """Keys that a tile sees: rows of the prefix tensors (``stored``) or the tile's own, all of them but the ``hidden``.
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seqlens: Tensor,
-        prefix: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        scale: float,
-        dropout: float,
-        seed: int,
-    ) -> None:
-        self.wide = torch.promote_types(query.dtype, torch.float32)
-        self.n_kv_heads, self.groups = key.shape[1], query.shape[1] // key.shape[1]
-        self.query, self.scale, self.dropout = query, scale, dropout
-        # per key head, as matrices: (Hkv, rows, d)
-        self.keys, self.values = key.transpose(0, 1), value.transpose(0, 1)
-        self.prefix_keys, self.prefix_values = prefix_key.transpose(0, 1), prefix_value.transpose(0, 1)
-        self.tiles = list(_plan(cu_seqlens, prefix, query.shape[0], prefix_key.shape[0], query.shape[1]))
-        lengths = cu_seqlens.diff().long()
-        self.row = torch.arange(query.shape[0], device=query.device)
-        owner = torch.repeat_interleave(lengths, output_size=query.shape[0])
-        self.span_begin = cu_seqlens[:-1].long()[owner]
-        self.prefix_end = prefix[:, 1].long()[owner]
-        self.generator = torch.Generator(query.device).manual_seed(seed) if dropout > 0 else None
+    ``hidden`` is (R, N); where it is no more than the future of one span, ``causal`` says so in its place.
+    """
 
-    def grouped(self, rows: Tensor) -> Tensor:
-        """(R, H, d) as (Hkv, R * G, d) in the wide dtype."""
-        rows = rows.to(self.wide).unflatten(1, (self.n_kv_heads, self.groups)).transpose(0, 1)
-        return rows.reshape(self.n_kv_heads, -1, rows.shape[-1])
+    stored: bool
+    rows: slice
+    hidden: Tensor | None = None
+    causal: bool = False
 
-    def ungrouped(self, rows: Tensor) -> Tensor:
-        """(Hkv, R * G, ...) as (R, H, ...)."""
-        return rows.unflatten(1, (-1, self.groups)).transpose(0, 1).flatten(1, 2)
 
-    def parts(self, tile: _Tile, prefix: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that a tile sees, (Hkv, P, d) and (Hkv, L, d), as views unless the dtype is narrow."""
-        seen = prefix[:, tile.prefix_begin : tile.prefix_end], own[:, tile.first : tile.end]
-        return seen[0].to(self.wide), seen[1].to(self.wide)
+class _Plan:
+    """Tiles, and for each its parts, from the same integers in both passes."""
 
-    def scores(self, tile: _Tile, query: Tensor) -> Tensor:
-        """(Hkv, R * G, P + L), minus infinity where a row does not see a key."""
-        length = tile.prefix_length
-        scores = query.new_empty(self.n_kv_heads, query.shape[1], tile.columns)
-        keys, own_keys = self.parts(tile, self.prefix_keys, self.keys)
-        torch.bmm(query, keys.transpose(1, 2), out=scores[..., :length])
-        torch.bmm(query, own_keys.transpose(1, 2), out=scores[..., length:])
-        by_row = scores.unflatten(1, (-1, self.groups))  # (Hkv, R, G, P + L)
-        if tile.shared < length:
-            places = torch.arange(tile.prefix_begin + tile.shared, tile.prefix_end, device=scores.device)
-            hidden = places >= self.prefix_end[tile.begin : tile.end, None]
-            by_row[..., tile.shared : length].masked_fill_(hidden[:, None], float("-inf"))
-        rows = self.row[tile.begin : tile.end]
-        hidden = (rows > rows[:, None]) | (rows < self.span_begin[tile.begin : tile.end, None])
-        by_row[..., tile.columns - len(rows) :].masked_fill_(hidden[:, None], float("-inf"))
+    def __init__(self, query: Tensor, cu_seqlens: Tensor, prefix: Tensor, n_prefix: int, n_heads: int) -> None:
+        n_rows, width = query.shape[0], query.shape[1] * query.shape[2]
+        self.tiles = list(_plan(cu_seqlens, prefix, n_rows, n_prefix, width, n_heads))
+        self._row = torch.arange(n_rows, device=cu_seqlens.device)
+        span = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=n_rows)
+        self._begin = cu_seqlens[:-1].long()[span]
+        self._prefix_end = prefix[:, 1].long()[span]
+
+    def parts(self, tile: _Tile) -> Iterator[_Part]:
+        rows = slice(tile.begin, tile.end)
+        if tile.prefix_length:
+            hidden = None
+            if tile.shared < tile.prefix_length:
+                places = torch.arange(tile.prefix_begin, tile.prefix_end, device=self._row.device)
+                hidden = places >= self._prefix_end[rows, None]
+            yield _Part(True, slice(tile.prefix_begin, tile.prefix_end), hidden)
+        if tile.first < tile.begin:
+            yield _Part(False, slice(tile.first, tile.begin))
+        if tile.spans == 1:
+            yield _Part(False, rows, causal=True)
+        else:
+            row = self._row[rows]
+            yield _Part(False, rows, (row > row[:, None]) | (row < self._begin[rows, None]))
+
+
+# ------------------------------------------------------------------ attention of one part
+
+
+class _Attention(Protocol):
+    """Queries (H, R, d), keys (Hkv, N, d), values (Hkv, N, dv); every row sees at least one key."""
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        """Output (H, R, dv) and log-sum-exp of the scores (H, R)."""
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the three, for ``out`` and ``lse`` merged over all parts."""
+
+
+class _Flash:
+    """PyTorch's own, without a score matrix. Heads that share keys are rows of one head where nothing is hidden."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def _options(self, query: Tensor, part: _Part) -> tuple[bool, Tensor | None]:
+        if part.hidden is None:
+            return part.causal, None
+        return False, query.new_zeros(part.hidden.shape).masked_fill_(part.hidden, float("-inf"))[None, None]
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        causal, mask = self._options(query, part)
+        seen = query if causal or mask is not None else query.view(len(keys), -1, query.shape[2])
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            seen[None], keys[None], values[None], is_causal=causal, attn_mask=mask, scale=self.scale
+        )
+        return out.reshape(query.shape), lse.reshape(query.shape[:2])
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        causal, mask = self._options(query, part)
+        given = grad, query, out, lse
+        if not causal and mask is None:
+            given = tuple(x.view(len(keys), -1, *x.shape[2:]) for x in given)  # type: ignore[assignment]
+        grad, seen, out, lse = given
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(grad[None], seen[None], keys[None], values[None], out[None], lse[None]),
+            *(0.0, causal),
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        return grads[0].reshape(query.shape), grads[1][0], grads[2][0]
+
+
+class _Products:
+    """Written out: any device, values of another width, dropout."""
+
+    def __init__(self, scale: float, dropout: float, seed: int, device: torch.device) -> None:
+        self.scale, self.dropout = scale, dropout
+        self.generator = torch.Generator(device).manual_seed(seed) if dropout > 0 else None
+
+    def _scores(self, query: Tensor, keys: Tensor, part: _Part) -> Tensor:
+        """(Hkv, G * R, N), minus infinity where a row does not see a key."""
+        scores = torch.bmm(query.view(len(keys), -1, query.shape[2]) * self.scale, keys.transpose(1, 2))
+        hidden = part.hidden
+        if part.causal:
+            hidden = torch.ones(scores.shape[2], scores.shape[2], dtype=torch.bool, device=scores.device).triu_(1)
+        if hidden is not None:
+            scores.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, float("-inf"))
         return scores
 
-    def kept(self, scores: Tensor) -> Tensor | None:
-        """Factors that drop attention weights, the same in both passes; tile after tile from one generator."""
+    def _kept(self, scores: Tensor) -> Tensor | None:
+        """Factors that drop attention weights, the same in both passes; part after part from one generator."""
         if self.generator is None:
             return None
         draws = torch.rand(scores.shape, generator=self.generator, device=scores.device)
         return (draws >= self.dropout).to(scores.dtype).div_(1 - self.dropout)
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        weights = self._scores(query, keys, part)
+        peak = weights.amax(dim=-1, keepdim=True)
+        total = weights.sub_(peak).exp_().sum(dim=-1, keepdim=True)
+        if (kept := self._kept(weights)) is not None:
+            weights.mul_(kept)
+        out = torch.bmm(weights, values).div_(total)
+        return out.view(*query.shape[:2], -1), total.log_().add_(peak).view(query.shape[:2])
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self._scores(query, keys, part)
+        weights.sub_(lse.view(len(keys), -1, 1)).exp_()
+        balance = (grad * out).sum(dim=-1).view(len(keys), -1, 1)
+        grad = grad.view(len(keys), -1, grad.shape[2])
+        grad_scores = torch.bmm(grad, values.transpose(1, 2))
+        kept = self._kept(weights)
+        grad_values = torch.bmm((weights if kept is None else weights * kept).transpose(1, 2), grad)
+        if kept is not None:
+            grad_scores.mul_(kept)
+        grad_scores.sub_(balance).mul_(weights).mul_(self.scale)
+        grad_keys = torch.bmm(grad_scores.transpose(1, 2), query.view(len(keys), -1, query.shape[2]))
+        return torch.bmm(grad_scores, keys).view(query.shape), grad_keys, grad_values
+
+
+def _attention(query: Tensor, value: Tensor, scale: float, dropout: float, seed: int) -> tuple[_Attention, int]:
+    """Which of the two serves, and the heads whose scores it writes out."""
+    if query.device.type == "cpu" and dropout == 0.0 and query.shape[2] == value.shape[2] and _flash_works():
+        return _Flash(scale), 0
+    return _Products(scale, dropout, seed, query.device), query.shape[1]
+
+
+@functools.cache
+def _flash_works() -> bool:
+    """Whether this PyTorch's private operators do what `_Flash` asks of them, tried on a few numbers."""
+    query, key = torch.linspace(-1, 1, 16).view(2, 4, 2), torch.linspace(1, -2, 8).view(1, 4, 2)
+    causal = _Part(False, slice(0, 4), causal=True)
+    masked = _Part(False, slice(0, 4), hidden=torch.ones(4, 4, dtype=torch.bool).triu(1))
+    products = _Products(0.5, 0.0, 0, query.device)
+    try:
+        for part in (causal, masked, _Part(False, slice(0, 4))):
+            out, lse = products.forward(query, key, key, part)
+            wanted = (out, lse, *products.backward(query, query, key, key, out, lse, part))
+            flash = _Flash(0.5)
+            got = (*flash.forward(query, key, key, part), *flash.backward(query, query, key, key, out, lse, part))
+            if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted, strict=True)):
+                return False
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+# ------------------------------------------------------------------ both passes
+
+
+class _Pass:
+    """What the forward and the backward pass over the same tiles have in common."""
+
+    def __init__(self, query: Tensor, own: tuple[Tensor, Tensor], stored: tuple[Tensor | None, Tensor | None]) -> None:
+        self.wide = torch.promote_types(query.dtype, torch.float32)
+        self._own = [x.transpose(0, 1) for x in own]  # (Hkv, rows, d)
+        self._stored = [x if y is None else y.transpose(0, 1) for x, y in zip(self._own, stored, strict=True)]
+
+    def by_head(self, rows: Tensor) -> Tensor:
+        """(R, H, ...) as (H, R, ...), contiguous and wide."""
+        return rows.transpose(0, 1).to(self.wide).contiguous()
+
+    def seen(self, part: _Part) -> tuple[Tensor, Tensor]:
+        """Keys and values of a part, as views unless the dtype is narrow."""
+        keys, values = self._stored if part.stored else self._own
+        return _contiguous_rows(keys[:, part.rows].to(self.wide)), _contiguous_rows(values[:, part.rows].to(self.wide))
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def forward(
@@ -178,25 +322,28 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from."""
-    prefix_key, prefix_value = _or_own(prefix_key, key), _or_own(prefix_value, value)
-    run = _Pass(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale, dropout, seed)
+    attention, n_heads = _attention(query, value, scale, dropout, seed)
+    n_prefix = len(key if prefix_key is None else prefix_key)
+    plan = _Plan(query, cu_seqlens, prefix, n_prefix, n_heads)
+    run = _Pass(query, (key, value), (prefix_key, prefix_value))
     out = query.new_empty(*query.shape[:2], value.shape[2])
     lse = query.new_empty(query.shape[:2], dtype=run.wide)
-    for tile in run.tiles:
+    for tile in plan.tiles:
         rows = slice(tile.begin, tile.end)
-        weights = run.scores(tile, run.grouped(query[rows]) * scale)
-        peak = weights.amax(dim=-1, keepdim=True)
-        total = weights.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-        if (kept := run.kept(weights)) is not None:
-            weights.mul_(kept)
-        values, own_values = run.parts(tile, run.prefix_values, run.values)
-        length = tile.prefix_length
-        summed = torch.bmm(weights[..., length:], own_values)
-        if length:
-            summed.baddbmm_(weights[..., :length], values)
-        out[rows] = run.ungrouped(summed.div_(total))
-        lse[rows] = run.ungrouped(total.log_().add_(peak)[..., 0])
+        queries = run.by_head(query[rows])
+        merged: tuple[Tensor, Tensor] | None = None
+        for part in plan.parts(tile):
+            one = attention.forward(queries, *run.seen(part), part)
+            merged = one if merged is None else _merged(merged, one)
+        if merged is not None:
+            out[rows], lse[rows] = merged[0].transpose(0, 1), merged[1].transpose(0, 1)
     return out, lse
+
+
+def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both: a mean of their outputs, weighted by their sums of exponentials."""
+    share = torch.sigmoid(right[1] - left[1])
+    return torch.lerp(left[0], right[0], share[..., None]), torch.logaddexp(left[1], right[1])
 
 
 def backward(
@@ -219,46 +366,27 @@ def backward(
     The weights are recomputed from the log-sum-exp. A key's gradient collects from tile after tile in a fixed order,
     in at least float32, and is rounded once.
     """
-    keys, values = _or_own(prefix_key, key), _or_own(prefix_value, value)
-    run = _Pass(query, key, value, cu_seqlens, prefix, keys, values, scale, dropout, seed)
-
-    def zeros(like: Tensor) -> Tensor:  # (Hkv, rows, d) for the products, (rows, Hkv, d) in memory
-        return torch.zeros(like.shape, dtype=run.wide, device=like.device).transpose(0, 1)
-
+    attention, n_heads = _attention(query, value, scale, dropout, seed)
+    n_prefix = len(key if prefix_key is None else prefix_key)
+    plan = _Plan(query, cu_seqlens, prefix, n_prefix, n_heads)
+    run = _Pass(query, (key, value), (prefix_key, prefix_value))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_key, grad_value = zeros(key), zeros(value)
-    grad_prefix_key = grad_key if prefix_key is None else zeros(prefix_key)
-    grad_prefix_value = grad_value if prefix_value is None else zeros(prefix_value)
-    for tile in run.tiles:
-        rows, length = slice(tile.begin, tile.end), tile.prefix_length
-        scaled, grads = run.grouped(query[rows]) * scale, run.grouped(grad_out[rows])
-        weights = run.scores(tile, scaled).sub_(run.grouped(lse[rows, :, None])).exp_()
-        kept = run.kept(weights)
-        dropped = weights if kept is None else weights * kept
-        seen_values, own_values = run.parts(tile, run.prefix_values, run.values)
-        seen_keys, own_keys = run.parts(tile, run.prefix_keys, run.keys)
-        grad_scores = torch.empty_like(weights)
-        torch.bmm(grads, own_values.transpose(1, 2), out=grad_scores[..., length:])
-        torch.bmm(grads, seen_values.transpose(1, 2), out=grad_scores[..., :length])
-        if kept is not None:
-            grad_scores.mul_(kept)
-        balance = (grads * run.grouped(out[rows])).sum(dim=-1, keepdim=True)
-        grad_scores.sub_(balance).mul_(weights)
-        summed = torch.bmm(grad_scores[..., length:], own_keys)
-        own = slice(tile.first, tile.end)
-        grad_value[:, own].baddbmm_(dropped[..., length:].transpose(1, 2), grads)
-        grad_key[:, own].baddbmm_(grad_scores[..., length:].transpose(1, 2), scaled)
-        if length:
-            summed.baddbmm_(grad_scores[..., :length], seen_keys)
-            seen = slice(tile.prefix_begin, tile.prefix_end)
-            grad_prefix_value[:, seen].baddbmm_(dropped[..., :length].transpose(1, 2), grads)
-            grad_prefix_key[:, seen].baddbmm_(grad_scores[..., :length].transpose(1, 2), scaled)
-        grad_query[rows] = run.ungrouped(summed.mul_(scale))
-    results = [x.transpose(0, 1).to(query.dtype) for x in (grad_key, grad_value)]
-    for given, grad in ((prefix_key, grad_prefix_key), (prefix_value, grad_prefix_value)):
-        results.append(key.new_empty(0) if given is None else grad.transpose(0, 1).to(query.dtype))
+    own = [torch.zeros(x.shape, dtype=run.wide, device=x.device) for x in (key, value)]
+    stored = [
+        x if y is None else torch.zeros(y.shape, dtype=run.wide, device=y.device)
+        for x, y in zip(own, (prefix_key, prefix_value), strict=True)
+    ]
+    for tile in plan.tiles:
+        rows = slice(tile.begin, tile.end)
+        grad, queries, outs, sums = (run.by_head(x[rows]) for x in (grad_out, query, out, lse))
+        grad_queries = torch.zeros_like(queries)
+        for part in plan.parts(tile):
+            grads = attention.backward(grad, queries, *run.seen(part), outs, sums, part)
+            grad_queries += grads[0]
+            for total, one in zip(stored if part.stored else own, grads[1:], strict=True):
+                total[part.rows] += one.transpose(0, 1)
+        grad_query[rows] = grad_queries.transpose(0, 1)
+    results = [x.to(query.dtype) for x in own]
+    for given, total in zip((prefix_key, prefix_value), stored, strict=True):
+        results.append(query.new_empty(0) if given is None else total.to(query.dtype))
     return grad_query, results[0], results[1], results[2], results[3]
-
-
-def _or_own(given: Tensor | None, own: Tensor) -> Tensor:
-    return own if given is None else given

@@ -133,9 +133,14 @@ def make_weight(
     return wide[:, 3 : 3 + width] if strided else wide
 
 
+def interpreted(backend: str) -> bool:
+    """Whether Triton's kernels run in its interpreter, at about a millisecond per row: tests give them less to do."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def truncates(backend: str, dtype: torch.dtype) -> bool:
     """Triton's interpreter makes a bfloat16 by cutting off half of a float32, where everything else rounds."""
-    return backend == "triton" and dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreted(backend) and dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------ random batches

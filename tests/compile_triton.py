@@ -45,7 +45,7 @@ CASES = {
     "vector": Case(),
     "vector-table": Case(table=True, scale=2.0, scatter=False, accumulate=True),
     "vector-1000": Case(width=1000, scale=2.0),
-    "vector-64": Case(width=64, accumulate=True),
+    "narrow-64": Case(width=64, accumulate=True),
     "fallback": Case(slack=1),
     "fallback-41": Case(width=41, table=True, scatter=False),
     "fallback-1": Case(width=1, scale=2.0, accumulate=True),

@@ -96,7 +96,7 @@ def test_compiled_for_every_architecture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_for_every_case(tmp_path: Path) -> None:
-    names = "vector,vector-table,vector-1000,vector-64,fallback,fallback-41,fallback-1"
+    names = "vector,vector-table,vector-1000,narrow-64,fallback,fallback-41,fallback-1"
     report = compiled("80,90,100", "float32,float16,bfloat16", names, tmp_path)
     assert len(report["kernels"]) == 3 * 3 * 7 * 3
     for kernel in report["kernels"]:

@@ -21,6 +21,7 @@ from patchkern.ops import span_attention as op
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 INTERPRETED = triton.knobs.runtime.interpret
 HARD = {name: spans for name, spans in SPANS.items() if name not in ("forty share one", "a long span")} | {
     "twelve share one": Spans([1] * 6 + [3] * 6, [(10, 90)] * 12, stored=100),
@@ -131,6 +132,19 @@ def test_same_log_sum_exp_as_the_tiles() -> None:
     _, ours = kernels.forward(*arguments, 0.3)
     _, theirs = tiles.forward(*arguments, 0.3, 0.0, 0)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_never_waits_for_the_device() -> None:
+    spans = SPANS["trunk and branches"]
+    query, key, value = (x.to("cuda", torch.bfloat16).requires_grad_() for x in spans.tensors((4, 2), 64)[:3])
+    cu_seqlens, prefix = (x.cuda() for x in spans.integers)
+    for mode in ("default", "error"):  # the first round compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            span_attention(query, key, value, cu_seqlens, prefix=prefix).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ------------------------------------------------------------------ compiled

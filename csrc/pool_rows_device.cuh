@@ -190,8 +190,8 @@ struct Share {
   float factor;
 };
 
-// Adds `count` <= 32 rows to `sum`, in their order. Lane j brings row j, and `queue` is the warp's room for 32. Where bit
-// j of `ends` is set a sum is complete with row j: finish(sum) takes it, and the next sum begins.
+// Adds `count` <= 32 rows to `sum`, in their order. Lane j brings row j, and `queue` is the warp's room for 32. Where
+// bit j of `ends` is set a sum is complete with row j: finish(sum) takes it, and the next sum begins.
 //
 // kInFlight loads are on their way before the first is needed. The queue, read by the whole warp at once, leaves the
 // registers to them.

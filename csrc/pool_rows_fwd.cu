@@ -3,9 +3,27 @@
 // pool_rows on CUDA: literals, item patches and session patches in one launch.
 //
 // A block of 8 warps owns 32 rows x one column tile, a warp 4 of the rows. Literals are copied, 4 loads in flight. The
-// warp's patches are one flat list of title tokens: lanes turn 32 of them at a time into (embedding row, factor), then
-// the warp streams those rows, 8 loads in flight across the patches' borders. Rows of many items are shared by the
-// block's warps.
+// titles of a warp's patches are one list, a lane for each; the lanes turn their tokens, 32 at a time, into embedding
+// rows and factors, and the warp adds those rows up with 4 loads in flight across the patches' borders. Long rows,
+// patches of more than 8 items, come in clusters, and a few can be more work than the rest of the batch: 8 blocks share
+// theirs, and all warps of a block one at a time.
+//
+// Budget: ml-1m with the Llama-3 tokenizer, a batch of 64 at up to 100 items, D = 2048, bfloat16, in MB. The minimum is
+// each output row written once and each of the batch's 2,551 distinct embeddings (10.4 MB) and the layout (0.2 MB) read
+// once; the floors are that over the measured copy bandwidths of A100 (1.55 TB/s) and H200 (4.3 TB/s).
+//
+//   policy     rows    written  minimum   A100 us  H200 us   read through L2
+//   text       24,016   98.4     109.0     70.3     25.4      98.4
+//   items      12,758   52.3      62.8     40.5     14.6      98.4
+//   sessions    7,118   29.2      39.7     25.6      9.2      86.8
+//   random     20,418   83.6      94.3     60.8     21.9      98.4
+//
+// A patch reads all of its tokens, so the SMs ask the L2 cache for far more than DRAM delivers. A simulated L1 (300
+// pieces of 512 bytes an SM) answers 24 to 30 % of it, mostly separators and words that repeat within a block's 32
+// rows; that is why a block is many rows of one column tile and not one row of many. What is left of sessions, 66 MB,
+// takes an H200 12 us at an assumed 5.5 TB/s from L2: there 77 % of the copy bandwidth is the most that can be had
+// without pooling titles that occur several times only once. Text, items (69 MB, 12.5 us) and random are limited by
+// DRAM, as is everything on an A100.
 
 #include "pool_rows_device.cuh"
 
@@ -17,7 +35,8 @@ constexpr int kRowsPerWarp = 4;
 static_assert(kWarps * kRowsPerWarp == 32, "one lane looks at each row of the block");
 constexpr int kInFlight = 4;  // with more, the registers allow fewer warps and the literals suffer
 constexpr int kBlocksPerSm = 4;
-constexpr int kLongRow = 32 / kRowsPerWarp;  // a patch of more items is summed by all warps of the block
+constexpr int kLongRow = 32 / kRowsPerWarp;  // a patch of more items is summed by all warps of a block
+constexpr int kGroup = kWarps;  // so many blocks share their long rows: each thread looks at one of the group's rows
 
 // Running sums over the lanes: lane i's entries are numbered ends[i - 1] .. ends[i] - 1.
 __device__ int running_ends(int count) {
@@ -40,28 +59,14 @@ __device__ int owner_of(int entry, int ends) {
   return owner;
 }
 
-// Adds up to 32 titles to `sum`, one for each lane: token_ids[begin .. begin + length) or, with a table, its row
-// `begin`; each row counts for `share`. finish(sum) is called after the titles whose bits `ends` holds.
-template <class A, class Finish>
-__device__ __forceinline__ void add_titles(const PoolRows& call, const Matrix& source, Share* queue, int begin,
-                                           int length, float share, uint32_t ends, Sum<A>& sum, const Finish& finish) {
-  const int lane = threadIdx.x % 32;
-  const int token_ends = running_ends(length);
-  const int num_tokens = __shfl_sync(kWarp, token_ends, 31);
-  const int shift = begin - (token_ends - length);
-  for (int first = 0; first < num_tokens; first += 32) {
-    const int entry = first + lane;
-    const int title = owner_of(entry, token_ends);
-    int row = entry + __shfl_sync(kWarp, shift, title);
-    const float factor = __shfl_sync(kWarp, share, title);
-    const bool last = entry + 1 == __shfl_sync(kWarp, token_ends, title);
-    if (call.table == nullptr && entry < num_tokens) row = __ldg(call.token_ids + row);
-    const uint32_t row_ends = __ballot_sync(kWarp, last && (ends >> title & 1));
-    const int left = num_tokens - first;
-    add_rows<A, kInFlight>(source.base, queue, {row * source.row_bytes, factor}, left < 32 ? left : 32, row_ends, sum, finish);
-  }
+// The number of items of a patch; 0 for a literal, and behind the last row.
+__device__ int members_of(const PoolRows& call, int64_t row) {
+  if (row >= call.num_rows) return 0;
+  const int lo = __ldg(call.lo + row), hi = __ldg(call.hi + row);
+  return lo < 0 ? 0 : hi - lo;
 }
 
+// token_ids[begin .. begin + length) or, with a table, its row `begin`.
 struct Title {
   int begin, length;
 };
@@ -73,6 +78,30 @@ __device__ Title title_of(const PoolRows& call, int item_at) {
   return {begin, __ldg(call.offsets + item + 1) - begin};
 }
 
+// Adds up to 32 titles to `sum`, one for each lane, as members of patches of `size` items. finish(sum) is called after
+// the titles whose bits are set in `ends`.
+template <class A, class Finish>
+__device__ __forceinline__ void add_titles(const PoolRows& call, const Matrix& source, Share* queue, const Title& own,
+                                           int size, uint32_t ends, Sum<A>& sum, const Finish& finish) {
+  const int lane = threadIdx.x % 32;
+  const float share = call.scale / (static_cast<float>(own.length) * static_cast<float>(size));
+  const int token_ends = running_ends(own.length);
+  const int num_tokens = __shfl_sync(kWarp, token_ends, 31);
+  const int shift = own.begin - (token_ends - own.length);
+  for (int first = 0; first < num_tokens; first += 32) {
+    // a token for each lane
+    const int entry = first + lane;
+    const int title = owner_of(entry, token_ends);
+    int row = entry + __shfl_sync(kWarp, shift, title);
+    const float factor = __shfl_sync(kWarp, share, title);
+    const bool last = entry + 1 == __shfl_sync(kWarp, token_ends, title);
+    if (call.table == nullptr && entry < num_tokens) row = __ldg(call.token_ids + row);
+    const uint32_t row_ends = __ballot_sync(kWarp, last && (ends >> title & 1));
+    const int count = num_tokens - first < 32 ? num_tokens - first : 32;
+    add_rows<A, kInFlight>(source.base, queue, {row * source.row_bytes, factor}, count, row_ends, sum, finish);
+  }
+}
+
 template <class Element, bool kVector>
 __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_kernel(PoolRows call) {
   using A = Access<Element, kVector>;
@@ -82,17 +111,18 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_kernel(Po
   const Matrix weight = matrix_at<A>(call.weight, call.weight_stride, columns.first);
   const Matrix out = matrix_at<A>(call.out, call.out_stride, columns.first);
 
-  // Lane i looks at the block's row i: every warp knows them all.
-  int lo = 0, members = 0;
-  if (first_row + lane < call.num_rows) {
-    lo = __ldg(call.lo + first_row + lane);
-    const int hi = __ldg(call.hi + first_row + lane);
-    if (lo >= 0) members = hi - lo;
-  }
+  // Lane i looks at the block's row i.
+  const int lo = first_row + lane < call.num_rows ? __ldg(call.lo + first_row + lane) : 0;
+  const int members = members_of(call, first_row + lane);
+  __shared__ uint32_t long_rows[kWarps];  // of the block's group, a word for each block
+  const int64_t group = row_block() / kGroup * kGroup;
+  const bool is_long = members_of(call, group * 32 + threadIdx.x) > kLongRow;
+  const uint32_t longs = __ballot_sync(kWarp, is_long);
+  if (lane == 0) long_rows[warp] = longs;
+
   const uint32_t own = ((1u << kRowsPerWarp) - 1) << (warp * kRowsPerWarp);
   const uint32_t literals = __ballot_sync(kWarp, lo < 0) & own;
-  const uint32_t long_rows = __ballot_sync(kWarp, members > kLongRow);
-  const uint32_t patches = __ballot_sync(kWarp, members > 0) & own & ~long_rows;
+  const uint32_t patches = __ballot_sync(kWarp, members > 0 && members <= kLongRow) & own;
 
   if (literals != 0) {
     typename A::Words rows[kRowsPerWarp];
@@ -117,7 +147,6 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_kernel(Po
     }
   }
 
-  if ((patches | long_rows) == 0) return;
   const Matrix source = call.table == nullptr ? weight : matrix_at<A>(call.table, call.table_stride, columns.first);
   __shared__ Share queues[kWarps][32];
   Sum<A> sum;
@@ -131,33 +160,39 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_kernel(Po
     const int end = __shfl_sync(kWarp, ends, patch);
     const int item_at = __shfl_sync(kWarp, lo, patch) + lane - (end - size);
     const Title title = lane < __shfl_sync(kWarp, ends, 31) ? title_of(call, item_at) : Title{0, 0};
-    const float share = call.scale / (static_cast<float>(title.length) * static_cast<float>(size));
     uint32_t unfinished = patches;
-    add_titles<A>(call, source, queues[warp], title.begin, title.length, share, __ballot_sync(kWarp, lane + 1 == end), sum,
-                  [&](const Sum<A>& patch_sum) {
-                    const int row = __ffs(static_cast<int>(unfinished)) - 1;
-                    unfinished &= unfinished - 1;
-                    if (columns.inside) A::store(out.row(first_row + row), A::narrow(patch_sum.values));
-                  });
+    const auto store = [&](const Sum<A>& patch) {
+      const int row = __ffs(static_cast<int>(unfinished)) - 1;
+      unfinished &= unfinished - 1;
+      if (columns.inside) A::store(out.row(first_row + row), A::narrow(patch.values));
+    };
+    add_titles<A>(call, source, queues[warp], title, size, __ballot_sync(kWarp, lane + 1 == end), sum, store);
   }
 
-  // Each warp sums an equal part of a long row's items; one of them adds the parts, in the warps' order.
+  // The group's long rows are dealt to its blocks in turn. Each warp sums an equal part of a row's items; one of them
+  // adds the parts, in the warps' order.
   __shared__ Parts<A, kWarps> parts;
-  for (uint32_t left = long_rows; left != 0; left &= left - 1) {
-    const int row = __ffs(static_cast<int>(left)) - 1;
-    const int items = __ldg(call.lo + first_row + row);
-    const int size = __ldg(call.hi + first_row + row) - items;
-    const int end = static_cast<int>(int64_t{size} * (warp + 1) / kWarps);
-    for (int first = static_cast<int>(int64_t{size} * warp / kWarps); first < end; first += 32) {
-      const Title title = first + lane < end ? title_of(call, items + first + lane) : Title{0, 0};
-      const float share = call.scale / (static_cast<float>(title.length) * static_cast<float>(size));
-      add_titles<A>(call, source, queues[warp], title.begin, title.length, share, 0, sum, [](const Sum<A>&) {});
+  const int64_t blocks = (call.num_rows + 31) / 32 - group;  // from the group's first
+  const int dealt = static_cast<int>(blocks < kGroup ? blocks : kGroup);
+  int turn = static_cast<int>(row_block() - group);
+  __syncthreads();
+  for (int word = 0; word < kGroup; ++word) {
+    for (uint32_t left = long_rows[word]; left != 0; left &= left - 1) {
+      if (turn-- != 0) continue;
+      turn = dealt - 1;
+      const int64_t row = (group + word) * 32 + __ffs(static_cast<int>(left)) - 1;
+      const int items = __ldg(call.lo + row), size = members_of(call, row);
+      const int end = static_cast<int>(int64_t{size} * (warp + 1) / kWarps);
+      for (int first = static_cast<int>(int64_t{size} * warp / kWarps); first < end; first += 32) {
+        const Title title = first + lane < end ? title_of(call, items + first + lane) : Title{0, 0};
+        add_titles<A>(call, source, queues[warp], title, size, 0, sum, [](const Sum<A>&) {});
+      }
+      parts.put(sum);
+      sum.clear();
+      __syncthreads();
+      if (warp == 0 && columns.inside) A::store(out.row(row), A::narrow(parts.total().values));
+      __syncthreads();
     }
-    parts.put(sum);
-    sum.clear();
-    __syncthreads();
-    if (warp == row % kWarps && columns.inside) A::store(out.row(first_row + row), A::narrow(parts.total().values));
-    __syncthreads();
   }
 }
 

@@ -90,7 +90,8 @@ inline void full_mask(unsigned mask) {
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane, int line = __builtin_LINE()) {
   full_mask(mask);
-  return cuda_host::bits_of<T>(cuda_host::meet_warp("__shfl_sync", line, cuda_host::bits_of<uint32_t>(value))[lane & 31]);
+  const uint32_t* words = cuda_host::meet_warp("__shfl_sync", line, cuda_host::bits_of<uint32_t>(value));
+  return cuda_host::bits_of<T>(words[lane & 31]);
 }
 
 template <class T>

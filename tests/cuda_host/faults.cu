@@ -37,7 +37,8 @@ __global__ void neighbours(int* out) {
   __shared__ int shared[64];
   shared[threadIdx.x] = static_cast<int>(threadIdx.x);
   __syncthreads();
-  out[threadIdx.x] = shared[(threadIdx.x + 1) % 64] + 100 * __shfl_up_sync(0xffffffffu, static_cast<int>(threadIdx.x), 1);
+  const int thread = static_cast<int>(threadIdx.x);
+  out[thread] = shared[(thread + 1) % 64] + 100 * __shfl_up_sync(0xffffffffu, thread, 1);
 }
 
 void (*const kernels[])(int*) = {lanes_at_different_operations, lane_ends_early, warps_at_different_barriers,

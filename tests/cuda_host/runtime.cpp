@@ -29,7 +29,7 @@ dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace cuda_host {
 namespace {
 
-constexpr size_t kStackBytes = 1 << 16;
+constexpr size_t kStackBytes = 1 << 15;
 constexpr int kMaxThreads = 1024;
 
 // What a fiber waits for.
@@ -68,7 +68,8 @@ __attribute__((noinline)) void jump(Fiber& to) { __builtin_longjmp(to.context, 1
 __attribute__((noinline)) void switch_fiber(Fiber& from, Fiber& to) {
   void* fake_stack = nullptr;
   const bool home = &to == &scheduler;
-  __sanitizer_start_switch_fiber(&fake_stack, home ? main_stack : to.stack.get(), home ? main_stack_bytes : kStackBytes);
+  const void* stack = home ? main_stack : to.stack.get();
+  __sanitizer_start_switch_fiber(&fake_stack, stack, home ? main_stack_bytes : kStackBytes);
   if (__builtin_setjmp(from.context) == 0) jump(to);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }

@@ -258,14 +258,15 @@ class PatchedCausalLM(nn.Module):
         num_beams: int = 20,
         search: str = "beam",
         exclude_seen: bool = False,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         batch_size: int = 64,
         **options: Any,
     ) -> list[list[tuple[Any, float]]]:
         """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`.
 
         Args:
-            options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``max_expansions``.
+            options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``max_expansions``,
+                ``user_cache``, ``user_ids``, ``progress``.
         """
         from patchkern.search import recommend
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchkern.batching import in_batches
 from patchkern.filters import ItemFilter
-from patchkern.histories import Histories, HistoriesLike
+from patchkern.histories import Histories, HistoriesLike, is_sequence
 from patchkern.layout import PatchLayout
-from patchkern.memory import in_batches
+from patchkern.memory import SearchSize, parse_bytes
 from patchkern.policies import AnyPolicy, check_policy
 from patchkern.prompts import Prompts, inference
 from patchkern.title_search import (
@@ -35,6 +36,7 @@ from patchkern.title_search import (
     without_repeats,
 )
 from patchkern.trie import Trie
+from patchkern.user_cache import UserCache
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
@@ -62,13 +64,16 @@ def recommend(
     num_beams: int = 20,
     search: str = "beam",
     exclude_seen: bool = False,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     batch_size: int = 64,
     *,
     allowed_items: Any = None,
     length_penalty: float = 0.0,
     normalize: str | None = None,
     max_expansions: int | None = None,
+    user_cache: UserCache | None = None,
+    user_ids: Sequence[Hashable] | None = None,
+    progress: bool = False,
 ) -> list[Ranked]:
     """Recommend items to users.
 
@@ -97,8 +102,10 @@ def recommend(
         num_beams: hypotheses per user and step, at least ``k``: a narrower beam may find fewer than ``k`` titles.
         search: ``"beam"``, ``"exact"`` or ``"diverse"``.
         exclude_seen: leave out the items of a user's whole history, also those that ``policy`` cuts off.
-        memory_budget: bytes for what grows with users and beams (keys, values, logits); a batch that needs more is
-            split.
+        memory_budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. Users
+            are batched, and their prompts computed in chunks, so that the predicted peak stays below it
+            (`patchkern.memory`). None: ``batch_size`` users at once. A batch for which memory runs out all the same is
+            halved, with a warning.
         batch_size: users computed together, at most.
         allowed_items: recommend these only: one sequence of item ids for all users or one per user, or booleans in
             catalogue order, ``(n_items,)`` or ``(B, n_items)``, an array or a tensor.
@@ -112,6 +119,9 @@ def recommend(
             probabilities sum to one.
         max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
             search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
+        user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.
+        user_ids: names of the B users in ``user_cache``; 0, 1, 2, ... where not given.
+        progress: show how many users are done.
 
     Returns:
         Per user ``(item_id, score)``, best first, the score being the log-probability unless ``length_penalty`` or
@@ -132,6 +142,7 @@ def recommend(
     if num_beams < k:
         raise ValueError(f"num_beams: expected at least k={k}, to find that many titles, got {num_beams}")
     histories = Histories.coerce(histories)
+    names = _names(histories, user_cache, user_ids)
     items = ItemFilter(model.catalog, histories, allowed_items, exclude_seen)
     items.check(k)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
@@ -142,9 +153,19 @@ def recommend(
     if normalize is not None:
         step_rows = kept_rows = max(len(tree.fed) for tree in passes)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, ...]:
+    fixed_bytes = trie.num_bytes + (0 if user_cache is None else user_cache.max_bytes)
+    size = SearchSize(step_rows, kept_rows, 0 if items.is_open else 10 * len(model.catalog) + 8, fixed_bytes)
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, ...]:
         running = trie.running_count(items.mask(users).to(model.device)).expand(users.size, -1)
-        prompts = Prompts(model, layout, users.size * kept_rows)
+        prompts = Prompts(
+            model,
+            layout,
+            users.size * kept_rows,
+            chunk_rows=chunk_rows,
+            user_cache=user_cache,
+            user_ids=names and [names[user] for user in users],
+        )
         unproven = torch.zeros(0, dtype=torch.bool)
         if normalize is not None:
             found = _normalized(score_titles(prompts, trie, passes), trie, running, k, normalize == "items")
@@ -158,7 +179,7 @@ def recommend(
     n_unproven = 0
     with inference(model):
         for users, (*found, unproven) in in_batches(
-            model, histories, policy, step_rows, trie.depth, compute, memory_budget, batch_size
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
         ):
             _collect(results, users, model, *found)
             n_unproven += int(unproven.sum())
@@ -178,8 +199,9 @@ def generate_titles(
     policy: AnyPolicy,
     num_beams: int = 20,
     leaves_only: bool = True,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> list[Ranked]:
     """The titles that the paper's diverse beam search generates, for ``metric="paper"`` of `patchkern.metrics`.
 
@@ -189,7 +211,7 @@ def generate_titles(
     or some forbidden one, whichever comes first, less likely for the groups after it.
 
     Args:
-        model, histories, policy, memory_budget, batch_size: as in `recommend`.
+        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
         num_beams: groups, and titles per user; the paper decodes once with 10 and once with 20.
         leaves_only: search the authors' tree, in which a title that begins another title cannot be generated.
 
@@ -201,9 +223,10 @@ def generate_titles(
     histories = Histories.coerce(histories)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
+    size = SearchSize(num_beams, _kept_rows(trie, "diverse", num_beams), 0, trie.num_bytes)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout) -> tuple[Tensor, Tensor, Tensor]:
-        prompts = Prompts(model, layout, users.size * _kept_rows(trie, "diverse", num_beams))
+    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        prompts = Prompts(model, layout, users.size * size.kept_rows, chunk_rows=chunk_rows)
         found = diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
         owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)
         return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
@@ -211,7 +234,7 @@ def generate_titles(
     results: list[Ranked] = [[] for _ in range(len(histories))]
     with inference(model):
         for users, found in in_batches(
-            model, histories, policy, num_beams, trie.depth, compute, memory_budget, batch_size
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
         ):
             _collect(results, users, model, *found)
     return results
@@ -222,9 +245,10 @@ def score_items(
     histories: HistoriesLike,
     policy: AnyPolicy,
     items: Sequence[Any] | NDArray[Any] | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     batch_size: int = 64,
     nodes_per_pass: int = 64,
+    progress: bool = False,
 ) -> NDArray[np.floating[Any]]:
     """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
 
@@ -232,7 +256,7 @@ def score_items(
     calibration or one's own normalisation; to find the best few, ``recommend(search="exact")`` computes less.
 
     Args:
-        model, histories, policy, memory_budget, batch_size: as in `recommend`.
+        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
         items: the item ids to score; the whole catalogue where not given.
         nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
 
@@ -257,12 +281,16 @@ def score_items(
     counts = trie.own_end[trie.titles] - trie.begin[trie.titles]
     title = torch.arange(len(counts), device=model.device).repeat_interleave(counts)[trie.items.argsort()]
     title = title[torch.from_numpy(column).to(model.device)]
+    size = SearchSize(rows, rows, scores.itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout) -> Tensor:
-        return score_titles(Prompts(model, layout, users.size * rows), trie, passes)[:, title]
+    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> Tensor:
+        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
+        return score_titles(prompts, trie, passes)[:, title]
 
     with inference(model):
-        for users, found in in_batches(model, histories, policy, rows, trie.depth, compute, memory_budget, batch_size):
+        for users, found in in_batches(
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+        ):
             scores[users] = found.cpu().numpy()
     return scores
 
@@ -316,6 +344,23 @@ def _collect(
 # ------------------------------------------------------------------ arguments
 
 
+def _names(histories: Histories, user_cache: Any, user_ids: Any) -> list[Hashable]:
+    """What the users are called in the cache; nothing without one."""
+    if user_cache is None:
+        if user_ids is not None:
+            raise ValueError("user_ids: expected None without a user_cache")
+        return []
+    if not isinstance(user_cache, UserCache):
+        raise TypeError(f"user_cache: expected a UserCache or None, got {type(user_cache).__name__}")
+    if user_ids is None:
+        return list(range(len(histories)))
+    if not is_sequence(user_ids):
+        raise TypeError(f"user_ids: expected a sequence of names, got {type(user_ids).__name__}")
+    if len(user_ids) != len(histories):
+        raise ValueError(f"user_ids: expected one per user ({len(histories)}), got {len(user_ids)}")
+    return list(user_ids)
+
+
 def _check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
     if search not in SEARCHES:
         raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
@@ -349,5 +394,5 @@ def _check_count(name: str, value: Any) -> None:
 def _check_batching(policy: Any, memory_budget: Any, batch_size: Any) -> None:
     check_policy(policy)
     if memory_budget is not None:
-        _check_count("memory_budget", memory_budget)
+        parse_bytes("memory_budget", memory_budget)
     _check_count("batch_size", batch_size)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting memory: what a pass on the meta device would hold, and what a real run held at most."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is active, count the bytes that the meta tensors made since would hold, as long as they are referenced.
+
+    Storages are counted, so a view costs nothing. What an operator only needs while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        """bytes referenced now"""
+        self.peak = 0
+        """the most of `live` since the start"""
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0  # what a model asks the values of its inputs, positions for instance, has no answer here
+        arguments = {tensor.untyped_storage()._cdata for tensor in _meta_tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _meta_tensors(result):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._counted and key not in arguments:
+                self._counted.add(key)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, key, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self.live -= size
+
+
+def _meta_tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_meta)
+
+
+class Peak:
+    """What `peak_memory` found."""
+
+    bytes = 0
+    """the most that was allocated at once, beyond what was allocated before"""
+
+
+@contextmanager
+def peak_memory(device: torch.device | str) -> Iterator[Peak]:
+    """Measure the most that a block of code allocates on a device at once; exact, and the same in every run.
+
+    On CUDA this is ``torch.cuda.max_memory_allocated``. On the CPU every allocation and release of torch is recorded by
+    its profiler, which slows small operators down: do not time the same run.
+    """
+    device = torch.device(device)
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds announce every start on stderr
+    with profiler.profile(use_kineto=False, profile_memory=True) as record:
+        yield peak
+    live = 0
+    for event in record.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak.bytes = max(peak.bytes, live)

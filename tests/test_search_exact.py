@@ -186,6 +186,24 @@ def test_one_item_and_no_users() -> None:
         assert model.recommend([], POLICIES["text"], 1, 1, "exact", **options) == []
 
 
+@pytest.mark.parametrize("search", ["beam", "exact", "diverse"])
+def test_users_cache_changes_nothing(search: str) -> None:
+    titles = make_titles(23)
+    model = make_model(titles)
+    histories = make_histories(titles, [3, 20, 0, 17, 8])
+    policy = pk.SessionPatches(group_size=2, max_items=None, align="start")
+    cache = pk.UserCache(model, 1 << 20)
+    for user_ids in (None, list("abcde"), np.arange(5, 10)):
+        for length in (-4, None):
+            seen = [history[:length] for history in histories]
+            plain = model.recommend(seen, policy, 4, 4, search, batch_size=2)
+            rows = model.recommend(seen, policy, 4, 4, search, batch_size=2, user_cache=cache, user_ids=user_ids)
+            for row, other in zip(rows, plain, strict=True):
+                assert [item for item, _ in row] == [item for item, _ in other]
+                np.testing.assert_allclose([s for _, s in row], [s for _, s in other], rtol=0, atol=1e-9)
+    assert len(cache) == 15 and "c" in cache and 4 in cache and 9 in cache
+
+
 # ------------------------------------------------------------------ scores
 
 
@@ -333,6 +351,8 @@ def test_allowed_items_of_the_diverse_search() -> None:
         ({"normalize": "item"}, ValueError, "normalize: expected one of titles, items or None, got 'item'"),
         ({"normalize": "items", "search": "beam"}, ValueError, 'normalize: expected None or search="exact"'),
         ({"normalize": "items", "length_penalty": 1.0}, ValueError, "normalize: expected None with a length_penalty"),
+        ({"user_ids": [1, 2]}, ValueError, "user_ids: expected None without a user_cache"),
+        ({"user_cache": 5}, TypeError, "user_cache: expected a UserCache or None, got int"),
         ({"max_expansions": 0}, ValueError, "max_expansions: expected at least 1, got 0"),
         ({"max_expansions": 5, "search": "beam"}, ValueError, 'max_expansions: expected None or search="exact"'),
         ({"max_expansions": 5, "normalize": "items"}, ValueError, "max_expansions: expected None with normalize"),

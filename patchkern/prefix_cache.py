@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchkern.attention import span_attention
@@ -29,13 +31,13 @@ class StepShape(NamedTuple):
 class _Spans(NamedTuple):
     """A `Pass`, on the device."""
 
-    rows: Tensor
+    rows: Tensor | slice
     cu_seqlens: Tensor
     max_seqlen: int
     prefix: Tensor | None
     max_prefix: int
-    copied_from: Tensor
-    copied_to: Tensor
+    copied_from: Tensor | None
+    copied_to: Tensor | None
 
 
 class PrefixCache:
@@ -64,17 +66,18 @@ class PrefixCache:
         """Announce the next pass: rows of the prompts."""
         device = self.lengths.device
 
-        def moved(integers: object, dtype: torch.dtype) -> Tensor:
+        def moved(integers: NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(integers, dtype=dtype).to(device, non_blocking=True)
 
+        first, last = int(spans.rows[0]), int(spans.rows[-1])
         self._spans = _Spans(
-            moved(spans.rows, torch.int64),
+            slice(first, last + 1) if (np.diff(spans.rows) == 1).all() else moved(spans.rows),
             moved(spans.cu_seqlens, torch.int32),
             spans.max_seqlen,
             moved(spans.prefix, torch.int32) if spans.max_prefix else None,
             spans.max_prefix,
-            moved(spans.copied_from, torch.int64),
-            moved(spans.copied_to, torch.int64),
+            moved(spans.copied_from) if spans.copied_to.size else None,
+            moved(spans.copied_to) if spans.copied_to.size else None,
         )
 
     def advance(self, parent: Tensor, user: Tensor, shape: StepShape | None = None) -> Tensor:
@@ -105,8 +108,9 @@ class PrefixCache:
         spans = self._spans
         stored = self.layers_like({layer: (key[0], value[0])})[layer]
         for rows, new in zip(stored, (key, value), strict=True):
-            rows.index_copy_(1, spans.rows, new[0])
-            rows.index_copy_(1, spans.copied_to, rows.index_select(1, spans.copied_from))
+            rows[:, spans.rows] = new[0]
+            if spans.copied_to is not None:
+                rows[:, spans.copied_to] = rows[:, spans.copied_from]
         if spans.prefix is None:
             return span_attention(query, key, value, spans.cu_seqlens, spans.max_seqlen, scaling)
         keys, values = (rows[None] for rows in stored)

@@ -13,7 +13,7 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import HF_MODELS, VOCABULARY, make_hf_model, make_model
+from search_oracle import HF_MODELS, VOCABULARY, make_hf_model, make_model
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 

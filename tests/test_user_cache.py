@@ -12,8 +12,8 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_oracle import HF_MODELS, make_hf_model, make_model
 from test_prompts import LONG, compute, computed_rows
-from test_search import HF_MODELS, make_hf_model, make_model
 
 import patchkern as pk
 from patchkern.prompts import Prompts, inference

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searching a catalogue: users per second, memory, and how both grow with the history.
+
+    python bench/bench_search.py                               # all parts, about 12 minutes on one core
+    python bench/bench_search.py --parts peers --users 16
+    python bench/bench_search.py --device cuda --shape 1b --budget 40GiB
+
+Parts:
+
+- peers: item patches on ml-100k, width 20. "patchkern beam", "diverse" and "exact" against "generate" (transformers
+  with its key-value cache and ``prefix_allowed_tokens_fn``) and "published" (diverse beam search as the PatchRec
+  authors run it: 20 groups, no cache, every beam with a copy of the prompt), and the keys and values of 20 beams over
+  those of one. Before anything is timed, the scores of "generate" and "published" must agree with ours.
+- policies: the same engine on whole histories of the ml-1m users with more than 500 items: text, ItemPatches(20),
+  SessionPatches(20), seconds per user, and the peak memory of a batch, predicted and measured.
+- scaling: one synthetic user with up to 100,000 items under SessionPatches(20): bytes and seconds of the prompt,
+  seconds of a step with 1 and with 20 beams.
+- extend: a cached user with 1,000 items and 10 new events, against computing the prompt anew. What can be saved is
+  the part of the prompt that does not change: all but the latest items and the suffix.
+
+Without ../shared the users are synthetic. The model is a small Llama with random weights and a tokenizer fitted on the
+titles; time does not depend on what the weights have learnt, but for the searches that stop early when the best titles
+stand out, which they do not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import patchkern as pk
+from bench.timing import Table, Timing, measure
+from bench.workloads import SHARED
+from patchkern.data import Interactions, open_dataset, prepare, synthetic
+from patchkern.live_bytes import peak_memory
+from patchkern.prompts import Prompts, inference
+from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.search import DIVERSITY_PENALTY, generate_titles
+from patchkern.trie import Trie
+
+PARTS = ("peers", "policies", "scaling", "extend")
+TOLERANCE = 1e-3
+
+
+def make_model(data: Interactions, args: argparse.Namespace, **config: Any) -> pk.PatchedCausalLM:
+    tokenizer = fit_tokenizer(data.titles.values(), 4096)
+    if args.shape == "1b":
+        torch.manual_seed(0)
+        llama = LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=131_072,
+            tie_word_embeddings=True,
+        )
+        with torch.device(args.device):
+            hf_model = LlamaForCausalLM(llama).bfloat16()
+    else:
+        hf_model = scratch_model(tokenizer, args.shape, **config)
+        hf_model.to(torch.device(args.device))  # type: ignore[arg-type]
+    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
+    return pk.PatchedCausalLM(hf_model.eval(), catalog, scratch_prompt(tokenizer))
+
+
+def dataset(name: str) -> Interactions:
+    folder = Path(os.environ.get("PATCHKERN_BENCH_DATA", SHARED)) / name
+    if folder.is_dir():
+        return prepare(open_dataset(folder))
+    if name == "ml-1m":  # its long users are what matters
+        return synthetic(60, 3883, mean_length=700.0)
+    return synthetic(700, 1682, mean_length=76.0)
+
+
+# ------------------------------------------------------------------ the peers
+
+
+class TokenTree:
+    """The titles as nested dictionaries, which is what ``prefix_allowed_tokens_fn`` usually walks."""
+
+    def __init__(self, model: pk.PatchedCausalLM) -> None:
+        self.root: dict[int, Any] = {}
+        self.depth = 0
+        for item in range(len(model.catalog)):
+            tokens = [*model.catalog.tokens(item).tolist(), *model.prompt.response_end]
+            self.depth = max(self.depth, len(tokens))
+            node = self.root
+            for token in tokens:
+                node = node.setdefault(token, {})
+
+    def follow(self, tokens: Sequence[int]) -> dict[int, Any]:
+        node = self.root
+        for token in tokens:
+            node = node.get(token, {})
+        return node
+
+
+def padded_prompts(model: pk.PatchedCausalLM, histories: pk.Histories, policy: pk.Policy) -> tuple[Tensor, Tensor]:
+    """(B, L, D) embeddings padded on the left, and their mask."""
+    layout = pk.build_layout(model.catalog, histories, policy, model.prompt)
+    rows = model.embed(layout.to(model.device)).split(layout.cu_seqlens.diff().tolist())
+    longest = max(map(len, rows))
+    embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    return embeds, mask.to(embeds.device)
+
+
+@torch.no_grad()
+def by_generate(
+    model: pk.PatchedCausalLM, plain: Any, histories: pk.Histories, policy: pk.Policy, width: int
+) -> list[list[float]]:
+    """Every user's scores, best first, from transformers' constrained beam search."""
+    embeds, mask = padded_prompts(model, histories, policy)
+    tree = TokenTree(model)
+    end = model.prompt.response_end[-1]
+
+    def allowed(user: int, tokens: Tensor) -> list[int]:
+        return list(tree.follow(tokens.tolist())) or [end]
+
+    output = plain.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        num_beams=width,
+        num_return_sequences=width,
+        do_sample=False,
+        max_new_tokens=tree.depth,
+        prefix_allowed_tokens_fn=allowed,
+        length_penalty=0.0,
+        early_stopping="never",
+        eos_token_id=end,
+        pad_token_id=end,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    scores: list[list[float]] = output.sequences_scores.view(-1, width).tolist()
+    return scores
+
+
+@torch.no_grad()
+def as_published(
+    model: pk.PatchedCausalLM, plain: Any, histories: pk.Histories, policy: pk.Policy, groups: int
+) -> list[list[float]]:
+    """Every user's log-probabilities as the authors decode: groups of one beam, no cache, copies of the prompt."""
+    embeds, mask = padded_prompts(model, histories, policy)
+    n_users = len(histories)
+    embeds, mask = embeds.repeat_interleave(groups, 0), mask.repeat_interleave(groups, 0)
+    tree, end = TokenTree(model), model.prompt.response_end[-1]
+    weight = plain.get_input_embeddings().weight
+    tokens: list[list[int]] = [[] for _ in range(n_users * groups)]
+    totals, penalised = [0.0] * len(tokens), [0.0] * len(tokens)
+    done = [False] * len(tokens)
+    while not all(done):
+        fed = torch.tensor(tokens, dtype=torch.int64, device=embeds.device)
+        inputs = torch.cat([embeds, weight[fed]], dim=1)
+        seen = torch.cat([mask, mask.new_ones(fed.shape)], dim=1)
+        logits = plain(inputs_embeds=inputs, attention_mask=seen, use_cache=False, logits_to_keep=1).logits[:, -1]
+        log_probs = logits.float().log_softmax(-1).cpu()
+        for user in range(n_users):
+            chosen: dict[int, int] = {}
+            for beam in range(user * groups, (user + 1) * groups):
+                if done[beam]:
+                    tokens[beam].append(end)
+                    continue
+                allowed = list(tree.follow(tokens[beam]))
+                gains = log_probs[beam, allowed]
+                counts = torch.tensor([chosen.get(token, 0) for token in allowed])
+                best = int((gains - DIVERSITY_PENALTY * counts).argmax())
+                token = allowed[best]
+                totals[beam] += float(gains[best])
+                penalised[beam] += float(gains[best] - DIVERSITY_PENALTY * counts[best])
+                tokens[beam].append(token)
+                done[beam] = token == end
+                if not done[beam]:
+                    chosen[token] = chosen.get(token, 0) + 1
+    return [sorted(totals[user * groups : (user + 1) * groups], reverse=True) for user in range(n_users)]
+
+
+def same_scores(name: str, got: list[list[float]], expected: list[list[float]]) -> None:
+    """Refuse to time what finds other titles; where two are as good, rounding may choose."""
+    agree = [np.allclose(one, two, rtol=TOLERANCE) for one, two in zip(got, expected, strict=True)]
+    if np.mean(agree) < 0.95:
+        sys.exit(f"{name}: {len(agree) - sum(agree)} of {len(agree)} users have other scores; nothing was timed")
+
+
+def peers(table: Table, args: argparse.Namespace) -> None:
+    data = dataset("ml-100k")
+    model = make_model(data, args)
+    plain = copy.deepcopy(model.hf_model)
+    plain.set_attn_implementation("sdpa")
+    samples = data.samples("test")
+    samples = type(samples)(samples.users[: args.users], samples.positions[: args.users])
+    histories, policy, width = data.before(samples), pk.ItemPatches(5, 100), args.width
+    few = histories.take(np.arange(min(args.published_users, len(histories))))
+
+    ours = [[score for _, score in user] for user in model.recommend(histories, policy, k=width, num_beams=width)]
+    same_scores("generate", by_generate(model, plain, histories, policy, width), ours)
+    lists = generate_titles(model, few, policy, width, leaves_only=False)
+    titles = [sorted((score for _, score in user), reverse=True) for user in lists]
+    same_scores("published", as_published(model, plain, few, policy, width), titles)
+
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "patchkern beam": (lambda: model.recommend(histories, policy, width, width), len(histories)),
+        "patchkern diverse": (lambda: model.recommend(histories, policy, width, width, "diverse"), len(histories)),
+        "patchkern exact": (lambda: model.recommend(few, policy, width, width, "exact"), len(few)),
+        "generate": (lambda: by_generate(model, plain, histories, policy, width), len(histories)),
+        "published": (lambda: as_published(model, plain, few, policy, width), len(few)),
+    }
+    timing = measure({name: call for name, (call, _) in calls.items()}, args.seconds, args.rounds, args.rounds)
+    per_user = Timing({name: timing.seconds[name] / count for name, (_, count) in calls.items()})
+    config = {"data": data.name, "users": len(histories), "width": width, "policy": str(policy), "shape": args.shape}
+    for name, (_, count) in calls.items():
+        p20, p50, p80 = (1 / seconds for seconds in per_user.quantiles(name))
+        table.add(name, "peers", "speed", "users/s", (p80, p50, p20), config | {"users": count})
+    table.add(
+        "patchkern beam", "peers", "speed-up over generate", "x", per_user.ratio("generate", "patchkern beam"), config
+    )
+    for name in ("patchkern beam", "patchkern diverse"):
+        table.add(name, "peers", "speed-up over published", "x", per_user.ratio("published", name), config)
+    many, one = (stored_bytes(model, histories, policy, beams) for beams in (width, 1))
+    table.add("patchkern beam", "peers", f"keys and values, {width} beams / 1", "x", (many / one,) * 3, config)
+
+
+def stored_bytes(model: pk.PatchedCausalLM, histories: pk.Histories, policy: pk.Policy, beams: int) -> int:
+    """The most bytes of keys and values, of prompts and hypotheses, that a beam search holds."""
+    most = 0
+    step = Prompts.step
+
+    def counting(self: Prompts, *arguments: Any, **options: Any) -> Tensor:
+        nonlocal most
+        logits = step(self, *arguments, **options)
+        cache = self._cache
+        tensors = [x for store in (cache.layers, cache.suffixes._pool) for pair in store.values() for x in pair]
+        most = max(most, sum(x.untyped_storage().nbytes() for x in tensors))
+        return logits
+
+    Prompts.step = counting  # type: ignore[method-assign]
+    try:
+        model.recommend(histories, policy, k=beams, num_beams=beams)
+    finally:
+        Prompts.step = step  # type: ignore[method-assign]
+    return most
+
+
+# ------------------------------------------------------------------ whole histories
+
+
+def policies(table: Table, args: argparse.Namespace) -> None:
+    data = dataset("ml-1m")
+    long = np.flatnonzero(data.histories.lengths > 500)[: args.long_users]
+    histories = data.histories.take(long)
+    model = make_model(data, args)
+    chosen: dict[str, pk.Policy] = {
+        "text": pk.TextOnly(None),
+        "items": pk.ItemPatches(20, None),
+        "sessions": pk.SessionPatches(20, None),
+    }
+
+    options = {"k": args.width, "num_beams": args.width, "memory_budget": args.budget, "batch_size": args.long_batch}
+    calls = {name: partial(model.recommend, histories, policy, **options) for name, policy in chosen.items()}
+    timing = measure(calls, 0.0, args.long_rounds, args.long_rounds)
+    per_user = Timing({name: seconds / len(histories) for name, seconds in timing.seconds.items()})
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    depth = TokenTree(model).depth
+    peaks: dict[str, int] = {}
+    for name, policy in chosen.items():
+        counts = pk.row_counts(model.catalog, histories, policy, model.prompt)
+        config = {"data": data.name, "users": len(histories), "policy": str(policy), "rows": float(counts.mean())}
+        config |= {"width": args.width, "shape": args.shape, "batch": args.long_batch, "budget": str(args.budget)}
+        table.add(name, "whole histories", "time", "s/user", per_user.quantiles(name), config)
+        # the longest users make the first batch, and the peak
+        plan = pk.plan_memory(model, counts, args.budget, args.width, title_tokens=depth, batch_size=args.long_batch)
+        first = max(plan.batches, key=lambda batch: batch.needed.peak)
+        with peak_memory(model.device) as peak:
+            model.recommend(histories.take(first.users), policy, **options)
+        peaks[name] = weights + peak.bytes
+        for metric, size in (("peak memory", peaks[name]), ("peak memory, predicted", plan.peak)):
+            table.add(name, "whole histories", metric, "MiB", (size / 2**20,) * 3, config)
+        if name != "text":
+            table.add(name, "whole histories", "speed-up over text", "x", per_user.ratio("text", name), config)
+            saved = (peaks["text"] - weights) / (peaks[name] - weights)
+            table.add(name, "whole histories", "memory saved beside weights", "x", (saved,) * 3, config)
+
+
+# ------------------------------------------------------------------ growth
+
+
+def scaling(table: Table, args: argparse.Namespace) -> None:
+    data = dataset("ml-100k")
+    model = make_model(data, args)
+    rng = np.random.default_rng(0)
+    policy = pk.SessionPatches(20, None)
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
+    first = trie.tokens[1 : 1 + args.width]
+    for count in args.scaling_items:
+        history = pk.Histories(rng.choice(model.catalog.item_ids, count), [0, count])
+        layout = pk.build_layout(model.catalog, history, policy, model.prompt)
+        config = {"items": count, "rows": layout.num_rows, "policy": str(policy), "shape": args.shape}
+        with inference(model):
+            with peak_memory(model.device) as peak:
+                Prompts(model, layout, 64, chunk_rows=1024)
+            prompts: list[Prompts] = []
+
+            def prefill(layout: pk.PatchLayout = layout, prompts: list[Prompts] = prompts) -> None:
+                prompts[:] = [Prompts(model, layout, 64, chunk_rows=1024)]
+
+            seconds = measure({"prompt": prefill}, 1.0, 3, 20)
+            (ready,) = prompts
+
+            steps = measure({f"{w} beams": partial(one_step, ready, first[:w]) for w in (1, args.width)}, 1.0, 5, 50)
+        per_row = peak.bytes / layout.num_rows
+        table.add("patchkern", "scaling", "prompt", "s", seconds.quantiles("prompt"), config)
+        table.add("patchkern", "scaling", "prompt, peak memory per row", "B", (per_row,) * 3, config)
+        for name in steps.seconds:
+            table.add("patchkern", "scaling", f"step, {name}", "s", steps.quantiles(name), config)
+
+
+def one_step(prompts: Prompts, tokens: Tensor) -> None:
+    prompts.step(torch.full_like(tokens, -1), torch.zeros_like(tokens), tokens)
+    prompts.forget()
+
+
+def extend(table: Table, args: argparse.Namespace) -> None:
+    data = dataset("ml-100k")
+    model = make_model(data, args)
+    rng = np.random.default_rng(0)
+    cache = pk.UserCache(model, 1 << 28)
+    for policy in (
+        pk.TextOnly(None),
+        pk.SessionPatches(5, None, align="start"),
+        pk.SessionPatches(20, None, align="start"),
+    ):
+        for count in args.extend_items:
+            items = rng.choice(model.catalog.item_ids, count + 10).tolist()
+            old, new = (pk.build_layout(model.catalog, [part], policy, model.prompt) for part in (items[:count], items))
+            seconds: dict[str, list[float]] = {"anew": [], "extended": []}
+            with inference(model):
+                for number in range(args.rounds + 2):
+                    cache.clear()
+                    Prompts(model, old, 64, user_cache=cache)
+                    times, logits = [time.perf_counter()], []
+                    for user_cache in (cache, None):
+                        logits.append(Prompts(model, new, 64, user_cache=user_cache).logits)
+                        times.append(time.perf_counter())
+                    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
+                        sys.exit("extend: a cached prompt has other logits; nothing was timed")
+                    if number:
+                        for name, taken in zip(("extended", "anew"), np.diff(times), strict=True):
+                            seconds[name].append(taken)
+            timing = Timing({name: np.array(values) for name, values in seconds.items()})
+            config = {"items": count, "rows": new.num_rows, "policy": str(policy), "shape": args.shape}
+            for name in timing.seconds:
+                table.add(name, "extend", "prompt", "s", timing.quantiles(name), config)
+            table.add("extended", "extend", "time / anew", "x", timing.ratio("extended", "anew"), config)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", default="small", help="tiny, small or 1b (Llama-3.2-1B's)")
+    parser.add_argument("--width", type=int, default=20)
+    parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--published-users", type=int, default=8, help="for the two slowest providers of peers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.0, help="more rounds of peers while there is time")
+    parser.add_argument("--long-users", type=int, default=58)
+    parser.add_argument("--long-batch", type=int, default=8)
+    parser.add_argument("--long-rounds", type=int, default=2)
+    parser.add_argument("--budget", default="8GiB", help="of the whole histories")
+    parser.add_argument("--scaling-items", type=int, nargs="+", default=[1_000, 3_000, 10_000, 30_000, 100_000])
+    parser.add_argument("--extend-items", type=int, nargs="+", default=[200, 1_000, 5_000])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="search", help="of the CSV under bench/results (default: %(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    table = Table(args.name)
+    parts = {"peers": peers, "policies": policies, "scaling": scaling, "extend": extend}
+    for part in args.parts:
+        parts[part](table, args)
+        table.write()
+
+
+if __name__ == "__main__":
+    main()

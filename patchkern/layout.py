@@ -443,6 +443,8 @@ def _check_transpose(transpose: Any, rows: int, max_token_id: int, device: torch
     _check_shape("transpose.offsets", transpose.offsets, transpose.tokens.shape[0] + 1, "one more than tokens")
     _check_shape("transpose.divisors", transpose.divisors, transpose.rows.shape[0], "one per contribution")
     _check_cuts("transpose.offsets", transpose.offsets, transpose.rows.shape[0])
+    if bool((transpose.offsets.diff() == 0).any()):
+        raise ValueError("transpose.offsets: expected at least one contribution per token, got none for one")
     _check_range("transpose.rows", transpose.rows, 0, rows - 1)
     _check_range("transpose.divisors", transpose.divisors, 1, torch.iinfo(torch.int32).max)
     if bool((torch.diff(transpose.tokens) <= 0).any()):

@@ -179,26 +179,28 @@ def diverse_search(
     log_prob = hypotheses.score.new_zeros(n_users, num_groups)
     penalised = torch.zeros_like(log_prob)
     times_chosen = log_prob.new_zeros(n_users, hypotheses.log_probs.shape[1])
-    source = torch.arange(n_users, device=device)[:, None].expand_as(node)  # each group's row of the log-probabilities
     users = torch.arange(n_users, device=device)
-    most = hypotheses.most_children
+    source = users[:, None].expand_as(node)  # which hypothesis each group is
     for step in itertools.count():
+        # the choices of every hypothesis do not depend on the other groups: (N, most children)
+        child = trie.children[hypotheses.node, None] + torch.arange(hypotheses.most_children, device=device)
+        exists = child < trie.children[hypotheses.node + 1, None]
+        child = torch.where(exists, child, 1)
+        reached, ends_at, _ = _reach(hypotheses.user[:, None], child, trie, running)
+        tokens = trie.tokens[child]
+        gains = hypotheses.log_probs.gather(1, tokens)
+        is_bad = (reached & exists & ~gains.isfinite()).any()
+        gains.masked_fill_(~(reached & exists), float("-inf"))
         times_chosen.zero_()
-        is_bad = torch.zeros((), dtype=torch.bool, device=device)
         for group in range(num_groups):
-            mine = node[:, group, None]
-            child = trie.children[mine] + torch.arange(most, device=device)
-            exists = (child < trie.children[mine + 1]) & goes[:, group, None]
-            child = torch.where(exists, child, 1)
-            reached, ends, _ = _reach(child, trie, running)
-            token = trie.tokens[child]
-            gained = hypotheses.log_probs[source[:, group, None], token]
-            is_bad |= (reached & exists & ~gained.isfinite()).any()
-            total = penalised[:, group, None] + gained - penalty * times_chosen.gather(1, token)
-            best = total.masked_fill(~(reached & exists), float("-inf")).argmax(dim=1, keepdim=True)
-            token, gained, total, child, ends = (x.gather(1, best)[:, 0] for x in (token, gained, total, child, ends))
+            mine = source[:, group]
+            token = tokens[mine]
+            total = penalised[:, group, None] + gains[mine] - penalty * times_chosen.gather(1, token)
+            best = total.argmax(dim=1)
+            total, token = (x.gather(1, best[:, None])[:, 0] for x in (total, token))
+            gained, next_node, ends = (x[mine, best] for x in (gains, child, ends_at))
             chooses = goes[:, group].clone()
-            node[:, group] = torch.where(chooses, child, node[:, group])
+            node[:, group] = torch.where(chooses, next_node, node[:, group])
             penalised[:, group] = torch.where(chooses, total, penalised[:, group])
             log_prob[:, group] += torch.where(chooses, gained, 0.0)
             length[:, group] += chooses
@@ -211,10 +213,8 @@ def diverse_search(
         if following is None:
             break
         hypotheses = following
-        number = (goes.flatten().cumsum(0) - 1).view_as(goes).clamp_(min=0)
-        source = number
-        row = torch.where(goes, hypotheses.row[number], row)
-        most = hypotheses.most_children
+        source = (goes.flatten().cumsum(0) - 1).view_as(goes).clamp_(min=0)
+        row = torch.where(goes, hypotheses.row[source], row)
     order = (penalised / length).argsort(dim=1, descending=True, stable=True)
     return Found(node.gather(1, order), log_prob.gather(1, order))
 
@@ -274,25 +274,26 @@ def _nothing(n_users: int, count: int, like: Tensor) -> Found:
     return Found(node, like.new_full(node.shape, float("-inf")))
 
 
-def _reach(child: Tensor, trie: Trie, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``(B, C)`` nodes: does an item that the user may get lie at or below it, at it, below it?"""
-    begin, own_end, end = (running.gather(1, rank[child]) for rank in (trie.begin, trie.own_end, trie.end))
+def _reach(user: Tensor, child: Tensor, trie: Trie, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Does an item that the user may get lie at or below a node, at it, below it? ``user`` (n, 1), ``child`` (n, C)."""
+    begin, own_end, end = (running[user, rank[child]] for rank in (trie.begin, trie.own_end, trie.end))
     return end > begin, own_end > begin, end > own_end
 
 
 def _children(hypotheses: _Hypotheses, trie: Trie, running: Tensor) -> tuple[_Choices, Tensor, Tensor, Tensor]:
     """What can follow the hypotheses, what of it ends a title, what goes on; and whether a logit was not finite."""
     user, node = hypotheses.user, hypotheses.node
-    n_users, device = len(running), running.device
+    device = running.device
+    users = torch.arange(len(running), device=device)
     first = trie.children[node]
     ends_at = (trie.children[node + 1] - first).cumsum(0)  # (N,) children of all users are numbered through
     starts_at = torch.cat([ends_at.new_zeros(1), ends_at])
-    bounds = starts_at[torch.searchsorted(user, torch.arange(n_users + 1, device=device))]
+    bounds = starts_at[torch.searchsorted(user, torch.arange(len(running) + 1, device=device))]
     number = bounds[:-1, None] + torch.arange(hypotheses.most_choices, device=device)
     exists = number < bounds[1:, None]
     parent = torch.searchsorted(ends_at, number, right=True).clamp_(max=len(user) - 1)
     child = torch.where(exists, (first - starts_at[:-1])[parent] + number, 1)
-    reached, ends, goes_on = (x & exists for x in _reach(child, trie, running))
+    reached, ends, goes_on = (x & exists for x in _reach(users[:, None], child, trie, running))
     gained = hypotheses.log_probs[parent, trie.tokens[child]]
     score = (hypotheses.score[parent] + gained).masked_fill(~reached, float("-inf"))
     is_bad = (reached & ~gained.isfinite()).any()

@@ -63,7 +63,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(f"{argument}: expected a usable backend, got {backend!r}: {reason}")
     reason = _unfit_reason(backend, device, dtype)
     if reason is not None:
-        raise ValueError(f"{argument}: expected a backend for {dtype} on {device}, got {backend!r}, {reason}")
+        raise ValueError(f"{argument}: expected a backend for {dtype} on {device}, got {backend!r}, which {reason}")
     return backend
 
 
@@ -126,8 +126,8 @@ def _unfit_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | 
         return None
     kind = "cpu" if name == "native" or (name == "triton" and _interpreted()) else "cuda"
     if device.type != kind:
-        return f"which runs on {'the CPU' if kind == 'cpu' else 'CUDA devices'}"
-    return "which has no float64" if name != "native" and dtype == torch.float64 else None
+        return f"runs on {'the CPU' if kind == 'cpu' else 'CUDA devices'}"
+    return "has no float64" if name != "native" and dtype == torch.float64 else None
 
 
 def _interpreted() -> bool:

@@ -27,7 +27,8 @@ class Pass(NamedTuple):
         cu_seqlens: ``(S + 1,)`` the spans among them.
         prefix: ``(S, 2)`` what each span sees besides itself: rows of the store.
         last: ``(k,)`` which of the ``n`` end a prompt, and users: ``(k,)`` whose.
-        copied_from, copied_to: rows of the store that are copied as soon as these rows are in it.
+        copied_from: ``(m,)`` rows of the store that are copied as soon as these rows are in it, and copied_to:
+            ``(f, m)`` where to.
     """
 
     rows: Int64
@@ -61,7 +62,7 @@ def plan_passes(cu_seqlens: Int64, stored: Int64, shared: int = 0, chunk_rows: i
     stored = np.minimum(stored, np.diff(cu_seqlens) - 1)
     begin, order = stored.copy(), np.arange(stored.size)
     lacking = np.flatnonzero(stored < shared)
-    copied_from = copied_to = np.zeros(0, np.int64)
+    copied_from, copied_to = np.zeros(0, np.int64), np.zeros((0, 0), np.int64)
     copied_at = -1
     work = int((np.diff(cu_seqlens) - stored).sum())
     if int((shared - stored[lacking]).sum()) - shared >= _WORTH_SHARING * work:
@@ -69,8 +70,8 @@ def plan_passes(cu_seqlens: Int64, stored: Int64, shared: int = 0, chunk_rows: i
         followers = lacking[lacking != leader]
         begin[followers] = shared
         order = np.append(leader, np.delete(order, leader))
-        copied_from = np.tile(cu_seqlens[leader] + np.arange(shared), followers.size)
-        copied_to = (cu_seqlens[followers, None] + np.arange(shared)).ravel()
+        copied_from = cu_seqlens[leader] + np.arange(shared)
+        copied_to = cu_seqlens[followers, None] + np.arange(shared)
         copied_at = shared - 1 - int(stored[leader])  # among all rows to compute, of which the leader's come first
 
     rows = (np.diff(cu_seqlens) - begin)[order]
@@ -96,7 +97,7 @@ def plan_passes(cu_seqlens: Int64, stored: Int64, shared: int = 0, chunk_rows: i
                 last=cuts[1:][ending] - 1,
                 users=user[spans][ending],
                 copied_from=copied_from if copies else copied_from[:0],
-                copied_to=copied_to if copies else copied_to[:0],
+                copied_to=copied_to if copies else copied_to[:, :0],
             )
         )
     return passes

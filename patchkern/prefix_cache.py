@@ -110,7 +110,7 @@ class PrefixCache:
         for rows, new in zip(stored, (key, value), strict=True):
             rows[:, spans.rows] = new[0]
             if spans.copied_to is not None:
-                rows[:, spans.copied_to] = rows[:, spans.copied_from]
+                rows[:, spans.copied_to] = rows[:, spans.copied_from][:, None]
         if spans.prefix is None:
             return span_attention(query, key, value, spans.cu_seqlens, spans.max_seqlen, scaling)
         keys, values = (rows[None] for rows in stored)

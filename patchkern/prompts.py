@@ -56,17 +56,15 @@ class Prompts:
             cached = user_cache.begin(model, layout, user_ids)
             stored = cached.load(self._cache)
         shared = shared_literals(layout.lo.numpy(), cu_seqlens)
-        logits = []
-        passes = plan_passes(cu_seqlens, stored, shared, chunk_rows)
-        for spans in passes:
-            logits.append(self._prefill(model, layout, spans))
+        for number, spans in enumerate(plan_passes(cu_seqlens, stored, shared, chunk_rows)):
+            ending = self._prefill(model, layout, spans)
+            if number == 0:
+                self.logits = ending.new_empty(self.num_users, ending.shape[1])
+                """``(B, V)``, what follows each prompt; float32 or float64."""
+            self.logits[torch.from_numpy(spans.users).to(model.device, non_blocking=True)] = ending
         self._check_layers(model)
         if cached is not None:
             cached.save(self._cache)
-        users = np.concatenate([spans.users for spans in passes])
-        in_order = torch.from_numpy(np.argsort(users)).to(model.device, non_blocking=True)
-        self.logits = _wide(torch.cat(logits)[in_order])
-        """``(B, V)``, what follows each prompt; float32 or float64."""
 
     def _prefill(self, model: PatchedCausalLM, layout: PatchLayout, spans: Pass) -> Tensor:
         """Compute rows of the prompts; returns the logits (k, V) of those that end one."""
@@ -79,8 +77,7 @@ class Prompts:
             for name, value in kwargs.items()
         }
         output = self._model(inputs_embeds=rows[None], span_cache=self._cache, **on_device)
-        logits: Tensor = output.logits[0]
-        return logits
+        return _wide(output.logits[0])
 
     def _check_layers(self, model: PatchedCausalLM) -> None:
         n_layers = model.config.get_text_config().num_hidden_layers

@@ -201,9 +201,11 @@ def test_passes_compute_every_row_when_what_it_sees_is_there(
         assert 0 < spans.rows.size <= (chunk_rows or cu_seqlens[-1])
         owner = np.searchsorted(cu_seqlens, spans.rows, side="right") - 1
         there[spans.rows] = True
-        place = spans.copied_from - cu_seqlens[np.searchsorted(cu_seqlens, spans.copied_from, side="right") - 1]
-        copy = spans.copied_to - cu_seqlens[np.searchsorted(cu_seqlens, spans.copied_to, side="right") - 1]
-        assert there[spans.copied_from].all() and (place == copy).all() and (place < shared).all()
+        place, copied = (
+            rows - cu_seqlens[np.searchsorted(cu_seqlens, rows, side="right") - 1]
+            for rows in (spans.copied_from, spans.copied_to)
+        )
+        assert there[spans.copied_from].all() and (place == copied).all() and (place < shared).all()
         there[spans.copied_to] = True
         for begin, end, (first, until) in zip(spans.cu_seqlens[:-1], spans.cu_seqlens[1:], spans.prefix, strict=True):
             assert begin < end and len(set(owner[begin:end])) == 1
@@ -221,7 +223,7 @@ def test_leader_has_the_most_and_the_others_start_behind() -> None:
     cu_seqlens = np.array([0, 10, 20, 30])
     (spans,) = plan_passes(cu_seqlens, np.array([0, 3, 8]), 6)
     assert spans.rows.tolist() == [*range(13, 20), *range(6, 10), *range(28, 30)]
-    assert spans.copied_from.tolist() == list(range(10, 16)) and spans.copied_to.tolist() == list(range(6))
+    assert spans.copied_from.tolist() == list(range(10, 16)) and spans.copied_to.tolist() == [list(range(6))]
 
 
 def test_no_sharing_where_it_saves_little(monkeypatch: pytest.MonkeyPatch) -> None:

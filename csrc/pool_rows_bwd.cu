@@ -104,7 +104,7 @@ __device__ void store_token(const PoolRowsGrad& call, const Matrix& out, uint32_
 template <class Element, bool kVector>
 __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_grad_tiles(PoolRowsGrad call) {
   using A = Access<Element, kVector>;
-  __shared__ Share queues[kWarps][32];
+  __shared__ Share queues[kWarps][kTileContributions];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (row_block() * kWarps + warp >= num_tiles(call)) return;
   const int tile = static_cast<int>(row_block() * kWarps + warp);
@@ -112,28 +112,41 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_grad_tile
   const Matrix grad_rows = matrix_at<A>(call.grad_rows, call.grad_stride, columns.first);
   const Matrix out = matrix_at<A>(call.out, call.out_stride, columns.first);
 
-  int first = tile * kTileContributions;
-  const int64_t behind = call.num_contributions - first;
-  uint32_t token = token_of(call, first);
-  bool head = __ldg(call.offsets + token) < first;  // the sum at hand is part of a token that began in an earlier tile
+  const int begin = tile * kTileContributions;
+  const int64_t behind = call.num_contributions - begin;
+  const int size = behind < kTileContributions ? static_cast<int>(behind) : kTileContributions;
+
+  // The loads for the whole queue are under way while the first token is looked up.
+  constexpr int kPerLane = kTileContributions / 32;
+  int numbers[kPerLane], divisors[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int at = lane + 32 * i;
+    numbers[i] = at < size ? __ldg(call.rows + begin + at) : 0;
+    divisors[i] = at < size ? __ldg(call.divisors + begin + at) : 1;
+  }
+  uint32_t token = token_of(call, begin);
+  Share* queue = queues[warp];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    queue[lane + 32 * i] = {numbers[i] * grad_rows.row_bytes, call.scale / static_cast<float>(divisors[i])};
+  }
+  __syncwarp();
+
+  bool head = __ldg(call.offsets + token) < begin;  // the sum at hand is part of a token that began in an earlier tile
   bool tail = false;                                // the sum at hand goes on in the next tile
   Sum<A> sum;
   sum.clear();
-  for (int left = behind < kTileContributions ? static_cast<int>(behind) : kTileContributions; left > 0; left -= 32) {
-    const int count = left < 32 ? left : 32;
-    Share share = {0, 0.0f};
-    if (lane < count) {
-      share.offset = __ldg(call.rows + first + lane) * grad_rows.row_bytes;
-      share.factor = call.scale / static_cast<float>(__ldg(call.divisors + first + lane));
-    }
+  for (int first = 0; first < size; first += 32) {
+    const int count = size - first < 32 ? size - first : 32;
     // Every token has a contribution, so these 32 complete at most the 32 tokens from `token` on.
     uint32_t last = 0;
     if (token + lane < call.num_tokens) {
-      const int at = __ldg(call.offsets + token + lane + 1) - 1 - first;
+      const int at = __ldg(call.offsets + token + lane + 1) - 1 - begin - first;
       if (at < count) last = 1u << at;
     }
     const uint32_t ends = __reduce_or_sync(kWarp, last);
-    add_rows<A, kInFlight>(grad_rows.base, queues[warp], share, count, ends, sum, [&](const Sum<A>& token_sum) {
+    add_rows<A, kInFlight>(grad_rows.base, queue + first, count, ends, sum, [&](const Sum<A>& token_sum) {
       if (columns.inside) {
         if (head) {
           store_partial<A>(partial_at<A>(call, 0, tile, columns.first), token_sum);
@@ -145,7 +158,6 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocksPerSm) pool_rows_grad_tile
       ++token;
     });
     tail = (ends >> (count - 1) & 1) == 0;
-    first += 32;
   }
   if (tail && columns.inside) store_partial<A>(partial_at<A>(call, head ? 0 : 1, tile, columns.first), sum);
   if (blockIdx.x == 0 && lane == 0) call.tails[tile] = tail && !head ? static_cast<int32_t>(token) : -1;

@@ -190,17 +190,14 @@ struct Share {
   float factor;
 };
 
-// Adds `count` <= 32 rows to `sum`, in their order. Lane j brings row j, and `queue` is the warp's room for 32. Where
-// bit j of `ends` is set a sum is complete with row j: finish(sum) takes it, and the next sum begins.
+// Adds `count` <= 32 rows to `sum`, in their order. Where bit j of `ends` is set a sum is complete with row j:
+// finish(sum) takes it, and the next sum begins.
 //
-// kInFlight loads are on their way before the first is needed. The queue, read by the whole warp at once, leaves the
-// registers to them.
+// kInFlight loads are on their way before the first is needed. The queue is in shared memory and read by the whole warp
+// at once: it leaves the registers to the loads.
 template <class A, int kInFlight, class Finish>
-__device__ __forceinline__ void add_rows(const char* base, Share* queue, const Share& own, int count, uint32_t ends,
-                                         Sum<A>& sum, const Finish& finish) {
-  __syncwarp();  // the previous rows have been read
-  queue[threadIdx.x % 32] = own;
-  __syncwarp();
+__device__ __forceinline__ void add_rows(const char* base, const Share* queue, int count, uint32_t ends, Sum<A>& sum,
+                                         const Finish& finish) {
   for (int first = 0; first < count; first += kInFlight) {
     typename A::Words rows[kInFlight];
 #pragma unroll

@@ -98,7 +98,10 @@ __device__ __forceinline__ void add_titles(const PoolRows& call, const Matrix& s
     if (call.table == nullptr && entry < num_tokens) row = __ldg(call.token_ids + row);
     const uint32_t row_ends = __ballot_sync(kWarp, last && (ends >> title & 1));
     const int count = num_tokens - first < 32 ? num_tokens - first : 32;
-    add_rows<A, kInFlight>(source.base, queue, {row * source.row_bytes, factor}, count, row_ends, sum, finish);
+    __syncwarp();  // the previous rows have been read
+    queue[lane] = {row * source.row_bytes, factor};
+    __syncwarp();
+    add_rows<A, kInFlight>(source.base, queue, count, row_ends, sum, finish);
   }
 }
 

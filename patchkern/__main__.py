@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import patchkern
-from patchkern._build import build_info
+from patchkern._build import build_info, cuda_build_reason
 from patchkern.ops import native
 
 PACKAGES = ["torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "pyarrow"]
@@ -49,6 +49,13 @@ def _native_build() -> str:
     return f"{info['compiler']}, {' '.join(info['flags'])}, for {' '.join(info['isa'])}"
 
 
+def _cuda_build() -> str:
+    info = build_info()
+    if not info.get("cuda"):
+        return f"none: {cuda_build_reason()}"
+    return f"{info['nvcc']}, for {' '.join(f'sm_{arch}' for arch in info['archs'])}"
+
+
 def report() -> Iterator[tuple[str, str]]:
     """The lines of the report: a name and what there is to say about it."""
     yield "patchkern", f"{patchkern.__version__} in {Path(patchkern.__file__).parent}"
@@ -66,6 +73,7 @@ def report() -> Iterator[tuple[str, str]]:
         capability = f"sm_{properties.major}{properties.minor}"
         yield f"cuda:{i}", f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
     yield "native build", _native_build()
+    yield "cuda build", _cuda_build()
     yield "native isa", f"{native.isa()}, of {' '.join(native.isa_levels()) or 'none'}"
     for backend, status in patchkern.backends().items():
         yield backend, f"{'usable' if status.usable else 'not usable'}: {status.reason}"

@@ -454,6 +454,7 @@ def test_report_says_what_a_bug_report_needs_with_torch_and_numpy_alone() -> Non
         "cpu features",
         "threads",
         "native isa",
+        "cuda build",
     ):
         assert said[name]
     for backend, status in pk.backends().items():

@@ -52,7 +52,7 @@ def _no_cuda() -> str | None:
 def _no_kernel(device: int) -> str | None:
     """Why the kernels that were built do not run on the device, or None."""
     capability = torch.cuda.get_device_capability(device)
-    built = [int(arch.rstrip("af")) for arch in build_info().get("archs", [])]
+    built = [int(arch) for arch in build_info().get("archs", [])]
     same_family = any(divmod(arch, 10) <= capability and arch // 10 == capability[0] for arch in built)
     if same_family or not built or capability >= divmod(built[-1], 10):  # the newest is there as PTX, too
         return None

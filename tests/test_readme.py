@@ -30,7 +30,7 @@ def test_the_equivalent_computes_the_same_rows(blocks: list[str]) -> None:
     torch.testing.assert_close(pk.pool_rows(weight, layout), names["pool_rows"](weight, layout), rtol=1e-6, atol=1e-6)
 
 
-def test_the_example_runs(blocks: list[str]) -> None:
+def test_the_example_runs(blocks: list[str], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
 
@@ -44,7 +44,10 @@ def test_the_example_runs(blocks: list[str]) -> None:
     # The tokenizer has no chat template and the catalogue three items: the same calls, fitted to them.
     example = example.replace('{1: "Toy Story", 2: "GoldenEye", ...}', repr(titles))
     example = re.sub(r"pk\.Prompt\.from_chat_template\(.*?\n\)", "scratch_prompt(tokenizer)", example, flags=re.DOTALL)
-    example = example.replace("k=20, num_beams=20", "k=3, num_beams=3")
-    names["scratch_prompt"] = scratch_prompt
+    example = example.replace("k=20, num_beams=20", "k=3, num_beams=3").replace("k=20)", "k=2, num_beams=2)")
+    example = example.replace('search="exact", exclude_seen', 'k=1, search="exact", exclude_seen')
+    example = example.replace('"runs/all-users"', "folder")
+    names |= {"scratch_prompt": scratch_prompt, "in_stock": [2, 3], "folder": tmp_path}
     exec(example, names)
+    assert len(pk.read_recommendations(tmp_path)[1]) == 2
     assert torch.isfinite(names["loss"]) and names["rows"].shape == (names["layout"].num_rows, 32)

@@ -82,6 +82,13 @@ STEPS = (
         "{python} bench/bench_dispatch.py",
         "{python} bench/bench_dispatch.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0",
     ),
+    Step(
+        "bench-search",
+        6,
+        "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies peers scaling "
+        "--rounds 2 --long-batch 58 --name search_cuda",
+        "{python} bench/bench_search.py --shape tiny --parts policies --long-users 1 --long-rounds 1 --name search_cuda",
+    ),
     Step("racecheck", 4, f"{SANITIZER} racecheck {ON_GPU}", ON_CPU),
     Step(
         "plot",
@@ -115,6 +122,8 @@ TARGETS = (
     Target("pool_rows_cuda", "backward", "speed-up over embedding_bag dense", " dense", True, 2),
     Target("pool_rows_cuda", "backward", "speed-up over embedding_bag sparse", " compact", True, 2),
     Target("pool_rows_cuda", "backward", "bitwise equal in 10 runs", "", True, 1),
+    Target("search_cuda", "whole histories", "speed-up over text", "sessions", True, 13.09),
+    Target("search_cuda", "whole histories", "speed-up over text", "items", True, 2.5),
     Target("end_to_end", "share", "fraction of forward", "compress_batch", False, 0.03),
 )
 

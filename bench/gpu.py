@@ -87,7 +87,8 @@ STEPS = (
         6,
         "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies peers scaling "
         "--rounds 2 --long-batch 58 --name search_cuda",
-        "{python} bench/bench_search.py --shape tiny --parts policies --long-users 1 --long-rounds 1 --name search_cuda",
+        "{python} bench/bench_search.py --shape tiny --parts policies --long-users 1 --long-rounds 1 "
+        "--name search_cuda",
     ),
     Step("racecheck", 4, f"{SANITIZER} racecheck {ON_GPU}", ON_CPU),
     Step(

@@ -10,8 +10,8 @@ commands have random weights, for which time and memory are nearly those of trai
 recipes/train.py, HR@k is reported too, at equal memory: histories that do not fit are then cut to the most of their
 latest items that do, policy by policy. Counted are these users' targets in the test split.
 
-    python recipes/long_history.py --data ml-1m --checkpoint runs/items --budget 300MiB
-    python recipes/long_history.py --checkpoint runs/items --min_items 120 --budget 24MiB    # trained on synthetic data
+    python recipes/long_history.py --data ml-1m --checkpoint runs/items --budget 10MiB      # a tiny model
+    python recipes/long_history.py --checkpoint runs/items --min_items 120 --budget 6MiB    # trained on synthetic data
 
 The budget is for everything that torch allocates. On a GPU the process may not take more, on the CPU it is what the
 plan is made for. The memory that was then in use is measured: on a GPU in the timed run, on the CPU, where that takes
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     histories = data.histories.take(users)
     model = load_model(args, data, device)
     if device.type == "cuda":
-        cap(args.budget, device)
+        cap(args.budget, model.device)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = "random weights" if args.checkpoint is None else args.checkpoint
@@ -430,7 +430,8 @@ def plot(path: Path, results: Sequence[Result], args: argparse.Namespace) -> Non
         bars = memory.bar(place + shift, [getattr(result, label) / 2**20 for result in results], 0.4, label=label)
         memory.bar_label(bars, fmt="{:,.0f}")
     memory.set(ylabel="MiB", title=f"Peak memory, of {mebibytes(args.budget)} MiB", xticks=place, xticklabels=names)
-    memory.legend(frameon=False)
+    memory.margins(y=0.2)
+    memory.legend(frameon=False, loc="upper right", ncols=2)
     for result in results:
         share = np.arange(1, result.rows.size + 1) / result.rows.size
         rows.step(np.sort(result.rows), share, where="post", label=NAMES[result.name])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib", reason="the recipe draws with matplotlib")
 
@@ -170,3 +171,42 @@ def test_synthetic_users_are_long_enough_without_any_data() -> None:
     args = long_history.parse([])
     data = long_history.load_data(args)
     assert long_history.long_users(data, args).size >= 20
+
+
+def test_1b_has_its_own_sizes_and_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2}
+    for name, value in {**sizes, "num_attention_heads": 4, "vocab_size": 5000}.items():
+        assert name in long_history.LLAMA_1B
+        monkeypatch.setitem(long_history.LLAMA_1B, name, value)
+    args = long_history.parse(["--shape", "1b", "--dtype", "bfloat16"])
+    model = long_history.load_model(args, synthetic(20, 30, num_genres=3), torch.device("cpu"))
+    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+    assert shapes == {(5000, 16), (16, 16), (8, 16), (32, 16), (16, 32), (16,)}
+    assert model.hf_model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("total", "fraction"), [(80, 0.5), (24, 1.0)])
+def test_budget_caps_a_larger_gpu(total: int, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        total_memory = total * 2**30
+
+    set_to: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: set_to.append(args))
+    device = torch.device("cuda:0")
+    long_history.cap(40 * 2**30, device)
+    assert set_to == [(fraction, device)]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(folder: str, tmp_path: Path) -> None:
+    arguments = ["--data", folder, "--min_items", "100", "--users", "5", "--shape", "tiny", "--budget", "2GiB"]
+    try:
+        results = long_history.main([*arguments, "--device", "cuda", "--output", str(tmp_path)])
+        total = torch.cuda.get_device_properties(0).total_memory
+        assert torch.cuda.get_per_process_memory_fraction(0) == pytest.approx(min(1.0, 2**31 / total))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    assert [result.name for result in results] == ["text", "items", "sessions"]
+    assert all(result.measured > 0 for result in results)

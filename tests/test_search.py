@@ -304,7 +304,7 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"search": "greedy"}, ValueError, "search: expected one of beam, exact, diverse, got 'greedy'"),
         ({"exclude_seen": 1}, TypeError, "exclude_seen: expected a bool, got 1"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),
-        ({"memory_budget": "40 G"}, ValueError, 'memory_budget: expected bytes, such as .*"40GiB".*, got \'40 G\''),
+        ({"memory_budget": "40 G"}, ValueError, "memory_budget: expected bytes, such as .*\"40GiB\".*, got '40 G'"),
         ({"memory_budget": 1e9}, TypeError, "memory_budget: expected an integer or a text, got float"),
         ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
         ({"policy": "text"}, TypeError, "policy: expected a policy with max_items and levels, got str"),

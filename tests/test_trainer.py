@@ -485,9 +485,7 @@ def test_passes_are_the_same_from_run_to_run_and_fill_every_step() -> None:
     for number in range(len(one)):
         assert one[number].users.tolist() == two[number].users.tolist()
     assert len(_passes(200, steps=7, per_step=2)) == 14
-    with pytest.raises(
-        ValueError, match=r"rows_per_pass: expected at least \d+ for the target of user"
-    ):
+    with pytest.raises(ValueError, match=r"rows_per_pass: expected at least \d+ for the target of user"):
         _passes(10)
 
 

@@ -5,6 +5,7 @@ Old items become patches, the mean of their titles' token embeddings; fused kern
 batch that variable-length attention takes.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from patchkern.catalog import Catalog
@@ -30,7 +31,9 @@ from patchkern.prompt import Prompt
 from patchkern.user_cache import UserCache
 
 if TYPE_CHECKING:
+    from patchkern.memory import plan_memory, row_counts
     from patchkern.model import PatchedCausalLM
+    from patchkern.results import read_recommendations, recommend_to_disk
 
 __version__ = "0.1.0"
 
@@ -55,16 +58,27 @@ __all__ = [
     "backends",
     "build_layout",
     "compress_batch",
+    "plan_memory",
     "pool_rows",
     "pool_rows_grad",
+    "read_recommendations",
+    "recommend_to_disk",
+    "row_counts",
     "row_hashes",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # transformers is an extra, and slow to import: only those who use the model pay for it.
-    if name == "PatchedCausalLM":
-        from patchkern.model import PatchedCausalLM
+# transformers is an extra, and slow to import: only those who use the model pay for it.
+_LAZY = {
+    "PatchedCausalLM": "patchkern.model",
+    "plan_memory": "patchkern.memory",
+    "read_recommendations": "patchkern.results",
+    "recommend_to_disk": "patchkern.results",
+    "row_counts": "patchkern.memory",
+}
 
-        return PatchedCausalLM
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

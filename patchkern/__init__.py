@@ -26,8 +26,10 @@ from patchkern.policies import (
     SessionPatches,
     TextOnly,
     TimeSessions,
+    TrunkPolicy,
 )
 from patchkern.prompt import Prompt
+from patchkern.training_layout import build_training_layout, join_layouts, training_rows
 from patchkern.user_cache import UserCache
 
 if TYPE_CHECKING:
@@ -54,10 +56,13 @@ __all__ = [
     "SessionPatches",
     "TextOnly",
     "TimeSessions",
+    "TrunkPolicy",
     "UserCache",
     "backends",
     "build_layout",
+    "build_training_layout",
     "compress_batch",
+    "join_layouts",
     "plan_memory",
     "pool_rows",
     "pool_rows_grad",
@@ -65,6 +70,7 @@ __all__ = [
     "recommend_to_disk",
     "row_counts",
     "row_hashes",
+    "training_rows",
 ]
 
 

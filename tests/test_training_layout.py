@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchkern as pk
+from patchkern import build_training_layout, join_layouts, training_rows
 from patchkern.policies import TrunkPolicy
-from patchkern.training_layout import build_training_layout, join_layouts, training_rows
 
 POLICIES = {
     "text": pk.TextOnly(None),

@@ -48,10 +48,13 @@ from patchkern.prompt import Prompt
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
 
+attention.register()
+
 CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
 _USUAL_CHUNK = 2048  # smaller ones are slow: only to make room for a user who would not fit otherwise
 
+_ROW_INTEGERS = 32  # bytes of a row of the layout and of where it belongs
 _TILE_ROWS = 128  # of `patchkern.ops.span_attention_tiles`
 _FLASH_SCRATCH = 160 << 10  # of PyTorch's flash attention on the CPU, for each thread
 
@@ -321,6 +324,9 @@ class MemoryModel:
             rows * self._prompt.at_attention + self._prefill_attention(rows, longest, has_prefix),
             rows * self._prompt.at_attention + n_users * last,
         )
+        prefill += rows * _ROW_INTEGERS
+        if has_prefix:  # the logits of the users whose prompts ended in earlier chunks
+            prefill += n_users * self._vocabulary * self._item
         in_step = max(
             hypotheses * self._step.peak,
             hypotheses * (self._step.at_attention + self._step_attention()),
@@ -467,7 +473,9 @@ def _on_meta(model: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(model, PretrainedConfig):
         dtype = dtype or getattr(model, "dtype", None) or torch.float32
         with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(model, dtype=dtype, attn_implementation=attention.NAME)
+            made = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model), dtype=dtype, attn_implementation=attention.NAME
+            )
         return made.eval()
     if not hasattr(model, "config"):
         raise TypeError(f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}")

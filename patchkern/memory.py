@@ -7,7 +7,7 @@ The peak of a batch of B users with T prompt rows, the longest with L, in which 
 
 - ``weights``: parameters and buffers.
 - ``store``: keys and values, ``2 * layers * kv_heads * head_dim`` numbers a row, of T prompt rows; the items that each
-  user may get; the tree of titles.
+  user may get; the tree of titles; on CUDA the workspace of cuBLAS.
 - ``prefill``: computing the prompts, c = `chunk_rows` at a time: ``c * forward``, where ``forward`` is what one row
   holds at the worst moment of a layer. In a Llama that is in the MLP: four vectors of the hidden size (the embedding,
   the residual stream, its normalised copy and the sum), three of the intermediate size, and sine and cosine. It is not
@@ -54,6 +54,7 @@ CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
 _USUAL_CHUNK = 2048  # smaller ones are slow: only to make room for a user who would not fit otherwise
 
+_CUBLAS_WORKSPACE = 32 << 20  # what PyTorch gives to cuBLAS on Hopper, from the memory that it counts; less before
 _ROW_INTEGERS = 32  # bytes of a row of the layout and of where it belongs
 _TILE_ROWS = 128  # of `patchkern.ops.span_attention_tiles`
 _FLASH_SCRATCH = 160 << 10  # of PyTorch's flash attention on the CPU, for each thread
@@ -315,6 +316,8 @@ class MemoryModel:
         hypotheses, suffix_rows = n_users * width, n_users * kept_rows
         one_layer = self.row_bytes // self._layers
         store = self.row_bytes * n_rows + n_users * user_bytes + fixed_bytes
+        if self._on_cuda:
+            store += _CUBLAS_WORKSPACE
         rows = n_rows if chunk_rows is None else min(chunk_rows, n_rows)
         has_prefix = rows < n_rows
         logits = self._vocabulary * self._wide

@@ -18,8 +18,9 @@ The peak of a batch of B users with T prompt rows, the longest with L, in which 
 - ``logits``: ``(2 * B + 3 * N) * vocabulary`` numbers in float32: those of the prompts, diversity's counts, the
   log-probabilities of the step before, the logits of this step and their log-probabilities.
 
-How many tokens the hypotheses hold depends on the search; the tree of titles bounds it, and the bound is predicted. Where
-titles are long, prompts short and the vocabulary small, that can be a third more than is taken; else a few hundredths.
+How many tokens the hypotheses hold depends on the search; the tree of titles bounds it, and the bound is predicted.
+Where titles are long, prompts short and the vocabulary small, that can be a third more than is taken; else a few
+hundredths.
 
 All of it is what `torch` allocates (``torch.cuda.max_memory_allocated``). What a CUDA context takes, about half a
 gibibyte, and what the allocator loses to fragmentation come on top.

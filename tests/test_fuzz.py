@@ -121,7 +121,7 @@ def legal_fields(draw: st.DrawFn) -> dict[str, Any]:
         count = draw(st.integers(len(distinct), len(distinct) + 4)) if distinct else 0
         fields["transpose"] = Transpose(
             tokens=int32(distinct if fields["max_token_id"] >= 0 else []),
-            offsets=int32(draw(cuts(count, len(distinct)))),
+            offsets=int32(draw(cuts(count, len(distinct), smallest=1))),
             rows=int32([draw(st.integers(0, rows - 1)) for _ in range(count)]),
             divisors=int32([draw(st.integers(1, 4)) for _ in range(count)]),
         )

@@ -43,7 +43,7 @@ ON_CPU = PYTEST + " -n 0 -m 'not gpu' -k '(test_by_hand or test_a_session) and t
 
 
 class Step(NamedTuple):
-    """A command for the GPU, and the one that tries it out on a CPU; {python} and {sanitizer} are filled in."""
+    """A command for the GPU, and the one that tries it out on a CPU; the names in braces are filled in."""
 
     name: str
     minutes: float
@@ -89,6 +89,12 @@ STEPS = (
         "--rounds 2 --long-batch 58 --name search_cuda",
         "{python} bench/bench_search.py --shape tiny --parts policies --long-users 1 --long-rounds 1 "
         "--name search_cuda",
+    ),
+    Step(
+        "long-history",
+        4,
+        "{python} recipes/long_history.py {ml1m} --budget 40GiB --repeats 3 --output {out}",
+        "{python} recipes/long_history.py {ml1m} --budget 1GiB --users 1 --shape tiny --device cpu --output {out}",
     ),
     Step("racecheck", 4, f"{SANITIZER} racecheck {ON_GPU}", ON_CPU),
     Step(
@@ -153,6 +159,15 @@ def run(command: str, log: Path, environment: dict[str, str], seconds: float) ->
             return None
 
 
+def ml1m() -> str:
+    """The arguments of a recipe that name ml-1m and Llama's tokenizer, where both are at hand."""
+    data = Path(os.environ.get("PATCHKERN_BENCH_DATA") or REPOSITORY.parent / "shared/data")
+    folders = {"--data": data / "ml-1m", "--tokenizer": data / "llama3-tokenizer"}
+    if not all(folder.is_dir() for folder in folders.values()):
+        return ""
+    return " ".join(f"{flag} {shlex.quote(str(folder))}" for flag, folder in folders.items())
+
+
 def find_sanitizer() -> str:
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     return found if Path(found).exists() else ""
@@ -170,7 +185,9 @@ def perform(step: Step, dry: bool, out: Path, seconds: float) -> tuple[str, floa
     if "{sanitizer}" in command:
         # every tensor its own allocation, so that reading past its end is an error and not a neighbour's value
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    filled = command.format(python=shlex.quote(sys.executable), sanitizer=sanitizer, out=shlex.quote(str(out)))
+    filled = command.format(
+        python=shlex.quote(sys.executable), sanitizer=sanitizer, out=shlex.quote(str(out)), ml1m=ml1m()
+    )
     limit = min(60 * step.minutes, seconds)
     print(f"\n=== {step.name} (at most {limit:.0f} s)\n$ {filled}", flush=True)
     written, start = log.stat().st_size if log.exists() else 0, time.monotonic()

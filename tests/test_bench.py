@@ -266,7 +266,7 @@ def test_targets_are_told_met_from_missed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_steps_are_commands_that_exist() -> None:
     for step in gpu.STEPS:
         for command in (step.command, step.dry):
-            filled = command.format(python=sys.executable, sanitizer="compute-sanitizer", out="out")
+            filled = command.format(python=sys.executable, sanitizer="compute-sanitizer", out="out", ml1m="")
             words = gpu.shlex.split(filled)
             scripts = [word for word in words if word.endswith(".py")]
             assert all((gpu.REPOSITORY / script).exists() for script in scripts), command

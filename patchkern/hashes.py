@@ -14,7 +14,7 @@ _TOKEN, _TITLE, _SESSION = (np.uint64(tag) for tag in (0x8EBC6AF09C88C6E3, 0x589
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def row_hashes(layout: PatchLayout) -> UInt64:
+def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
     """What every row stands for, as one number.
 
     A literal's hash comes from its token; a patch's from the title tokens of its items, in order, whatever the items'
@@ -24,6 +24,8 @@ def row_hashes(layout: PatchLayout) -> UInt64:
 
     Args:
         layout: any; it is read on the CPU.
+        by_item: tell patches of different items apart also where their titles are equal, by the items' places in the
+            catalogue: for a model with item embeddings.
 
     Returns:
         ``(T,)`` uint64.
@@ -34,6 +36,8 @@ def row_hashes(layout: PatchLayout) -> UInt64:
     )
     title_ends = offsets[1:]
     titles = _sequences(_mixed(token_ids + 1, _TOKEN), offsets[:-1], title_ends - offsets[:-1], _TITLE)
+    if by_item:
+        titles = _mixed(layout.title_index.numpy(), titles)
     hashes = _mixed(-lo, _TOKEN)  # of -1 - lo, the token, plus one
     patch = np.flatnonzero(lo >= 0)
     hashes[patch] = _sequences(titles[items], lo[patch], (hi - lo)[patch], _SESSION)

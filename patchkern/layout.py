@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from patchkern.planning import RowPlan
 from patchkern.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
 from patchkern.prompt import Prompt
 
+Record = TypeVar("Record")
+
 planner: ModuleType = planning
 try:
     from patchkern import planning_native
@@ -29,16 +31,15 @@ except ImportError:
     pass
 
 
-def _moved(record: Any, move: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The fields of a dataclass with ``move`` applied to every tensor, nested dataclasses included."""
-    moved: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
+def _moved(record: Record, move: Callable[[Tensor], Tensor]) -> Record:
+    """A dataclass with ``move`` applied to every tensor, nested dataclasses included."""
+    moved = object.__new__(type(record))
+    for name, value in vars(record).items():
         if isinstance(value, Tensor):
             value = move(value)
-        elif isinstance(value, Transpose):
-            value = Transpose(**_moved(value, move))
-        moved[field.name] = value
+        elif isinstance(value, (Transpose, Identities, PatchLayout)):
+            value = _moved(value, move)
+        moved.__dict__[name] = value
     return moved
 
 
@@ -57,6 +58,20 @@ class Transpose:
     offsets: Tensor
     rows: Tensor
     divisors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Identities:
+    """A layout's patches with items in the place of tokens: which item embeddings each patch is the mean of.
+
+    Attributes:
+        rows: ``(P,)`` int64, the layout's rows that are patches, ascending.
+        layout: those P rows, every title one token, the item's catalogue position: pooling it from ``(n_items, D)``
+            item embeddings gives what is added to ``rows``.
+    """
+
+    rows: Tensor
+    layout: PatchLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +102,8 @@ class PatchLayout:
         transpose: the gradient's side of the layout, or None.
         max_prefix: rows of the longest prefix.
         catalog_fingerprint: `Catalog.fingerprint` of the catalogue that ``title_index`` points into; None for a layout
-            made by hand, which then cannot be pooled with an `ItemTable`.
+            made by hand, which then cannot be pooled with an `ItemTable` or with item embeddings.
+        identities: what a model with item embeddings adds to the patches, or None.
 
     Raises:
         TypeError, ValueError: a field of a wrong type, dtype, shape or range; the message names it.
@@ -112,6 +128,7 @@ class PatchLayout:
     transpose: Transpose | None = None
     max_prefix: int = 0
     catalog_fingerprint: str | None = None
+    identities: Identities | None = None
 
     def __post_init__(self) -> None:
         _check_layout(self)
@@ -149,11 +166,11 @@ class PatchLayout:
         """The layout on ``device`` (itself if it is there already)."""
         if self.device == torch.device(device):
             return self
-        return self._trusted(_moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking)))
+        return _moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PatchLayout:
         """The layout in page-locked memory, so that `to` can copy without waiting."""
-        return self._trusted(_moved(self, Tensor.pin_memory))
+        return _moved(self, Tensor.pin_memory)
 
     def with_transpose(self) -> PatchLayout:
         """The layout with its `transpose`, which the gradient needs (itself if it is there already).
@@ -172,7 +189,48 @@ class PatchLayout:
             *(tensor.numpy() for tensor in (self.lo, self.hi, self.items, self.token_ids, self.offsets))
         )
         transpose = Transpose(*(torch.from_numpy(column) for column in plan))
-        return self._trusted({**self.__dict__, "transpose": transpose})
+        layout = self._trusted({**self.__dict__, "transpose": transpose, "identities": None})
+        return layout if self.identities is None else layout.with_identities()
+
+    def with_identities(self) -> PatchLayout:
+        """The layout with its `identities`, which item embeddings need (itself if they are there already).
+
+        They have a transpose if the layout has one.
+
+        Raises:
+            ValueError: the layout is not on the CPU.
+        """
+        if self.identities is not None:
+            return self
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"layout: expected one on the CPU to find its patches, got {self.device}; "
+                "call layout.with_identities() before moving it"
+            )
+        rows = torch.nonzero(self.lo >= 0)[:, 0]
+        count, titles = rows.shape[0], self.title_index.shape[0]
+        patches = self._trusted(
+            {
+                "lo": self.lo[rows],
+                "hi": self.hi[rows],
+                "items": self.items,
+                "token_ids": self.title_index,
+                "offsets": torch.arange(titles + 1, dtype=torch.int32),
+                "title_index": self.title_index,
+                "cu_seqlens": torch.tensor([0, count], dtype=torch.int32),
+                "max_seqlen": count,
+                "position_ids": torch.arange(count),
+                "labels": None,
+                "logit_rows": None,
+                "logit_labels": None,
+                "history_tokens": 0,
+                "history_rows": 0,
+                "max_token_id": int(self.title_index.max()) if titles else -1,
+            }
+        )
+        if self.transpose is not None:
+            patches = patches.with_transpose()
+        return self._trusted({**self.__dict__, "identities": Identities(rows, patches)})
 
     def supervise_literals(self) -> PatchLayout:
         """The layout with a label on every literal row, the history's text included, not on the response alone.
@@ -396,6 +454,8 @@ def _check_layout(layout: PatchLayout) -> None:
     _check_prefix(layout)
     if layout.transpose is not None:
         _check_transpose(layout.transpose, rows, layout.max_token_id, layout.lo.device)
+    if layout.identities is not None:
+        _check_identities(layout.identities, rows, layout.lo.device)
 
 
 def _check_prefix(layout: PatchLayout) -> None:
@@ -450,3 +510,17 @@ def _check_transpose(transpose: Any, rows: int, max_token_id: int, device: torch
     if bool((torch.diff(transpose.tokens) <= 0).any()):
         raise ValueError("transpose.tokens: expected ascending token ids without repeats")
     _check_range("transpose.tokens", transpose.tokens, 0, max_token_id)
+
+
+def _check_identities(identities: Any, rows: int, device: torch.device) -> None:
+    if not isinstance(identities, Identities):
+        raise TypeError(f"identities: expected an Identities, got {type(identities).__name__}")
+    if not isinstance(identities.layout, PatchLayout):
+        raise TypeError(f"identities.layout: expected a PatchLayout, got {type(identities.layout).__name__}")
+    if identities.layout.device != device:
+        raise ValueError(f"identities.layout: expected device {device}, got {identities.layout.device}")
+    _check_vector("identities.rows", identities.rows, torch.int64, device)
+    _check_shape("identities.rows", identities.rows, identities.layout.num_rows, "one per row of identities.layout")
+    _check_range("identities.rows", identities.rows, 0, rows - 1)
+    if bool((torch.diff(identities.rows) <= 0).any()):
+        raise ValueError("identities.rows: expected ascending rows without repeats")

@@ -301,7 +301,8 @@ class MemoryModel:
         copied = _on_meta(hf_model, dtype)
         config = copied.config.get_text_config()
         tensors = {id(t): t.nbytes for t in (*copied.parameters(), *copied.buffers())}
-        self.weights = sum(tensors.values())
+        item_embedding = getattr(model, "item_embedding", None)
+        self.weights = sum(tensors.values()) + (0 if item_embedding is None else item_embedding.nbytes)
         self._heads = config.num_attention_heads
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
@@ -32,6 +34,7 @@ from patchkern.prompt import Prompt
 
 FORMAT_VERSION = 1
 DESCRIPTION = "patchkern.json"
+ITEM_EMBEDDINGS = "item_embeddings.safetensors"
 _ADAPTER = "adapter_config.json"
 
 attention.register()
@@ -47,6 +50,13 @@ class PatchedCausalLM(nn.Module):
         policy: used by `recommend` where it is given none, and saved along.
         attn_implementation: set on ``hf_model``; "sdpa", "eager", "flex_attention", "flash_attention_2" work too. None
             leaves the model's own.
+        item_embeddings: learn a vector of its own for every item, the parameter ``item_embedding`` (n_items, D) in
+            catalogue order, zero at first. A patch is then the mean of its titles, rounded, plus the mean of its items'
+            vectors; text has none of it. Titles with the same words, or none in common with anything, become items that
+            a model can tell apart. The vectors are no tokens: vocabulary, logits and log-probabilities stay what they
+            are, and zeros change no bit. Costs ``n_items * D`` parameters, which AdamW keeps four times over in
+            training, and a second, narrow pooling of the patches; on a GPU, layouts must come with their identities
+            (`PatchLayout.with_identities`) unless they come from the CPU.
 
     Under FSDP2, call ``fully_shard`` on this module (and on the layers inside it), so that the embeddings are gathered
     when ``forward`` pools them.
@@ -54,6 +64,9 @@ class PatchedCausalLM(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+
+    item_embedding: nn.Parameter | None
+    """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
 
     accepts_loss_kwargs = True
     """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
@@ -66,9 +79,12 @@ class PatchedCausalLM(nn.Module):
         policy: AnyPolicy | None = None,
         *,
         attn_implementation: str | None = attention.NAME,
+        item_embeddings: bool = False,
     ) -> None:
         super().__init__()
         _check_model(hf_model)
+        if not isinstance(item_embeddings, bool):
+            raise TypeError(f"item_embeddings: expected a bool, got {type(item_embeddings).__name__}")
         for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
@@ -84,6 +100,10 @@ class PatchedCausalLM(nn.Module):
             prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end
         )
         self._known_scale: tuple[Tensor, int, torch.dtype, float] | None = None
+        self.register_parameter("item_embedding", None)
+        if item_embeddings:
+            weight: Any = self.get_input_embeddings().weight
+            self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
         if attn_implementation is not None:
             _set_attention(hf_model, attn_implementation)
         self.register_state_dict_post_hook(_drop_tied)
@@ -135,15 +155,34 @@ class PatchedCausalLM(nn.Module):
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
 
         An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
-        (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled.
+        (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled. Item embeddings are
+        added to the patches as they come out of that.
 
         Args:
-            layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more.
+            layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more, and
+                its identities where there are item embeddings.
 
         Raises:
-            ValueError: a token id beyond the embedding, or an embedding that is sharded and not gathered here.
+            ValueError: a token id beyond the embedding, an embedding that is sharded and not gathered here, or, with
+                item embeddings, a layout of another catalogue.
         """
         self._check_token_ids("layout", layout.max_token_id)
+        rows = self._pool(layout)
+        if self.item_embedding is None:
+            return rows
+        if layout.catalog_fingerprint != self.catalog.fingerprint:
+            raise ValueError(
+                "layout: expected one of the model's catalog, whose items the item embeddings belong to, got another's"
+            )
+        identities = layout.with_identities().identities
+        if identities is None:
+            raise RuntimeError("with_identities returned a layout without them")
+        # also without patches: data parallel training waits for every parameter's gradient
+        means = pool_rows(self.item_embedding, identities.layout.to(rows.device, non_blocking=True))
+        return rows.index_add(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
+
+    def _pool(self, layout: PatchLayout) -> Tensor:
+        """The rows of a layout from the model's input embedding alone."""
         embedding = self.get_input_embeddings()
         if isinstance(embedding, nn.Embedding) and (scale := self._scale_of(embedding)) is not None:
             weight = embedding.weight
@@ -301,6 +340,8 @@ class PatchedCausalLM(nn.Module):
     ) -> None:
         """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
 
+        Item embeddings go to ``item_embeddings.safetensors``, with the item ids in its metadata.
+
         Everything is written aside and then renamed, ``patchkern.json`` last: an interrupted call leaves the folder as
         it was, or without a `from_pretrained` that mixes two models.
 
@@ -319,12 +360,19 @@ class PatchedCausalLM(nn.Module):
         if not is_main_process:
             return
         if state_dict is not None:
-            hf_kwargs["state_dict"] = {name.removeprefix("hf_model."): value for name, value in state_dict.items()}
+            hf_kwargs["state_dict"] = {
+                name.removeprefix("hf_model."): value for name, value in state_dict.items() if name != "item_embedding"
+            }
         target = Path(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             self.hf_model.save_pretrained(aside, **hf_kwargs)
+            if self.item_embedding is not None:
+                vectors = self.item_embedding if state_dict is None else state_dict["item_embedding"]
+                item_ids = json.dumps(self.catalog.item_ids.tolist())
+                tensors = {"item_embedding": vectors.detach().cpu().contiguous()}
+                save_file(tensors, aside / ITEM_EMBEDDINGS, {"format": "pt", "item_ids": item_ids})
             (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
             _replace_folder(aside, target)
         finally:
@@ -338,29 +386,74 @@ class PatchedCausalLM(nn.Module):
         *,
         attn_implementation: str | None = attention.NAME,
         base_model: PreTrainedModel | None = None,
+        item_embeddings: bool = False,
         **hf_kwargs: Any,
     ) -> PatchedCausalLM:
-        """Read what `save_pretrained` wrote.
+        """Read what `save_pretrained` wrote, item embeddings too if there are any.
 
         Args:
             folder: a local folder.
             catalog: the titles, tokenised as in training.
             attn_implementation: as in the constructor.
             base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
+            item_embeddings: have item embeddings also where none were saved.
             hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
         Raises:
             FileNotFoundError: no ``patchkern.json``.
             ValueError: a ``patchkern.json`` that this version cannot read.
         """
-        prompt, policy = _read_description(Path(folder) / DESCRIPTION)
+        prompt, policy, saved_embeddings = _read_description(Path(folder) / DESCRIPTION)
         if (Path(folder) / _ADAPTER).is_file():
             hf_model = _load_adapter(folder, base_model, hf_kwargs)
         elif base_model is not None:
             raise ValueError(f"base_model: expected None, because {os.fspath(folder)!r} holds a whole model")
         else:
             hf_model = AutoModelForCausalLM.from_pretrained(folder, **hf_kwargs)
-        return cls(hf_model, catalog, prompt, policy, attn_implementation=attn_implementation)
+        model = cls(
+            hf_model,
+            catalog,
+            prompt,
+            policy,
+            attn_implementation=attn_implementation,
+            item_embeddings=item_embeddings or saved_embeddings,
+        )
+        if saved_embeddings:
+            model.load_item_embeddings(folder)
+        return model
+
+    def load_item_embeddings(self, folder: str | os.PathLike[str]) -> None:
+        """Take the item embeddings that `save_pretrained` wrote, each by its item's id.
+
+        The catalogue may be another than it was then: items that are new in it have zeros, and are as good as without
+        item embeddings until they are trained; those that it no longer has are dropped.
+
+        Raises:
+            FileNotFoundError: the folder has no item embeddings.
+            ValueError: the model has none, they have another width, or none is of an item of the catalogue.
+        """
+        path = Path(folder) / ITEM_EMBEDDINGS
+        if self.item_embedding is None:
+            raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
+        if not path.is_file():
+            raise FileNotFoundError(f"folder: expected {ITEM_EMBEDDINGS} in {os.fspath(path.parent)!r}")
+        with safetensors.safe_open(path, "pt") as file:
+            saved, item_ids = file.get_tensor("item_embedding"), json.loads(file.metadata()["item_ids"])
+        if saved.shape[1] != self.item_embedding.shape[1]:
+            raise ValueError(
+                f"folder: expected item embeddings of width {self.item_embedding.shape[1]}, got {saved.shape[1]}"
+            )
+        row_of = {item_id: row for row, item_id in enumerate(item_ids)}
+        rows = torch.tensor([row_of.get(item_id, -1) for item_id in self.catalog.item_ids.tolist()], dtype=torch.long)
+        known = rows >= 0
+        if len(item_ids) and len(self.catalog) and not bool(known.any()):
+            raise ValueError(
+                f"catalog: expected items that {os.fspath(path)!r} has embeddings of, such as {item_ids[0]!r}, got none"
+            )
+        vectors = saved.new_zeros(self.item_embedding.shape)
+        vectors[known] = saved[rows[known]]
+        with torch.no_grad():
+            self.item_embedding.copy_(vectors)
 
     def _description(self) -> dict[str, Any]:
         prompt = self.prompt
@@ -368,6 +461,7 @@ class PatchedCausalLM(nn.Module):
             "format_version": FORMAT_VERSION,
             "prompt": prompt.to_dict(),
             "policy": None if self.policy is None else policy_to_dict(self.policy),
+            "item_embeddings": self.item_embedding is not None,
             # in the prompt already; for readers who are not patchkern
             "special_token_ids": {
                 "history_start": list(prompt.prefix[-1:]),
@@ -456,7 +550,8 @@ def _replace_folder(aside: Path, target: Path) -> None:
     """Move the files of ``aside`` into ``target``, the description last; drop weights of an earlier model."""
     files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
     (target / DESCRIPTION).unlink(missing_ok=True)
-    for pattern in ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", _ADAPTER):
+    weights = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", _ADAPTER)
+    for pattern in (*weights, ITEM_EMBEDDINGS):
         for stale in target.glob(pattern):
             if stale.relative_to(target) not in files:
                 stale.unlink()
@@ -465,7 +560,8 @@ def _replace_folder(aside: Path, target: Path) -> None:
         os.replace(aside / file, target / file)
 
 
-def _read_description(path: Path) -> tuple[Prompt, AnyPolicy | None]:
+def _read_description(path: Path) -> tuple[Prompt, AnyPolicy | None, bool]:
+    """Prompt, policy, and whether there are item embeddings beside it."""
     if not path.is_file():
         raise FileNotFoundError(
             f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; was it saved by patchkern?"
@@ -476,7 +572,9 @@ def _read_description(path: Path) -> tuple[Prompt, AnyPolicy | None]:
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
         policy = description["policy"]
-        return Prompt.from_dict(description["prompt"]), None if policy is None else policy_from_dict(policy)
+        prompt = Prompt.from_dict(description["prompt"])
+        has_embeddings = bool(description.get("item_embeddings", False))
+        return prompt, None if policy is None else policy_from_dict(policy), has_embeddings
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{os.fspath(path)}: not a description that this version of patchkern reads: {error}"

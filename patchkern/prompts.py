@@ -134,6 +134,7 @@ def _packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
         "logit_rows": None,
         "logit_labels": None,
         "transpose": None,
+        "identities": None,
     }
     return PatchLayout._trusted({**layout.__dict__, **values})
 

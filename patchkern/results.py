@@ -215,7 +215,7 @@ def _fingerprint(model: PatchedCausalLM) -> str:
     """Names, shapes and a sample of the values of all parameters."""
     hashed = hashlib.blake2b(digest_size=16)
     with torch.no_grad():
-        for name, parameter in model.hf_model.named_parameters():
+        for name, parameter in model.named_parameters():
             sample = parameter.reshape(-1)[:: max(1, parameter.numel() // _VALUES)].double()
             hashed.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
             hashed.update(sample.cpu().numpy().tobytes())

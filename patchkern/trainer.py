@@ -301,6 +301,7 @@ class LayoutCollator:
             1 / ``pretrain_steps`` a step; None: once, as ``policy`` says.
         seed: of the draws.
         supervise_history: label the history's text too, see `PatchLayout.supervise_literals`.
+        item_embeddings: plan what a model with item embeddings needs, see `PatchLayout.with_identities`.
     """
 
     catalog: Catalog
@@ -310,6 +311,7 @@ class LayoutCollator:
     pretrain_steps: int | None = None
     seed: int = 0
     supervise_history: bool = False
+    item_embeddings: bool = False
 
     def __call__(self, slots: list[Slot]) -> dict[str, Any]:
         policy = self.policy
@@ -323,6 +325,8 @@ class LayoutCollator:
         layout = build_layout(self.catalog, histories, policy, self.prompt, targets)
         if self.supervise_history:
             layout = layout.supervise_literals()
+        if self.item_embeddings:
+            layout = layout.with_identities()
         # Trainer counts the supervised tokens of accumulated batches from their labels.
         return {"layout": layout, "labels": layout.logit_labels}
 
@@ -342,6 +346,7 @@ class PassCollator:
     pretrain_steps: int | None = None
     seed: int = 0
     supervise_history: bool = False
+    item_embeddings: bool = False
 
     def __call__(self, passes: list[Pass]) -> dict[str, Any]:
         (one,) = passes
@@ -360,6 +365,8 @@ class PassCollator:
         layout = layout.with_transpose()
         if self.supervise_history:
             layout = layout.supervise_literals()
+        if self.item_embeddings:
+            layout = layout.with_identities()
         return {"layout": layout, "labels": layout.logit_labels}
 
     def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -442,17 +449,18 @@ class PatchTrainer(Trainer):
         dataset: SlotDataset | PassDataset
         collator: LayoutCollator | PassCollator
         kept = (model.catalog, histories, policy, model.prompt)
+        planned = (seed, supervise_history, model.item_embedding is not None)
         if rows_per_pass is None:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             args.max_steps = steps or math.ceil(args.num_train_epochs * users.size / per_step)
             dataset = SlotDataset(users, positions, args.max_steps, per_step, seed)
-            collator = LayoutCollator(*kept, args.max_steps if pretrain else None, seed, supervise_history)
+            collator = LayoutCollator(*kept, args.max_steps if pretrain else None, *planned)
         else:
             check_count("rows_per_pass", rows_per_pass, minimum=1)
             args.per_device_train_batch_size = 1
             per_step = args.gradient_accumulation_steps * args.world_size
             # how many steps there are depends on the rows, and those on whether there are two trunks
-            collator = PassCollator(*kept, 1 if pretrain else None, seed, supervise_history)
+            collator = PassCollator(*kept, 1 if pretrain else None, *planned)
             dataset = PassDataset(
                 users, positions, collator.rows, rows_per_pass, args.num_train_epochs, steps, per_step, seed
             )
@@ -482,7 +490,10 @@ class PatchTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        wrapped = self.accelerator.unwrap_model(self.model).hf_model
+        patched: PatchedCausalLM = self.accelerator.unwrap_model(self.model)
+        wrapped: Any = patched.hf_model
+        if patched.item_embedding is not None and not self.is_fsdp_enabled:
+            patched.load_item_embeddings(resume_from_checkpoint)
         if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else wrapped)
             return

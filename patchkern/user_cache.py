@@ -99,7 +99,7 @@ class UserCache:
         if state != self._model_state:
             self.clear()
             self._model_state = state
-        hashes = np.split(row_hashes(layout), layout.cu_seqlens[1:-1].numpy())
+        hashes = np.split(row_hashes(layout, by_item=model.item_embedding is not None), layout.cu_seqlens[1:-1].numpy())
         return CachedPrompts(self, names, hashes)
 
     # ------------------------------------------------------------------ for CachedPrompts
@@ -219,7 +219,7 @@ def _names(user_ids: Sequence[Any] | None, n_users: int) -> list[Hashable]:
 
 def _model_state(model: PatchedCausalLM) -> Any:
     """Equal only for a model that computes the same keys and values, as far as can be told without computing them."""
-    tensors = [*model.hf_model.parameters(), *model.hf_model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()]
     layout = [(x.data_ptr(), x._version, x.dtype, x.device, x.shape) for x in tensors]
     with torch.no_grad():
         samples = [x.reshape(-1)[:: max(1, x.numel() // _SAMPLES)].double() for x in tensors if x.numel()]

@@ -107,6 +107,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
     )
+    parser.add_argument(
+        "--item-embeddings", action="store_true", help="learn a vector for each item's patches; later stages keep it"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
     return parser.parse_known_args(argv)
 
@@ -139,7 +142,8 @@ def load_model(args: argparse.Namespace, data: Interactions) -> tuple[pk.Patched
         folder = find_model(args.checkpoint, "--from")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         catalog = pk.Catalog.from_titles(data.titles, tokenizer)
-        return pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype), tokenizer
+        loaded = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype, item_embeddings=args.item_embeddings)
+        return loaded, tokenizer
     if args.model in SIZES:
         tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
         hf_model = scratch_model(tokenizer, args.model).to(dtype)
@@ -151,7 +155,8 @@ def load_model(args: argparse.Namespace, data: Interactions) -> tuple[pk.Patched
     prompt = make_prompt(tokenizer, data)
     if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
         hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    return pk.PatchedCausalLM(hf_model, pk.Catalog.from_titles(data.titles, tokenizer), prompt), tokenizer
+    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
+    return pk.PatchedCausalLM(hf_model, catalog, prompt, item_embeddings=args.item_embeddings), tokenizer
 
 
 def make_prompt(tokenizer: Any, data: Interactions) -> pk.Prompt:

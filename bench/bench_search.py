@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -71,7 +71,7 @@ def make_model(data: Interactions, args: argparse.Namespace, **config: Any) -> p
             tie_word_embeddings=True,
         )
         with torch.device(args.device):
-            hf_model = LlamaForCausalLM(llama).bfloat16()
+            hf_model: PreTrainedModel = LlamaForCausalLM(llama).bfloat16()
     else:
         hf_model = scratch_model(tokenizer, args.shape, **config)
         hf_model.to(torch.device(args.device))  # type: ignore[arg-type]

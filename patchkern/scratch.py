@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models from scratch: a tokenizer fitted on the titles, a prompt of markers only, a little Llama.
+"""Small models from scratch: a tokenizer fitted on the titles, a prompt of markers only, a little Llama or Phi-3.
 
 All of it is ordinary transformers: saved with ``save_pretrained``, a model of this module is a folder like any other.
 """
@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from patchkern.prompt import MARKERS, Prompt
 
@@ -80,20 +87,29 @@ def scratch_prompt(tokenizer: Any) -> Prompt:
     return Prompt(prefix=(*begin, start), separator=(separator,), suffix=(end,), response_end=(tokenizer.eos_token_id,))
 
 
-def scratch_model(tokenizer: Any, size: str = "tiny", seed: int = 0, **config: Any) -> LlamaForCausalLM:
-    """A randomly initialised Llama with tied embeddings for ``tokenizer``.
+def scratch_model(
+    tokenizer: Any, size: str = "tiny", seed: int = 0, dropout: float = 0.0, **config: Any
+) -> PreTrainedModel:
+    """A randomly initialised small model with tied embeddings for ``tokenizer``.
+
+    It is a Llama; with ``dropout`` a Phi-3, which is a Llama that drops out what attention and MLP add to the residual
+    stream.
 
     Args:
         tokenizer: decides the vocabulary.
         size: "tiny" (hidden 128, 2 layers) or "small" (hidden 256, 4 layers).
         seed: of the weights; torch's global generator is left as it was.
-        config: fields of `LlamaConfig` to override, such as ``hidden_size=64`` or ``attention_dropout=0.1``.
+        dropout: probability of dropping a number that a layer's attention or MLP gives, in training.
+        config: fields of `LlamaConfig` or `Phi3Config` to override, such as ``hidden_size=64``. Dropping attention
+            weights as well, ``attention_dropout=0.1``, is slow on a GPU, whose kernels over prefixes lack it.
 
     Raises:
-        ValueError: an unknown size.
+        ValueError: an unknown size, or a ``dropout`` that is no probability below 1.
     """
     if size not in SIZES:
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
     settings: dict[str, Any] = {
         **SIZES[size],
         "vocab_size": len(tokenizer),
@@ -107,4 +123,6 @@ def scratch_model(tokenizer: Any, size: str = "tiny", seed: int = 0, **config: A
     settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if dropout:
+            return Phi3ForCausalLM(Phi3Config(**settings, resid_pdrop=dropout))
         return LlamaForCausalLM(LlamaConfig(**settings))

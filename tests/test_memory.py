@@ -13,7 +13,16 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_prompt, make_titles
 from cases import batches as random_batches
 from hypothesis import given, settings
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import patchkern as pk
 from patchkern import batching, memory
@@ -35,6 +44,8 @@ def hf_model(family: str, dtype: torch.dtype) -> Any:
     elif family == "qwen3":
         config = Qwen3Config(**SIZE, **rest, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
         model = Qwen3ForCausalLM(config)
+    elif family == "phi3":
+        model = Phi3ForCausalLM(Phi3Config(**SIZE, **rest, num_key_value_heads=2, resid_pdrop=0.1, pad_token_id=0))
     else:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=8000, n_positions=20_000, n_embd=64, n_layer=3, n_head=4))
     return model.to(dtype).eval()
@@ -78,8 +89,14 @@ def measured(model: pk.PatchedCausalLM, histories: Any, policy: Any, width: int,
 @pytest.mark.parametrize("policy", ["text", "items", "sessions-end"])
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("llama", torch.float32), ("qwen3", torch.float32), ("gpt2", torch.float32), ("llama", torch.bfloat16)],
-    ids=["llama", "qwen3", "gpt2", "llama-bfloat16"],
+    [
+        ("llama", torch.float32),
+        ("qwen3", torch.float32),
+        ("gpt2", torch.float32),
+        ("phi3", torch.float32),
+        ("llama", torch.bfloat16),
+    ],
+    ids=["llama", "qwen3", "gpt2", "phi3", "llama-bfloat16"],
 )
 def test_the_prediction_is_close_and_never_low(
     family: str, dtype: torch.dtype, policy: str, lengths: tuple[int, ...], width: int, plans: list[memory.MemoryPlan]

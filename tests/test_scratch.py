@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import patchkern as pk
 from patchkern import Catalog
 from patchkern.prompt import MARKERS
 from patchkern.scratch import SPECIAL_TOKENS, fit_tokenizer, scratch_model, scratch_prompt
@@ -64,10 +66,11 @@ def test_prompt_names_what_the_tokenizer_lacks() -> None:
         scratch_prompt(bare)
 
 
-def test_model_is_seeded_and_leaves_the_generator_alone() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_model_is_seeded_and_leaves_the_generator_alone(dropout: float) -> None:
     tokenizer = fit_tokenizer(TITLES, 300)
     before = torch.random.get_rng_state()
-    first, second, other = (scratch_model(tokenizer, hidden_size=32, seed=seed) for seed in (1, 1, 2))
+    first, second, other = (scratch_model(tokenizer, hidden_size=32, seed=seed, dropout=dropout) for seed in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
@@ -79,13 +82,112 @@ def test_unknown_size_is_refused() -> None:
         scratch_model(fit_tokenizer(TITLES, 300), "huge")
 
 
-def test_saved_folder_is_an_ordinary_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_dropout_is_a_probability(dropout: float) -> None:
+    with pytest.raises(ValueError, match="dropout: expected a probability below 1, got"):
+        scratch_model(fit_tokenizer(TITLES, 300), dropout=dropout)
+
+
+# ------------------------------------------------------------------ dropout
+
+
+def with_dropout(dropout: float = 0.5) -> tuple[pk.PatchedCausalLM, pk.Histories]:
     tokenizer = fit_tokenizer(TITLES, 300)
-    model = scratch_model(tokenizer, "tiny", num_hidden_layers=1, attention_dropout=0.1)
+    catalog = Catalog.from_titles(dict(enumerate(TITLES)), tokenizer)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    model = pk.PatchedCausalLM(scratch_model(tokenizer, dropout=dropout, **shape), catalog, scratch_prompt(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the initial state, in which all titles are about as likely
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    draw = np.random.default_rng(0)
+    histories = pk.Histories.from_sequences([draw.integers(0, len(TITLES), n).tolist() for n in (14, 3, 9, 20)])
+    return model.eval(), histories
+
+
+def test_dropout_drops_what_attention_and_mlp_give_in_training_only() -> None:
+    model, histories = with_dropout()
+    layout = pk.build_layout(model.catalog, histories, pk.ItemPatches(3), model.prompt, [0, 1, 2, 3])
+    layers = model.hf_model.model.layers
+    first = layers[0]
+    given: list[torch.Tensor] = []
+    for module in (first.self_attn.o_proj, first.mlp.down_proj):
+        module.register_forward_hook(lambda module, inputs, output: given.append(output))
+    first.resid_attn_dropout.register_forward_hook(lambda module, inputs, output: given.append(output))
+    first.resid_mlp_dropout.register_forward_hook(lambda module, inputs, output: given.append(output))
+    losses = [model(layout).loss.item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    for before, after in zip(given[::2], given[1::2], strict=True):
+        assert torch.equal(before, after)
+    given.clear()
+    losses = [model.train()(layout).loss.item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    for before, after in zip(given[::2], given[1::2], strict=True):
+        dropped = after == 0
+        assert 0.4 < dropped.float().mean() < 0.6
+        torch.testing.assert_close(after[~dropped], 2 * before[~dropped])
+
+
+def test_users_never_see_each_other_with_a_model_that_has_dropout() -> None:
+    model, histories = with_dropout()
+    other = [histories[user].tolist() for user in range(4)]
+    other[1] = [5, 5, 5]
+    logits = []
+    for users in (histories, other):
+        layout = pk.build_layout(model.catalog, users, pk.SessionPatches(3), model.prompt)
+        with torch.no_grad():
+            logits.append(model(layout).logits)
+    assert [torch.equal(a, b) for a, b in zip(*logits, strict=True)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("policy", [pk.TextOnly(None), pk.ItemPatches(3, None), pk.SessionPatches(3, None)])
+def test_trunks_and_branches_equal_samples_with_a_model_that_has_dropout(policy: pk.Policy) -> None:
+    model, histories = with_dropout()
+    ranges = np.array([[3, length - 1] for length in histories.lengths])
+    users = np.repeat(np.arange(4), histories.lengths - 3)
+    positions = np.concatenate([np.arange(3, length) for length in histories.lengths])
+    passed = pk.build_training_layout(model.catalog, histories, policy, model.prompt, ranges)
+    targets = histories.at(users, positions)
+    samples = pk.build_layout(model.catalog, histories.before(users, positions), policy, model.prompt, targets)
+    results = []
+    for layout in (passed, samples):
+        model.zero_grad()
+        loss = model(layout).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_search_finds_the_scores_of_a_model_that_has_dropout(tmp_path: Path) -> None:
+    model, histories = with_dropout()
+    found = model.recommend(histories, pk.ItemPatches(3), k=5, num_beams=len(TITLES))
+    scores = model.score_items(histories, pk.ItemPatches(3))
+    for row, ranked in zip(scores, found, strict=True):
+        assert [item for item, _ in ranked] == np.argsort(-row, kind="stable")[:5].tolist()
+        assert [score for _, score in ranked] == pytest.approx(np.sort(-row)[:5] * -1, abs=1e-4)
+    # the loss of a target is its mean log-probability per token
+    layout = pk.build_layout(model.catalog, histories, pk.ItemPatches(3), model.prompt, [3, 1, 4, 1])
+    with torch.no_grad():
+        total = -model(layout).loss.item() * layout.logit_labels.numel()
+    assert total == pytest.approx(scores[np.arange(4), [3, 1, 4, 1]].sum(), abs=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = pk.PatchedCausalLM.from_pretrained(tmp_path, model.catalog)
+    assert loaded.config.resid_pdrop == 0.5
+    assert loaded.eval().recommend(histories, pk.ItemPatches(3), k=5, num_beams=len(TITLES)) == found
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_saved_folder_is_an_ordinary_one(dropout: float, tmp_path: Path) -> None:
+    tokenizer = fit_tokenizer(TITLES, 300)
+    model = scratch_model(tokenizer, "tiny", dropout=dropout, num_hidden_layers=1, attention_dropout=0.1)
     tokenizer.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     again, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert again.config.attention_dropout == 0.1
+    assert getattr(again.config, "resid_pdrop", 0.0) == dropout
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert scratch_prompt(words) == scratch_prompt(tokenizer)
     titles = dict(enumerate(TITLES))

@@ -248,8 +248,10 @@ def peers(table: Table, args: argparse.Namespace) -> None:
     )
     for name in ("patchkern beam", "patchkern diverse"):
         table.add(name, "peers", "speed-up over published", "x", per_user.ratio("published", name), config)
-    many, one = (stored_bytes(model, histories, policy, beams) for beams in (width, 1))
-    table.add("patchkern beam", "peers", f"keys and values, {width} beams / 1", "x", (many / one,) * 3, config)
+    for stored in (policy, pk.ItemPatches(5, None)):
+        many, one = (stored_bytes(model, histories, stored, beams) for beams in (width, 1))
+        of_policy = config | {"policy": str(stored)}
+        table.add("patchkern beam", "peers", f"keys and values, {width} beams / 1", "x", (many / one,) * 3, of_policy)
 
 
 def stored_bytes(model: pk.PatchedCausalLM, histories: pk.Histories, policy: pk.Policy, beams: int) -> int:
@@ -365,6 +367,7 @@ def extend(table: Table, args: argparse.Namespace) -> None:
     cache = pk.UserCache(model, 1 << 28)
     for policy in (
         pk.TextOnly(None),
+        pk.ItemPatches(5, None),
         pk.SessionPatches(5, None, align="start"),
         pk.SessionPatches(20, None, align="start"),
     ):

@@ -12,8 +12,9 @@ the sequences are padded on the right, and the model computes all logits under a
 Same weights, same samples, same AdamW.
 
 With --targets all, two ways to learn every target of a whole user are compared, both patchkern's: "one per pass" packs
-a sample for each target, with a history of its own; "all per pass" computes the history once (`build_training_layout`).
-Histories are not cut, so that the two losses are the same.
+a sample for each target, with a history of its own, in passes of about 16,384 rows whose gradients add up to one step;
+"all per pass" computes the history once (`build_training_layout`). Histories are not cut, so that the two losses are
+the same; users with more than 300 items, for whom the difference is largest, are left out.
 
 Each provider is a process of its own, so that its peak memory is its own: the largest resident set, less what the
 process held once everything was imported and read. The two take turns, so that a busy machine slows both; ratios are
@@ -32,11 +33,11 @@ import functools
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +51,15 @@ import patchkern as pk
 from bench.timing import Table, Timing
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
 from patchkern.policies import Level
-from patchkern.training_layout import build_training_layout
 
 # --targets: the slow way and the fast one
 PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per pass")}
 # The largest powers of two with which the reference step stays below 8 GiB.
 BATCH_SIZES = {"text": 8, "items": 16, "sessions": 32}
 TOLERANCE = 1e-4
+# --targets all
+ROWS_PER_PASS = 16_384
+MOST_ITEMS = 300
 
 
 # ------------------------------------------------------------------ the two ways to a loss
@@ -117,11 +120,7 @@ def reference_batch(
 
 
 def reference_loss(
-    model: LlamaForCausalLM,
-    workload: Workload,
-    histories: pk.Histories,
-    targets: np.ndarray,
-    policy: pk.Policy,
+    model: LlamaForCausalLM, workload: Workload, histories: pk.Histories, targets: np.ndarray, policy: pk.Policy
 ) -> Tensor:
     """Padded, and all logits."""
     inputs, mask, wanted = reference_batch(model, workload, histories, targets, policy)
@@ -130,42 +129,67 @@ def reference_loss(
 
 
 def patchkern_loss(
-    model: pk.PatchedCausalLM,
-    workload: Workload,
-    histories: pk.Histories,
-    targets: np.ndarray,
-    policy: pk.Policy,
+    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, targets: np.ndarray, policy: pk.Policy
 ) -> Tensor:
     return model(pk.build_layout(workload.catalog, histories, policy, workload.prompt, targets)).loss
 
 
 def whole_users(workload: Workload, count: int, seed: int) -> tuple[pk.Histories, np.ndarray]:
     """Random users and the range of their targets: every interaction with at least 3 before it."""
-    drawn = np.random.default_rng(seed).choice(len(workload.histories), count, replace=False)
-    histories = workload.histories.take(drawn)
+    short = np.flatnonzero(workload.histories.lengths <= MOST_ITEMS)
+    histories = workload.histories.take(np.random.default_rng(seed).choice(short, count, replace=False))
     return histories, np.stack([np.full(count, 3), histories.lengths - 1], axis=1)
 
 
-def one_per_pass_loss(
-    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
-) -> Tensor:
-    users = np.repeat(np.arange(len(histories)), histories.lengths - 3)
+def every_sample(histories: pk.Histories, ranges: np.ndarray) -> tuple[pk.Histories, np.ndarray]:
+    """A sample for each target: the history before it, and the target."""
+    users = np.repeat(np.arange(len(histories)), np.maximum(ranges[:, 1] - ranges[:, 0] + 1, 0))
     positions = np.concatenate([np.arange(first, last + 1) for first, last in ranges])
-    return patchkern_loss(model, workload, histories.before(users, positions), histories.at(users, positions), policy)
+    return histories.before(users, positions), histories.at(users, positions)
 
 
-def all_per_pass_loss(
+def sample_rows(
+    workload: Workload, histories: pk.Histories, targets: np.ndarray, policy: pk.Policy
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(S,)`` rows of every sample, and those of them that are supervised."""
+    catalog, prompt = workload.catalog, workload.prompt
+    answers = catalog.lengths[catalog.index_of(targets)] + len(prompt.response_end)
+    return pk.row_counts(catalog, histories, policy, prompt) + answers, answers
+
+
+def one_per_pass(
     model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
-) -> Tensor:
-    return model(build_training_layout(workload.catalog, histories, policy, workload.prompt, ranges)).loss
+) -> Iterator[Tensor]:
+    before, targets = every_sample(histories, ranges)
+    rows, answers = sample_rows(workload, before, targets, policy)
+    for part in np.split(np.arange(rows.size), np.flatnonzero(np.diff(rows.cumsum() // ROWS_PER_PASS)) + 1):
+        layout = pk.build_layout(workload.catalog, before.take(part), policy, workload.prompt, targets[part])
+        yield model(layout, num_items_in_batch=int(answers.sum())).loss
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "reference": reference_loss,
-    "patchkern": patchkern_loss,
-    "one per pass": one_per_pass_loss,
-    "all per pass": all_per_pass_loss,
+def all_per_pass(
+    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
+) -> Iterator[Tensor]:
+    yield model(pk.build_training_layout(workload.catalog, histories, policy, workload.prompt, ranges)).loss
+
+
+# Each yields shares of a step's loss, one for each pass.
+PASSES: dict[str, Callable[..., Iterator[Tensor]]] = {
+    "reference": lambda *batch: iter([reference_loss(*batch)]),
+    "patchkern": lambda *batch: iter([patchkern_loss(*batch)]),
+    "one per pass": one_per_pass,
+    "all per pass": all_per_pass,
 }
+
+
+class Turn(NamedTuple):
+    """One optimisation step of one provider."""
+
+    wall: float  # seconds per target
+    processor: float  # seconds per target
+    loss: float
+    norm: float  # of the gradient
+    targets: float  # per pass
 
 
 # ------------------------------------------------------------------ a provider in its own process
@@ -187,7 +211,7 @@ def make_model(hidden_size: int, layers: int, vocabulary: int) -> LlamaForCausal
 
 
 def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.Policy) -> None:
-    """Answer each batch number with what its step took: wall and processor seconds per target, loss, gradient norm."""
+    """Answer each batch number with a `Turn`."""
     torch.set_num_threads(args.threads)
     workload = ml1m()
     before = resident()
@@ -196,21 +220,35 @@ def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.P
     if provider != "reference":
         model = pk.PatchedCausalLM(hf_model, workload.catalog, workload.prompt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    loss_of = LOSSES[provider]
     draw = workload.samples if args.targets == "one" else functools.partial(whole_users, workload)
     pipe.send("ready")
     for number in iter(pipe.recv, None):
         batch = draw(args.batch_size, seed=number)
         wall, processor = time.perf_counter(), time.process_time()
-        loss = loss_of(model, workload, *batch, policy)
-        loss.backward()
+        losses = []
+        for loss in PASSES[provider](model, workload, *batch, policy):
+            loss.backward()
+            losses.append(loss.item())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
         optimizer.step()
         optimizer.zero_grad()
-        targets = len(batch[0]) if args.targets == "one" else int((batch[0].lengths - 3).sum())
-        seconds = (time.perf_counter() - wall, time.process_time() - processor)
-        pipe.send((*(taken / targets for taken in seconds), loss.item(), norm.item()))
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        n = len(batch[0]) if args.targets == "one" else int((batch[0].lengths - 3).sum())
+        pipe.send(Turn(wall / n, processor / n, sum(losses), norm.item(), n / len(losses)))
     pipe.send(resident("VmHWM") - before)
+
+
+def rows_per_target(workload: Workload, policy: pk.Policy) -> dict[str, float]:
+    """Of all users, none left out."""
+    histories = workload.histories
+    ranges = np.stack([np.full(len(histories), 3), histories.lengths - 1], axis=1)
+    together = pk.training_rows(workload.catalog, histories, policy, workload.prompt, ranges).sum()
+    alone = 0
+    for users in np.array_split(np.arange(len(histories)), 100):  # the samples of all would be gigabytes
+        samples = every_sample(histories.take(users), ranges[users])
+        alone += sample_rows(workload, *samples, policy)[0].sum()
+    count = np.maximum(histories.lengths - 3, 0).sum()
+    return {"one per pass": float(alone / count), "all per pass": float(together / count)}
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -219,8 +257,8 @@ def resident(field: str = "VmRSS") -> int:
     return int(line.split()[1]) * 1024
 
 
-def compare(args: argparse.Namespace, policy: pk.Policy) -> tuple[Timing, Timing, dict[str, int]]:
-    """Wall and processor seconds per target, and the peak memory, of both providers.
+def compare(args: argparse.Namespace, policy: pk.Policy) -> tuple[dict[str, list[Turn]], dict[str, int]]:
+    """All turns, and the peak memory, of both providers.
 
     Raises:
         RuntimeError: losses or gradient norms of the two differ.
@@ -235,12 +273,12 @@ def compare(args: argparse.Namespace, policy: pk.Policy) -> tuple[Timing, Timing
         end.close()
     for pipe in pipes.values():
         pipe.recv()
-    turns: dict[str, list[tuple[float, ...]]] = {provider: [] for provider in providers}
+    turns: dict[str, list[Turn]] = {provider: [] for provider in providers}
     for number in range(args.rounds + 1):
         for provider in providers if number % 2 else providers[::-1]:
             pipes[provider].send(number)
             turns[provider].append(pipes[provider].recv())
-        expected, got = (turns[provider][-1][2:] for provider in providers)
+        expected, got = ((turn.loss, turn.norm) for turn in (turns[provider][-1] for provider in providers))
         if not np.allclose(got, expected, rtol=TOLERANCE, atol=0):
             raise RuntimeError(
                 f"step {number}: expected loss and gradient norm {expected}, got {got} from {providers[1]}"
@@ -250,12 +288,8 @@ def compare(args: argparse.Namespace, policy: pk.Policy) -> tuple[Timing, Timing
         pipes[provider].send(None)
         memory[provider] = pipes[provider].recv()
         process.join()
-    wall, processor = (
-        # The first step warms up and allocates the optimiser's state.
-        Timing({provider: np.array([turn[column] for turn in turns[provider][1:]]) for provider in providers})
-        for column in (0, 1)
-    )
-    return wall, processor, memory
+    # The first step warms up and allocates the optimiser's state.
+    return {provider: turns[provider][1:] for provider in providers}, memory
 
 
 # ------------------------------------------------------------------ the table
@@ -275,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     table = Table(args.name)
-    data = ml1m().name
+    workload = ml1m()
+    data = workload.name
     slow, fast = PROVIDERS[args.targets]
     sizes = BATCH_SIZES if args.targets == "one" else dict.fromkeys(BATCH_SIZES, 1)
     sizes = sizes if args.batch_size is None else dict.fromkeys(BATCH_SIZES, args.batch_size)
@@ -285,16 +320,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy: pk.Policy = chosen if args.targets == "one" else replace(chosen, max_items=None)
         config = {"data": data, "policy": str(policy), "vocabulary": VOCABULARY, "dtype": "float32"}
         config |= {name: getattr(args, name) for name in ("batch_size", "hidden_size", "layers", "rounds")}
-        wall, processor, memory = compare(args, policy)
+        turns, memory = compare(args, policy)
+        wall, processor, targets = (
+            Timing({provider: np.array([getattr(turn, field) for turn in turns[provider]]) for provider in turns})
+            for field in ("wall", "processor", "targets")
+        )
         for provider in (slow, fast):
             p20, p50, p80 = (1 / seconds for seconds in wall.quantiles(provider))
             table.add(provider, mode, "speed", "targets/s", (p80, p50, p20), config)
             table.add(provider, mode, "processor time", "s/target", processor.quantiles(provider), config)
+            table.add(provider, mode, "targets per pass", "targets", targets.quantiles(provider), config)
             gibibytes = memory[provider] / 2**30
             table.add(provider, mode, "peak memory", "GiB", (gibibytes,) * 3, config)
         table.add(fast, mode, "speed-up", "x", wall.ratio(slow, fast), config)
         table.add(fast, mode, "processor speed-up", "x", processor.ratio(slow, fast), config)
-        table.add(fast, mode, "memory saved", "x", (memory[slow] / memory[fast],) * 3, config)
+        saved = memory[slow] / memory[fast]
+        table.add(fast, mode, "memory saved", "x", (saved,) * 3, config)
+        if args.targets == "all":
+            p20, p50, p80 = targets.ratio(fast, slow)
+            per_target = (saved * p20, saved * p50, saved * p80)
+            table.add(fast, mode, "memory saved per target of a pass", "x", per_target, config)
+            for provider, rows in rows_per_target(workload, policy).items():
+                table.add(provider, mode, "rows per target, all users", "rows", (rows,) * 3, config)
     table.write()
 
 

@@ -35,6 +35,7 @@ from patchkern.user_cache import UserCache
 if TYPE_CHECKING:
     from patchkern.memory import plan_memory, row_counts
     from patchkern.model import PatchedCausalLM
+    from patchkern.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
     from patchkern.results import read_recommendations, recommend_to_disk
 
 __version__ = "0.1.0"
@@ -51,17 +52,21 @@ __all__ = [
     "PatchLayout",
     "PatchedCausalLM",
     "Policy",
+    "PopularityPrior",
+    "PriorFit",
     "Prompt",
     "RandomItemPatches",
     "SessionPatches",
     "TextOnly",
     "TimeSessions",
+    "TransitionPrior",
     "TrunkPolicy",
     "UserCache",
     "backends",
     "build_layout",
     "build_training_layout",
     "compress_batch",
+    "fit_prior_weight",
     "join_layouts",
     "plan_memory",
     "pool_rows",
@@ -74,9 +79,13 @@ __all__ = [
 ]
 
 
-# transformers is an extra, and slow to import: only those who use the model pay for it.
+# transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
     "PatchedCausalLM": "patchkern.model",
+    "PopularityPrior": "patchkern.prior",
+    "PriorFit": "patchkern.prior",
+    "TransitionPrior": "patchkern.prior",
+    "fit_prior_weight": "patchkern.prior",
     "plan_memory": "patchkern.memory",
     "read_recommendations": "patchkern.results",
     "recommend_to_disk": "patchkern.results",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which items each user may be recommended: those allowed, less those seen."""
+"""Which items each user may be recommended: those allowed, less those seen; and what is known of them beforehand."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,98 @@ class ItemFilter:
     @staticmethod
     def _set(mask: NDArray[np.bool_], chosen: Histories, value: bool) -> None:
         mask[np.repeat(np.arange(len(mask)), chosen.lengths), chosen.items] = value
+
+
+class ItemPrior:
+    """The prior of every user's items, times its weight.
+
+    Args:
+        catalog: all items.
+        histories: of the users.
+        items: which of them each user may get.
+        prior: floats in catalogue order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a
+            callable that returns the latter for the `Histories` of B users. -inf leaves an item out.
+        weight: at least 0.
+        k: items that every user must be left with.
+        dtype: of the scores.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. Of what a callable returns, when it
+            does; of all else, before anything else runs.
+    """
+
+    _AT_ONCE = 1024  # users
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        histories: Histories,
+        items: ItemFilter,
+        prior: Any,
+        weight: float,
+        k: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._catalog, self._histories, self._items, self._k = catalog, histories, items, k
+        self._prior, self._weight, self._dtype = prior, float(weight), dtype
+        if callable(prior):
+            return
+        _check_floats("prior", prior, [(len(catalog),), (len(histories), len(catalog))])
+        for first in range(0, len(histories), self._AT_ONCE):
+            users = np.arange(first, min(first + self._AT_ONCE, len(histories)))
+            self.of(users, torch.device("cpu"))
+
+    @property
+    def user_bytes(self) -> int:
+        """What `of` takes on the way, per user: the values as they came, as they are returned, and what decides."""
+        return len(self._catalog) * (8 + 4 * self._dtype.itemsize + 4)
+
+    def of(self, users: NDArray[np.int64], device: torch.device) -> Tensor:
+        """``(len(users), n_items)``, -inf for what a user may not get; one row where all users have the same."""
+        if callable(self._prior):
+            given = self._prior(self._histories.take(users))
+            _check_floats("prior", given, [(users.size, len(self._catalog))], "the callable to return ")
+        else:
+            given = self._prior if self._prior.ndim == 1 else self._prior[users]
+        values = given.detach() if isinstance(given, Tensor) else torch.tensor(given)
+        values = values.to(device).reshape(-1, len(self._catalog))
+        left_out = values == -math.inf
+        weighted = torch.where(left_out, -math.inf, values.to(self._dtype) * self._weight)
+        is_bad = ~(weighted.isfinite() | left_out)
+        if bool(is_bad.any()):
+            raise self._error(values, is_bad, users)
+        allowed = self._items.mask(users).to(device)
+        weighted = torch.where(allowed, weighted, -math.inf)
+        left = (weighted > -math.inf).sum(dim=1)
+        short = (left < self._k).nonzero()
+        if len(short):
+            at = int(short[0])
+            raise ValueError(
+                f"k: expected at most {int(left[at])}, the items of user {users[at]} that prior does not leave out, "
+                f"got {self._k}"
+            )
+        return weighted
+
+    def _error(self, values: Tensor, is_bad: Tensor, users: NDArray[np.int64]) -> ValueError:
+        user, item = is_bad.nonzero()[0].tolist()
+        return ValueError(
+            f"prior: expected -inf, or numbers that are finite in {self._dtype} when multiplied by prior_weight="
+            f"{self._weight}, got {float(values[user, item])} for user {users[user]} and item "
+            f"{self._catalog.item_ids.item(item)!r}"
+        )
+
+
+def _check_floats(name: str, given: Any, shapes: list[tuple[int, ...]], whose: str = "") -> None:
+    if not isinstance(given, (np.ndarray, Tensor)):
+        expected = f"{whose}an array or a tensor" + ("" if whose else ", or a callable that returns one")
+        raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
+    is_float = (
+        given.is_floating_point() if isinstance(given, Tensor) else given.dtype in (np.half, np.single, np.double)
+    )
+    if not is_float:
+        raise TypeError(f"{name}: expected {whose}floating-point numbers, got {given.dtype}")
+    if tuple(given.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"{name}: expected {whose}shape {wanted}, users and items of the catalog, got {tuple(given.shape)}"
+        )

@@ -104,6 +104,7 @@ class PatchedCausalLM(nn.Module):
         if item_embeddings:
             weight: Any = self.get_input_embeddings().weight
             self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
+            self._items_of = catalog.fingerprint
         if attn_implementation is not None:
             _set_attention(hf_model, attn_implementation)
         self.register_state_dict_post_hook(_drop_tied)
@@ -170,7 +171,7 @@ class PatchedCausalLM(nn.Module):
         rows = self._pool(layout)
         if self.item_embedding is None:
             return rows
-        if layout.catalog_fingerprint != self.catalog.fingerprint:
+        if layout.catalog_fingerprint != self._items_of:
             raise ValueError(
                 "layout: expected one of the model's catalog, whose items the item embeddings belong to, got another's"
             )
@@ -304,8 +305,8 @@ class PatchedCausalLM(nn.Module):
         """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`.
 
         Args:
-            options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``max_expansions``,
-                ``user_cache``, ``user_ids``, ``progress``.
+            options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``prior``,
+                ``prior_weight``, ``max_expansions``, ``user_cache``, ``user_ids``, ``progress``.
         """
         from patchkern.search import recommend
 

@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 
 _VALUES = 4096  # of each parameter, to know a model by
 _FREE = {"memory_budget", "batch_size", "progress"}  # arguments that may change when a run goes on
+_OF_USERS = {"allowed_items", "prior"}  # arguments that may say something else for every user
 
 
 def recommend_to_disk(
@@ -58,7 +59,8 @@ def recommend_to_disk(
         user_ids: ``B`` integers or strings for the column ``user``; 0, 1, 2, ... where not given.
         users_per_part: rows of a file; also how many users are lost, at most, when the run is stopped.
         arguments: further ones of `PatchedCausalLM.recommend`, such as ``k`` and ``memory_budget``; the latter,
-            ``batch_size`` and ``progress`` may be others when a run goes on.
+            ``batch_size`` and ``progress`` may be others when a run goes on. A callable, such as a ``prior``, is known
+            by its ``fingerprint``, as those of `patchkern.prior` have one, else by its name.
 
     Returns:
         The folder. `read_recommendations` reads it back.
@@ -89,13 +91,12 @@ def recommend_to_disk(
     }
     run = json.loads(json.dumps(run))
     _check_begun(target, run)
-    allowed = arguments.pop("allowed_items", None)
+    of_users = {name: arguments.pop(name) for name in _OF_USERS & arguments.keys()}
     for path, users in _parts(target, len(histories), users_per_part):
         if path.is_file():
             continue
-        if allowed is not None:
-            arguments["allowed_items"] = _allowed_of(allowed, users, len(histories))
-        ranked = model.recommend(histories.take(users), policy, **arguments)
+        own = {name: _part_of(name, value, users, len(histories)) for name, value in of_users.items()}
+        ranked = model.recommend(histories.take(users), policy, **arguments, **own)
         _write_run(target, run)
         offsets = pa.array(np.cumsum([0, *map(len, ranked)]))
         items = pa.array([item for user in ranked for item, _ in user])
@@ -166,13 +167,14 @@ def _write_run(folder: Path, run: dict[str, Any]) -> None:
         replace_file(folder / RUN, lambda file: Path(file).write_text(text, encoding="utf-8"))
 
 
-def _allowed_of(allowed: Any, users: NDArray[np.int64], n_users: int) -> Any:
-    """The part of ``allowed_items`` that is about some users; what is about all of them stays."""
-    if isinstance(allowed, (np.ndarray, Tensor)):
-        return allowed[users] if allowed.ndim == 2 and len(allowed) == n_users else allowed
-    if is_sequence(allowed) and len(allowed) == n_users and is_sequence(allowed[0]):
-        return [allowed[user] for user in users.tolist()]
-    return allowed
+def _part_of(name: str, value: Any, users: NDArray[np.int64], n_users: int) -> Any:
+    """The part of an argument that is about some users; what is about all of them stays."""
+    is_array = isinstance(value, (np.ndarray, Tensor))
+    if value.ndim != 2 if is_array else not (is_sequence(value) and len(value) and is_sequence(value[0])):
+        return value
+    if len(value) != n_users:
+        raise ValueError(f"{name}: expected one row per user ({n_users}), got {len(value)}")
+    return value[users] if is_array else [value[user] for user in users.tolist()]
 
 
 def _names(user_ids: Any, n_users: int) -> NDArray[Any]:
@@ -192,6 +194,8 @@ def _described(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if callable(value):
+        return getattr(value, "fingerprint", None) or getattr(value, "__qualname__", type(value).__qualname__)
     hashed = hashlib.blake2b(digest_size=16)
     _hash_into(hashed, value)
     return hashed.hexdigest()

@@ -4,7 +4,7 @@
 The prompts of a batch of users are computed once, packed, and their keys and values stored once per user. All
 hypotheses of all users then advance together and see their user's prompt through `PrefixCache`; which ones is decided
 in `patchkern.title_search`. A title's score is the sum of the log-probabilities of its tokens and of ``response_end``,
-over the full vocabulary.
+over the full vocabulary; a prior adds to it what else is known of the user and the item.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batching import in_batches
-from patchkern.filters import ItemFilter
+from patchkern.filters import ItemFilter, ItemPrior
 from patchkern.histories import Histories, HistoriesLike, is_sequence
 from patchkern.layout import PatchLayout
 from patchkern.memory import SearchSize, parse_bytes
@@ -29,13 +29,13 @@ from patchkern.prompts import Prompts, inference
 from patchkern.title_search import (
     DIVERSITY_PENALTY,
     Found,
-    best_titles,
+    Ranking,
     diverse_search,
     score_titles,
     search_titles,
     without_repeats,
 )
-from patchkern.trie import Trie
+from patchkern.trie import BestValues, Trie
 from patchkern.user_cache import UserCache
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def recommend(
     allowed_items: Any = None,
     length_penalty: float = 0.0,
     normalize: str | None = None,
+    prior: Any = None,
+    prior_weight: float = 1.0,
     max_expansions: int | None = None,
     user_cache: UserCache | None = None,
     user_ids: Sequence[Hashable] | None = None,
@@ -116,7 +118,16 @@ def recommend(
             all their titles are scored for it. ``"titles"``: ``log P(title | an allowed title)``; items that share a
             title share its score, and the titles' probabilities sum to one. ``"items"``: a title's probability is
             divided equally among the user's allowed items that share it, which changes the order too, and the items'
-            probabilities sum to one.
+            probabilities sum to one. With a prior, what is normalised is the product of probability and
+            ``exp(prior_weight * prior)``: of every item, or, for ``"titles"``, of every title's best item.
+        prior: what is known of users and items beside the model; an item's score is its title's score plus
+            ``prior_weight * prior[user, item]``, and items that share a title are told apart by it. Floats in catalogue
+            order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a callable that takes
+            `Histories` of some of the users, whole and not cut by ``policy``, and returns the latter for them, such as
+            `patchkern.TransitionPrior`: it is called for each batch of users, so no table of all users is ever held.
+            -inf leaves an item out, whatever the weight. An exact search is exact with it; the beam goes on with the
+            hypotheses that have the best sum of log-probability and best prior below them. Not for ``"diverse"``.
+        prior_weight: at least 0; `patchkern.fit_prior_weight` finds a good one.
         max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
             search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
         user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.
@@ -124,9 +135,9 @@ def recommend(
         progress: show how many users are done.
 
     Returns:
-        Per user ``(item_id, score)``, best first, the score being the log-probability unless ``length_penalty`` or
-        ``normalize`` say otherwise. Equal scores are in catalogue order, and the items that share a title follow each
-        other.
+        Per user ``(item_id, score)``, best first, the score being the log-probability unless ``length_penalty``,
+        ``normalize`` or ``prior`` say otherwise. Equal scores are in catalogue order, and items that share a title and
+        a score follow each other.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -137,6 +148,7 @@ def recommend(
     if not isinstance(exclude_seen, bool):
         raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
     _check_search(search, length_penalty, normalize, max_expansions)
+    _check_prior(search, prior, prior_weight)
     if k > len(model.catalog):
         raise ValueError(f"k: expected at most {len(model.catalog)}, the items of the catalog, got {k}")
     if num_beams < k:
@@ -145,6 +157,10 @@ def recommend(
     names = _names(histories, user_cache, user_ids)
     items = ItemFilter(model.catalog, histories, allowed_items, exclude_seen)
     items.check(k)
+    known = None
+    if prior is not None:
+        dtype = torch.promote_types(model.hf_model.dtype, torch.float32)
+        known = ItemPrior(model.catalog, histories, items, prior, prior_weight, k, dtype)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
     if search == "exact" and max_expansions is None:
         max_expansions = EXPANSIONS_PER_BEAM * num_beams
@@ -154,10 +170,16 @@ def recommend(
         step_rows = kept_rows = max(len(tree.fed) for tree in passes)
 
     fixed_bytes = trie.num_bytes + (0 if user_cache is None else user_cache.max_bytes)
-    size = SearchSize(step_rows, kept_rows, 0 if items.is_open else 10 * len(model.catalog) + 8, fixed_bytes)
+    user_bytes = 0 if items.is_open and known is None else 10 * len(model.catalog) + 8
+    if known is not None:
+        user_bytes += known.user_bytes + 3 * trie.num_nodes * dtype.itemsize
+        fixed_bytes += 8 * (2 * trie.num_nodes + len(model.catalog))
+    size = SearchSize(step_rows, kept_rows, user_bytes, fixed_bytes)
 
     def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, ...]:
-        running = trie.running_count(items.mask(users).to(model.device)).expand(users.size, -1)
+        best = None if known is None else trie.best_of(known.of(users, model.device)).expand(users.size)
+        allowed = items.mask(users).to(model.device) if best is None else best.items > float("-inf")
+        running = trie.running_count(allowed).expand(users.size, -1)
         prompts = Prompts(
             model,
             layout,
@@ -168,12 +190,12 @@ def recommend(
         )
         unproven = torch.zeros(0, dtype=torch.bool)
         if normalize is not None:
-            found = _normalized(score_titles(prompts, trie, passes), trie, running, k, normalize == "items")
+            found = _normalized(score_titles(prompts, trie, passes), trie, running, k, normalize == "items", best)
         elif search == "diverse":
             found = without_repeats(diverse_search(prompts, trie, running, num_beams))
         else:
-            found, unproven = search_titles(prompts, trie, running, k, num_beams, length_penalty, max_expansions)
-        return *_items_of(found, trie, running, k), unproven
+            found, unproven = search_titles(prompts, trie, running, k, num_beams, length_penalty, max_expansions, best)
+        return *_items_of(found, trie, running, k, best), unproven
 
     results: list[Ranked] = [[] for _ in range(len(histories))]
     n_unproven = 0
@@ -278,9 +300,7 @@ def score_items(
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
     passes = trie.passes(nodes_per_pass)
     rows = max(len(tree.fed) for tree in passes)
-    counts = trie.own_end[trie.titles] - trie.begin[trie.titles]
-    title = torch.arange(len(counts), device=model.device).repeat_interleave(counts)[trie.items.argsort()]
-    title = title[torch.from_numpy(column).to(model.device)]
+    title = trie.title_of_item[torch.from_numpy(column).to(model.device)]
     size = SearchSize(rows, rows, scores.itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
 
     def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> Tensor:
@@ -307,18 +327,24 @@ def _kept_rows(trie: Trie, search: str, num_beams: int, max_expansions: int | No
     return max(trie.fed_rows(num_beams), max_expansions)
 
 
-def _normalized(score: Tensor, trie: Trie, running: Tensor, k: int, by_item: bool) -> Found:
+def _normalized(score: Tensor, trie: Trie, running: Tensor, k: int, by_item: bool, prior: BestValues | None) -> Found:
     """The ``k`` best titles by probability given that a title which the user may get, or such an item, comes out."""
     node = trie.titles.expand_as(score)
-    count = running[:, trie.own_end[trie.titles]] - running[:, trie.begin[trie.titles]]
-    score = score.masked_fill(count == 0, float("-inf"))
-    score = score - score.logsumexp(dim=1, keepdim=True)
-    if by_item:
-        score = score - count.clamp(min=1).to(score.dtype).log()
-    return best_titles(Found(node, score), trie, k)
+    counts = running[:, trie.own_end[trie.titles]] - running[:, trie.begin[trie.titles]]
+    score = score.masked_fill(counts == 0, float("-inf"))
+    shares = counts.clamp(min=1).to(score.dtype).log() if by_item else torch.zeros_like(score)
+    total = score
+    if prior is not None and by_item:
+        total = (score - shares)[:, trie.title_of_item] + prior.items
+    elif prior is not None:
+        total = score + prior.at[:, trie.titles]
+    score = score - total.logsumexp(dim=1, keepdim=True) - shares
+    return Ranking(trie, 0.0, score.dtype, prior).best(Found(node, score), k)
 
 
-def _items_of(found: Found, trie: Trie, running: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _items_of(
+    found: Found, trie: Trie, running: Tensor, k: int, prior: BestValues | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """User, catalogue index and score of every user's first ``k`` allowed items."""
     begin = trie.begin[found.node]
     count = (trie.own_end[found.node] - begin).masked_fill(found.score == float("-inf"), 0).flatten()
@@ -327,9 +353,16 @@ def _items_of(found: Found, trie: Trie, running: Tensor, k: int) -> tuple[Tensor
     user = torch.div(title, found.node.shape[1], rounding_mode="floor")
     allowed = running[user, rank + 1] > running[user, rank]
     title, rank, user = title[allowed], rank[allowed], user[allowed]
+    item, score = trie.items[rank], found.score.flatten()[title]
+    if prior is not None:  # items that share a title need not follow each other
+        score = score + prior.items[user, item]
+        order = trie.items[begin.flatten()[title]].argsort(stable=True)
+        order = order[score[order].argsort(stable=True, descending=True)]
+        order = order[user[order].argsort(stable=True)]
+        user, item, score = user[order], item[order], score[order]
     place = torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
     kept = place < k
-    return user[kept], trie.items[rank[kept]], found.score.flatten()[title[kept]]
+    return user[kept], item[kept], score[kept]
 
 
 def _collect(
@@ -364,10 +397,7 @@ def _names(histories: Histories, user_cache: Any, user_ids: Any) -> list[Hashabl
 def _check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
     if search not in SEARCHES:
         raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
-    if isinstance(length_penalty, bool) or not isinstance(length_penalty, (int, float, np.integer, np.floating)):
-        raise TypeError(f"length_penalty: expected a number, got {length_penalty!r}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty: expected a finite number, got {length_penalty}")
+    _check_number("length_penalty", length_penalty)
     if normalize not in (None, *NORMALIZATIONS):
         raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
     if search == "diverse" and length_penalty != 0:
@@ -382,6 +412,23 @@ def _check_search(search: Any, length_penalty: Any, normalize: Any, max_expansio
             raise ValueError(f'max_expansions: expected None or search="exact", got {max_expansions} with {search!r}')
         if normalize is not None:
             raise ValueError(f"max_expansions: expected None with normalize={normalize!r}, got {max_expansions}")
+
+
+def _check_prior(search: str, prior: Any, prior_weight: Any) -> None:
+    _check_number("prior_weight", prior_weight)
+    if prior_weight < 0:
+        raise ValueError(f"prior_weight: expected at least 0, got {prior_weight}")
+    if prior is None and prior_weight != 1:
+        raise ValueError(f"prior: expected one for a prior_weight of {prior_weight}, got None")
+    if prior is not None and search == "diverse":
+        raise ValueError('prior: expected None with search="diverse", whose protocol has none')
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patchkern.prefix_cache import StepShape
 from patchkern.prompts import Prompts
-from patchkern.trie import TreePass, Trie
+from patchkern.trie import BestValues, TreePass, Trie
 
 DIVERSITY_PENALTY = 0.8
 """What diverse search takes off a token's log-probability for each earlier group that chose it; the paper's."""
@@ -30,7 +30,7 @@ class Found(NamedTuple):
     """Titles, best first."""
 
     node: Tensor  # (B, M) where in the trie the title ends
-    score: Tensor  # (B, M) -inf where there is no title
+    score: Tensor  # (B, M) what the model gives it, without a prior; -inf where there is no title
 
 
 class _Hypotheses(NamedTuple):
@@ -53,32 +53,52 @@ class _Choices(NamedTuple):
     row: Tensor  # of `Prompts`, where the token before the last was fed; -1 for the prompt
 
 
-class LengthPenalty:
-    """Rank titles by ``log-probability / length ** penalty``, as transformers does; the response end counts as length.
+class Ranking:
+    """What titles are ranked by, and what a prefix promises.
+
+    A title has ``log-probability / length ** penalty``, as in transformers, the response end counting as length. To
+    that comes the best prior of its items that the user may get; and since the best items have the best titles, the
+    ``k`` best titles hold the ``k`` best items.
 
     Args:
         trie: the titles.
         penalty: 0 ranks by log-probability; above 0 favours longer titles, below 0 shorter ones.
         dtype: of the scores.
+        prior: of the items of B users, weighted.
     """
 
-    def __init__(self, trie: Trie, penalty: float, dtype: torch.dtype) -> None:
+    def __init__(self, trie: Trie, penalty: float, dtype: torch.dtype, prior: BestValues | None = None) -> None:
         lengths = torch.arange(trie.depth + 2, device=trie.tokens.device, dtype=dtype).clamp_(min=1)
         self._divisor = lengths.pow(penalty)
-        self._level = trie.level
+        self._trie = trie
         self._reach = trie.longest if penalty > 0 else trie.level + 1
+        self._prior = prior
 
     def of_title(self, score: Tensor, node: Tensor) -> Tensor:
-        """The ranking score of titles that end at ``node``."""
-        return score / self._divisor[self._level[node]]
+        """What the model alone gives to titles that end at ``node``."""
+        return score / self._divisor[self._trie.level[node]]
+
+    def total(self, found: Found) -> Tensor:
+        """(B, M) the score of each title's best item."""
+        return found.score if self._prior is None else found.score + self._prior.at.gather(1, found.node)
+
+    def best(self, found: Found, count: int) -> Found:
+        """Every user's ``count`` best, equal ones by the first item that has the title."""
+        order = _ranking(self.total(found), self._trie.items[self._trie.begin[found.node]])[:, :count]
+        return Found(found.node.gather(1, order), found.score.gather(1, order))
+
+    def promise(self, score: Tensor, node: Tensor) -> Tensor:
+        """What prefixes are taken further by: their log-probability, and the best prior below them."""
+        return score if self._prior is None else score + self._prior.below.gather(1, node)
 
     def bound(self, score: Tensor, node: Tensor) -> Tensor:
         """What no title that goes on below ``node`` can exceed.
 
         Log-probabilities are not positive and only fall, so the best that can happen is that they stay, at the length
-        that divides them best: the longest title below, or, where length costs, one more token.
+        that divides them best: the longest title below, or, where length costs, one more token; and that this title
+        has the best prior below.
         """
-        return score / self._divisor[self._reach[node]]
+        return self.promise(score / self._divisor[self._reach[node]], node)
 
 
 def search_titles(
@@ -89,6 +109,7 @@ def search_titles(
     num_beams: int,
     length_penalty: float = 0.0,
     max_expansions: int | None = None,
+    prior: BestValues | None = None,
 ) -> tuple[Found, Tensor]:
     """Every user's ``k`` best titles: of a beam search, or of all there are.
 
@@ -108,17 +129,19 @@ def search_titles(
         running: ``(B, n_items + 1)`` which items each user may get, see `Trie.running_count`.
         k: titles per user.
         num_beams: prefixes per user and step.
-        length_penalty: see `LengthPenalty`.
+        length_penalty: see `Ranking`.
         max_expansions: prefixes per user that may be taken further, those of the beam search included, which is
             completed in any case.
+        prior: of the items of B users, -inf where ``running`` does not count them; see `Ranking`.
 
     Returns:
-        ``(B, k)`` titles by descending score, equal ones by their first item; and ``(B,)`` bool, users for whom
-        ``max_expansions`` left prefixes that could matter. They have the best titles seen, never worse than the beam's.
+        ``(B, k)`` titles by descending `Ranking.total`, equal ones by their first item; and ``(B,)`` bool, users for
+        whom ``max_expansions`` left prefixes that could matter. They have the best titles seen, never worse than the
+        beam's.
     """
     n_users, device = prompts.num_users, running.device
     hypotheses = _at_the_prompts(prompts, trie)
-    rank = LengthPenalty(trie, length_penalty, hypotheses.score.dtype)
+    rank = Ranking(trie, length_penalty, hypotheses.score.dtype, prior)
     pool = _nothing(n_users, k, hypotheses.score)
     aside = _Choices(*(pool.node[:, :0], pool.score[:, :0], pool.node[:, :0]))
     in_beam = torch.ones(n_users, 1, dtype=torch.bool, device=device)
@@ -126,8 +149,8 @@ def search_titles(
     for step in itertools.count():
         made, ends, goes_on, is_bad = _children(hypotheses, trie, running)
         score = rank.of_title(made.score, made.node).masked_fill(~ends, float("-inf"))
-        pool = _merge(pool, Found(made.node, score), trie)
-        worst = pool.score[:, -1:]  # -inf until the pool is full
+        pool = rank.best(Found(torch.cat([pool.node, made.node], dim=1), torch.cat([pool.score, score], dim=1)), k)
+        worst = rank.total(pool)[:, -1:]  # -inf until the pool is full
         made = made._replace(score=made.score.masked_fill(~goes_on, float("-inf")))
         is_open = _is_open(made, rank, worst)
         n_made = made.node.shape[1]
@@ -137,8 +160,8 @@ def search_titles(
             is_open = torch.cat([is_open, _is_open(aside, rank, worst)], dim=1)
         may_follow = is_open.clone()
         may_follow[:, n_made:] &= ~in_beam
-        followed = _ranking(made.score.masked_fill(~may_follow, float("-inf")), trie.first_item[made.node])
-        followed = followed[:, :num_beams]
+        promise = rank.promise(made.score, made.node).masked_fill(~may_follow, float("-inf"))
+        followed = _ranking(promise, trie.first_item[made.node])[:, :num_beams]
         goes = may_follow.gather(1, followed)
         if max_expansions is not None:
             goes &= in_beam | (torch.arange(goes.shape[1], device=device) < max_expansions - expanded)
@@ -300,7 +323,7 @@ def _children(hypotheses: _Hypotheses, trie: Trie, running: Tensor) -> tuple[_Ch
     return _Choices(child, score, hypotheses.row[parent]), ends, goes_on, is_bad
 
 
-def _is_open(prefixes: _Choices, rank: LengthPenalty, worst: Tensor) -> Tensor:
+def _is_open(prefixes: _Choices, rank: Ranking, worst: Tensor) -> Tensor:
     """Which prefixes may lead to a title as good as ``worst``."""
     return (prefixes.score > float("-inf")) & (rank.bound(prefixes.score, prefixes.node) >= worst)
 
@@ -348,17 +371,6 @@ def _ranking(score: Tensor, tie: Tensor) -> Tensor:
     """Positions in each row by descending ``score``, equal ones by ascending ``tie``; all (B, C)."""
     order = tie.argsort(dim=1)
     return order.gather(1, score.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-
-
-def best_titles(found: Found, trie: Trie, count: int) -> Found:
-    """Every user's ``count`` best, equal ones by the first item that has the title."""
-    order = _ranking(found.score, trie.items[trie.begin[found.node]])[:, :count]
-    return Found(found.node.gather(1, order), found.score.gather(1, order))
-
-
-def _merge(pool: Found, found: Found, trie: Trie) -> Found:
-    both = Found(*(torch.cat(pair, dim=1) for pair in zip(pool, found, strict=True)))
-    return best_titles(both, trie, pool.node.shape[1])
 
 
 def _first_true(mask: Tensor, count: int) -> Tensor:

@@ -145,6 +145,13 @@ class Trie:
         ends = (self.own_end > self.begin).nonzero()[:, 0]
         return ends[self.begin[ends].argsort()]
 
+    @functools.cached_property
+    def title_of_item(self) -> Tensor:
+        """``(n_items,)`` int64, which of `titles` each item has; items in catalogue order."""
+        counts = (self.own_end - self.begin)[self.titles]
+        numbers = torch.arange(len(counts), device=counts.device)
+        return numbers.repeat_interleave(counts, output_size=len(self.items))[self.items.argsort()]
+
     def to(self, device: torch.device | str) -> Trie:
         """The same tree on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -230,6 +237,41 @@ class Trie:
         running = allowed.new_zeros(allowed.shape[0], self.items.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(allowed[:, self.items], dim=1, out=running[:, 1:])
         return running
+
+    def best_of(self, values: Tensor) -> BestValues:
+        """The largest of some values of items at and below every node, as many operations as the tree has levels.
+
+        Args:
+            values: ``(B, n_catalog)``, -inf for what a user may not get.
+        """
+        n_users, (parents, levels) = len(values), self._climb
+        at = values.new_full((n_users, self.num_nodes), float("-inf"))
+        at.scatter_reduce_(1, self.titles[self.title_of_item].expand(n_users, -1), values, "amax")
+        below = torch.full_like(at, float("-inf"))
+        for level in reversed(levels):
+            reached = torch.maximum(at[:, level], below[:, level])
+            below.scatter_reduce_(1, parents[level].expand(n_users, -1), reached, "amax")
+        return BestValues(values, at, below)
+
+    @functools.cached_property
+    def _climb(self) -> tuple[Tensor, list[slice]]:
+        """Every node's parent (the root is its own), and the nodes of each level, from the first."""
+        numbers = torch.arange(self.num_nodes, device=self.tokens.device)
+        parents = numbers.repeat_interleave(self.children.diff(), output_size=self.num_nodes - 1)
+        borders = self.level.bincount().cumsum(0).tolist()
+        return torch.cat([numbers[:1], parents]), [slice(*pair) for pair in itertools.pairwise(borders)]
+
+
+class BestValues(NamedTuple):
+    """Values of items, and how good they get in each part of the tree."""
+
+    items: Tensor  # (B, n_catalog), -inf for what a user may not get
+    at: Tensor  # (B, n_nodes) the largest of the items whose sequence ends at the node; -inf where there is none
+    below: Tensor  # (B, n_nodes) the largest of those whose sequence goes on from there
+
+    def expand(self, n_users: int) -> BestValues:
+        """The same, of one user for all, or as it is."""
+        return BestValues(*(x.expand(n_users, -1) for x in self))
 
 
 class TreePass(NamedTuple):

@@ -462,12 +462,16 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("search", ["beam", "exact", "diverse"])
-def test_a_step_waits_for_the_device_once(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("search", "has_prior"), [("beam", False), ("exact", False), ("diverse", False), ("beam", True), ("exact", True)]
+)
+def test_a_step_waits_for_the_device_once(search: str, has_prior: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     titles = make_titles(60)
     trie = Trie.from_catalog(make_model(titles).catalog, [96])
     assert trie.num_first_tokens > 1  # read once per trie
-    running = trie.running_count(torch.rand(5, 60) < 0.8)
+    allowed = torch.rand(5, 60) < 0.8
+    running = trie.running_count(allowed)
+    prior = trie.best_of(torch.where(allowed, torch.randn(5, 60).double(), -math.inf)) if has_prior else None
     prompts: Any = StubPrompts(5, 5000)
     reads = []
     original = Tensor.tolist
@@ -476,6 +480,6 @@ def test_a_step_waits_for_the_device_once(search: str, monkeypatch: pytest.Monke
         if search == "diverse":
             diverse_search(prompts, trie, running, 6)
         else:
-            search_titles(prompts, trie, running, 3, 3, 0.0, 200 if search == "exact" else None)
+            search_titles(prompts, trie, running, 3, 3, 0.0, 200 if search == "exact" else None, prior)
     assert len(reads) == prompts.steps + 1 > 3  # the last one says that nothing is left
     assert all(math.prod(shape) < 20 for shape in reads)

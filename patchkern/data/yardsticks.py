@@ -89,7 +89,8 @@ def transitions(
     if recent < 1:
         raise ValueError(f"recent: expected 1 or more, got {recent}")
     item_ids, count = _by_popularity(interactions, k)
-    follows = _Follows(interactions, item_ids, count, recent)
+    users, items = in_training(interactions)
+    follows = Follows(users, positions_of(item_ids, items), count, recent)
 
     def score(part: Samples) -> NDArray[np.float64]:
         history = interactions.before(part, recent)
@@ -98,16 +99,29 @@ def transitions(
     return _rank(interactions, samples, item_ids, score, k, unseen, max_items)
 
 
-class _Follows:
-    """Which item follows which, a sparse matrix: row a is ``columns[offsets[a]:offsets[a + 1]]`` with their weights."""
+def in_training(interactions: Interactions) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The user and the item id of every training interaction, users ascending, oldest first.
+
+    Raises:
+        ValueError: a data set without training split.
+    """
+    training = interactions.in_split("train")
+    return interactions.user_index[training], interactions.histories.items[training]
+
+
+class Follows:
+    """Which item follows which, a sparse matrix: row a is ``columns[offsets[a]:offsets[a + 1]]`` with their weights.
+
+    Args:
+        users, items: ``(N,)`` of all training interactions, users together and oldest first; items as numbers.
+        count: ``(num_items,)`` how often each item occurs.
+        recent: as of `transitions`.
+    """
 
     def __init__(
-        self, interactions: Interactions, item_ids: NDArray[Any], count: NDArray[np.int64], recent: int
+        self, users: NDArray[np.int64], items: NDArray[np.int64], count: NDArray[np.int64], recent: int
     ) -> None:
-        training = interactions.in_split("train")
-        users = interactions.user_index[training]
-        items = positions_of(item_ids, interactions.histories.items[training])
-        self.num_items = item_ids.size
+        self.num_items = count.size
         pairs = [
             (items[:-lag] * self.num_items + items[lag:])[users[:-lag] == users[lag:]]
             for lag in range(1, min(recent, max(items.size - 1, 0)) + 1)
@@ -118,7 +132,7 @@ class _Follows:
         self.offsets = np.searchsorted(before, np.arange(self.num_items + 1))
 
     def score(self, items: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """``(S, num_items)`` scores for ragged latest items, oldest first."""
+        """``(S, num_items)`` scores, see `transitions`, for ragged latest items, oldest first."""
         lengths = np.diff(offsets)
         sample = np.repeat(np.arange(lengths.size), lengths)
         age = np.repeat(offsets[1:], lengths) - np.arange(items.size)

@@ -199,6 +199,25 @@ class Histories:
             raise ValueError(f"starts[{s}]: expected 0..{ends[s]}, got {starts[s]}")
         return self._gather(self.offsets[index] + starts, ends - starts)
 
+    def jittered(self, width: float, ends: ArrayLike, rng: np.random.Generator) -> Histories:
+        """The same histories with their order blurred: a noise for training where the order is partly an accident.
+
+        The items of user ``b`` before position ``ends[b]`` are sorted by their position plus a number drawn from
+        ``[0, width)``; so none comes to stand before one that was more than ``width`` positions ahead of it. Items from
+        ``ends[b]`` on, and all timestamps, stay where they are.
+        """
+        if not 0 <= width < np.inf:
+            raise ValueError(f"width: expected a finite number of at least 0, got {width}")
+        _, until = self._samples(np.arange(len(self)), ends)
+        lengths = self.lengths
+        user = np.repeat(np.arange(len(self)), lengths)
+        position = np.arange(self.items.size) - np.repeat(self.offsets[:-1], lengths)
+        blurred = position + rng.uniform(0, width, position.size)
+        until = np.repeat(until, lengths)
+        # what stays comes after all that moves
+        order = np.lexsort((np.where(position < until, blurred, position + width), user))
+        return Histories(self.items[order], self.offsets, self.timestamps)
+
     def at(self, users: ArrayLike, positions: ArrayLike) -> NDArray[Any]:
         """``(S,)`` item ids: the item of ``users[s]`` at ``positions[s]``."""
         index, ends = self._samples(users, positions)

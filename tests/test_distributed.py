@@ -46,7 +46,10 @@ def make_model(tied: bool) -> PatchedCausalLM:
         num_key_value_heads=2,
         tie_word_embeddings=tied,
     )
-    return PatchedCausalLM(transformers.LlamaForCausalLM(config), CATALOG, PROMPT)
+    model = PatchedCausalLM(transformers.LlamaForCausalLM(config), CATALOG, PROMPT, item_embeddings=True)
+    with torch.no_grad():
+        model.item_embedding.normal_(std=0.02)
+    return model
 
 
 def make_layout(users: slice) -> pk.PatchLayout:

@@ -15,15 +15,18 @@ import numpy as np
 import oracle
 import pytest
 import search_oracle
+import test_memory
 import torch
 from test_prompts import LONG, compute, computed_rows
 from torch import Tensor, nn
 
 import patchkern as pk
+from patchkern import memory
 from patchkern.memory import MemoryModel, SearchSize
 from patchkern.prompts import inference
 from patchkern.search import score_items
 from patchkern.trainer import SETTINGS, LayoutCollator, PassCollator, PatchTrainer
+from patchkern.trie import Trie
 from patchkern.user_cache import UserCache
 from recipes import train
 
@@ -65,6 +68,13 @@ def randomise(model: pk.PatchedCausalLM, seed: int = 0) -> None:
 def without(model: pk.PatchedCausalLM) -> pk.PatchedCausalLM:
     """The same model, without item embeddings."""
     return pk.PatchedCausalLM(model.hf_model, model.catalog, model.prompt)
+
+
+def with_vectors(model: pk.PatchedCausalLM) -> pk.PatchedCausalLM:
+    """The same model with random item embeddings."""
+    model = pk.PatchedCausalLM(model.hf_model, model.catalog, model.prompt, item_embeddings=True)
+    randomise(model)
+    return model
 
 
 def by_definition(weight: Tensor, vectors: Tensor, rows: Sequence[oracle.Row]) -> Tensor:
@@ -372,6 +382,19 @@ def test_memory_counts_the_vectors() -> None:
     size = SearchSize(20, 100)
     more = MemoryModel(model, size).weights - MemoryModel(without(model), size).weights
     assert more == model.item_embedding.nbytes == len(TITLES) * 32 * 8
+
+
+@pytest.mark.parametrize("policy", ["items-all", "sessions-end"])
+@pytest.mark.parametrize("chunk", [512, 4096])
+def test_memory_is_predicted(chunk: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_vectors(test_memory.make_model())
+    histories = test_memory.users(300, 10, 900, 300)
+    monkeypatch.setattr(memory, "CHUNKS", (chunk,))
+    found = test_memory.measured(model, histories, cases.POLICIES[policy], 5)
+    counts = pk.row_counts(model.catalog, histories, cases.POLICIES[policy], model.prompt)
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
+    size = SearchSize(5, trie.live_rows(5), 0, trie.num_bytes)
+    assert found <= MemoryModel(model, size).plan(counts, 1 << 30, 64).peak <= 1.1 * found
 
 
 # ------------------------------------------------------------------ files

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -113,7 +114,11 @@ class PatchedCausalLM(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(
-        self, layout: PatchLayout, num_items_in_batch: Tensor | int | None = None, labels: Tensor | None = None
+        self,
+        layout: PatchLayout,
+        num_items_in_batch: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        smoothing: float = 0.0,
     ) -> CausalLMOutput:
         """Logits where they are needed, and the loss if the layout has targets.
 
@@ -123,6 +128,8 @@ class PatchedCausalLM(nn.Module):
                 and data parallelism; without it the loss is the mean over the supervised tokens.
             labels: not used, the layout has its own. A `Trainer` counts ``num_items_in_batch`` from the ``labels`` of
                 its batches: give it ``{"layout": layout, "labels": layout.logit_labels}``.
+            smoothing: of the labels: share of every label's weight that goes to all tokens alike, as in
+                `torch.nn.functional.cross_entropy`.
 
         Returns:
             With targets ``loss`` and the ``logits`` (K, V) of the K supervised rows, in the order of
@@ -147,10 +154,15 @@ class PatchedCausalLM(nn.Module):
         kwargs = packed_kwargs(layout)
         if layout.logit_rows is None:
             kwargs["logits_to_keep"] = self._last_rows(layout)
+        elif smoothing:
+            del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
         elif num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
         output = self.hf_model(inputs_embeds=rows[None], **kwargs)
-        return CausalLMOutput(loss=output.loss, logits=output.logits[0])
+        logits, loss = output.logits[0], output.loss
+        if smoothing and layout.logit_labels is not None:
+            loss = _smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
+        return CausalLMOutput(loss=loss, logits=logits)
 
     def embed(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
@@ -180,7 +192,7 @@ class PatchedCausalLM(nn.Module):
             raise RuntimeError("with_identities returned a layout without them")
         # also without patches: data parallel training waits for every parameter's gradient
         means = pool_rows(self.item_embedding, identities.layout.to(rows.device, non_blocking=True))
-        return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
+        return rows.index_add(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
 
     def _pool(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout from the model's input embedding alone."""
@@ -504,6 +516,18 @@ def _only_scales(kind: type[nn.Embedding]) -> bool:
     wanted, code = _ScaledEmbedding.forward.__code__, getattr(kind.forward, "__code__", None)
     same = code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
     return same and kind.__bases__ == (nn.Embedding,)
+
+
+def _smoothed_loss(
+    logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """In float32 and divided as transformers does it."""
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
 
 
 def _set_attention(hf_model: PreTrainedModel, name: str) -> None:

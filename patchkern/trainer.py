@@ -13,7 +13,8 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories, check_count
@@ -43,6 +46,7 @@ from patchkern.policies import (
 )
 from patchkern.prompt import Prompt
 from patchkern.training_layout import build_training_layout, join_layouts, training_rows
+from patchkern.validation import Validation, summary
 
 STAGES = ("sft", "pretrain", "items", "sessions")
 _ASIDE = ".unfinished-checkpoint"
@@ -61,6 +65,9 @@ class Settings:
         batch_size: samples per optimisation step.
         keep_text: items that stay text in the items stage.
         group_size: items per session in the sessions stage.
+        weight_decay, adam_betas: of AdamW.
+        label_smoothing: share of the labels' weight that goes to all tokens alike.
+        dropout: of a model that starts from random weights, see `patchkern.scratch.scratch_model`.
     """
 
     learning_rate: float
@@ -68,6 +75,10 @@ class Settings:
     batch_size: int = 64
     keep_text: int = 5
     group_size: int = 5
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
 
     def policy(self, stage: str, max_items: int | None = 100) -> Policy:
         """The policy of a stage; after patch pre-training a model is ready for item patches."""
@@ -78,10 +89,11 @@ class Settings:
         return ItemPatches(self.keep_text, max_items)
 
     def defaults(self, stage: str) -> dict[str, Any]:
-        """The paper's training, as fields of `TrainingArguments`.
+        """The paper's training with these settings, as fields of `TrainingArguments`.
 
         One epoch, AdamW, cosine, 5 % warm-up, clip 0.3, bf16 where there is a GPU that has it.
         """
+        beta1, beta2 = self.adam_betas
         return {
             "num_train_epochs": 1,
             "per_device_train_batch_size": self.batch_size,
@@ -89,6 +101,10 @@ class Settings:
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
             "max_grad_norm": 0.3,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": beta1,
+            "adam_beta2": beta2,
+            "label_smoothing_factor": self.label_smoothing,
             "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             "dataloader_pin_memory": torch.cuda.is_available(),
             "report_to": "none",
@@ -387,6 +403,12 @@ class PatchTrainer(Trainer):
     The loss of a step is the mean over all its supervised tokens, however the step is cut into batches and processes.
     Checkpoints are `PatchedCausalLM.save_pretrained` folders with the trainer's state beside the model, and appear
     under their name when they are complete; resuming from one continues the uninterrupted run, loss by loss.
+    ``label_smoothing_factor`` smooths the losses of training, never those of evaluation.
+
+    With ``eval_samples``, `evaluate` recommends for them, so that transformers' own arguments and callbacks work on hit
+    rates: ``eval_strategy="steps"``, ``metric_for_best_model="HR@20"``, ``load_best_model_at_end=True``,
+    `EarlyStoppingCallback`; a resumed run remembers that callback's patience with
+    ``restore_callback_states_from_checkpoint=True``. Processes in data parallelism share the samples.
 
     Args:
         model: its catalog and prompt are used; its policy where ``policy`` is None.
@@ -403,6 +425,10 @@ class PatchTrainer(Trainer):
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
             target, as published.
+        eval_samples: like ``samples``, to validate on.
+        eval_limit: of more take so many, evenly spread over them; None: all.
+        eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``. Without
+            it 20 beams, and items already seen are excluded.
         kwargs: for `transformers.Trainer`, such as ``processing_class`` and ``callbacks``.
 
     Raises:
@@ -424,6 +450,9 @@ class PatchTrainer(Trainer):
         pretrain: bool = False,
         supervise_history: bool = False,
         rows_per_pass: int | None = None,
+        eval_samples: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+        eval_limit: int | None = 1000,
+        eval_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         policy = model.policy if policy is None else policy
@@ -466,6 +495,8 @@ class PatchTrainer(Trainer):
             )
             args.max_steps = dataset.steps
             collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
+        if eval_samples is not None:
+            kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
         self._saving = False
         super().__init__(
             model=model,
@@ -474,10 +505,40 @@ class PatchTrainer(Trainer):
             data_collator=collator,
             **kwargs,
         )
+        if eval_samples is not None and self.is_fsdp_enabled:
+            raise ValueError("eval_samples: expected None under FSDP, where no process has a whole model to search")
+        self.label_smoother = None  # it would compute a second loss; `compute_loss` has the model smooth its own
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, smoothed in training as ``label_smoothing_factor`` says."""
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        return super().compute_loss(model, {**inputs, "smoothing": smoothing}, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Recommend for ``eval_samples``: ``eval_HR@10``, ``eval_HR@20``, ``eval_NDCG@10``, ``eval_NDCG@20``, by item.
+
+        ``eval_loss`` is the mean over all tokens of the targets' titles and response ends, without label smoothing,
+        ``per_device_eval_batch_size`` samples at a time. Without ``eval_samples``, or given another ``eval_dataset``,
+        as any Trainer.
+        """
+        samples = self.eval_dataset
+        if eval_dataset is not None or not isinstance(samples, Validation):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        started = time.time()
+        share = range(self.accelerator.process_index, len(samples), self.accelerator.num_processes)
+        model = self.accelerator.unwrap_model(self.model)
+        parts = gather_object([samples.measure(model, share, self.args.per_device_eval_batch_size)])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(parts).items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(samples))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -500,6 +561,12 @@ class PatchTrainer(Trainer):
         saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype)
         wrapped.load_state_dict(saved.state_dict())
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
         return os.path.join(folder, _ASIDE) if self._saving else folder
@@ -516,14 +583,26 @@ class PatchTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == aside:
+            self.state.best_model_checkpoint = best = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(aside / name, folder / name)
             aside.rmdir()
-            kept = self.args.save_total_limit or 0
-            for old in checkpoints(folder)[:-kept] if kept > 0 else []:
-                shutil.rmtree(old)
+            _keep(checkpoints(folder), best, self.args.save_total_limit or 0)
+        self.accelerator.wait_for_everyone()
+
+
+def _keep(found: list[Path], best: str | None, limit: int) -> None:
+    """Delete the oldest checkpoints beyond a limit, never the last and the best; no limit is 0."""
+    spare = [path for path in found[:-1] if best is None or path != Path(best)]
+    excess = min(len(found) - limit, len(spare)) if limit > 0 else 0
+    for old in spare[:excess]:
+        shutil.rmtree(old)
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -16,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import patchkern as pk
+from patchkern.metrics import evaluate
 from patchkern.model import PatchedCausalLM
 from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.trainer import (
@@ -29,11 +32,14 @@ from patchkern.trainer import (
     PassDataset,
     PatchTrainer,
     RawAndPatched,
+    Settings,
     SlotDataset,
+    _keep,
     checkpoints,
 )
 
 USERS, ITEMS = 12, 30
+UNTUNED = Settings(learning_rate=1e-3, sessions_learning_rate=3e-4)
 TITLES = {10 + item: f"{'ABC'[item % 3] * 3} of {item}" for item in range(ITEMS)}
 
 
@@ -42,6 +48,11 @@ def _data() -> tuple[pk.Histories, tuple[np.ndarray, np.ndarray]]:
     histories = pk.Histories.from_sequences([rng.integers(10, 10 + ITEMS, 6 + user).tolist() for user in range(USERS)])
     positions = [np.arange(3, length) for length in histories.lengths]
     return histories, (np.repeat(np.arange(USERS), histories.lengths - 3), np.concatenate(positions))
+
+
+def _held_out() -> tuple[np.ndarray, np.ndarray]:
+    """Samples to validate on, of users who have not seen 20 items or more."""
+    return np.arange(USERS), 5 + np.arange(USERS) % 6
 
 
 def _model(tokenizer: Any = None, **config: Any) -> tuple[PatchedCausalLM, Any]:
@@ -58,11 +69,11 @@ def _trainer(
     callbacks: Any = None,
     config: Any = None,
     rows_per_pass: int | None = None,
+    validate: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> PatchTrainer:
     histories, samples = _data()
     model, tokenizer = _model(**(config or {}))
-    settings = SETTINGS["scratch"]
     defaults = {
         "per_device_train_batch_size": 8,
         "logging_steps": 1,
@@ -74,15 +85,23 @@ def _trainer(
     }
     return PatchTrainer(
         model,
-        settings.arguments(stage, folder, **{**defaults, **arguments}),
+        UNTUNED.arguments(stage, folder, **{**defaults, **arguments}),
         histories,
         samples,
-        settings.policy(stage, max_items=10),
+        UNTUNED.policy(stage, max_items=10),
         pretrain=stage == "pretrain",
         rows_per_pass=rows_per_pass,
+        **({} if validate is None else {"eval_samples": _held_out(), **validate}),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+
+
+def _evaluations(trainer: PatchTrainer) -> list[dict[str, float]]:
+    """What `evaluate` logged, without the times."""
+    logged = [entry for entry in trainer.state.log_history if "eval_HR@20" in entry]
+    names = ("step", "eval_loss", "eval_HR@10", "eval_HR@20", "eval_NDCG@10", "eval_NDCG@20")
+    return [{name: entry[name] for name in names} for entry in logged]
 
 
 def _losses(trainer: PatchTrainer) -> list[float]:
@@ -185,7 +204,7 @@ def test_every_stage_learns(stage: str, tmp_path: Path) -> None:
     losses = _losses(trainer)
     assert len(losses) == trainer.args.max_steps
     assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
-    assert trainer.model.policy == SETTINGS["scratch"].policy(stage, max_items=10)
+    assert trainer.model.policy == UNTUNED.policy(stage, max_items=10)
 
 
 @pytest.mark.parametrize("stage", ["sft", "sessions"])
@@ -288,6 +307,26 @@ def _pieces(folder: Path) -> dict[str, Any]:
         (
             lambda p: {"samples": (np.array([0]), np.array([6])), "policy": pk.TextOnly()},
             r"positions\[0\]: expected below 6, got 6",
+        ),
+        (
+            lambda p: {"policy": pk.TextOnly(), "eval_samples": (np.zeros(0, np.int64),) * 2},
+            "eval_samples: expected at least one",
+        ),
+        (
+            lambda p: {"policy": pk.TextOnly(), "eval_samples": (np.array([0, 9]), np.array([5, 14]))},
+            r"k: expected at most 18, the items of the catalog \(30\) that user 1 has not seen, got 20",
+        ),
+        (
+            lambda p: {"policy": pk.TextOnly(), "eval_samples": _held_out(), "eval_limit": 0},
+            "eval_limit: expected an integer in 1..2147483647, got 0",
+        ),
+        (
+            lambda p: {"policy": pk.TextOnly(), "eval_samples": _held_out(), "eval_options": {"k": 5}},
+            "eval_options: expected none that the training decides, got k",
+        ),
+        (
+            lambda p: {"policy": pk.TextOnly(), "eval_samples": _held_out(), "eval_options": {"num_beams": 5}},
+            "num_beams: expected at least k=20",
         ),
         (
             lambda p: (
@@ -399,6 +438,209 @@ def test_killed_run_resumes_to_the_same_losses(step: int | None, tmp_path: Path)
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }
+
+
+# ------------------------------------------------------------------ label smoothing
+
+
+@pytest.mark.parametrize("rows_per_pass", [None, 250], ids=["samples", "passes"])
+def test_label_smoothing_is_torchs_over_all_supervised_tokens_of_a_step(
+    rows_per_pass: int | None, tmp_path: Path
+) -> None:
+    kept = _KeepGradients()
+    trainer = _trainer(
+        tmp_path,
+        rows_per_pass=rows_per_pass,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        label_smoothing_factor=0.3,
+        validate={},
+        callbacks=[kept],
+    )
+    model, size = trainer.model, trainer.args.train_batch_size
+    with torch.no_grad():
+        for parameter in model.parameters():  # at first all tokens are about as likely, and smoothing changes nothing
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    numbers = [range(size), range(size, 2 * size)]
+    parts = [trainer.data_collator([trainer.train_dataset[n] for n in batch])["layout"] for batch in numbers]
+    labels = [part.logit_labels for part in parts]
+    assert labels[0].numel() != labels[1].numel()
+    logits = torch.cat([model(part).logits for part in parts])
+    expected = torch.nn.functional.cross_entropy(logits, torch.cat(labels), label_smoothing=0.3)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    trainer.train()
+    assert _losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-5)
+    for got, gradient in zip(kept.gradients, gradients, strict=True):
+        assert (got - gradient).abs().max() <= 1e-5 * gradient.abs().max()
+
+    users, positions = _held_out()
+    histories, targets = trainer.data_collator.histories, trainer.data_collator.histories.at(users, positions)
+    held_out = pk.build_layout(
+        model.catalog, histories.before(users, positions), model.policy, model.prompt, targets.tolist()
+    )
+    model.eval()
+    with torch.no_grad():
+        plain = model(held_out).loss.item()
+        assert model(held_out, smoothing=0.3).loss.item() != pytest.approx(plain, rel=1e-3)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-5)
+
+
+class _KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients = [parameter.grad.clone() for parameter in model.parameters()]
+
+
+# ------------------------------------------------------------------ validation
+
+
+def test_evaluation_recommends_for_the_held_out_samples(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, config={"dropout": 0.5}, validate={"eval_options": {"batch_size": 5}})
+    model, (users, positions) = trainer.model, _held_out()
+    histories, _ = _data()
+    before = torch.random.get_rng_state()
+    model.train()
+    found = trainer.evaluate()
+    assert torch.equal(torch.random.get_rng_state(), before) and model.training
+    lists = model.recommend(histories.before(users, positions), k=20, exclude_seen=True)
+    expected = evaluate(lists, histories.at(users, positions), catalog=model.catalog)
+    for name, value in expected.as_dict().items():
+        assert "±" in name or found[f"eval_{name}"] == pytest.approx(value)
+    assert set(found) == {
+        *("eval_loss", "eval_HR@10", "eval_HR@20", "eval_NDCG@10", "eval_NDCG@20"),
+        *("eval_runtime", "eval_samples_per_second", "epoch"),
+    }
+    assert _evaluations(trainer)[0]["eval_HR@20"] == found["eval_HR@20"]
+    seen = _trainer(tmp_path, config={"dropout": 0.5}, validate={"eval_options": {"exclude_seen": False}}).evaluate()
+    assert seen["eval_loss"] == pytest.approx(found["eval_loss"]) and seen["eval_NDCG@20"] != found["eval_NDCG@20"]
+    assert trainer.evaluate(metric_key_prefix="val")["val_HR@20"] == found["eval_HR@20"]
+
+
+def test_evaluation_takes_evenly_spread_samples(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, validate={"eval_limit": 4})
+    validation = trainer.eval_dataset
+    assert [validation[number] for number in range(len(validation))] == [(0, 5), (3, 8), (7, 6), (11, 10)]
+    assert len(_trainer(tmp_path, validate={"eval_limit": None}).eval_dataset) == USERS
+
+
+def test_another_eval_dataset_is_evaluated_as_by_any_trainer(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, validate={}, label_smoothing_factor=0.3)
+    dataset = SlotDataset(*_held_out(), steps=1, samples_per_step=USERS, seed=0)
+    found = trainer.evaluate(dataset)
+    assert "eval_HR@20" not in found and np.isfinite(found["eval_loss"])
+
+
+EARLY = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "metric_for_best_model": "HR@20",
+    "load_best_model_at_end": True,
+    "save_total_limit": 2,
+    "restore_callback_states_from_checkpoint": True,
+    "validate": {},
+}
+
+
+def test_training_stops_early_and_ends_with_the_best_model(tmp_path: Path) -> None:
+    """Without a learning rate nothing ever gets better than it was at the first evaluation."""
+    patient = [EarlyStoppingCallback(2)]
+    trainer = _trainer(tmp_path, rows_per_pass=250, max_steps=20, learning_rate=0.0, callbacks=patient, **EARLY)
+    trainer.train()
+    assert [entry["step"] for entry in _evaluations(trainer)] == [2, 4, 6]
+    assert trainer.state.global_step == 6
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    for path in checkpoints(tmp_path):
+        state = json.loads((path / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("kind", ["model", "items", "adapter"])
+def test_the_best_checkpoint_is_loaded_at_the_end(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"max_steps": 8, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "save_total_limit": 1}
+    made = _trainer(tmp_path, **EARLY | arguments)
+    model, base = made.model, copy.deepcopy(made.model.hf_model)
+    if kind == "items":
+        model = PatchedCausalLM(model.hf_model, model.catalog, model.prompt, item_embeddings=True)
+    if kind == "adapter":
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = PatchedCausalLM(peft.get_peft_model(model.hf_model, adapter), model.catalog, model.prompt)
+    worth = iter([0.1, 0.4, 0.2, 0.3])
+    monkeypatch.setattr("patchkern.trainer.summary", lambda parts: {"HR@20": next(worth)})
+    trainer = PatchTrainer(model, made.args, *_data(), pk.ItemPatches(5, 10), eval_samples=_held_out())
+    weights = _Weights()
+    trainer.add_callback(weights)
+    trainer.train()
+    assert next(worth, None) is None and trainer.state.best_metric == 0.4
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+    base_model = base if kind == "adapter" else None
+    saved = PatchedCausalLM.from_pretrained(tmp_path / "checkpoint-4", model.catalog, base_model=base_model)
+    for (name, parameter), expected in zip(model.named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(parameter, expected) and torch.equal(parameter, weights.at[4][name]), name
+    assert any(not torch.equal(value, weights.at[8][name]) for name, value in model.named_parameters())
+
+
+class _Weights(TrainerCallback):
+    def __init__(self) -> None:
+        self.at: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.at[state.global_step] = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def test_a_resumed_run_remembers_what_was_best(tmp_path: Path) -> None:
+    config = {"dropout": 0.3}
+    arguments = {"rows_per_pass": 250, "max_steps": 16, "label_smoothing_factor": 0.1, "learning_rate": 1e-2}
+    early = {**EARLY, **arguments, "save_total_limit": None}
+
+    def trainer() -> PatchTrainer:
+        return _trainer(tmp_path / "run", config=config, callbacks=[EarlyStoppingCallback(3)], **early)
+
+    whole = trainer()
+    whole.train()
+    assert len({entry["eval_HR@20"] for entry in _evaluations(whole)}) > 1
+    names = [path.name for path in checkpoints(tmp_path / "run")]
+    for path in checkpoints(tmp_path / "run")[2:]:
+        shutil.rmtree(path)
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert _losses(resumed) == _losses(whole) and _evaluations(resumed) == _evaluations(whole)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == names
+    assert resumed.state.best_model_checkpoint == whole.state.best_model_checkpoint
+    for parameter, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+    # evaluating leaves no trace in the training
+    plain = _trainer(tmp_path / "plain", config=config, **arguments)
+    plain.train()
+    assert _losses(plain)[: len(_losses(whole))] == _losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("found", "best", "limit", "left"),
+    [
+        ("1 2 3", None, 0, "1 2 3"),
+        ("1 2 3", None, 2, "2 3"),
+        ("1 2 3", None, 1, "3"),
+        ("1 2 3 4", "1", 2, "1 4"),
+        ("1 2 3 4", "2", 3, "2 3 4"),
+        ("1 2", "1", 1, "1 2"),
+        ("1 2 3", "3", 1, "3"),
+        ("1", "1", 1, "1"),
+        ("3 4", "1", 1, "4"),
+    ],
+)
+def test_the_oldest_checkpoints_go_but_for_the_best(
+    found: str, best: str | None, limit: int, left: str, tmp_path: Path
+) -> None:
+    for step in found.split():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    _keep(checkpoints(tmp_path), best and str(tmp_path / f"checkpoint-{best}"), limit)
+    assert [path.name.partition("-")[2] for path in checkpoints(tmp_path)] == left.split()
 
 
 # ------------------------------------------------------------------ data parallelism

@@ -192,7 +192,7 @@ class PatchedCausalLM(nn.Module):
             raise RuntimeError("with_identities returned a layout without them")
         # also without patches: data parallel training waits for every parameter's gradient
         means = pool_rows(self.item_embedding, identities.layout.to(rows.device, non_blocking=True))
-        return rows.index_add(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
+        return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
 
     def _pool(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout from the model's input embedding alone."""

@@ -32,7 +32,7 @@ from patchkern.policies import AnyPolicy
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
 
-WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 """What `fit_prior_weight` tries."""
 
 _USERS_AT_ONCE = 256
@@ -125,16 +125,16 @@ def fit_prior_weight(
     *,
     weights: Sequence[float] = WEIGHTS,
     k: int = 20,
-    candidates: int = 100,
+    candidates: int = 50,
     exclude_seen: bool = False,
     allowed_items: Any = None,
     **options: Any,
 ) -> PriorFit:
     """The weight of a prior that ranks best, found with two searches for all weights together.
 
-    The candidates of a user are the model's best titles, found by a beam of ``candidates``, and the prior's best items,
-    whose titles are then scored. Every weight ranks them anew. An item that is among neither is missing at all weights,
-    so with few candidates the weights in between look worse than they are.
+    The candidates of a user are the model's best titles, found by a beam of ``candidates``, and as many of the prior's
+    best items that are not among them, whose titles are then scored. Every weight ranks them anew. An item that is
+    among neither is missing at all weights, so with few candidates the weights in between look worse than they are.
 
     Weights are compared by NDCG@k and not by HR@k: it moves with every place that a target gains, where the hit rate
     stands still until one crosses the k-th place and then jumps by a whole sample. Equally good weights: the smallest.
@@ -147,7 +147,7 @@ def fit_prior_weight(
         prior: as in ``recommend``.
         weights: to try, at least 0.
         k: of the NDCG.
-        candidates: at least ``k``, of the model and of the prior each; no more than the items left to every user.
+        candidates: at least ``k``, of the model and of the prior each; fewer where a user may get fewer items.
         options: further ones of ``recommend``, such as ``batch_size``, ``memory_budget``, ``length_penalty``, and
             ``user_cache``, with which the prompts are computed once and not twice.
 
@@ -166,18 +166,17 @@ def fit_prior_weight(
     items.check(k)
     known = ItemPrior(catalog, histories, items, prior, 1.0, k, torch.float64)
 
-    of_prior, count = _best_of(known, n_users, min(candidates, len(catalog)))
-    shared: dict[str, Any] = {"policy": policy, "k": count, "num_beams": count, **options}
-    allowed = {"allowed_items": allowed_items, "exclude_seen": exclude_seen, "prior": prior, "prior_weight": 0.0}
-    found = model.recommend(histories, **shared, **allowed)
-    # as many beams as items: nothing is cut, so these are their scores and no search
-    found = [
-        one + two
-        for one, two in zip(
-            found, model.recommend(histories, **shared, allowed_items=list(catalog.item_ids[of_prior])), strict=True
-        )
-    ]
+    left = min(int((table > -math.inf).sum(dim=1).min()) for _, table in _tables(known, n_users))
+    own, further = min(candidates, left), min(candidates, left - min(candidates, left))
+    shared: dict[str, Any] = {"allowed_items": allowed_items, "exclude_seen": exclude_seen, "prior": prior}
+    found = model.recommend(histories, policy, own, own, prior_weight=0.0, **shared, **options)
     scored = _Candidates.of(found, catalog, known)
+    if further:
+        items_too = list(catalog.item_ids[scored.missing(known, further)])
+        # as many beams as items: nothing is cut, so these are their scores and no search
+        found_too = model.recommend(histories, policy, further, further, allowed_items=items_too, **options)
+        found = [one + two for one, two in zip(found, found_too, strict=True)]
+        scored = _Candidates.of(found, catalog, known)
     curve = {
         weight: evaluate(catalog.item_ids[scored.best(weight, k)].tolist(), targets, [k], catalog=catalog)
         for weight in tried
@@ -189,18 +188,25 @@ class _Candidates(NamedTuple):
     """Some items of every user, in catalogue order, and what the model and the prior give them."""
 
     item: NDArray[np.int64]  # (B, C)
-    score: NDArray[np.float64]  # (B, C) -inf for an item's second time
+    score: NDArray[np.float64]  # (B, C)
     prior: NDArray[np.float64]  # (B, C)
 
     @classmethod
     def of(cls, found: list[list[tuple[Any, float]]], catalog: Catalog, known: ItemPrior) -> _Candidates:
         item = np.stack([catalog.index_of([item for item, _ in row]) for row in found]).astype(np.int64)
         score = np.array([[score for _, score in row] for row in found])
-        order = item.argsort(axis=1, kind="stable")
+        order = item.argsort(axis=1)
         item, score = (np.take_along_axis(x, order, axis=1) for x in (item, score))
-        score[:, 1:][item[:, 1:] == item[:, :-1]] = -np.inf
         prior = [table.gather(1, torch.from_numpy(item[users])) for users, table in _tables(known, len(item))]
         return cls(item, score, torch.cat(prior).numpy())
+
+    def missing(self, known: ItemPrior, count: int) -> NDArray[np.int64]:
+        """``(B, count)`` the best items by the prior that are not among these."""
+        others = [
+            table.scatter(1, torch.from_numpy(self.item[users]), -math.inf).topk(count, dim=1).indices
+            for users, table in _tables(known, len(self.item))
+        ]
+        return torch.cat(others).numpy()
 
     def best(self, weight: float, k: int) -> NDArray[np.int64]:
         """``(B, k)`` items with the best sum."""
@@ -213,16 +219,6 @@ def _tables(known: ItemPrior, n_users: int) -> Iterator[tuple[NDArray[np.int64],
     for first in range(0, n_users, _USERS_AT_ONCE):
         users = np.arange(first, min(first + _USERS_AT_ONCE, n_users))
         yield users, known.of(users, torch.device("cpu")).expand(users.size, -1)
-
-
-def _best_of(known: ItemPrior, n_users: int, count: int) -> tuple[NDArray[np.int64], int]:
-    """Every user's best items by the prior, as many as all have, at most ``count``."""
-    found = []
-    for _, table in _tables(known, n_users):
-        best = table.topk(count, dim=1)
-        count = min(count, int((best.values > -math.inf).sum(dim=1).min()))
-        found.append(best.indices)
-    return torch.cat([indices[:, :count] for indices in found]).numpy(), count
 
 
 def _weights(weights: Any) -> list[float]:

@@ -5,6 +5,7 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --num_beams 40
     python recipes/evaluate.py runs/sessions --data ml-1m --search diverse     # the paper's search, counted by item
     python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
+    python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --prior transitions
 
 The yardsticks, which any recommender should beat, are computed on the same samples. "Unseen" leaves out the items of
 the whole history with --exclude_seen, as the model then does, else those among the latest 100. One line per user goes
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoTokenizer
@@ -32,6 +34,7 @@ from patchkern.search import SEARCHES, generate_titles
 from patchkern.trainer import find_model
 
 KS = (10, 20)
+PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
@@ -51,12 +54,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     started = time.perf_counter()
     found = recommend(model, data, samples, args)
     seconds = time.perf_counter() - started
-    results = {"this model": found, **yardsticks(data, samples, catalog, None if args.exclude_seen else 100)}
+    results = {"this model": found}
+    path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
+    write_csv(path, data, samples, found)
+    if args.prior != "none":
+        prior = PRIORS[args.prior](data, catalog)
+        weight = fitted_weight(model, data, prior, args) if args.prior_weight is None else args.prior_weight
+        found = recommend(model, data, samples, args, prior=prior, prior_weight=weight)
+        results[f"+ {args.prior} (weight {weight:g})"] = found
+        write_csv(path.with_name(f"{path.stem}-{args.prior}{path.suffix}"), data, samples, found)
+    results |= yardsticks(data, samples, catalog, None if args.exclude_seen else 100)
 
     print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks by item\n")
     print("\n".join(table(results)))
-    path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
-    write_csv(path, data, samples, found)
     ambiguous = found[-1].num_ambiguous
     print(f"\n{ambiguous:,} samples whose target shares its title with another item; per user: {path}", flush=True)
     return results
@@ -72,12 +82,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", choices=SEARCHES, default="beam")
     parser.add_argument("--num_beams", type=int, default=max(KS), help="of both searches; at least %(default)s")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
+    parser.add_argument("--prior", choices=["none", *PRIORS], default="none", help="another row, with this prior")
+    parser.add_argument("--prior_weight", type=float, help="of the prior (default: fitted on the validation split)")
+    parser.add_argument(
+        "--fit_limit", type=int, default=1000, help="validation samples to fit on (default: %(default)s)"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="users searched together")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--output", help="the CSV (default: beside the model)")
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit: expected at least 1, got {args.limit}")
+    check_prior(parser, args)
     if args.metric == "paper" and (args.exclude_seen or args.num_beams != max(KS)):
         parser.error(
             "--metric paper: expected neither --exclude_seen nor --num_beams, which its protocol does not have"
@@ -85,8 +101,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.fit_limit < 1:
+        parser.error(f"--fit_limit: expected at least 1, got {args.fit_limit}")
+    if args.prior == "none":
+        if args.prior_weight is not None:
+            parser.error("--prior_weight: expected a --prior that it weighs")
+        return
+    if args.metric == "paper" or args.search == "diverse":
+        parser.error("--prior: expected none with --metric paper or --search diverse, whose protocol has none")
+    if args.prior_weight is None and args.split == "val":
+        parser.error("--prior_weight: expected with --split val, or it would be fitted to the samples it is shown on")
+    if args.prior_weight is not None and not 0 <= args.prior_weight < float("inf"):
+        parser.error(f"--prior_weight: expected at least 0, got {args.prior_weight}")
+
+
+def fitted_weight(model: pk.PatchedCausalLM, data: Interactions, prior: Any, args: argparse.Namespace) -> float:
+    """The best on validation samples, spread evenly over the split."""
+    samples = data.samples("val")
+    if not samples.users.size:
+        raise ValueError("--prior_weight: expected one for data without validation samples to fit it on")
+    chosen = np.unique(np.linspace(0, samples.users.size - 1, args.fit_limit).astype(np.int64))
+    samples = Samples(*(column[chosen] for column in samples))
+    fit = pk.fit_prior_weight(
+        model,
+        data.before(samples),
+        data.targets(samples),
+        model.policy,
+        prior,
+        k=max(KS),
+        exclude_seen=args.exclude_seen,
+        batch_size=args.batch_size,
+    )
+    curve = "  ".join(f"{weight:g}: {found.ndcg(max(KS)):.4f}" for weight, found in fit.curve.items())
+    print(f"{args.prior}: NDCG@{max(KS)} on {chosen.size:,} validation samples by weight: {curve}", flush=True)
+    return fit.weight
+
+
 def recommend(
-    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, args: argparse.Namespace
+    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, args: argparse.Namespace, **options: Any
 ) -> list[Evaluation]:
     """One evaluation for all k, or, as the paper decodes anew for each k, one per k."""
     if model.policy is None:
@@ -110,6 +163,7 @@ def recommend(
         search=args.search,
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
+        **options,
     )
     return [evaluate(lists, targets, KS, catalog=model.catalog)]
 
@@ -131,11 +185,12 @@ def table(results: dict[str, list[Evaluation]]) -> list[str]:
     rows = {
         name: {key: value for part in parts for key, value in part.as_dict().items()} for name, parts in results.items()
     }
+    width = 2 + max(map(len, rows))
     columns = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
-    lines = ["".ljust(24) + "".join(column.rjust(18) for column in columns)]
+    lines = ["".ljust(width) + "".join(column.rjust(18) for column in columns)]
     for name, row in rows.items():
         cells = [f"{row[column]:.4f} ± {row[column + ' ±']:.4f}".rjust(18) for column in columns]
-        lines.append(name.ljust(24) + "".join(cells))
+        lines.append(name.ljust(width) + "".join(cells))
     return lines
 
 

@@ -95,6 +95,48 @@ def test_stages_follow_each_other_and_are_evaluated(
     assert found.ranks.tolist() == expected.ranks.tolist()
 
 
+def test_a_prior_is_a_row_of_its_own(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight is fitted on the validation split; the model's own row and file stay what they were."""
+    _train("items", folder, tmp_path, "--model", "tiny", "--vocab_size", "300", "--max_steps", "1")
+    output = tmp_path / "users.csv"
+    command = [str(tmp_path), "--data", folder, "--output", str(output), "--exclude_seen"]
+    alone = evaluate.main(command)["this model"][0]
+    own = output.read_text()
+    calls = []
+    fit = pk.fit_prior_weight
+
+    def fitting(model: Any, histories: Any, targets: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append((model, [history.tolist() for history in histories], targets.tolist(), options["exclude_seen"]))
+        return fit(model, histories, targets, *arguments, **options)
+
+    monkeypatch.setattr(pk, "fit_prior_weight", fitting)
+    capsys.readouterr()
+    both = evaluate.main([*command, "--prior", "transitions"])
+    printed = capsys.readouterr().out
+    data = open_dataset(folder)
+    val, test = data.samples("val"), data.samples("test")
+    (model, *asked), *others = calls
+    assert not others
+    assert asked == [[history.tolist() for history in data.before(val)], data.targets(val).tolist(), True]
+    first, name, *_ = both
+    weight = float(name.removeprefix("+ transitions (weight ").removesuffix(")"))
+    assert f"transitions: NDCG@20 on {val.users.size} validation samples by weight: 0: " in printed
+    assert first == "this model" and f"\n{name} " in printed
+    assert both[first][0].ranks.tolist() == alone.ranks.tolist() and output.read_text() == own
+    prior = pk.TransitionPrior(data, model.catalog)
+    lists = model.recommend(data.before(test), exclude_seen=True, prior=prior, prior_weight=weight)
+    expected = count(lists, data.targets(test), catalog=model.catalog).ranks.tolist()
+    written = [int(row["rank"]) for row in csv.DictReader((tmp_path / "users-transitions.csv").open())]
+    assert weight > 0 and both[name][0].ranks.tolist() == written == expected != alone.ranks.tolist()
+
+    given = evaluate.main(
+        [*command, "--split", "val", "--limit", "9", "--prior", "popularity", "--prior_weight", "0.5"]
+    )
+    assert list(given)[:2] == ["this model", "+ popularity (weight 0.5)"] and len(calls) == 1
+
+
 def test_evaluation_by_the_papers_protocol(folder: str, tmp_path: Path) -> None:
     _train("sessions", folder, tmp_path, "--model", "tiny", "--vocab_size", "300", "--max_steps", "2")
     results = evaluate.main([str(tmp_path), "--data", folder, "--metric", "paper", "--limit", "5"])
@@ -127,6 +169,39 @@ def test_resume_continues_the_run(folder: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "arguments.json").read_text())["seed"] == "42"
 
 
+def test_early_stopping_saves_the_best_model_in_the_run(folder: str, tmp_path: Path) -> None:
+    scratch = ("--model", "tiny", "--vocab_size", "300", "--dropout", "0.25", "--label_smoothing_factor", "0.2")
+    flags = ("--max_steps", "40", "--early_stopping", "1", "--learning_rate", "0.0")
+    trainer = _train("items", folder, tmp_path, *scratch, *flags)
+    # nothing gets better, so the second evaluation is the last, and the first was the best
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_HR@20" in entry]
+    assert evaluated == [2, 4] and trainer.state.global_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert trainer.args.label_smoothing_factor == 0.2
+    assert trainer.model.config.resid_pdrop == 0.25
+    results = evaluate.main([str(tmp_path), "--data", folder, "--limit", "5"])
+    assert results["this model"][0].ranks.size == 5
+    assert (tmp_path / "test-strict.csv").is_file(), "the run's own model was evaluated, not a checkpoint"
+
+    after = _train("sessions", folder, tmp_path / "next", "--from", str(tmp_path), "--max_steps", "1")
+    assert after.model.config.resid_pdrop == 0.25, "dropout is kept from stage to stage"
+    assert _losses(after) and not [entry for entry in after.state.log_history if "eval_HR@20" in entry]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "tiny", "--early_stopping", "0"], "--early_stopping: expected at least 1, got 0"),
+        (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
+        (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
+    ],
+)
+def test_flags_of_models_from_scratch(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(["--stage", "sft", "--data", "synthetic", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None:
     trainer = _train("sft", folder, tmp_path, "--model", "tiny", "--vocab_size", "300", "--max_steps", "1", "--resume")
     assert len(_losses(trainer)) == 1
@@ -154,6 +229,23 @@ def test_paper_metric_refuses_what_its_protocol_lacks(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         evaluate.main(["somewhere", "--data", "synthetic", "--metric", "paper", "--exclude_seen"])
     assert "--metric paper: expected neither --exclude_seen nor --num_beams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prior_weight", "1"], "--prior_weight: expected a --prior that it weighs"),
+        (["--prior", "transitions", "--split", "val"], "--prior_weight: expected with --split val"),
+        (["--prior", "transitions", "--search", "diverse"], "--prior: expected none with --metric paper or --search"),
+        (["--prior", "popularity", "--metric", "paper"], "--prior: expected none with --metric paper or --search"),
+        (["--prior", "popularity", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
+        (["--fit_limit", "0"], "--fit_limit: expected at least 1, got 0"),
+    ],
+)
+def test_flags_of_a_prior(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["somewhere", "--data", "synthetic", *flags])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,6 @@ def policies(table: Table, args: argparse.Namespace) -> None:
     timing = measure(calls, 0.0, args.long_rounds, args.long_rounds)
     per_user = Timing({name: seconds / len(histories) for name, seconds in timing.seconds.items()})
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    depth = TokenTree(model).depth
     peaks: dict[str, int] = {}
     for name, policy in chosen.items():
         counts = pk.row_counts(model.catalog, histories, policy, model.prompt)
@@ -305,7 +304,7 @@ def policies(table: Table, args: argparse.Namespace) -> None:
         config |= {"width": args.width, "shape": args.shape, "batch": args.long_batch, "budget": str(args.budget)}
         table.add(name, "whole histories", "time", "s/user", per_user.quantiles(name), config)
         # the longest users make the first batch, and the peak
-        plan = pk.plan_memory(model, counts, args.budget, args.width, title_tokens=depth, batch_size=args.long_batch)
+        plan = pk.plan_memory(model, counts, args.budget, args.width, batch_size=args.long_batch)
         first = max(plan.batches, key=lambda batch: batch.needed.peak)
         with peak_memory(model.device) as peak:
             model.recommend(histories.take(first.users), policy, **options)

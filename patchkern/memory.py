@@ -48,6 +48,7 @@ from patchkern.histories import Histories, HistoriesLike, check_count
 from patchkern.live_bytes import LiveBytes
 from patchkern.policies import AnyPolicy, FittingPolicy, Level, check_policy
 from patchkern.prompt import Prompt
+from patchkern.trie import Trie
 
 if TYPE_CHECKING:
     from patchkern.model import PatchedCausalLM
@@ -131,21 +132,22 @@ def plan_memory(
     dtype: torch.dtype | None = None,
     *,
     policies: Sequence[AnyPolicy] | None = None,
-    title_tokens: int = 32,
+    title_tokens: int | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> MemoryPlan:
     """Cut users into batches whose predicted peak stays within a budget; `patchkern.memory` has the formula.
 
     Args:
-        model_config: a configuration of a transformers causal LM, or a model.
+        model_config: a `PatchedCausalLM`, whose catalogue bounds what hypotheses hold; or a transformers causal LM, or
+            its configuration.
         row_counts: ``(B,)`` rows of every user's prompt, from `patchkern.row_counts`; with ``policies`` one such array
             for each.
         budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. None: no limit.
         num_beams: hypotheses per user.
         dtype: of weights and activations; the configuration's where not given.
         policies: to choose from, finest first: the plan is for the first with which every user fits.
-        title_tokens: of the longest title with its response end.
+        title_tokens: of the longest title with its response end, 32 where not given; not for a `PatchedCausalLM`.
         batch_size: users in one batch, at most; None: no limit but the budget.
         device: where the search runs; the model's, or the CPU for a configuration, where not given.
 
@@ -154,9 +156,7 @@ def plan_memory(
     """
     budget = None if budget is None else parse_bytes("budget", budget)
     check_count("num_beams", num_beams, minimum=1)
-    check_count("title_tokens", title_tokens, minimum=1)
-    size = SearchSize(num_beams, num_beams * (title_tokens - 1))
-    memory = MemoryModel(model_config, size, dtype, device)
+    memory = MemoryModel(model_config, _size(model_config, num_beams, title_tokens), dtype, device)
     if policies is None:
         return memory.plan(_counts(row_counts), budget, batch_size)  # type: ignore[arg-type]
     of_policies: Sequence[ArrayLike] = row_counts  # type: ignore[assignment]
@@ -171,6 +171,16 @@ def plan_memory(
         else:
             return replace(plan, policy=policy)
     raise too_large
+
+
+def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:
+    if hasattr(model, "catalog"):
+        if title_tokens is not None:
+            raise ValueError(f"title_tokens: expected None, because the model knows its titles, got {title_tokens!r}")
+        return SearchSize.of_beams(Trie.from_catalog(model.catalog, model.prompt.response_end), num_beams)
+    title_tokens = 32 if title_tokens is None else title_tokens
+    check_count("title_tokens", title_tokens, minimum=1)
+    return SearchSize(num_beams, num_beams * (title_tokens - 1))
 
 
 class UserTooLarge(ValueError):
@@ -205,6 +215,11 @@ class SearchSize(NamedTuple):
     """of everything else that it holds per user"""
     fixed_bytes: int = 0
     """of everything that it holds whatever the number of users, such as the tree of titles"""
+
+    @classmethod
+    def of_beams(cls, trie: Trie, num_beams: int) -> SearchSize:
+        """Of a beam search in a tree of titles, over the whole catalogue."""
+        return cls(num_beams, trie.live_rows(num_beams), 0, trie.num_bytes)
 
 
 @dataclass(frozen=True)

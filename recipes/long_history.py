@@ -223,7 +223,7 @@ def measure(model: pk.PatchedCausalLM, histories: pk.Histories, name: str, args:
     """Recommend to all users under one policy; a history that does not fit is an error but for a trained model."""
     policy = POLICIES[name]
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
-    memory = MemoryModel(model, SearchSize(args.num_beams, trie.live_rows(args.num_beams), 0, trie.num_bytes))
+    memory = MemoryModel(model, SearchSize.of_beams(trie, args.num_beams))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     by_memory, by_positions = memory.max_rows(args.budget), (positions or 2**31) - trie.depth + 1
     max_rows = min(by_memory, by_positions)

@@ -30,6 +30,7 @@ from patchkern.batching import is_out_of_memory
 from patchkern.live_bytes import LiveBytes, peak_memory
 from patchkern.memory import MemoryBytes, MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes
 from patchkern.search import generate_titles, score_items
+from patchkern.trie import Trie
 
 PROMPT = pk.Prompt(prefix=[990, 991], separator=[992], suffix=[993, 994], response_end=[996])
 SIZE = {"vocab_size": 8000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -359,13 +360,24 @@ def test_one_user_too_large_is_told_what_would_fit() -> None:
         model.recommend(histories, pk.TextOnly(expected[0] + 1), 5, 5, memory_budget=budget)
 
 
+def test_the_plan_for_a_model_with_titles_is_that_of_its_beam_search() -> None:
+    model, histories, policy = make_model(), users(20, 35, 50), pk.TextOnly(None)
+    counts = pk.row_counts(model.catalog, histories, policy, model.prompt)
+    plan = pk.plan_memory(model, counts, None, 5)
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
+    assert plan.peak == MemoryModel(model, SearchSize.of_beams(trie, 5)).plan(counts, None, None).peak
+    assert SearchSize.of_beams(trie, 20).kept_rows < 20 * (trie.depth - 1)
+    with pytest.raises(ValueError, match="title_tokens: expected None, because the model knows its titles, got 10"):
+        pk.plan_memory(model, counts, None, 5, title_tokens=10)
+
+
 def test_a_policy_that_draws_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, histories = make_model(), users(*[40] * 12)
     policy = pk.RandomItemPatches(0.5, None)
     whole = [sorted(row) for row in ids(model.recommend(histories, policy, 5, 5, batch_size=1))]
     # as if all had been drawn as patches
     monkeypatch.setattr(batching, "row_counts", lambda *arguments: np.full(12, 44))
-    budget = pk.plan_memory(model, [44] * 12, None, 5, title_tokens=10).peak
+    budget = pk.plan_memory(model, [44] * 12, None, 5).peak
     sizes = []
     original = batching.build_layout
 

@@ -68,6 +68,7 @@ class Settings:
         weight_decay, adam_betas: of AdamW.
         label_smoothing: share of the labels' weight that goes to all tokens alike.
         dropout: of a model that starts from random weights, see `patchkern.scratch.scratch_model`.
+        jitter: of the order of training items, where all targets of a user are learned in one pass.
     """
 
     learning_rate: float
@@ -79,6 +80,7 @@ class Settings:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     label_smoothing: float = 0.0
     dropout: float = 0.0
+    jitter: float = 0.0
 
     def policy(self, stage: str, max_items: int | None = 100) -> Policy:
         """The policy of a stage; after patch pre-training a model is ready for item patches."""
@@ -120,7 +122,16 @@ SETTINGS = {
     "ml-100k": Settings(learning_rate=1e-5, sessions_learning_rate=3e-6, group_size=20),
     "goodreads": Settings(learning_rate=5e-5, sessions_learning_rate=5e-5, batch_size=32),
     # not the paper's: for small models that start from random weights
-    "scratch": Settings(learning_rate=1e-3, sessions_learning_rate=3e-4),
+    "scratch": Settings(
+        learning_rate=3e-3,
+        sessions_learning_rate=1e-3,
+        keep_text=1,
+        weight_decay=0.1,
+        adam_betas=(0.9, 0.98),
+        label_smoothing=0.1,
+        dropout=0.2,
+        jitter=8.0,
+    ),
 }
 
 
@@ -363,6 +374,7 @@ class PassCollator:
     seed: int = 0
     supervise_history: bool = False
     item_embeddings: bool = False
+    jitter: float = 0.0
 
     def __call__(self, passes: list[Pass]) -> dict[str, Any]:
         (one,) = passes
@@ -372,6 +384,9 @@ class PassCollator:
             patched = RandomItemPatches(one.step / self.pretrain_steps, self.policy.max_items, int(draw[0]))
             policies = [TextOnly(self.policy.max_items), patched]
         histories = self.histories.take(one.users)
+        if self.jitter:
+            rng = np.random.default_rng((self.seed, one.number))
+            histories = histories.jittered(self.jitter, one.ranges[:, 1] + 1, rng)
         layout = join_layouts(
             [
                 build_training_layout(self.catalog, histories, policy, self.prompt, one.ranges, transpose=False)
@@ -422,6 +437,8 @@ class PatchTrainer(Trainer):
             probability step / steps.
         supervise_history: label the history's text as well as the response. Not the paper's objective, but a model
             that starts from random weights learns many times faster from it.
+        jitter: blur the order of the items up to a pass's last target by so many positions, anew in every pass
+            (`Histories.jittered`); for models from scratch, and with ``rows_per_pass`` only.
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
             target, as published.
@@ -450,6 +467,7 @@ class PatchTrainer(Trainer):
         pretrain: bool = False,
         supervise_history: bool = False,
         rows_per_pass: int | None = None,
+        jitter: float = 0.0,
         eval_samples: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
         eval_limit: int | None = 1000,
         eval_options: Mapping[str, Any] | None = None,
@@ -460,6 +478,10 @@ class PatchTrainer(Trainer):
             raise ValueError("policy: expected one, here or in the model, got None")
         if args.auto_find_batch_size:
             raise ValueError("args: expected auto_find_batch_size=False: the schedule depends on the batch size")
+        if not 0 <= jitter < math.inf or (jitter and rows_per_pass is None):
+            raise ValueError(
+                f"jitter: expected a finite number of at least 0, and 0 without rows_per_pass, got {jitter}"
+            )
         users, positions = samples
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
@@ -489,7 +511,7 @@ class PatchTrainer(Trainer):
             args.per_device_train_batch_size = 1
             per_step = args.gradient_accumulation_steps * args.world_size
             # how many steps there are depends on the rows, and those on whether there are two trunks
-            collator = PassCollator(*kept, 1 if pretrain else None, *planned)
+            collator = PassCollator(*kept, 1 if pretrain else None, *planned, jitter)
             dataset = PassDataset(
                 users, positions, collator.rows, rows_per_pass, args.num_train_epochs, steps, per_step, seed
             )

@@ -5,10 +5,11 @@
     python recipes/quickstart.py --data path/to/ml-100k           # a data set of your own, under 20 minutes
     make quickstart DATA=path/to/ml-100k                          # the same, setting everything up first
 
-A small language model is trained from random weights on titles: as text, then patch pre-training and item patches, then
-session patches. All of them recommend to the same test users, beside two yardsticks that know no titles at all. The
-report with its plots is written to runs/<name>/report.md, each model to a folder beside it, which recipes/evaluate.py
-takes.
+Small language models are trained on titles from random weights, all targets of a user in one pass: one reads histories
+as text, one as item patches, and the latter goes on with session patches. All of them recommend to the same test users,
+alone and with item-to-item transitions as a prior whose weight is fitted on the validation split, beside two yardsticks
+that know no titles at all. The report with its plots is written to runs/<name>/report.md, each model to a folder beside
+it, which recipes/evaluate.py takes. How the settings were chosen is told in recipes/LOG.md.
 """
 
 from __future__ import annotations
@@ -24,28 +25,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback
 
 import patchkern as pk
 from patchkern import metrics
 from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.trainer import PatchTrainer
+from patchkern.trainer import SETTINGS, PatchTrainer
 
 KS = (10, 20)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: the stage it goes on from, how histories are compressed, how many samples."""
+    """One training run: the stage it goes on from, how histories are compressed, how often each target is seen."""
 
     name: str
     after: str | None
     policy: pk.Policy
-    samples: int
+    epochs: float
     learning_rate: float
-    pretrain: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Result:
     rows: NDArray[np.int64] | None = None
     compression: float | None = None
     seconds: float | None = None
-    samples_per_second: float | None = None
+    targets_per_second: float | None = None
+    users_per_second: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
@@ -71,32 +72,28 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
     tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
-    hf_model = scratch_model(tokenizer, "tiny", seed=args.seed)
-    model = pk.PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f"model: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens, {catalog.lengths.mean():.2f} a title")
-
-    test = spread(data.samples(args.split), args.limit)
-    results = yardsticks(data, catalog, test)
+    prior = pk.TransitionPrior(data, catalog)
+    chosen = spread(data.samples(args.split), args.limit)
+    results = yardsticks(data, catalog, chosen)
     recommended: dict[str, list[list[tuple[Any, float]]]] = {}
-    trained: dict[str, dict[str, torch.Tensor]] = {}
+    model = None
     for stage in plan(args):
-        if stage.after:
-            model.load_state_dict(trained[stage.after])
-        seconds, samples = train(model, data, stage, args, folder)
-        trained[stage.name] = {name: value.clone() for name, value in model.state_dict().items()}
-        if stage.pretrain:
-            continue
-        recommended[stage.name], result = evaluate(model, data, test, stage)
-        results.append(replace(result, seconds=seconds, samples_per_second=samples / seconds))
+        if model is None or stage.after is None:
+            model = new_model(tokenizer, catalog, stage.policy, args)
+        seconds, targets = train(model, data, stage, args, folder)
         model.save_pretrained(folder / stage.name.replace(" ", "-"))
         tokenizer.save_pretrained(folder / stage.name.replace(" ", "-"))
-        say(f"{stage.name}: {result.evaluation}")
+        recommended[stage.name], result = evaluate(model, data, chosen, stage)
+        results.append(replace(result, seconds=seconds, targets_per_second=targets / seconds))
+        if args.split == "test":
+            weight = fitted_weight(model, data, stage, prior)
+            _, together = evaluate(model, data, chosen, stage, prior=prior, prior_weight=weight)
+            results.append(replace(together, name=f"{stage.name} + {weight:g} transitions"))
 
     report = [f"# {data.name}", "", *table(results), ""]
     say("\n" + "\n".join(report[2:]))
-    of_users = np.unique(test.users, return_index=True)[1][: args.examples]
-    examples = [line for sample in of_users for line in example(data, test, recommended, int(sample))]
+    of_users = np.unique(chosen.users, return_index=True)[1][: args.examples]
+    examples = [line for sample in of_users for line in example(data, chosen, recommended, int(sample))]
     say("\n".join(examples))
     write_report(folder, report, results, examples, args)
     say(f"report: {folder / 'report.md'}")
@@ -114,39 +111,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--examples", type=int, default=3, help="users whose recommendations are printed")
     model = parser.add_argument_group("model and training")
     model.add_argument("--vocab_size", type=int, default=4096)
-    model.add_argument("--max_items", type=int, default=30, help="items of a history that the model sees")
-    model.add_argument("--keep_text", type=int, default=5, help="latest items kept as text beside item patches")
     model.add_argument("--group_size", type=int, default=5, help="items per session patch")
-    model.add_argument(
-        "--samples",
-        type=int,
-        help="of the text stage, the others take a quarter (default: 10,000 synthetic, else 13,000)",
-    )
+    model.add_argument("--epochs", type=float, help="of text and of item patches (default: 3 synthetic, else 8)")
+    model.add_argument("--session_epochs", type=float, default=1.0, help="of session patches, after item patches")
     model.add_argument("--learning_rate", type=float, default=3e-3)
-    model.add_argument("--batch_size", type=int, default=32)
+    model.add_argument("--rows_per_pass", type=int, default=4096)
     model.add_argument("--seed", type=int, default=0)
     model.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     output = parser.add_argument_group("output")
     output.add_argument("--output", default="runs")
     output.add_argument("--name", help="folder of the report below --output (default: the data set's name)")
     args = parser.parse_args(argv)
-    # On ml-100k's validation split 9,000 and 30,000 samples both did worse: too few, and overfitting.
-    args.samples = args.samples or (10_000 if args.data == "synthetic" else 13_000)
+    args.epochs = args.epochs or (3.0 if args.data == "synthetic" else 8.0)
     return args
 
 
 def plan(args: argparse.Namespace) -> list[Stage]:
-    """The paper's order: text, patch pre-training, and from there item patches or session patches."""
-    text = pk.TextOnly(args.max_items)
-    items = pk.ItemPatches(args.keep_text, args.max_items)
-    sessions = pk.SessionPatches(args.group_size, args.max_items)
-    rate, samples = args.learning_rate, args.samples
+    items = pk.ItemPatches(SETTINGS["scratch"].keep_text, max_items=None)
+    # with borders that never move, a user's history is one trunk for all targets
+    sessions = pk.SessionPatches(args.group_size, max_items=None, align="start")
     return [
-        Stage("text", None, text, samples, rate),
-        Stage("patch pre-training", "text", items, samples // 4, rate / 3, pretrain=True),
-        Stage("item patches", "patch pre-training", items, samples // 4, rate / 3),
-        Stage("session patches", "patch pre-training", sessions, samples // 4, rate / 3),
+        Stage("text", None, pk.TextOnly(max_items=None), args.epochs, args.learning_rate),
+        Stage("item patches", None, items, args.epochs, args.learning_rate),
+        Stage("session patches", "item patches", sessions, args.session_epochs, args.learning_rate / 3),
     ]
+
+
+def new_model(tokenizer: Any, catalog: pk.Catalog, policy: pk.Policy, args: argparse.Namespace) -> pk.PatchedCausalLM:
+    """Random weights; for patches every item has an embedding of its own beside those of its title."""
+    settings = SETTINGS["scratch"]
+    hf_model = scratch_model(tokenizer, "tiny", seed=args.seed, dropout=settings.dropout)
+    of_items = not isinstance(policy, pk.TextOnly)
+    model = pk.PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_embeddings=of_items)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"model: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens, {catalog.lengths.mean():.2f} a title")
+    return model
 
 
 def spread(samples: Samples, limit: int | None) -> Samples:
@@ -159,18 +158,13 @@ def spread(samples: Samples, limit: int | None) -> Samples:
 def train(
     model: pk.PatchedCausalLM, data: Interactions, stage: Stage, args: argparse.Namespace, folder: Path
 ) -> tuple[float, int]:
-    """Run one stage; returns its seconds and how many samples it took."""
-    arguments = TrainingArguments(
-        output_dir=str(folder / "training"),
-        max_steps=max(1, stage.samples // args.batch_size),
-        per_device_train_batch_size=args.batch_size,
+    """Run one stage; returns its seconds and how many targets it learned from, each of them once an epoch."""
+    arguments = SETTINGS["scratch"].arguments(
+        "sft",
+        folder / "training",
+        num_train_epochs=stage.epochs,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
         save_strategy="no",
-        report_to="none",
         logging_strategy="no",
         seed=args.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -181,26 +175,39 @@ def train(
         data.histories,
         data.samples("train"),
         stage.policy,
-        pretrain=stage.pretrain,
-        supervise_history=True,
+        rows_per_pass=args.rows_per_pass,
+        jitter=SETTINGS["scratch"].jitter,
     )
     trainer.remove_callback(PrinterCallback)
-    say(f"training: {stage.name}, {trainer.args.max_steps} steps of {args.batch_size} samples")
+    targets = trainer.train_dataset.num_targets
+    say(f"training: {stage.name}, {targets:,} targets in {trainer.args.max_steps:,} steps")
     started = time.perf_counter()
     trainer.train()
     trainer.remove_callback(ProgressCallback)
-    return time.perf_counter() - started, trainer.args.max_steps * args.batch_size
+    return time.perf_counter() - started, targets
 
 
 def evaluate(
-    model: pk.PatchedCausalLM, data: Interactions, test: Samples, stage: Stage
+    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, stage: Stage, **options: Any
 ) -> tuple[list[list[tuple[Any, float]]], Result]:
-    histories = data.before(test)
+    histories, targets = data.before(samples), data.targets(samples)
     layout = pk.build_layout(model.catalog, histories, stage.policy, model.prompt)
-    recommended = model.recommend(histories, stage.policy, k=max(KS), num_beams=max(KS), exclude_seen=True)
-    evaluation = metrics.evaluate(recommended, data.targets(test), KS, catalog=model.catalog)
+    started = time.perf_counter()
+    recommended = model.recommend(histories, stage.policy, k=max(KS), num_beams=max(KS), exclude_seen=True, **options)
+    speed = len(histories) / (time.perf_counter() - started)
+    evaluation = metrics.evaluate(recommended, targets, KS, catalog=model.catalog)
+    say(f"{stage.name}: {evaluation}")
     rows = np.diff(layout.cu_seqlens.numpy()).astype(np.int64)
-    return recommended, Result(stage.name, evaluation, rows, layout.compression_ratio)
+    return recommended, Result(stage.name, evaluation, rows, layout.compression_ratio, users_per_second=speed)
+
+
+def fitted_weight(model: pk.PatchedCausalLM, data: Interactions, stage: Stage, prior: Any) -> float:
+    """The weight of a prior that ranks the targets of the validation split best."""
+    samples = spread(data.samples("val"), 300)
+    fit = pk.fit_prior_weight(
+        model, data.before(samples), data.targets(samples), stage.policy, prior, k=max(KS), exclude_seen=True
+    )
+    return fit.weight
 
 
 def yardsticks(data: Interactions, catalog: pk.Catalog, test: Samples) -> list[Result]:
@@ -222,7 +229,7 @@ def yardsticks(data: Interactions, catalog: pk.Catalog, test: Samples) -> list[R
 def table(results: Sequence[Result]) -> list[str]:
     """A Markdown table that is also readable in a terminal."""
     measures = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
-    header = ["", "rows/user", "compression", "samples/s", "train s", *measures]
+    header = ["", "rows/user", "compression", "targets/s", "train s", "users/s", *measures]
     lines = [header]
     for result in results:
         scores = result.evaluation.as_dict()
@@ -231,8 +238,9 @@ def table(results: Sequence[Result]) -> list[str]:
                 result.name,
                 number(None if result.rows is None else float(result.rows.mean()), 1),
                 number(result.compression, 2),
-                number(result.samples_per_second, 0),
+                number(result.targets_per_second, 0),
                 number(result.seconds, 0),
+                number(result.users_per_second, 0),
                 *(f"{scores[measure]:.4f}" for measure in measures),
             ]
         )
@@ -264,7 +272,7 @@ def example(
 def write_report(
     folder: Path, report: list[str], results: Sequence[Result], examples: Sequence[str], args: argparse.Namespace
 ) -> None:
-    models = [result for result in results if result.rows is not None]
+    models = [result for result in results if result.seconds is not None]
     plot_accuracy(folder / "accuracy.png", results)
     plot_rows(folder / "rows.png", models)
     settings = ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()) if value is not None)
@@ -301,7 +309,8 @@ def plot_accuracy(path: Path, results: Sequence[Result]) -> None:
             )
         else:
             error = metrics.standard_error(result.evaluation.hits(20))
-            axes.errorbar(result.rows.mean(), hr, yerr=error, fmt="o", capsize=3, label=result.name)
+            marker = "x" if result.seconds is None else "o"
+            axes.errorbar(result.rows.mean(), hr, yerr=error, fmt=marker, capsize=3, label=result.name)
     axes.legend(frameon=False, loc="lower right")
     axes.set(xlabel="rows per user", ylabel="HR@20", xlim=(0, None), ylim=(0, None), title="Accuracy against rows")
     figure.savefig(path, dpi=120)

@@ -17,6 +17,12 @@ paper's settings for the data set, 64 samples a step in batches of 8:
         --targets-per-pass one --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \\
         --activation_checkpointing --save_steps 500
 
+A small model from scratch learns its users by heart if it is trained for long: --early_stopping 3 recommends for the
+validation split twenty times in the run, ends it after three times without a better HR@20, and saves the best model:
+
+    python recipes/train.py --stage items --model tiny --data ml-100k --output_dir runs/items \\
+        --num_train_epochs 20 --early_stopping 3 --dropout 0.3 --label_smoothing_factor 0.1
+
 A run that was killed goes on where it was: the same command and --resume. Several GPUs: torchrun --nproc_per_node 2
 recipes/train.py ... All flags that are not listed here are those of transformers.TrainingArguments; before 5.23 it is
 --gradient_checkpointing instead of --activation_checkpointing.
@@ -35,7 +41,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    TrainingArguments,
+)
 
 import patchkern as pk
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
@@ -48,8 +60,19 @@ from patchkern.trainer import SETTINGS, STAGES, PatchTrainer, Settings, checkpoi
 SHARED = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
-    *("seed", "data_seed", "bf16", "fp16"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed", "bf16", "fp16"),
 )
+# Twenty evaluations a run; --eval_steps and --save_steps change that.
+EARLY_STOPPING = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.05,
+    "save_strategy": "steps",
+    "save_steps": 0.05,
+    "save_total_limit": 2,
+    "metric_for_best_model": "HR@20",
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> PatchTrainer:
@@ -57,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     data = load_data(args.data)
     name, settings = choose_settings(args, data)
     parser = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
-    parser.set_defaults(**settings.defaults(args.stage))
+    parser.set_defaults(**settings.defaults(args.stage), **({} if args.early_stopping is None else EARLY_STOPPING))
     (arguments,) = parser.parse_args_into_dataclasses(rest)
 
     description = {key: value for key, value in vars(args).items() if key != "resume"} | {"settings": name}
     description |= {key: str(getattr(arguments, key)) for key in SHARED}
     start = check_output(Path(arguments.output_dir), description, args.resume)
 
-    model, tokenizer = load_model(args, data)
+    model, tokenizer = load_model(args, data, settings)
     trainer = PatchTrainer(
         model,
         arguments,
@@ -74,16 +97,24 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         pretrain=args.stage == "pretrain",
         supervise_history=args.supervise_history,
         rows_per_pass=args.rows_per_pass if args.targets_per_pass == "all" else None,
+        jitter=settings.jitter if args.targets_per_pass == "all" else 0.0,
+        eval_samples=None if arguments.eval_strategy == "no" else data.samples("val"),
         processing_class=tokenizer,
+        callbacks=[] if args.early_stopping is None else [EarlyStoppingCallback(args.early_stopping)],
     )
     if trainer.is_world_process_zero():
         write_json(Path(arguments.output_dir) / "arguments.json", description)
         print(f"{banner(model.device)}\n{data}\n{describe(trainer, args.stage)}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics
+    if arguments.load_best_model_at_end:
+        trainer.save_model()  # beside the checkpoints, of which it is not the last
     if trainer.is_world_process_zero():
-        saved = ", ".join(str(path) for path in checkpoints(arguments.output_dir)[-1:])
-        speed, memory = trainer.train_dataset.num_targets / metrics["train_runtime"], peak_memory() / 2**30
-        print(f"{speed:.1f} targets/s, peak memory {memory:.2f} GiB, saved: {saved or 'nothing'}", flush=True)
+        saved: Any = arguments.output_dir
+        if not arguments.load_best_model_at_end:
+            saved = next(reversed(checkpoints(arguments.output_dir)), "nothing")
+        done = trainer.state.global_step / trainer.args.max_steps
+        speed = trainer.train_dataset.num_targets * done / metrics["train_runtime"]
+        print(f"{speed:.1f} targets/s, peak memory {peak_memory() / 2**30:.2f} GiB, saved: {saved}", flush=True)
     return trainer
 
 
@@ -98,6 +129,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     model.add_argument("--from", dest="checkpoint", help="a run of this recipe, or one of its checkpoints")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, from scratch only")
+    parser.add_argument("--dropout", type=float, help="from scratch only (default: of the settings)")
     parser.add_argument(
         "--settings", choices=SETTINGS, help="rates, batch and patch sizes (default: by model and data)"
     )
@@ -110,8 +142,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--item-embeddings", action="store_true", help="learn a vector for each item's patches; later stages keep it"
     )
+    parser.add_argument(
+        "--early_stopping", type=int, metavar="PATIENCE", help="evaluations without a better HR@20 that end the run"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
-    return parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.early_stopping is not None and args.early_stopping < 1:
+        parser.error(f"--early_stopping: expected at least 1, got {args.early_stopping}")
+    if args.dropout is not None and args.model not in SIZES:
+        parser.error(f"--dropout: expected only with --model {' or '.join(SIZES)}; other models have their own")
+    return args, rest
 
 
 def load_data(path: str) -> Interactions:
@@ -136,7 +176,7 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
 # ------------------------------------------------------------------ the model
 
 
-def load_model(args: argparse.Namespace, data: Interactions) -> tuple[pk.PatchedCausalLM, Any]:
+def load_model(args: argparse.Namespace, data: Interactions, settings: Settings) -> tuple[pk.PatchedCausalLM, Any]:
     dtype = getattr(torch, args.dtype)
     if args.checkpoint is not None:
         folder = find_model(args.checkpoint, "--from")
@@ -146,7 +186,8 @@ def load_model(args: argparse.Namespace, data: Interactions) -> tuple[pk.Patched
         return loaded, tokenizer
     if args.model in SIZES:
         tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
-        hf_model = scratch_model(tokenizer, args.model).to(dtype)
+        dropout = settings.dropout if args.dropout is None else args.dropout
+        hf_model = scratch_model(tokenizer, args.model, dropout=dropout).to(dtype)
     elif Path(args.model).is_dir():
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         hf_model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)

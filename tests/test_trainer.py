@@ -28,6 +28,7 @@ from patchkern.trainer import (
     SETTINGS,
     STAGES,
     LayoutCollator,
+    Pass,
     PassCollator,
     PassDataset,
     PatchTrainer,
@@ -69,6 +70,7 @@ def _trainer(
     callbacks: Any = None,
     config: Any = None,
     rows_per_pass: int | None = None,
+    jitter: float = 0.0,
     validate: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> PatchTrainer:
@@ -91,6 +93,7 @@ def _trainer(
         UNTUNED.policy(stage, max_items=10),
         pretrain=stage == "pretrain",
         rows_per_pass=rows_per_pass,
+        jitter=jitter,
         **({} if validate is None else {"eval_samples": _held_out(), **validate}),
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -328,6 +331,8 @@ def _pieces(folder: Path) -> dict[str, Any]:
             lambda p: {"policy": pk.TextOnly(), "eval_samples": _held_out(), "eval_options": {"num_beams": 5}},
             "num_beams: expected at least k=20",
         ),
+        (lambda p: {"policy": pk.TextOnly(), "jitter": 2.0}, "jitter: expected .* 0 without rows_per_pass, got 2.0"),
+        (lambda p: {"policy": pk.TextOnly(), "jitter": -1.0, "rows_per_pass": 500}, "jitter: expected .* got -1.0"),
         (
             lambda p: (
                 {"args": SETTINGS["scratch"].arguments("items", p, auto_find_batch_size=True)}
@@ -719,6 +724,28 @@ def test_passes_teach_every_target_once_an_epoch(rows_per_pass: int, pretrain: b
         assert sorted(taught[len(once) : 2 * len(once)]) == once
     else:
         assert set(taught) == set(once)
+
+
+def test_jitter_is_drawn_anew_in_every_pass_and_shows_nothing_later(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, rows_per_pass=500, max_steps=2, jitter=4.0)
+    collator: Any = trainer.data_collator
+    assert isinstance(collator, PassCollator)
+    one = Pass(0, 0, np.array([11]), np.array([[3, 12]]))
+    in_order, blurred, again, other = (
+        with_jitter([drawn])["layout"].logit_labels
+        for with_jitter, drawn in (
+            (replace(collator, jitter=0.0), one),
+            (collator, one),
+            (collator, one),
+            (collator, one._replace(number=1)),
+        )
+    )
+    assert torch.equal(blurred, again)
+    assert not torch.equal(blurred, in_order) and not torch.equal(blurred, other)
+    until = [history[:13] for history in collator.histories]
+    nothing_later = replace(collator, histories=pk.Histories.from_sequences(until))([one])["layout"]
+    assert torch.equal(nothing_later.lo, collator([one])["layout"].lo)
+    assert torch.equal(nothing_later.logit_labels, blurred)
 
 
 def test_passes_are_the_same_from_run_to_run_and_fill_every_step() -> None:

@@ -21,7 +21,7 @@ from bench.workloads import POLICIES, _stand_in
 from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.metrics import evaluate as count
 from patchkern.prompt import MARKERS
-from patchkern.trainer import checkpoints
+from patchkern.trainer import SETTINGS, checkpoints
 from recipes import evaluate, train
 
 FAST = [
@@ -64,7 +64,8 @@ def test_stages_follow_each_other_and_are_evaluated(
     before = "sft"
     for stage in ("pretrain", "items", "sessions"):
         trainer = _train(stage, folder, tmp_path / stage, "--from", str(tmp_path / before), "--max_steps", "3")
-        rate = 3e-4 if stage == "sessions" else 1e-3
+        rates = SETTINGS["scratch"]
+        rate = rates.sessions_learning_rate if stage == "sessions" else rates.learning_rate
         assert trainer.args.learning_rate == rate, "the settings of the first run are handed on"
         before = stage
     printed = capsys.readouterr().out

@@ -47,7 +47,8 @@ def test_the_example_runs(blocks: list[str], tmp_path: Path) -> None:
     example = example.replace("k=20, num_beams=20", "k=3, num_beams=3").replace("k=20)", "k=2, num_beams=2)")
     example = example.replace('search="exact", exclude_seen', 'k=1, search="exact", exclude_seen')
     example = example.replace('"runs/all-users"', "folder")
-    names |= {"scratch_prompt": scratch_prompt, "in_stock": [2, 3], "folder": tmp_path}
+    example = example.replace("prior=scores", "k=3, num_beams=3, prior=scores")
+    names |= {"scratch_prompt": scratch_prompt, "in_stock": [2, 3], "folder": tmp_path, "scores": torch.zeros(3)}
     exec(example, names)
     assert len(pk.read_recommendations(tmp_path)[1]) == 2
     assert torch.isfinite(names["loss"]) and names["rows"].shape == (names["layout"].num_rows, 32)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,33 @@ def data_parallel(rank: int, folder: Path) -> dict[str, Any]:
     return step(DistributedDataParallel(make_model(tied=True)), rank)
 
 
+def make_passes() -> list[pk.PatchLayout]:
+    """Two passes for each process, all targets of some users in each: of different rows and counts of targets."""
+    draw = np.random.default_rng(1)
+    passes = []
+    for lengths in ([14, 3], [9], [20, 6, 5], [4]):
+        histories = [draw.integers(0, len(TITLES), n).tolist() for n in lengths]
+        ranges = [[2, n - 1] for n in lengths]
+        passes.append(pk.build_training_layout(CATALOG, histories, pk.ItemPatches(2), PROMPT, ranges))
+    return passes
+
+
+def accumulated_passes(rank: int, folder: Path) -> dict[str, Any]:
+    """The two passes of this process in one step; only the second exchanges gradients."""
+    passes = make_passes()
+    total = sum(layout.logit_labels.numel() for layout in passes)
+    module = DistributedDataParallel(make_model(tied=True))
+    mean = torch.zeros(())
+    for nth in range(2):
+        with nullcontext() if nth else module.no_sync():
+            loss = module(passes[rank + WORLD * nth], num_items_in_batch=total).loss * WORLD
+            loss.backward()
+        mean += loss.detach()
+    dist.all_reduce(mean)
+    gradients = {name: parameter.grad for name, parameter in module.module.named_parameters()}
+    return {"loss": mean / WORLD, "gradients": gradients}
+
+
 def sharded(tied: bool, apart: bool) -> PatchedCausalLM:
     model = make_model(tied)
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -133,6 +161,7 @@ def wrong_root(rank: int, folder: Path) -> dict[str, Any]:
 
 CASES: list[Callable[[int, Path], dict[str, Any]]] = [
     data_parallel,
+    accumulated_passes,
     layers_and_root,
     embedding_apart,
     saving,
@@ -182,6 +211,18 @@ def test_two_processes_equal_one(folder: Path, case: Callable[..., Any], tied: b
         for name, gradient in expected.items():
             error = (result["gradients"][name] - gradient).abs().max()
             assert error <= 1e-5 * gradient.abs().max(), name
+
+
+def test_passes_of_two_processes_equal_one_of_all_users(folder: Path) -> None:
+    model = make_model(tied=True)
+    whole = pk.join_layouts(make_passes()).with_transpose()
+    loss = model(whole).loss
+    loss.backward()
+    for result in results(folder, accumulated_passes):
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-6, atol=0)
+        for name, parameter in model.named_parameters():
+            error = (result["gradients"][name] - parameter.grad).abs().max()
+            assert error <= 1e-5 * parameter.grad.abs().max(), name
 
 
 def test_sharded_parameters_are_saved_when_gathered(folder: Path) -> None:

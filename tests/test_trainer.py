@@ -651,7 +651,15 @@ def test_the_oldest_checkpoints_go_but_for_the_best(
 # ------------------------------------------------------------------ data parallelism
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+TOGETHER: dict[str, dict[str, Any]] = {
+    "samples": {},
+    "passes": {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
+    "pre-training on passes": {"rows_per_pass": 500, "stage": "pretrain"},
+}
+_SHORT = EARLY | {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+
+
+def _rank(rank: int, port: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -660,32 +668,44 @@ def _rank(rank: int, port: int, folder: str) -> None:
         folder,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        max_steps=4,
-        save_strategy="steps",
-        save_steps=2,
         ddp_backend="gloo",
+        **_SHORT | TOGETHER[kind],
     )
     trainer.train()
-    Path(folder, f"rank-{rank}.json").write_text(json.dumps(_losses(trainer)))
+    result = {"losses": _losses(trainer), "evaluations": _evaluations(trainer)}
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(result | {"best": trainer.state.best_model_checkpoint}))
+    torch.save(trainer.model.state_dict(), Path(folder, f"rank-{rank}.pt"))
     # Not by way of the destructors: that of DDP's reducer can wait for a gloo thread that waits for the GIL.
     os._exit(0)
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    processes = [context.Process(target=_rank, args=(rank, port, str(tmp_path), kind)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0]
-    alone = _trainer(tmp_path / "alone", max_steps=4)
+    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, **_SHORT, **TOGETHER[kind]}
+    alone = _trainer(tmp_path / "alone", **arguments)
     alone.train()
-    assert json.loads((tmp_path / "rank-0.json").read_text()) == pytest.approx(_losses(alone), rel=1e-5)
-    saved = PatchedCausalLM.from_pretrained(tmp_path / "checkpoint-4", alone.model.catalog)
+    best = str(alone.state.best_model_checkpoint).replace("alone/", "")
+    evaluations = _evaluations(alone)
+    assert len(evaluations) == 2
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert found["losses"] == pytest.approx(_losses(alone), rel=1e-6)
+        for got, expected in zip(found["evaluations"], evaluations, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+        assert found["best"] == best, "both processes know where it is in the end"
+        for name, value in torch.load(tmp_path / f"rank-{rank}.pt").items():
+            torch.testing.assert_close(value, alone.model.state_dict()[name], rtol=0, atol=2e-4)
+    saved = PatchedCausalLM.from_pretrained(best, alone.model.catalog)
     for parameter, expected in zip(saved.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)
 

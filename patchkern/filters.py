@@ -173,7 +173,7 @@ class ItemPrior:
             _check_floats("prior", given, [(users.size, len(self._catalog))], "the callable to return ")
         else:
             given = self._prior if self._prior.ndim == 1 else self._prior[users]
-        values = given.detach() if isinstance(given, Tensor) else torch.tensor(given)
+        values = given.detach() if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given))
         values = values.to(device).reshape(-1, len(self._catalog))
         left_out = values == -math.inf
         weighted = torch.where(left_out, -math.inf, values.to(self._dtype) * self._weight)

@@ -162,7 +162,7 @@ def test_a_prior_of_zeros_changes_nothing(options: dict[str, Any], dtype: torch.
             with torch.no_grad():
                 model.hf_model.lm_head.weight.zero_()
         plain = model.recommend(histories, POLICIES["items"], 9, 9, **options)
-        priors: list[Any] = [np.zeros(26), torch.zeros(3, 26), lambda some: np.zeros((len(some), 26), np.float32)]
+        priors: list[Any] = [np.zeros(26)[::-1], torch.zeros(3, 26), lambda some: np.zeros((len(some), 26), np.float32)]
         for prior, weight in [*((prior, 1.0) for prior in priors), (random_prior(3, 26), 0.0)]:
             rows = model.recommend(histories, POLICIES["items"], 9, 9, prior=prior, prior_weight=weight, **options)
             for row, other in zip(rows, plain, strict=True):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 import patchkern as pk
+from patchkern.live_bytes import peak_memory
 from patchkern.metrics import evaluate
 from patchkern.model import PatchedCausalLM
 from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
@@ -249,15 +251,55 @@ def test_loader_workers_do_not_change_the_run(tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
-def test_gradient_checkpointing_does_not_change_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_per_pass", [None, 250], ids=["samples", "passes"])
+def test_activation_checkpointing_does_not_change_the_run(rows_per_pass: int | None, tmp_path: Path) -> None:
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    flag = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
     runs = []
     for enabled in (False, True):
-        trainer = _trainer(tmp_path, max_steps=3)
-        if enabled:
-            trainer.model.gradient_checkpointing_enable()
+        # dropped numbers must be dropped again in the second computation
+        config = {"dropout": 0.3, "attention_dropout": 0.2}
+        trainer = _trainer(tmp_path, rows_per_pass=rows_per_pass, config=config, max_steps=3, **{flag: enabled})
+        layer = trainer.model.hf_model.model.layers[0]
+        computed = _Calls()
+        layer.mlp.register_forward_pre_hook(computed)
         trainer.train()
+        assert computed.number == (6 if enabled else 3)
         runs.append(_losses(trainer))
     assert runs[0] == runs[1]
+
+
+class _Calls:
+    number = 0
+
+    def __call__(self, module: Any, inputs: Any) -> None:
+        self.number += 1
+
+
+def test_activation_checkpointing_keeps_long_trunks_small() -> None:
+    """Trunks and branches of a deep, narrow model: the same gradients from less than half the memory."""
+    model, _ = _model(hidden_size=32, num_hidden_layers=12, dropout=0.2)
+    histories, samples = _data()
+    collator = PassCollator(model.catalog, histories, pk.TextOnly(None), model.prompt)
+    dataset = PassDataset(*samples, collator.rows, 4000, 1.0, 1, 1, seed=0)
+    layout = collator([dataset[0]])["layout"]
+    assert layout.num_rows > 2000 and layout.max_prefix > 20
+    model.train()
+    found = []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        with peak_memory("cpu") as peak:
+            loss = model(layout).loss
+            loss.backward()
+        found.append((peak.bytes, loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    (plain, loss, gradients), (small, again, recomputed) = found
+    assert small < 0.5 * plain
+    assert torch.equal(loss, again)
+    for got, expected in zip(recomputed, gradients, strict=True):
+        assert torch.equal(got, expected)
 
 
 # ------------------------------------------------------------------ arguments

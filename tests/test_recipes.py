@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import patchkern as pk
 from bench.bench_training import make_model, patchkern_loss, reference_loss
@@ -201,6 +201,16 @@ def test_flags_of_models_from_scratch(flags: list[str], message: str, capsys: py
     with pytest.raises(SystemExit):
         train.parse(["--stage", "sft", "--data", "synthetic", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_activation_checkpointing_does_not_change_the_losses(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "2", "--rows_per_pass", "1000")
+    named = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+    plain = _train("items", folder, tmp_path / "plain", *flags)
+    recomputed = _train("items", folder, tmp_path / "recomputed", *flags, f"--{named}_checkpointing")
+    layers = recomputed.model.hf_model.model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert _losses(recomputed) == _losses(plain) and len(_losses(plain)) == 2
 
 
 def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None:

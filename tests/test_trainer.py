@@ -579,6 +579,30 @@ def test_another_eval_dataset_is_evaluated_as_by_any_trainer(tmp_path: Path) -> 
     assert "eval_HR@20" not in found and np.isfinite(found["eval_loss"])
 
 
+def test_validation_needs_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PatchTrainer.create_accelerator_and_postprocess
+
+    def sharded(self: PatchTrainer) -> None:
+        original(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(PatchTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match="eval_samples: expected None under FSDP"):
+        _trainer(tmp_path, validate={})
+
+
+def test_validation_in_mixed_precision(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, rows_per_pass=250, max_steps=2, bf16=True, **EARLY)
+    trainer.train()
+    (found,) = _evaluations(trainer)
+    # recommendations are those of the weights, which are float32
+    histories, (users, positions) = _data()[0], _held_out()
+    lists = trainer.model.recommend(histories.before(users, positions), exclude_seen=True)
+    expected = evaluate(lists, histories.at(users, positions), catalog=trainer.model.catalog)
+    assert found["eval_NDCG@20"] == pytest.approx(expected.ndcg(20))
+    assert np.isfinite(found["eval_loss"])
+
+
 EARLY = {
     "eval_strategy": "steps",
     "eval_steps": 2,

@@ -17,11 +17,12 @@ paper's settings for the data set, 64 samples a step in batches of 8:
         --targets-per-pass one --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \\
         --activation_checkpointing --save_steps 500
 
-A small model from scratch learns its users by heart if it is trained for long: --early_stopping 3 recommends for the
-validation split twenty times in the run, ends it after three times without a better HR@20, and saves the best model:
+A small model from scratch learns its users by heart if it is trained for long: --early_stopping 5 recommends for the
+validation split twenty times in the run, ends it after five times without a better HR@20, and saves the best model. Hit
+rates are noisy, and low for a while at first: less patience can end a run before it has begun.
 
     python recipes/train.py --stage items --model tiny --data ml-100k --output_dir runs/items \\
-        --num_train_epochs 20 --early_stopping 3 --dropout 0.3 --label_smoothing_factor 0.1
+        --num_train_epochs 20 --early_stopping 5 --dropout 0.3 --label_smoothing_factor 0.1
 
 A run that was killed goes on where it was: the same command and --resume. Several GPUs: torchrun --nproc_per_node 2
 recipes/train.py ... All flags that are not listed here are those of transformers.TrainingArguments; before 5.23 it is

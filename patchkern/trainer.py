@@ -444,8 +444,8 @@ class PatchTrainer(Trainer):
             target, as published.
         eval_samples: like ``samples``, to validate on.
         eval_limit: of more take so many, evenly spread over them; None: all.
-        eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``. Without
-            it 20 beams, and items already seen are excluded.
+        eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
+            default 20 beams, and items already seen are excluded.
         kwargs: for `transformers.Trainer`, such as ``processing_class`` and ``callbacks``.
 
     Raises:

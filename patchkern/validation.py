@@ -48,7 +48,7 @@ class Validation:
         samples: ``(users, positions)``, ``(S,)`` int64 each, as in `Histories.before`.
         policy: how histories are compressed.
         limit: of more samples take so many, evenly spread over them; None: all.
-        options: for `PatchedCausalLM.recommend`, but for the policy and ``k``. Without it items already seen are
+        options: for `PatchedCausalLM.recommend`, but for the policy and ``k``; by default items already seen are
             excluded.
 
     Raises:

@@ -112,8 +112,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_argument_group("model and training")
     model.add_argument("--vocab_size", type=int, default=4096)
     model.add_argument("--group_size", type=int, default=5, help="items per session patch")
-    model.add_argument("--epochs", type=float, help="of text and of item patches (default: 3 synthetic, else 8)")
-    model.add_argument("--session_epochs", type=float, default=1.0, help="of session patches, after item patches")
+    model.add_argument("--epochs", type=float, help="of text and of item patches (default: 2 synthetic, else 8)")
+    model.add_argument(
+        "--session_epochs", type=float, help="of session patches, after item patches (default: an eighth of --epochs)"
+    )
     model.add_argument("--learning_rate", type=float, default=3e-3)
     model.add_argument("--rows_per_pass", type=int, default=4096)
     model.add_argument("--seed", type=int, default=0)
@@ -122,7 +124,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--output", default="runs")
     output.add_argument("--name", help="folder of the report below --output (default: the data set's name)")
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (3.0 if args.data == "synthetic" else 8.0)
+    args.epochs = args.epochs or (2.0 if args.data == "synthetic" else 8.0)
+    args.session_epochs = args.session_epochs or args.epochs / 8
     return args
 
 

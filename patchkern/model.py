@@ -518,9 +518,7 @@ def _only_scales(kind: type[nn.Embedding]) -> bool:
     return same and kind.__bases__ == (nn.Embedding,)
 
 
-def _smoothed_loss(
-    logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None
-) -> Tensor:
+def _smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None) -> Tensor:
     """In float32 and divided as transformers does it."""
     if num_items_in_batch is None:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)

@@ -35,6 +35,25 @@ from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.trainer import SETTINGS, PatchTrainer
 
 KS = (10, 20)
+# synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit
+TRAINING = {
+    "synthetic": {
+        "epochs": 2.0,
+        "session_epochs": 0.25,
+        "learning_rate": 1e-3,
+        "rows_per_pass": 1536,
+        "dropout": 0.1,
+        "jitter": 0.0,
+    },
+    "real": {
+        "epochs": 8.0,
+        "session_epochs": 1.0,
+        "learning_rate": SETTINGS["scratch"].learning_rate,
+        "rows_per_pass": 4096,
+        "dropout": SETTINGS["scratch"].dropout,
+        "jitter": SETTINGS["scratch"].jitter,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -112,20 +131,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_argument_group("model and training")
     model.add_argument("--vocab_size", type=int, default=4096)
     model.add_argument("--group_size", type=int, default=5, help="items per session patch")
-    model.add_argument("--epochs", type=float, help="of text and of item patches (default: 2 synthetic, else 8)")
+    model.add_argument("--epochs", type=float, help="of text and of item patches (default: 8, synthetic 2)")
     model.add_argument(
-        "--session_epochs", type=float, help="of session patches, after item patches (default: an eighth of --epochs)"
+        "--session_epochs", type=float, help="of session patches, after item patches (default: 1, synthetic 0.25)"
     )
-    model.add_argument("--learning_rate", type=float, default=3e-3)
-    model.add_argument("--rows_per_pass", type=int, default=4096)
+    model.add_argument("--learning_rate", type=float, help="(default: 3e-3, synthetic 1e-3; session patches: a third)")
+    model.add_argument("--rows_per_pass", type=int, help="rows of a step (default: 4096, synthetic 1536)")
+    model.add_argument("--dropout", type=float, help="(default: 0.2, synthetic 0.1)")
+    model.add_argument("--jitter", type=float, help="of the order of training items (default: 8, synthetic 0)")
     model.add_argument("--seed", type=int, default=0)
     model.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     output = parser.add_argument_group("output")
     output.add_argument("--output", default="runs")
     output.add_argument("--name", help="folder of the report below --output (default: the data set's name)")
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (2.0 if args.data == "synthetic" else 8.0)
-    args.session_epochs = args.session_epochs or args.epochs / 8
+    for name, value in TRAINING["synthetic" if args.data == "synthetic" else "real"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -142,8 +164,7 @@ def plan(args: argparse.Namespace) -> list[Stage]:
 
 def new_model(tokenizer: Any, catalog: pk.Catalog, policy: pk.Policy, args: argparse.Namespace) -> pk.PatchedCausalLM:
     """Random weights; for patches every item has an embedding of its own beside those of its title."""
-    settings = SETTINGS["scratch"]
-    hf_model = scratch_model(tokenizer, "tiny", seed=args.seed, dropout=settings.dropout)
+    hf_model = scratch_model(tokenizer, "tiny", seed=args.seed, dropout=args.dropout)
     of_items = not isinstance(policy, pk.TextOnly)
     model = pk.PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_embeddings=of_items)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -179,7 +200,7 @@ def train(
         data.samples("train"),
         stage.policy,
         rows_per_pass=args.rows_per_pass,
-        jitter=SETTINGS["scratch"].jitter,
+        jitter=args.jitter,
     )
     trainer.remove_callback(PrinterCallback)
     targets = trainer.train_dataset.num_targets

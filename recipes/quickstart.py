@@ -36,7 +36,7 @@ from patchkern.trainer import SETTINGS, PatchTrainer
 
 KS = (10, 20)
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit
-TRAINING = {
+DEFAULTS = {
     "synthetic": {
         "epochs": 2.0,
         "session_epochs": 0.25,
@@ -44,6 +44,7 @@ TRAINING = {
         "rows_per_pass": 1536,
         "dropout": 0.1,
         "jitter": 0.0,
+        "fit_limit": 300,
     },
     "real": {
         "epochs": 8.0,
@@ -52,6 +53,7 @@ TRAINING = {
         "rows_per_pass": 4096,
         "dropout": SETTINGS["scratch"].dropout,
         "jitter": SETTINGS["scratch"].jitter,
+        "fit_limit": 1000,
     },
 }
 
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         recommended[stage.name], result = evaluate(model, data, chosen, stage)
         results.append(replace(result, seconds=seconds, targets_per_second=targets / seconds))
         if args.split == "test":
-            weight = fitted_weight(model, data, stage, prior)
+            weight = fitted_weight(model, data, stage, prior, args)
             _, together = evaluate(model, data, chosen, stage, prior=prior, prior_weight=weight)
             results.append(replace(together, name=f"{stage.name} + {weight:g} transitions"))
 
@@ -127,6 +129,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--split", default="test", choices=["val", "test"], help="val is the one to tune on")
     data.add_argument("--limit", type=int, help="evaluate on so many of the samples only")
+    data.add_argument(
+        "--fit_limit", type=int, help="validation samples that fit the prior's weight (default: 1000, synthetic 300)"
+    )
     data.add_argument("--examples", type=int, default=3, help="users whose recommendations are printed")
     model = parser.add_argument_group("model and training")
     model.add_argument("--vocab_size", type=int, default=4096)
@@ -145,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--output", default="runs")
     output.add_argument("--name", help="folder of the report below --output (default: the data set's name)")
     args = parser.parse_args(argv)
-    for name, value in TRAINING["synthetic" if args.data == "synthetic" else "real"].items():
+    for name, value in DEFAULTS["synthetic" if args.data == "synthetic" else "real"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
@@ -225,9 +230,11 @@ def evaluate(
     return recommended, Result(stage.name, evaluation, rows, layout.compression_ratio, users_per_second=speed)
 
 
-def fitted_weight(model: pk.PatchedCausalLM, data: Interactions, stage: Stage, prior: Any) -> float:
+def fitted_weight(
+    model: pk.PatchedCausalLM, data: Interactions, stage: Stage, prior: Any, args: argparse.Namespace
+) -> float:
     """The weight of a prior that ranks the targets of the validation split best."""
-    samples = spread(data.samples("val"), 300)
+    samples = spread(data.samples("val"), args.fit_limit)
     fit = pk.fit_prior_weight(
         model, data.before(samples), data.targets(samples), stage.policy, prior, k=max(KS), exclude_seen=True
     )

@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib", reason="the quickstart draws with matplotlib")
 from patchkern.data import synthetic, write_parquet
 from recipes import evaluate, quickstart
 
-SHORT = ["--epochs", "0.01", "--session_epochs", "0.01", "--rows_per_pass", "2048", "--limit", "24", "--threads", "1"]
+EVERY_SAMPLE = ["--epochs", "0.01", "--session_epochs", "0.01", "--rows_per_pass", "2048", "--fit_limit", "24"]
+SHORT = [*EVERY_SAMPLE, "--limit", "24", "--threads", "1"]
 MODELS = ["text", "item patches", "session patches"]
 
 
@@ -49,9 +50,8 @@ def test_tuning_sees_no_prior(tmp_path: Path) -> None:
 
 def test_its_models_are_evaluated_like_any_other(tmp_path: Path) -> None:
     write_parquet(synthetic(60, 80, name="data"), tmp_path / "data")
-    every_sample = [argument for argument in SHORT if argument not in ("--limit", "24")]
     arguments = ["--data", str(tmp_path / "data")]
-    results = quickstart.main([*every_sample, *arguments, "--output", str(tmp_path / "runs")])
+    results = quickstart.main([*EVERY_SAMPLE, "--threads", "1", *arguments, "--output", str(tmp_path / "runs")])
     ranks = {result.name: result.evaluation.ranks.tolist() for result in results}
     evaluate.main([str(tmp_path / "runs/data/item-patches"), *arguments, "--exclude_seen"])
     with (tmp_path / "runs/data/item-patches/test-strict.csv").open(encoding="utf-8") as file:

@@ -250,8 +250,18 @@ def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike
     if policy.max_items is not None:
         start = np.maximum(position - policy.max_items, 0) // block_size * block_size
     key, split = policy.trunks(position - start)
-    _, trunk = np.unique(np.stack([user, start, key]), axis=1, return_inverse=True)
-    return _Samples(user, position, start, split, trunk.reshape(-1))
+    return _Samples(user, position, start, split, _numbered(user, start, key))
+
+
+def _numbered(*columns: Int64) -> Int64:
+    """``(S,)`` the rank of each sample's columns among the distinct ones, the first column counting most."""
+    order = np.lexsort(columns[::-1])
+    new = np.zeros(order.size, np.bool_)
+    for column in columns:
+        new[1:] |= np.diff(column[order]) != 0
+    rank = np.empty(order.size, np.int64)
+    rank[order] = np.cumsum(new)
+    return rank
 
 
 def _trunks(histories: Histories, policy: TrunkPolicy, samples: _Samples) -> _Cut:

@@ -218,8 +218,11 @@ def peers(table: Table, args: argparse.Namespace) -> None:
     model = make_model(data, args)
     plain = copy.deepcopy(model.hf_model)
     plain.set_attn_implementation("sdpa")
+    # a sample each of users from all over the split
     samples = data.samples("test")
-    samples = type(samples)(samples.users[: args.users], samples.positions[: args.users])
+    of_users = np.unique(samples.users, return_index=True)[1]
+    chosen = of_users[np.linspace(0, of_users.size - 1, min(args.users, of_users.size)).astype(np.int64)]
+    samples = type(samples)(samples.users[chosen], samples.positions[chosen])
     histories, policy, width = data.before(samples), pk.ItemPatches(5, 100), args.width
     few = histories.take(np.arange(min(args.published_users, len(histories))))
 

@@ -6,6 +6,7 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --search diverse     # the paper's search, counted by item
     python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --prior transitions
+    python recipes/evaluate.py runs/text --data ml-1m --exclude_seen --max_items 20     # what do fewer rows cost?
 
 The yardsticks, which any recommender should beat, are computed on the same samples. "Unseen" leaves out the items of
 the whole history with --exclude_seen, as the model then does, else those among the latest 100. One line per user goes
@@ -18,6 +19,7 @@ import argparse
 import csv
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import patchkern as pk
 from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
 from patchkern.metrics import METRICS, Evaluation, evaluate
 from patchkern.ops.backends import describe as describe_backend
+from patchkern.policies import AnyPolicy
 from patchkern.search import SEARCHES, generate_titles
 from patchkern.trainer import find_model
 
@@ -49,18 +52,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"BACKEND {describe_backend(model.device)}")
-    print(f"{data}\n{folder}: {model.policy}, {samples.users.size:,} {args.split} samples", flush=True)
+    policy = chosen_policy(model, args)
+    rows = pk.build_layout(catalog, data.before(samples), policy, model.prompt)
+    print(f"{data}\n{folder}: {policy}, {samples.users.size:,} {args.split} samples")
+    print(
+        f"{rows.num_rows / samples.users.size:.1f} rows a prompt, compression {rows.compression_ratio:.2f}", flush=True
+    )
 
     started = time.perf_counter()
-    found = recommend(model, data, samples, args)
+    found = recommend(model, data, samples, policy, args)
     seconds = time.perf_counter() - started
     results = {"this model": found}
     path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
     write_csv(path, data, samples, found)
     if args.prior != "none":
         prior = PRIORS[args.prior](data, catalog)
-        weight = fitted_weight(model, data, prior, args) if args.prior_weight is None else args.prior_weight
-        found = recommend(model, data, samples, args, prior=prior, prior_weight=weight)
+        weight = fitted_weight(model, data, policy, prior, args) if args.prior_weight is None else args.prior_weight
+        found = recommend(model, data, samples, policy, args, prior=prior, prior_weight=weight)
         results[f"+ {args.prior} (weight {weight:g})"] = found
         write_csv(path.with_name(f"{path.stem}-{args.prior}{path.suffix}"), data, samples, found)
     results |= yardsticks(data, samples, catalog, None if args.exclude_seen else 100)
@@ -81,6 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
     parser.add_argument("--search", choices=SEARCHES, default="beam")
     parser.add_argument("--num_beams", type=int, default=max(KS), help="of both searches; at least %(default)s")
+    parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained)")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
     parser.add_argument("--prior", choices=["none", *PRIORS], default="none", help="another row, with this prior")
     parser.add_argument("--prior_weight", type=float, help="of the prior (default: fitted on the validation split)")
@@ -91,8 +100,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--output", help="the CSV (default: beside the model)")
     args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit: expected at least 1, got {args.limit}")
+    for name in ("limit", "max_items"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     check_prior(parser, args)
     if args.metric == "paper" and (args.exclude_seen or args.num_beams != max(KS)):
         parser.error(
@@ -116,7 +126,17 @@ def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--prior_weight: expected at least 0, got {args.prior_weight}")
 
 
-def fitted_weight(model: pk.PatchedCausalLM, data: Interactions, prior: Any, args: argparse.Namespace) -> float:
+def chosen_policy(model: pk.PatchedCausalLM, args: argparse.Namespace) -> AnyPolicy:
+    """The model's, with fewer items or more if that is asked for."""
+    if model.policy is None:
+        raise ValueError(f"checkpoint: expected a model saved with its policy, got {args.checkpoint!r} without one")
+    policy: Any = model.policy
+    return policy if args.max_items is None else replace(policy, max_items=args.max_items)
+
+
+def fitted_weight(
+    model: pk.PatchedCausalLM, data: Interactions, policy: AnyPolicy, prior: Any, args: argparse.Namespace
+) -> float:
     """The best on validation samples, spread evenly over the split."""
     samples = data.samples("val")
     if not samples.users.size:
@@ -127,7 +147,7 @@ def fitted_weight(model: pk.PatchedCausalLM, data: Interactions, prior: Any, arg
         model,
         data.before(samples),
         data.targets(samples),
-        model.policy,
+        policy,
         prior,
         k=max(KS),
         exclude_seen=args.exclude_seen,
@@ -139,16 +159,19 @@ def fitted_weight(model: pk.PatchedCausalLM, data: Interactions, prior: Any, arg
 
 
 def recommend(
-    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, args: argparse.Namespace, **options: Any
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    samples: Samples,
+    policy: AnyPolicy,
+    args: argparse.Namespace,
+    **options: Any,
 ) -> list[Evaluation]:
     """One evaluation for all k, or, as the paper decodes anew for each k, one per k."""
-    if model.policy is None:
-        raise ValueError(f"checkpoint: expected a model saved with its policy, got {args.checkpoint!r} without one")
     histories, targets = data.before(samples), data.targets(samples)
     if args.metric == "paper":
         return [
             evaluate(
-                generate_titles(model, histories, model.policy, num_beams=k, batch_size=args.batch_size),
+                generate_titles(model, histories, policy, num_beams=k, batch_size=args.batch_size),
                 targets,
                 [k],
                 "paper",
@@ -158,6 +181,7 @@ def recommend(
         ]
     lists = model.recommend(
         histories,
+        policy,
         k=max(KS),
         num_beams=args.num_beams,
         search=args.search,

@@ -95,6 +95,14 @@ def test_stages_follow_each_other_and_are_evaluated(
     expected = count(lists, data.targets(samples), catalog=model.catalog)
     assert found.ranks.tolist() == expected.ranks.tolist()
 
+    capsys.readouterr()
+    (short,) = evaluate.main([*command, "--max_items", "2"])["this model"]
+    rows_each = pk.build_layout(model.catalog, data.before(samples), pk.TextOnly(2), model.prompt).num_rows
+    assert f"{rows_each / samples.users.size:.1f} rows a prompt, compression 1.00" in capsys.readouterr().out
+    lists = model.recommend(data.before(samples), pk.TextOnly(2))
+    expected = count(lists, data.targets(samples), catalog=model.catalog)
+    assert short.ranks.tolist() == expected.ranks.tolist() != found.ranks.tolist()
+
 
 def test_a_prior_is_a_row_of_its_own(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -251,9 +259,10 @@ def test_paper_metric_refuses_what_its_protocol_lacks(capsys: pytest.CaptureFixt
         (["--prior", "popularity", "--metric", "paper"], "--prior: expected none with --metric paper or --search"),
         (["--prior", "popularity", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
         (["--fit_limit", "0"], "--fit_limit: expected at least 1, got 0"),
+        (["--max_items", "0"], "--max_items: expected at least 1, got 0"),
     ],
 )
-def test_flags_of_a_prior(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_evaluation(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         evaluate.main(["somewhere", "--data", "synthetic", *flags])
     assert message in capsys.readouterr().err

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimisation step, written the obvious way and with patchkern: samples per second and peak memory.
+r"""One optimisation step, written the obvious way and with patchkern: samples per second and peak memory.
 
     python bench/bench_training.py                      # ml-1m and the Llama-3 tokenizer if at hand, else a stand-in
     python bench/bench_training.py --policies items --rounds 3
     python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --name training-deep
-    python bench/bench_training.py --targets all --rounds 5 --name training-passes
+    python bench/bench_training.py --targets all --most_items 300 --rounds 5 --name training-passes-large-vocabulary
+    python bench/bench_training.py --targets all --vocab_size 4096 --hidden_size 128 --layers 2 --batch_size 8 \
+        --rounds 3 --name training-passes
 
 "reference" is what a training script does without patchkern: a Python loop embeds item by item and pools the old ones,
 the sequences are padded on the right, and the model computes all logits under an attention mask and a cross-entropy.
@@ -14,7 +16,8 @@ Same weights, same samples, same AdamW.
 With --targets all, two ways to learn every target of a whole user are compared, both patchkern's: "one per pass" packs
 a sample for each target, with a history of its own, in passes of about 16,384 rows whose gradients add up to one step;
 "all per pass" computes the history once (`build_training_layout`). Histories are not cut, so that the two losses are
-the same; users with more than 300 items, for whom the difference is largest, are left out.
+the same. The fourth command is for one user at a time, where the logits are most of what is left, and leaves out the
+longest, for whom the difference is largest; the fifth is a model that one trains from scratch.
 
 Each provider is a process of its own, so that its peak memory is its own: the largest resident set, less what the
 process held once everything was imported and read. The two take turns, so that a busy machine slows both; ratios are
@@ -59,7 +62,6 @@ BATCH_SIZES = {"text": 8, "items": 16, "sessions": 32}
 TOLERANCE = 1e-4
 # --targets all
 ROWS_PER_PASS = 16_384
-MOST_ITEMS = 300
 
 
 # ------------------------------------------------------------------ the two ways to a loss
@@ -134,9 +136,12 @@ def patchkern_loss(
     return model(pk.build_layout(workload.catalog, histories, policy, workload.prompt, targets)).loss
 
 
-def whole_users(workload: Workload, count: int, seed: int) -> tuple[pk.Histories, np.ndarray]:
+def whole_users(
+    workload: Workload, count: int, seed: int, most_items: int | None = None
+) -> tuple[pk.Histories, np.ndarray]:
     """Random users and the range of their targets: every interaction with at least 3 before it."""
-    short = np.flatnonzero(workload.histories.lengths <= MOST_ITEMS)
+    lengths = workload.histories.lengths
+    short = np.flatnonzero(lengths <= (lengths.max() if most_items is None else most_items))
     histories = workload.histories.take(np.random.default_rng(seed).choice(short, count, replace=False))
     return histories, np.stack([np.full(count, 3), histories.lengths - 1], axis=1)
 
@@ -213,14 +218,18 @@ def make_model(hidden_size: int, layers: int, vocabulary: int) -> LlamaForCausal
 def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.Policy) -> None:
     """Answer each batch number with a `Turn`."""
     torch.set_num_threads(args.threads)
-    workload = ml1m()
+    workload = ml1m(args.vocab_size)
     before = resident()
-    hf_model = make_model(args.hidden_size, args.layers, VOCABULARY)
+    hf_model = make_model(args.hidden_size, args.layers, args.vocab_size or VOCABULARY)
     model: Any = hf_model
     if provider != "reference":
         model = pk.PatchedCausalLM(hf_model, workload.catalog, workload.prompt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    draw = workload.samples if args.targets == "one" else functools.partial(whole_users, workload)
+    draw = (
+        workload.samples
+        if args.targets == "one"
+        else functools.partial(whole_users, workload, most_items=args.most_items)
+    )
     pipe.send("ready")
     for number in iter(pipe.recv, None):
         batch = draw(args.batch_size, seed=number)
@@ -301,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--targets", choices=PROVIDERS, default="one", help="of a user in one pass")
     parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}; with --targets all 1 user")
+    parser.add_argument("--most_items", type=int, help="with --targets all: leave out users who have more")
+    parser.add_argument("--vocab_size", type=int, help="of a tokenizer fitted to the titles (default: Llama-3's own)")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -309,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     table = Table(args.name)
-    workload = ml1m()
+    workload = ml1m(args.vocab_size)
     data = workload.name
     slow, fast = PROVIDERS[args.targets]
     sizes = BATCH_SIZES if args.targets == "one" else dict.fromkeys(BATCH_SIZES, 1)
@@ -318,8 +329,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.batch_size = sizes[mode]
         chosen: Any = POLICIES[mode]
         policy: pk.Policy = chosen if args.targets == "one" else replace(chosen, max_items=None)
-        config = {"data": data, "policy": str(policy), "vocabulary": VOCABULARY, "dtype": "float32"}
+        config = {"data": data, "policy": str(policy), "vocabulary": args.vocab_size or VOCABULARY, "dtype": "float32"}
         config |= {name: getattr(args, name) for name in ("batch_size", "hidden_size", "layers", "rounds")}
+        if args.targets == "all":
+            config["most_items"] = args.most_items
         turns, memory = compare(args, policy)
         wall, processor, targets = (
             Timing({provider: np.array([getattr(turn, field) for turn in turns[provider]]) for provider in turns})

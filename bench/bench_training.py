@@ -6,7 +6,7 @@ r"""One optimisation step, written the obvious way and with patchkern: samples p
     python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --name training-deep
     python bench/bench_training.py --targets all --most_items 300 --rounds 5 --name training-passes-large-vocabulary
     python bench/bench_training.py --targets all --vocab_size 4096 --hidden_size 128 --layers 2 --batch_size 8 \
-        --rounds 3 --name training-passes
+        --rows_per_pass 4096 --rounds 5 --name training-passes
 
 "reference" is what a training script does without patchkern: a Python loop embeds item by item and pools the old ones,
 the sequences are padded on the right, and the model computes all logits under an attention mask and a cross-entropy.
@@ -14,10 +14,10 @@ the sequences are padded on the right, and the model computes all logits under a
 Same weights, same samples, same AdamW.
 
 With --targets all, two ways to learn every target of a whole user are compared, both patchkern's: "one per pass" packs
-a sample for each target, with a history of its own, in passes of about 16,384 rows whose gradients add up to one step;
-"all per pass" computes the history once (`build_training_layout`). Histories are not cut, so that the two losses are
-the same. The fourth command is for one user at a time, where the logits are most of what is left, and leaves out the
-longest, for whom the difference is largest; the fifth is a model that one trains from scratch.
+a sample for each target, with a history of its own; "all per pass" computes the history once (`build_training_layout`).
+Both take passes of about --rows_per_pass rows, whose gradients add up to one step. Histories are not cut, so that the
+two losses are the same. The fourth command is for one user at a time, where the logits are most of what is left, and
+leaves out the longest, for whom the difference is largest; the fifth is a model as one trains it from scratch.
 
 Each provider is a process of its own, so that its peak memory is its own: the largest resident set, less what the
 process held once everything was imported and read. The two take turns, so that a busy machine slows both; ratios are
@@ -60,8 +60,6 @@ PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per
 # The largest powers of two with which the reference step stays below 8 GiB.
 BATCH_SIZES = {"text": 8, "items": 16, "sessions": 32}
 TOLERANCE = 1e-4
-# --targets all
-ROWS_PER_PASS = 16_384
 
 
 # ------------------------------------------------------------------ the two ways to a loss
@@ -162,26 +160,46 @@ def sample_rows(
     return pk.row_counts(catalog, histories, policy, prompt) + answers, answers
 
 
+def in_passes(rows: np.ndarray, rows_per_pass: int) -> list[np.ndarray]:
+    """Consecutive samples or users of about so many rows."""
+    return np.split(np.arange(rows.size), np.flatnonzero(np.diff(rows.cumsum() // rows_per_pass)) + 1)
+
+
 def one_per_pass(
-    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
+    model: pk.PatchedCausalLM,
+    workload: Workload,
+    histories: pk.Histories,
+    ranges: np.ndarray,
+    policy: pk.Policy,
+    rows_per_pass: int,
 ) -> Iterator[Tensor]:
     before, targets = every_sample(histories, ranges)
     rows, answers = sample_rows(workload, before, targets, policy)
-    for part in np.split(np.arange(rows.size), np.flatnonzero(np.diff(rows.cumsum() // ROWS_PER_PASS)) + 1):
+    for part in in_passes(rows, rows_per_pass):
         layout = pk.build_layout(workload.catalog, before.take(part), policy, workload.prompt, targets[part])
         yield model(layout, num_items_in_batch=int(answers.sum())).loss
 
 
 def all_per_pass(
-    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, ranges: np.ndarray, policy: pk.Policy
+    model: pk.PatchedCausalLM,
+    workload: Workload,
+    histories: pk.Histories,
+    ranges: np.ndarray,
+    policy: pk.Policy,
+    rows_per_pass: int,
 ) -> Iterator[Tensor]:
-    yield model(pk.build_training_layout(workload.catalog, histories, policy, workload.prompt, ranges)).loss
+    catalog, prompt = workload.catalog, workload.prompt
+    _, targets = every_sample(histories, ranges)
+    supervised = int((catalog.lengths[catalog.index_of(targets)] + len(prompt.response_end)).sum())
+    for part in in_passes(pk.training_rows(catalog, histories, policy, prompt, ranges), rows_per_pass):
+        layout = pk.build_training_layout(catalog, histories.take(part), policy, prompt, ranges[part])
+        yield model(layout, num_items_in_batch=supervised).loss
 
 
 # Each yields shares of a step's loss, one for each pass.
 PASSES: dict[str, Callable[..., Iterator[Tensor]]] = {
-    "reference": lambda *batch: iter([reference_loss(*batch)]),
-    "patchkern": lambda *batch: iter([patchkern_loss(*batch)]),
+    "reference": lambda *batch, **_: iter([reference_loss(*batch)]),
+    "patchkern": lambda *batch, **_: iter([patchkern_loss(*batch)]),
     "one per pass": one_per_pass,
     "all per pass": all_per_pass,
 }
@@ -235,7 +253,7 @@ def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.P
         batch = draw(args.batch_size, seed=number)
         wall, processor = time.perf_counter(), time.process_time()
         losses = []
-        for loss in PASSES[provider](model, workload, *batch, policy):
+        for loss in PASSES[provider](model, workload, *batch, policy, rows_per_pass=args.rows_per_pass):
             loss.backward()
             losses.append(loss.item())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
@@ -311,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", choices=PROVIDERS, default="one", help="of a user in one pass")
     parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}; with --targets all 1 user")
     parser.add_argument("--most_items", type=int, help="with --targets all: leave out users who have more")
+    parser.add_argument("--rows_per_pass", type=int, default=16_384, help="with --targets all (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="of a tokenizer fitted to the titles (default: Llama-3's own)")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -332,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = {"data": data, "policy": str(policy), "vocabulary": args.vocab_size or VOCABULARY, "dtype": "float32"}
         config |= {name: getattr(args, name) for name in ("batch_size", "hidden_size", "layers", "rounds")}
         if args.targets == "all":
-            config["most_items"] = args.most_items
+            config |= {name: getattr(args, name) for name in ("most_items", "rows_per_pass")}
         turns, memory = compare(args, policy)
         wall, processor, targets = (
             Timing({provider: np.array([getattr(turn, field) for turn in turns[provider]]) for provider in turns})

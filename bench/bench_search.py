@@ -13,8 +13,8 @@ Parts:
   those of one. Before anything is timed, the scores of "generate" and "published" must agree with ours.
 - policies: the same engine on whole histories of the ml-1m users with more than 500 items: text, ItemPatches(20),
   SessionPatches(20), seconds per user, and the peak memory of a batch, predicted and measured.
-- scaling: one synthetic user with up to 100,000 items under SessionPatches(20): bytes and seconds of the prompt,
-  seconds of a step with 1 and with 20 beams.
+- scaling: one synthetic user with up to 100,000 items under SessionPatches(20): bytes and seconds of the prompt, all
+  keys and values and the seconds of a step with 1 and with 20 beams. bench/plot_scaling.py draws it.
 - extend: a cached user with 1,000 items and 10 new events, against computing the prompt anew. What can be saved is
   the part of the prompt that does not change: all but the latest items and the suffix.
 
@@ -350,6 +350,9 @@ def scaling(table: Table, args: argparse.Namespace) -> None:
         per_row = peak.bytes / layout.num_rows
         table.add("patchkern", "scaling", "prompt", "s", seconds.quantiles("prompt"), config)
         table.add("patchkern", "scaling", "prompt, peak memory per row", "B", (per_row,) * 3, config)
+        for beams in (1, args.width):
+            stored = stored_bytes(model, history, policy, beams)
+            table.add("patchkern", "scaling", f"keys and values, {beams} beams", "B", (stored,) * 3, config)
         for name in steps.seconds:
             table.add("patchkern", "scaling", f"step, {name}", "s", steps.quantiles(name), config)
 

@@ -87,8 +87,8 @@ STEPS = (
         6,
         "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies peers scaling "
         "--rounds 2 --long-batch 58 --name search_cuda",
-        "{python} bench/bench_search.py --shape tiny --parts policies --long-users 1 --long-rounds 1 "
-        "--name search_cuda",
+        "{python} bench/bench_search.py --shape tiny --parts policies scaling --long-users 1 --long-rounds 1 "
+        "--scaling-items 200 400 --name search_cuda",
     ),
     Step(
         "long-history",
@@ -102,6 +102,12 @@ STEPS = (
         1,
         "{python} bench/plot.py --folder {out} --dtype bfloat16",
         "{python} bench/plot.py --folder {out} --dtype bfloat16",
+    ),
+    Step(
+        "plot-scaling",
+        1,
+        "{python} bench/plot_scaling.py {out}/search_cuda.csv",
+        "{python} bench/plot_scaling.py {out}/search_cuda.csv",
     ),
 )
 

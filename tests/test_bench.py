@@ -222,6 +222,20 @@ def test_plot_of_the_published_tables(tmp_path: Path) -> None:
         plot.read(plot.RESULTS / "pool_rows.csv", 3, None)
 
 
+def test_plot_of_the_scaling(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plot_scaling
+
+    (tmp_path / "search.csv").write_bytes((plot_scaling.RESULTS / "search.csv").read_bytes())
+    (written,) = plot_scaling.main([str(tmp_path / "search.csv")])
+    assert written.name == "search-scaling.png" and written.read_bytes()[:4] == b"\x89PNG"
+    points, _ = plot_scaling.read(plot_scaling.RESULTS / "search.csv")
+    assert {point.rows for point in points["prompt"]} == {point.rows for point in points["step, 20 beams"]}
+    assert all(point.p20 <= point.p50 <= point.p80 for found in points.values() for point in found)
+    with pytest.raises(ValueError, match="scaling"):
+        plot_scaling.read(plot_scaling.RESULTS / "search-peers.csv")
+
+
 # ------------------------------------------------------------------ everything in one go
 
 

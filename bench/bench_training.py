@@ -5,8 +5,8 @@ r"""One optimisation step, written the obvious way and with patchkern: samples p
     python bench/bench_training.py --policies items --rounds 3
     python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --name training-deep
     python bench/bench_training.py --targets all --most_items 300 --rounds 5 --name training-passes-large-vocabulary
-    python bench/bench_training.py --targets all --vocab_size 4096 --hidden_size 128 --layers 2 --batch_size 8 \
-        --rows_per_pass 4096 --rounds 5 --name training-passes
+    python bench/bench_training.py --targets all --vocab_size 4096 --hidden_size 128 --layers 2 --batch_size 32 \
+        --rows_per_pass 4096 --rounds 3 --name training-passes
 
 "reference" is what a training script does without patchkern: a Python loop embeds item by item and pools the old ones,
 the sequences are padded on the right, and the model computes all logits under an attention mask and a cross-entropy.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searching a catalogue: users per second, memory, and how both grow with the history.
 
-    python bench/bench_search.py                               # all parts, about 12 minutes on one core
+    python bench/bench_search.py                               # all parts, about 25 minutes on one core
     python bench/bench_search.py --parts peers --users 16
     python bench/bench_search.py --device cuda --shape 1b --budget 40GiB
 
@@ -15,8 +15,8 @@ Parts:
   SessionPatches(20), seconds per user, and the peak memory of a batch, predicted and measured.
 - scaling: one synthetic user with up to 100,000 items under SessionPatches(20): bytes and seconds of the prompt, all
   keys and values and the seconds of a step with 1 and with 20 beams. bench/plot_scaling.py draws it.
-- extend: a cached user with 1,000 items and 10 new events, against computing the prompt anew. What can be saved is
-  the part of the prompt that does not change: all but the latest items and the suffix.
+- extend: a cached user with up to 5,000 items and 10 new events, against computing the prompt anew. What can be saved
+  is the part of the prompt that does not change: all but the latest items and the suffix.
 
 Without ../shared the users are synthetic. The model is a small Llama with random weights and a tokenizer fitted on the
 titles; time does not depend on what the weights have learnt, but for the searches that stop early when the best titles
@@ -218,7 +218,7 @@ def peers(table: Table, args: argparse.Namespace) -> None:
     model = make_model(data, args)
     plain = copy.deepcopy(model.hf_model)
     plain.set_attn_implementation("sdpa")
-    # a sample each of users from all over the split
+    # a sample each of users from all over the split, fewer where it has fewer
     samples = data.samples("test")
     of_users = np.unique(samples.users, return_index=True)[1]
     chosen = of_users[np.linspace(0, of_users.size - 1, min(args.users, of_users.size)).astype(np.int64)]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many history items a second `build_layout` plans on one core.
+"""How many rows a second `build_layout` and `build_training_layout` plan on one core.
 
     python bench/bench_layout.py
 
-The whole of `build_layout` is timed: cut, look-up of item ids, policy, rows and the gradient's transpose, with
-targets. `plan` and `transpose` are its two native parts, `numpy` the same layout by the NumPy planner; both planners'
-arrays are compared first. CPU time of the one thread, so that busy neighbours only cost cache.
+The whole of either is timed: cut, look-up of item ids, policy, rows and the gradient's transpose, with targets. `plan`
+and `transpose` are the two native parts of the former, `numpy` the same layout by the NumPy planner; both planners'
+arrays are compared first. `build_training_layout` plans all targets of as many users as a pass holds. CPU time of the
+one thread, so that busy neighbours only cost cache.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ import patchkern as pk
 from bench import timing, workloads
 from patchkern import layout as layout_module
 from patchkern import planning, planning_native
+from patchkern.policies import TrunkPolicy
 
 
 def with_planner(planner: object, call: Callable[[], pk.PatchLayout]) -> Callable[[], pk.PatchLayout]:
@@ -55,59 +58,95 @@ def equal(left: pk.PatchLayout, right: pk.PatchLayout) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512], help="samples of `build_layout`")
+    parser.add_argument("--passes", type=int, nargs="+", default=[8192, 32768], help="rows of a training pass")
     parser.add_argument("--seconds", type=float, default=2.0, help="spent on each batch and policy")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     workload = workloads.ml1m()
     table = timing.Table("layout")
-    for size in arguments.batches:
-        histories, targets = workload.samples(size)
-        for name, policy in workloads.POLICIES.items():
-            run_one(table, workload, histories, targets, name, policy, arguments.seconds)
+    for name, policy in workloads.POLICIES.items():
+        for size in arguments.batches:
+            time_samples(table, workload, name, policy, size, arguments.seconds)
+        for rows in arguments.passes if isinstance(policy, TrunkPolicy) else ():
+            time_pass(table, workload, name, policy, rows, arguments.seconds)
     table.write()
 
 
-def run_one(
-    table: timing.Table,
-    workload: workloads.Workload,
-    histories: pk.Histories,
-    targets: np.ndarray,
-    name: str,
-    policy: pk.Policy,
-    seconds: float,
+def time_samples(
+    table: timing.Table, workload: workloads.Workload, name: str, policy: pk.Policy, size: int, seconds: float
 ) -> None:
     catalog, prompt = workload.catalog, workload.prompt
+    histories, targets = workload.samples(size)
 
     def build() -> pk.PatchLayout:
         return pk.build_layout(catalog, histories, policy, prompt, targets)
 
-    native, numpy = with_planner(planning_native, build), with_planner(planning, build)
-    layout = native()
-    if not equal(layout, numpy()):
-        sys.exit(f"{name}: the native and the NumPy planner disagree; nothing was timed")
+    layout = agreed(build, name)
     kept = histories.latest(policy.max_items)
-    items = kept.items.size
     index, levels, target_index = catalog.index_of(kept.items), policy.levels(kept), catalog.index_of(targets)
     rows = planning_native.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index)[:5]
     calls: dict[str, Callable[[], object]] = {
-        "native": native,
-        "numpy": numpy,
+        "native": with_planner(planning_native, build),
+        "numpy": with_planner(planning, build),
         "plan": lambda: planning_native.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index),
         "transpose": lambda: planning_native.transpose_rows(*rows),
     }
-    # One after the other, as in a data loader's worker: in turns, each would find what the others left in the caches.
+    config = {"data": workload.name, "batch": len(kept), "policy": name}
+    amounts = {"history items": kept.items.size, "rows": layout.num_rows}
+    time_alone(table, "build_layout", calls, config, amounts, seconds)
+
+
+def time_pass(
+    table: timing.Table, workload: workloads.Workload, name: str, policy: pk.Policy, rows: int, seconds: float
+) -> None:
+    catalog, prompt = workload.catalog, workload.prompt
+    users = np.random.default_rng(0).permutation(len(workload.histories))[:1000]
+    histories = workload.histories.take(users)
+    ranges = np.stack([np.full(len(histories), 3), histories.lengths - 1], axis=1)
+    needed = pk.training_rows(catalog, histories, policy, prompt, ranges)
+    chosen = np.flatnonzero(needed <= rows)
+    chosen = chosen[np.cumsum(needed[chosen]) <= rows]
+    histories, ranges = histories.take(chosen), ranges[chosen]
+
+    def build() -> pk.PatchLayout:
+        return pk.build_training_layout(catalog, histories, policy, prompt, ranges)
+
+    layout = agreed(build, name)
+    calls = {"native": with_planner(planning_native, build), "numpy": with_planner(planning, build)}
+    config = {"data": workload.name, "pass": rows, "policy": name}
+    amounts = {"targets": int((ranges[:, 1] - ranges[:, 0] + 1).clip(0).sum()), "rows": layout.num_rows}
+    time_alone(table, "build_training_layout", calls, config, amounts, seconds)
+
+
+def agreed(build: Callable[[], pk.PatchLayout], name: str) -> pk.PatchLayout:
+    layout = with_planner(planning_native, build)()
+    if not equal(layout, with_planner(planning, build)()):
+        sys.exit(f"{name}: the native and the NumPy planner disagree; nothing was timed")
+    return layout
+
+
+def time_alone(
+    table: timing.Table,
+    mode: str,
+    calls: Mapping[str, Callable[[], object]],
+    config: dict[str, Any],
+    amounts: dict[str, int],
+    seconds: float,
+) -> None:
+    """One after the other, as in a data loader's worker: in turns, each would find what the others left in caches."""
     times = timing.Timing({})
     for provider, call in calls.items():
         alone = timing.measure({provider: call}, seconds=seconds / len(calls), max_rounds=2000, clock=time.thread_time)
         times.seconds.update(alone.seconds)
-    config = {"data": workload.name, "batch": len(kept), "policy": name, "items": items, "rows": layout.num_rows}
-    print(f"\n{config}")
+    config = config | amounts
+    print(f"\n{mode} {config}")
     for provider in calls:
         p20, p50, p80 = times.quantiles(provider)
-        table.add(provider, "build_layout", "time", "us", (1e6 * p20, 1e6 * p50, 1e6 * p80), config)
-        rate = (items / p80 / 1e6, items / p50 / 1e6, items / p20 / 1e6)
-        table.add(provider, "build_layout", "history items", "million/s", rate, config)
+        table.add(provider, mode, "time", "us", (1e6 * p20, 1e6 * p50, 1e6 * p80), config)
+        for what, amount in amounts.items():
+            rate = (amount / p80 / 1e6, amount / p50 / 1e6, amount / p20 / 1e6)
+            table.add(provider, mode, what, "million/s", rate, config)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ Result result(const Outcome& outcome) { return {static_cast<int>(outcome.status)
 
 Batch batch_of(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items,
                int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
-               uintptr_t prompt, int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end) {
+               uintptr_t heads, uintptr_t hidden, uintptr_t prompt, int64_t prefix, int64_t separator, int64_t suffix,
+               int64_t response_end) {
   // the prompt's parts lie one after the other
   const int32_t* ids = at<const int32_t>(prompt);
   const Tokens parts[4] = {{ids, prefix},
@@ -36,7 +37,8 @@ Batch batch_of(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t cata
                            {ids + prefix + separator + suffix, response_end}};
   return {at<const int32_t>(catalog_tokens), at<const int32_t>(catalog_offsets), catalog_size,
           at<const int32_t>(items), num_items, at<const int64_t>(user_offsets), num_users,
-          at<const uint8_t>(levels), at<const int32_t>(targets), parts[0], parts[1], parts[2], parts[3]};
+          at<const uint8_t>(levels), at<const int32_t>(targets), at<const uint8_t>(heads), at<const int64_t>(hidden),
+          parts[0], parts[1], parts[2], parts[3]};
 }
 
 }  // namespace
@@ -83,11 +85,12 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "count_rows",
       [](uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items, int64_t num_items,
-         uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets, uintptr_t prompt,
-         int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end, uintptr_t numbers,
-         uintptr_t title_index) {
+         uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets, uintptr_t heads,
+         uintptr_t hidden, uintptr_t prompt, int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end,
+         uintptr_t numbers, uintptr_t title_index) {
         const Batch batch = batch_of(catalog_tokens, catalog_offsets, catalog_size, items, num_items, user_offsets,
-                                     num_users, levels, targets, prompt, prefix, separator, suffix, response_end);
+                                     num_users, levels, targets, heads, hidden, prompt, prefix, separator, suffix,
+                                     response_end);
         RowCounts counts = {};
         const Result outcome = result(count_rows(batch, at<int32_t>(numbers), at<int32_t>(title_index), &counts));
         return std::make_tuple(outcome.first, outcome.second, counts.rows, counts.pooled_items, counts.titles,
@@ -99,13 +102,14 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "fill_rows",
       [](uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items, int64_t num_items,
-         uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets, uintptr_t prompt,
-         int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end, int64_t rows, int64_t titles,
-         int64_t title_tokens, uintptr_t title_index, uintptr_t lo, uintptr_t hi, uintptr_t token_ids,
-         uintptr_t offsets, uintptr_t cu_seqlens, uintptr_t position_ids, uintptr_t labels, uintptr_t logit_rows,
-         uintptr_t logit_labels) {
+         uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets, uintptr_t heads,
+         uintptr_t hidden, uintptr_t prompt, int64_t prefix, int64_t separator, int64_t suffix, int64_t response_end,
+         int64_t rows, int64_t titles, int64_t title_tokens, uintptr_t title_index, uintptr_t lo, uintptr_t hi,
+         uintptr_t token_ids, uintptr_t offsets, uintptr_t cu_seqlens, uintptr_t position_ids, uintptr_t labels,
+         uintptr_t logit_rows, uintptr_t logit_labels) {
         const Batch batch = batch_of(catalog_tokens, catalog_offsets, catalog_size, items, num_items, user_offsets,
-                                     num_users, levels, targets, prompt, prefix, separator, suffix, response_end);
+                                     num_users, levels, targets, heads, hidden, prompt, prefix, separator, suffix,
+                                     response_end);
         RowCounts counts = {};
         counts.rows = rows;
         counts.titles = titles;

@@ -70,8 +70,12 @@ Outcome check(const Batch& batch) {
   }
   if (batch.user_offsets[users] != batch.num_items) return {Status::kHistoryOffsets, users};
   if ((at = first_outside(batch.items, batch.num_items, batch.catalog_size)) >= 0) return {Status::kCatalogItem, at};
-  if (batch.targets != nullptr && (at = first_outside(batch.targets, users, batch.catalog_size)) >= 0) {
-    return {Status::kTarget, at};
+  for (int64_t user = 0; batch.heads != nullptr && user < users; ++user) {
+    if (batch.heads[user] > kNothing) return {Status::kHead, user};
+  }
+  const int32_t lowest = batch.heads == nullptr ? 0 : -1;
+  for (int64_t user = 0; batch.targets != nullptr && user < users; ++user) {
+    if (batch.targets[user] < lowest || batch.targets[user] >= batch.catalog_size) return {Status::kTarget, user};
   }
   bool good = true;
   for (int64_t i = 0; i < batch.num_items; ++i) good &= batch.levels[i] <= kJoin;
@@ -86,6 +90,14 @@ Outcome check(const Batch& batch) {
 int64_t title_length(const Batch& batch, int32_t item) {
   return batch.catalog_offsets[item + 1] - batch.catalog_offsets[item];
 }
+
+Tokens head_of(const Batch& batch, int64_t user) {
+  const uint8_t head = batch.heads == nullptr ? kPrefix : batch.heads[user];
+  return head == kPrefix ? batch.prefix : head == kSeparator ? batch.separator : Tokens{nullptr, 0};
+}
+
+// A span that ends with its last entry: others go on from it.
+bool is_open(const Batch& batch, int64_t user) { return batch.targets != nullptr && batch.targets[user] < 0; }
 
 // Appends literal rows.
 struct RowWriter {
@@ -125,9 +137,10 @@ Outcome count_rows(const Batch& batch, int32_t* numbers, int32_t* title_index, R
         }
       }
     }
-    int64_t rows = batch.prefix.count + entry_rows + std::max<int64_t>(entries - 1, 0) * batch.separator.count +
-                   batch.suffix.count;
-    if (batch.targets != nullptr) {
+    int64_t rows =
+        head_of(batch, user).count + entry_rows + std::max<int64_t>(entries - 1, 0) * batch.separator.count;
+    if (!is_open(batch, user)) rows += batch.suffix.count;
+    if (batch.targets != nullptr && !is_open(batch, user)) {
       const int64_t response = title_length(batch, batch.targets[user]) + batch.response_end.count;
       counts->supervised += rows > 0 ? response : std::max<int64_t>(response - 1, 0);
       rows += response;
@@ -154,7 +167,7 @@ int64_t fill_rows(const Batch& batch, const RowCounts& counts, const int32_t* ti
   for (int64_t user = 0; user < batch.num_users; ++user) {
     const int64_t first_row = writer.lo - arrays.lo;
     const int64_t begin = batch.user_offsets[user], end = batch.user_offsets[user + 1];
-    writer.literals(batch.prefix);
+    writer.literals(head_of(batch, user));
     for (int64_t i = begin; i < end;) {
       if (i > begin) writer.literals(batch.separator);
       if (batch.levels[i] == kText) {
@@ -169,8 +182,8 @@ int64_t fill_rows(const Batch& batch, const RowCounts& counts, const int32_t* ti
       } while (i < end && batch.levels[i] == kJoin);
       arrays.hi[writer.lo++ - arrays.lo] = pooled;
     }
-    writer.literals(batch.suffix);
-    if (batch.targets != nullptr) {
+    if (!is_open(batch, user)) writer.literals(batch.suffix);
+    if (batch.targets != nullptr && !is_open(batch, user)) {
       const int64_t response = writer.lo - arrays.lo;
       const int32_t target = batch.targets[user];
       writer.literals(batch.catalog_tokens + batch.catalog_offsets[target], title_length(batch, target));
@@ -183,7 +196,8 @@ int64_t fill_rows(const Batch& batch, const RowCounts& counts, const int32_t* ti
       }
     }
     const int64_t rows = writer.lo - arrays.lo - first_row;
-    for (int64_t position = 0; position < rows; ++position) arrays.position_ids[first_row + position] = position;
+    const int64_t hidden = batch.hidden == nullptr ? 0 : batch.hidden[user];
+    for (int64_t row = 0; row < rows; ++row) arrays.position_ids[first_row + row] = hidden + row;
     arrays.cu_seqlens[user + 1] = static_cast<int32_t>(first_row + rows);
   }
 

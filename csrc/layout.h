@@ -19,6 +19,9 @@ struct Tokens {
   int64_t count;
 };
 
+// What a span begins with; kPrefix where there are no heads.
+enum Head : uint8_t { kPrefix = 0, kSeparator = 1, kNothing = 2 };
+
 struct Batch {
   const int32_t *catalog_tokens, *catalog_offsets;  // valid by construction of the catalog
   int64_t catalog_size;
@@ -27,7 +30,9 @@ struct Batch {
   const int64_t* user_offsets;
   int64_t num_users;
   const uint8_t* levels;
-  const int32_t* targets;  // one per user, or null
+  const int32_t* targets;  // one per user, or null; with heads, -1 for a span that ends with its last entry
+  const uint8_t* heads;    // one `Head` per user, or null
+  const int64_t* hidden;   // rows before each user's span that its positions go on from, or null
   Tokens prefix, separator, suffix, response_end;
 };
 

@@ -36,6 +36,7 @@ enum class Status : int {
   kTooManyRows = 16,      // the batch needs `position` rows, tokens or contributions: more than 2^31 - 1
   kLargeDivisor = 17,     // title length x session size of contribution `position` exceeds 2^31 - 1
   kTitleIndex = 18,       // title_index[position] outside [0, num_table_rows)
+  kHead = 19,             // heads[position] is no head
 };
 
 struct Outcome {

@@ -16,7 +16,7 @@ from torch import Tensor
 from patchkern import planning
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories, HistoriesLike, is_sequence
-from patchkern.planning import RowPlan
+from patchkern.planning import Int32, RowPlan, Spans
 from patchkern.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
 from patchkern.prompt import Prompt
 
@@ -313,16 +313,32 @@ def build_layout(
         levels = policy.fit(kept, catalog.lengths[index], prompt)
     else:
         levels = policy.levels(kept)
-    _check_levels(levels, kept)
-    plan: RowPlan = planner.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index)
+    layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
+    wanted = targets is not None if transpose is None else transpose
+    return layout.with_transpose() if wanted else layout
+
+
+def plan_layout(
+    catalog: Catalog,
+    histories: Histories,
+    index: Int32,
+    levels: Levels,
+    prompt: Prompt,
+    targets: Int32 | None,
+    spans: Spans | None = None,
+) -> PatchLayout:
+    """What the planner makes of histories, the ``(N,)`` catalogue positions of their items and a policy's levels.
+
+    Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
+    """
+    _check_levels(levels, histories)
+    plan: RowPlan = planner.plan_rows(catalog, index, histories.offsets, levels, prompt, targets, spans)
     values: dict[str, Any] = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in plan._asdict().items()
     }
     values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
-    layout = PatchLayout._trusted(values)
-    wanted = targets is not None if transpose is None else transpose
-    return layout.with_transpose() if wanted else layout
+    return PatchLayout._trusted(values)
 
 
 def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_users: int) -> NDArray[np.int32]:

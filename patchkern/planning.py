@@ -7,6 +7,7 @@ oracle, the documentation, and the way without a compiler.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,23 @@ from patchkern.prompt import Prompt
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+
+
+class Head(IntEnum):
+    """What a span begins with."""
+
+    PREFIX = 0
+    SEPARATOR = 1
+    NOTHING = 2
+
+
+class Spans(NamedTuple):
+    """What makes B spans of B users: not every one is a prompt of its own."""
+
+    heads: NDArray[np.uint8]
+    """``(B,)`` one `Head` per span"""
+    hidden: Int64
+    """``(B,)`` rows that stand before the span in its prompt; its positions go on from there"""
 
 
 class RowPlan(NamedTuple):
@@ -50,7 +68,13 @@ class TransposePlan(NamedTuple):
 
 
 def plan_rows(
-    catalog: Catalog, items: Int32, user_offsets: Int64, levels: Levels, prompt: Prompt, targets: Int32 | None
+    catalog: Catalog,
+    items: Int32,
+    user_offsets: Int64,
+    levels: Levels,
+    prompt: Prompt,
+    targets: Int32 | None,
+    spans: Spans | None = None,
 ) -> RowPlan:
     """Plan every row of a packed batch.
 
@@ -60,7 +84,9 @@ def plan_rows(
         user_offsets: ``(B + 1,)`` where each user's items begin.
         levels: ``(N,)`` one `Level` per item; the caller has checked that no JOIN lacks a patch before it.
         prompt: the fixed parts.
-        targets: ``(B,)`` catalogue positions of the next items, or None.
+        targets: ``(B,)`` catalogue positions of the next items, or None; with ``spans``, -1 makes a span end with its
+            last entry, without suffix and response.
+        spans: None where every user is a prompt of its own.
 
     Raises:
         ValueError: more than 2^31 - 1 rows.
@@ -85,19 +111,23 @@ def plan_rows(
 
     # The batch as segments (user, where in the pool, rows), ordered within a user by `rank`.
     every_user = np.arange(n_users)
+    heads = np.full(n_users, Head.PREFIX) if spans is None else spans.heads
+    head_rows = np.array([parts[0].size, parts[1].size, 0])[heads]
+    closed = every_user if targets is None else np.flatnonzero(targets >= 0)
     nth = np.arange(first.size) - np.repeat(np.cumsum(entries) - entries, entries)
     behind = np.flatnonzero(nth + 1 < entries[entry_user])
     after = 2 * entries + 1
     segments = [
-        (every_user, np.full(n_users, prefix), np.full(n_users, parts[0].size), np.zeros(n_users, np.int64)),
+        (every_user, np.array([prefix, separator, 0])[heads], head_rows, np.zeros(n_users, np.int64)),
         (entry_user, titles + catalog.offsets[entry_item], entry_rows, 2 * nth + 1),
         (entry_user[behind], np.full(behind.size, separator), np.full(behind.size, parts[1].size), 2 * nth[behind] + 2),
-        (every_user, np.full(n_users, suffix), np.full(n_users, parts[2].size), after),
+        (closed, np.full(closed.size, suffix), np.full(closed.size, parts[2].size), after[closed]),
     ]
     if targets is not None:
+        title = targets[closed]
         segments += [
-            (every_user, titles + catalog.offsets[targets], title_lengths[targets], after + 1),
-            (every_user, np.full(n_users, response_end), np.full(n_users, parts[3].size), after + 2),
+            (closed, titles + catalog.offsets[title], title_lengths[title], after[closed] + 1),
+            (closed, np.full(closed.size, response_end), np.full(closed.size, parts[3].size), after[closed] + 2),
         ]
     user, source, rows, rank = (np.concatenate(column).astype(np.int64) for column in zip(*segments, strict=True))
     kind = np.repeat(np.arange(len(segments)), [segment[0].size for segment in segments])
@@ -131,12 +161,13 @@ def plan_rows(
     np.add.at(per_user, user, rows)
     cu_seqlens = np.zeros(n_users + 1, np.int64)
     np.cumsum(per_user, out=cu_seqlens[1:])
-    position_ids = np.arange(total) - np.repeat(cu_seqlens[:-1], per_user)
+    place = np.arange(total) - np.repeat(cu_seqlens[:-1], per_user)
+    position_ids = place if spans is None else place + np.repeat(spans.hidden, per_user)
 
     labels = logit_rows = logit_labels = None
     if targets is not None:
         # Nothing stands before a user's first row, so nothing can predict it.
-        supervised = np.repeat(kind >= 4, rows) & (position_ids > 0)
+        supervised = np.repeat(kind >= 4, rows) & (place > 0)
         labels = np.where(supervised, -1 - lo.astype(np.int64), -100)
         logit_rows = np.flatnonzero(supervised) - 1
         logit_labels = labels[supervised]

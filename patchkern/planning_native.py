@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from patchkern import _native, planning
 from patchkern.catalog import Catalog
-from patchkern.planning import Int32, Int64, RowPlan, TransposePlan
+from patchkern.planning import Int32, Int64, RowPlan, Spans, TransposePlan
 from patchkern.policies import Levels
 from patchkern.prompt import Prompt
 
@@ -21,12 +21,20 @@ _LARGEST_TABLE = 1 << 24
 
 
 def plan_rows(
-    catalog: Catalog, items: Int32, user_offsets: Int64, levels: Levels, prompt: Prompt, targets: Int32 | None
+    catalog: Catalog,
+    items: Int32,
+    user_offsets: Int64,
+    levels: Levels,
+    prompt: Prompt,
+    targets: Int32 | None,
+    spans: Spans | None = None,
 ) -> RowPlan:
     """`planning.plan_rows` in C++."""
     items, user_offsets = np.ascontiguousarray(items, np.int32), np.ascontiguousarray(user_offsets, np.int64)
     levels = np.ascontiguousarray(levels, np.uint8)
     targets = None if targets is None else np.ascontiguousarray(targets, np.int32)
+    heads = None if spans is None else np.ascontiguousarray(spans.heads, np.uint8)
+    hidden = None if spans is None else np.ascontiguousarray(spans.hidden, np.int64)
     parts = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end)
     prompt_ids = np.array([token for part in parts for token in part], np.int32)
     n_users = user_offsets.size - 1
@@ -40,6 +48,8 @@ def plan_rows(
         n_users,
         _address(levels),
         _address(targets),
+        _address(heads),
+        _address(hidden),
         _address(prompt_ids),
         *map(len, parts),
     )

@@ -69,10 +69,14 @@ def fit_tokenizer(titles: Iterable[str], vocab_size: int = 2048) -> PreTrainedTo
     )
 
 
-def scratch_prompt(tokenizer: Any) -> Prompt:
+def scratch_prompt(tokenizer: Any, separator: bool = True) -> Prompt:
     """A prompt of special tokens only: begin, history start | separator | history end | ... | end of sequence.
 
     Works for any tokenizer that knows the three history markers; a beginning-of-sequence token is used if there is one.
+
+    Args:
+        tokenizer: knows the tokens.
+        separator: put one between items; a history of patches alone can do without.
 
     Raises:
         ValueError: a marker or the end-of-sequence token is missing.
@@ -82,9 +86,14 @@ def scratch_prompt(tokenizer: Any) -> Prompt:
     if missing or tokenizer.eos_token_id is None:
         lacking = ", ".join([*missing, *([] if tokenizer.eos_token_id is not None else ["an end-of-sequence token"])])
         raise ValueError(f"tokenizer: expected one with history markers, got one without {lacking}")
-    start, separator, end = (vocabulary[marker] for marker in MARKERS)
+    start, between, end = (vocabulary[marker] for marker in MARKERS)
     begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    return Prompt(prefix=(*begin, start), separator=(separator,), suffix=(end,), response_end=(tokenizer.eos_token_id,))
+    return Prompt(
+        prefix=(*begin, start),
+        separator=(between,) if separator else (),
+        suffix=(end,),
+        response_end=(tokenizer.eos_token_id,),
+    )
 
 
 def scratch_model(

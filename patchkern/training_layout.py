@@ -11,21 +11,18 @@ that it sees in a sample of its own. Loss and gradients are those of the samples
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories, HistoriesLike, check_count
-from patchkern.layout import PatchLayout, build_layout
+from patchkern.layout import PatchLayout, plan_layout
+from patchkern.planning import Head, Int32, Int64, Spans
 from patchkern.policies import AnyPolicy, Level, Levels, TrunkPolicy, check_policy
 from patchkern.prompt import Prompt
-
-Int64 = NDArray[np.int64]
 
 
 class _Samples(NamedTuple):
@@ -36,18 +33,6 @@ class _Samples(NamedTuple):
     start: Int64
     split: Int64  # items of the history that the trunk holds
     trunk: Int64
-
-
-class _Fixed:
-    """The levels of a policy, decided elsewhere."""
-
-    max_items = None
-
-    def __init__(self, levels: Levels) -> None:
-        self._levels = levels
-
-    def levels(self, histories: Histories) -> Levels:
-        return self._levels
 
 
 def build_training_layout(
@@ -93,35 +78,29 @@ def build_training_layout(
     histories = Histories.coerce(histories)
     policy = _trunk_policy(policy)
     samples = _samples(histories, policy, target_ranges, block_size)
-    trunks, branches = _trunks(histories, policy, samples), _branches(histories, policy, samples)
-    if not prompt.suffix and samples.user.size and bool((branches.items.lengths == 0).any()):
+    parts = _parts(catalog, histories, policy, samples)
+    if not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
         raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
-    trunk_layout = build_layout(catalog, trunks.items, _Fixed(trunks.levels), replace(prompt, suffix=()))
-    targets = histories.at(samples.user, samples.position)
-    leads = _leads(samples, branches)
-    parts, order = [trunk_layout], []
-    for group, lead in ((leads, prompt.separator), (~leads, ())):
-        chosen = np.flatnonzero(group)
-        levels = branches.levels[np.repeat(group, branches.items.lengths)]
-        parts.append(
-            build_layout(
-                catalog,
-                branches.items.take(chosen),
-                _Fixed(levels),
-                replace(prompt, prefix=lead),
-                targets[chosen],
-                transpose=False,
-            )
-        )
-        order.append(chosen)
-    branch_of = np.concatenate(order)
-    ends = _rows_before(catalog, trunks, prompt, samples)[branch_of]
-    starts = trunk_layout.cu_seqlens.numpy().astype(np.int64)[samples.trunk[branch_of]]
-    nothing = np.zeros((trunk_layout.num_users, 2), np.int64)
-    prefix = np.concatenate([nothing, np.stack([starts, starts + ends], axis=1)])
-    layout = _continued(join_layouts(parts), torch.from_numpy(prefix.astype(np.int32)))
+    targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
+    hidden = _rows_before(parts, prompt, samples)
+    heads = np.where(_leads(parts, samples), np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
+    nothing = np.zeros(parts.trunks, np.int64)
+    layout = plan_layout(
+        catalog,
+        parts.items,
+        parts.of_catalog,
+        parts.levels,
+        prompt,
+        np.concatenate([np.full(parts.trunks, -1, np.int32), targets]),
+        Spans(np.concatenate([np.full(parts.trunks, Head.PREFIX, np.uint8), heads]), np.append(nothing, hidden)),
+    )
     if max_rows is not None and layout.num_rows > max_rows:
         raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
+    prefix = np.zeros((len(parts.items), 2), np.int32)
+    prefix[parts.trunks :, 0] = layout.cu_seqlens.numpy()[samples.trunk]
+    prefix[parts.trunks :, 1] = prefix[parts.trunks :, 0] + hidden
+    changed = {"prefix": torch.from_numpy(prefix), "max_prefix": int(hidden.max(initial=0))}
+    layout = PatchLayout._trusted({**layout.__dict__, **changed})
     return layout.with_transpose() if transpose else layout
 
 
@@ -138,11 +117,12 @@ def training_rows(
     histories = Histories.coerce(histories)
     policy = _trunk_policy(policy)
     samples = _samples(histories, policy, target_ranges, block_size)
-    trunks, branches = _trunks(histories, policy, samples), _branches(histories, policy, samples)
+    parts = _parts(catalog, histories, policy, samples)
+    own = _entry_rows(parts, len(prompt.separator))
     titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
-    of_trunks = len(prompt.prefix) + _entry_rows(catalog, trunks, len(prompt.separator))
-    of_branches = _entry_rows(catalog, branches, len(prompt.separator)) + titles
-    of_branches += len(prompt.suffix) + len(prompt.response_end) + _leads(samples, branches) * len(prompt.separator)
+    of_trunks = len(prompt.prefix) + own[: parts.trunks]
+    of_branches = own[parts.trunks :] + _leads(parts, samples) * len(prompt.separator) + titles
+    of_branches += len(prompt.suffix) + len(prompt.response_end)
     owner = np.zeros(of_trunks.size, np.int64)
     owner[samples.trunk] = samples.user
     rows = np.zeros(len(histories), np.int64)
@@ -204,20 +184,15 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
     return PatchLayout._trusted(values)
 
 
-def _continued(layout: PatchLayout, prefix: Tensor) -> PatchLayout:
-    """The layout with these prefixes; the positions of a span go on from its prefix's."""
-    hidden = (prefix[:, 1] - prefix[:, 0]).long()
-    positions = layout.position_ids + torch.repeat_interleave(hidden, layout.cu_seqlens.diff().long())
-    longest = int(hidden.max()) if len(hidden) else 0
-    changed = {"prefix": prefix, "max_prefix": longest, "position_ids": positions}
-    return PatchLayout._trusted({**layout.__dict__, **changed})
-
-
-class _Cut(NamedTuple):
-    """Parts of histories and their levels."""
+class _Parts(NamedTuple):
+    """The parts of histories that are the spans of a batch: the trunks, and then a branch per sample."""
 
     items: Histories
+    of_catalog: Int32  # (N,) catalogue positions of the items
     levels: Levels
+    trunks: int
+    rows: Int64  # (N + 1,) running count of the rows of entries
+    entries: Int64  # (N + 1,) running count of entries
 
 
 def _trunk_policy(policy: AnyPolicy) -> TrunkPolicy:
@@ -264,44 +239,46 @@ def _numbered(*columns: Int64) -> Int64:
     return rank
 
 
-def _trunks(histories: Histories, policy: TrunkPolicy, samples: _Samples) -> _Cut:
-    """The longest part of each trunk that a sample needs, in the order of the trunks' numbers."""
+def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples) -> _Parts:
     order = np.lexsort((samples.split, samples.trunk))
     longest = order[np.flatnonzero(np.diff(samples.trunk[order], append=-1) != 0)]
     user, start, split = samples.user[longest], samples.start[longest], samples.split[longest]
+    # levels of a trunk are those it has in the longest of its samples
     whole = histories.between(user, start, samples.position[longest])
     place = np.arange(whole.items.size) - np.repeat(whole.offsets[:-1], whole.lengths)
-    levels = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
-    return _Cut(histories.between(user, start, start + split), levels)
+    of_trunks = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
+    trunks = histories.between(user, start, start + split)
+    branches = histories.between(samples.user, samples.start + samples.split, samples.position)
+    items = Histories(
+        np.concatenate([trunks.items, branches.items]),
+        np.concatenate([trunks.offsets[:-1], trunks.items.size + branches.offsets]),
+    )
+    levels = np.concatenate([of_trunks, policy.levels(branches)])
+    index = catalog.index_of(items.items, "histories")
+    rows = np.where(levels == Level.TEXT, catalog.lengths[index], levels == Level.PATCH)
+    return _Parts(items, index, levels, len(trunks), _running(rows), _running(levels != Level.JOIN))
 
 
-def _branches(histories: Histories, policy: TrunkPolicy, samples: _Samples) -> _Cut:
-    """What each sample has beyond its trunk."""
-    items = histories.between(samples.user, samples.start + samples.split, samples.position)
-    return _Cut(items, policy.levels(items))
+def _running(counts: NDArray[Any]) -> Int64:
+    """``(N + 1,)`` sums of the first 0..N counts."""
+    sums = np.zeros(counts.size + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
 
 
-def _leads(samples: _Samples, branches: _Cut) -> NDArray[np.bool_]:
+def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:
     """``(S,)`` whether a separator leads the branch: where entries stand on both sides of the border."""
-    return (samples.split > 0) & (branches.items.lengths > 0)
+    return (samples.split > 0) & (parts.items.lengths[parts.trunks :] > 0)
 
 
-def _running(catalog: Catalog, part: _Cut) -> tuple[Int64, Int64]:
-    """``(N + 1,)`` running counts over all items: rows of their entries, and entries."""
-    titles = catalog.lengths[catalog.index_of(part.items.items, "histories")]
-    rows = np.where(part.levels == Level.TEXT, titles, np.where(part.levels == Level.PATCH, 1, 0))
-    entries = part.levels != Level.JOIN
-    return np.append(0, np.cumsum(rows, dtype=np.int64)), np.append(0, np.cumsum(entries, dtype=np.int64))
-
-
-def _entry_rows(catalog: Catalog, part: _Cut, separator: int) -> Int64:
-    """Rows of each history's entries and of the separators between them."""
-    rows, entries = (np.diff(running[part.items.offsets]) for running in _running(catalog, part))
+def _entry_rows(parts: _Parts, separator: int) -> Int64:
+    """Rows of each part's entries and of the separators between them."""
+    rows, entries = (np.diff(running[parts.items.offsets]) for running in (parts.rows, parts.entries))
     return rows + np.maximum(entries - 1, 0) * separator
 
 
-def _rows_before(catalog: Catalog, trunks: _Cut, prompt: Prompt, samples: _Samples) -> Int64:
+def _rows_before(parts: _Parts, prompt: Prompt, samples: _Samples) -> Int64:
     """``(S,)`` rows of its trunk that each sample sees."""
-    start = trunks.items.offsets[:-1][samples.trunk]
-    rows, entries = (running[start + samples.split] - running[start] for running in _running(catalog, trunks))
+    start = parts.items.offsets[samples.trunk]
+    rows, entries = (running[start + samples.split] - running[start] for running in (parts.rows, parts.entries))
     return len(prompt.prefix) + rows + np.maximum(entries - 1, 0) * len(prompt.separator)

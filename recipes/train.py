@@ -37,6 +37,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, from scratch only")
     parser.add_argument("--dropout", type=float, help="from scratch only (default: of the settings)")
+    parser.add_argument("--no-separator", action="store_true", help="between items, from scratch only")
     parser.add_argument(
         "--settings", choices=SETTINGS, help="rates, batch and patch sizes (default: by model and data)"
     )
     parser.add_argument("--max_items", type=int, default=100, help="latest items of a history")
+    parser.add_argument(
+        "--keep_text", type=int, help="latest items that stay text in the items stage (default: of the settings)"
+    )
     parser.add_argument("--targets-per-pass", choices=["all", "one"], default="all", help="of a user")
     parser.add_argument("--rows_per_pass", type=int, default=16384, help="of a batch with all targets")
+    parser.add_argument(
+        "--jitter", type=float, help="of the order of training items, in such batches (default: of the settings)"
+    )
     parser.add_argument(
         "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
     )
@@ -152,6 +160,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--early_stopping: expected at least 1, got {args.early_stopping}")
     if args.dropout is not None and args.model not in SIZES:
         parser.error(f"--dropout: expected only with --model {' or '.join(SIZES)}; other models have their own")
+    if args.no_separator and args.model not in SIZES:
+        parser.error(f"--no-separator: expected only with --model {' or '.join(SIZES)}; other models keep their prompt")
     return args, rest
 
 
@@ -171,7 +181,8 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
     name = name or next((known for known in SETTINGS if data.name.startswith(known)), None)
     if name is None:
         raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {data.name!r}")
-    return name, SETTINGS[name]
+    given = {field: getattr(args, field) for field in ("keep_text", "jitter") if getattr(args, field) is not None}
+    return name, replace(SETTINGS[name], **given)
 
 
 # ------------------------------------------------------------------ the model
@@ -189,12 +200,13 @@ def load_model(args: argparse.Namespace, data: Interactions, settings: Settings)
         tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
         dropout = settings.dropout if args.dropout is None else args.dropout
         hf_model = scratch_model(tokenizer, args.model, dropout=dropout).to(dtype)
+        prompt = scratch_prompt(tokenizer, separator=not args.no_separator)
     elif Path(args.model).is_dir():
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         hf_model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        prompt = make_prompt(tokenizer, data)
     else:
         raise ValueError(f"--model: expected {', '.join(SIZES)} or a folder, got {args.model!r}")
-    prompt = make_prompt(tokenizer, data)
     if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
         hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)

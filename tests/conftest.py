@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from patchkern import planning
 from patchkern.ops import backends
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -143,6 +144,17 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 # ------------------------------------------------------------------ on request
+
+
+@pytest.fixture(params=["numpy", "native"])
+def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plan in NumPy or in C++, whichever the library would choose."""
+    if request.param == "native":
+        module = pytest.importorskip("patchkern.planning_native", reason="the native module is not built")
+    else:
+        module = planning
+    monkeypatch.setattr("patchkern.layout.planner", module)
+    return str(request.param)
 
 
 @pytest.fixture

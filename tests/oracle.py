@@ -79,7 +79,7 @@ def chosen_patches(chosen: Sequence[bool]) -> list[Entry]:
 # ------------------------------------------------------------------ the rows of a batch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parts:
     """The prompt: four lists of token ids."""
 

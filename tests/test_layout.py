@@ -21,17 +21,6 @@ from patchkern import planning
 LENGTHS = [0, 1, 2, 3, 4, 5, 6, 9, 10, 11, 14, 15, 16, 23, 24, 25, 26, 99, 100, 101, 499, 500]
 
 
-@pytest.fixture(params=["numpy", "native"])
-def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plan in NumPy or in C++, whichever the library would choose."""
-    if request.param == "native":
-        module = pytest.importorskip("patchkern.planning_native", reason="the native module is not built")
-    else:
-        module = planning
-    monkeypatch.setattr("patchkern.layout.planner", module)
-    return str(request.param)
-
-
 def assert_layout(layout: pk.PatchLayout, users: list[oracle.User], with_targets: bool) -> None:
     """Every public field of `layout` equals what the oracle's users say."""
     rows = [row for user in users for row in user.rows]

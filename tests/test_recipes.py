@@ -197,12 +197,23 @@ def test_early_stopping_saves_the_best_model_in_the_run(folder: str, tmp_path: P
     assert _losses(after) and not [entry for entry in after.state.log_history if "eval_HR@20" in entry]
 
 
+def test_patches_alone_without_separators(folder: str, tmp_path: Path) -> None:
+    flags = ("--keep_text", "0", "--no-separator", "--jitter", "2", "--max_steps", "1")
+    trainer = _train("items", folder, tmp_path / "items", "--model", "tiny", "--vocab_size", "300", *flags)
+    assert isinstance(trainer.model.policy, pk.ItemPatches) and trainer.model.policy.keep_text == 0
+    assert trainer.model.prompt.separator == () and trainer.data_collator.jitter == 2.0
+    after = _train("sessions", folder, tmp_path / "sessions", "--from", str(tmp_path / "items"), "--max_steps", "1")
+    assert after.model.prompt == trainer.model.prompt, "the prompt is kept from stage to stage"
+    assert after.data_collator.jitter == SETTINGS["scratch"].jitter
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model", "tiny", "--early_stopping", "0"], "--early_stopping: expected at least 1, got 0"),
         (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
+        (["--from", "runs/sft", "--no-separator"], "--no-separator: expected only with --model tiny or small"),
     ],
 )
 def test_flags_of_models_from_scratch(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

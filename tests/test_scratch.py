@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def test_prompt_is_made_of_special_tokens() -> None:
     assert prompt.prefix == (tokenizer.bos_token_id, start)
     assert (prompt.separator, prompt.suffix) == ((separator,), (end,))
     assert prompt.response_end == (tokenizer.eos_token_id,)
+    assert scratch_prompt(tokenizer, separator=False) == replace(prompt, separator=())
 
 
 def test_prompt_names_what_the_tokenizer_lacks() -> None:

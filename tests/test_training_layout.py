@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import cases
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import patchkern as pk
 from patchkern import build_training_layout, join_layouts, training_rows
+from patchkern.planning import Spans
 from patchkern.policies import TrunkPolicy
 
 POLICIES = {
@@ -73,7 +75,7 @@ def plan(batch: cases.Batch, ranges: Any, **options: Any) -> pk.PatchLayout:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_branches_are_the_samples(name: str) -> None:
+def test_branches_are_the_samples(planner: str, name: str) -> None:
     batch = cases.make_batch(POLICIES[name], [1, 2, 40, 0, 13], with_targets=False)
     ranges = [[0, 0], [1, 1], [0, 39], [0, -1], [3, 11]]
     layout = plan(batch, ranges)
@@ -85,16 +87,31 @@ def test_branches_are_the_samples(name: str) -> None:
 @settings(max_examples=60)
 @given(data=st.data(), name=st.sampled_from(sorted(POLICIES)), separator=st.integers(0, 2), prefix=st.integers(0, 2))
 def test_branches_are_the_samples_of_random_batches(
-    data: st.DataObject, name: str, separator: int, prefix: int
+    planner: str, data: st.DataObject, name: str, separator: int, prefix: int
 ) -> None:
     lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
     batch = cases.make_batch(POLICIES[name], lengths, with_targets=False)
-    batch.prompt.separator, batch.prompt.prefix = [92, 89][:separator], [90, 91][:prefix]
+    batch.prompt = replace(batch.prompt, separator=[92, 89][:separator], prefix=[90, 91][:prefix])
     ranges = []
     for length in lengths:
         first = data.draw(st.integers(1, length)) if length > 1 else 0
         ranges.append([first, data.draw(st.integers(first - 1, length - 1))] if length > 1 else [0, -1])
     assert branches_of(plan(batch, ranges)) == branches_of(samples_of(batch, ranges))
+
+
+@pytest.mark.parametrize(
+    ("heads", "targets", "message"),
+    [([0, 3], [-1, 0], "status 19 at position 1"), ([0, 2], [-1, -2], "status 15 at position 1")],
+)
+def test_spans_that_make_no_sense(heads: list[int], targets: list[int], message: str) -> None:
+    native = pytest.importorskip("patchkern.planning_native", reason="the native module is not built")
+    batch = cases.make_batch(pk.ItemPatches(3), [2, 1], with_targets=False)
+    catalog, histories, policy, prompt, _ = batch.arguments()
+    kept = pk.Histories.coerce(histories)
+    spans = Spans(np.array(heads, np.uint8), np.zeros(2, np.int64))
+    index, levels = catalog.index_of(kept.items, "histories"), policy.levels(kept)
+    with pytest.raises(ValueError, match=message):
+        native.plan_rows(catalog, index, kept.offsets, levels, prompt, np.array(targets, np.int32), spans)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -274,7 +291,7 @@ def test_targets_see_neither_themselves_nor_the_future(name: str) -> None:
     assert one.logits is not None and two.logits is not None
     moved = set()
     start = 0
-    for position in in_order_of_branches(batch.policy, range(1, 40)):
+    for position in range(1, 40):
         end = start + lengths[history[position]] + len(batch.prompt.response_end)
         if position < at:
             assert torch.equal(one.logits[start:end], two.logits[start:end])
@@ -284,11 +301,3 @@ def test_targets_see_neither_themselves_nor_the_future(name: str) -> None:
             moved.add(position)
         start = end
     assert start == len(one.logits) and moved == set(range(at + 1, 40))
-
-
-def in_order_of_branches(policy: Any, positions: range) -> list[int]:
-    """Branches that a separator leads come first."""
-    lengths = np.array(positions)
-    _, split = policy.trunks(lengths)
-    leads = (split > 0) & (split < lengths)
-    return [*lengths[leads].tolist(), *lengths[~leads].tolist()]

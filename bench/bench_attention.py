@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Span attention over shared prefixes against one `scaled_dot_product_attention` per span over its prefix and itself.
+"""Span attention over shared prefixes against what PyTorch has for it.
 
     python bench/bench_attention.py
+    python bench/bench_attention.py --device cuda --dtype bfloat16
 
-One layer, on the CPU, forward alone and with the gradients of all three inputs. The other provider joins each span's
-prefix and own rows and masks their future, which is what a padded batch or a loop over hypotheses does, at its best:
-without padding. Both are compared with the masked reference in float64 first, and nothing is timed if either is off.
+One layer, forward alone and with the gradients of all three inputs. "sdpa per span" joins each span's prefix and own
+rows and masks their future, which is what a padded batch or a loop over hypotheses does, at its best: without padding.
+"flex" is a compiled `flex_attention` over a block mask of spans and prefixes; every batch needs a mask of its own, once
+for all layers, which is timed apart. All are compared with the masked reference in float64 first, and nothing is timed
+if one is off. On the CPU PyTorch has no backward pass for flex.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,112 +41,168 @@ class Case(NamedTuple):
     lengths: list[int]
     prefix: list[tuple[int, int]]
 
-    @property
-    def integers(self) -> tuple[Tensor, Tensor]:
+    def integers(self, device: torch.device) -> tuple[Tensor, Tensor]:
         cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32)
-        return cu_seqlens, torch.tensor(self.prefix, dtype=torch.int32)
+        return cu_seqlens.to(device), torch.tensor(self.prefix, dtype=torch.int32).to(device)
 
 
 def cases(scale: int) -> dict[str, Case]:
     """A search's hypotheses, a history's targets, and a long prompt's next chunk; ``scale`` 1 is the usual size."""
-    rows = 1000 // scale
+    rows, branch = 1000 // scale, -(-40 // scale)
     branches = [(0, rows * (n + 1) // 50) for n in range(50)]
     return {
         "20 hypotheses of 3 rows": Case([rows] + [3] * 20, [(0, 0)] + [(0, rows)] * 20),
-        "50 branches of 40 rows": Case([rows] + [40] * 50, [(0, 0), *branches]),
+        "50 branches of 40 rows": Case([rows] + [branch] * 50, [(0, 0), *branches]),
         "next chunk of a prompt": Case([2 * rows, rows // 2], [(0, 0), (0, 2 * rows)]),
     }
 
 
-def per_span(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
-    """(1, T, H, d); keys and values of a prefix are joined to every span that sees them."""
-    bounds = itertools.pairwise(itertools.accumulate(case.lengths, initial=0))
+class Inputs(NamedTuple):
+    """Of one layer, and what a model would make of the case once for all layers."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    case: Case
+    cu_seqlens: Tensor
+    prefix: Tensor
+    mask: BlockMask | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, flex: bool) -> Inputs:
+    rows = sum(case.lengths)
+    query, key, value = (
+        torch.randn(1, heads, rows, WIDTH, device=device, dtype=dtype, requires_grad=True)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    cu_seqlens, prefix = case.integers(device)
+    mask = block_mask(cu_seqlens, prefix, rows) if flex else None
+    return Inputs(query, key, value, case, cu_seqlens, prefix, mask)
+
+
+def block_mask(cu_seqlens: Tensor, prefix: Tensor, rows: int) -> BlockMask:
+    lengths = cu_seqlens.diff()
+    span = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=rows)
+    first, last = (bound[span] for bound in prefix.unbind(1))
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (span[query] == span[key]) & (key <= query)
+        return own | ((key >= first[query]) & (key < last[query]))
+
+    return create_block_mask(visible, None, None, rows, rows, device=span.device.type)
+
+
+def spans(inputs: Inputs) -> Tensor:
+    """(1, T, H, d), as all providers give it."""
+    return span_attention(*inputs.tensors, inputs.cu_seqlens, prefix=inputs.prefix)
+
+
+def per_span(inputs: Inputs) -> Tensor:
+    """Keys and values of a prefix are joined to every span that sees them."""
+    query, key, value = inputs.tensors
+    bounds = itertools.pairwise(itertools.accumulate(inputs.case.lengths, initial=0))
     out = []
-    for (begin, end), (first, last) in zip(bounds, case.prefix, strict=True):
+    for (begin, end), (first, last) in zip(bounds, inputs.case.prefix, strict=True):
         rows, seen = end - begin, last - first
         q, k, v = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end]
         if seen == 0:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             k, v = torch.cat([key[:, :, first:last], k], dim=2), torch.cat([value[:, :, first:last], v], dim=2)
-            visible = torch.ones(rows, seen + rows, dtype=torch.bool).tril(seen)
+            visible = torch.ones(rows, seen + rows, dtype=torch.bool, device=q.device).tril(seen)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         out.append(attended.transpose(1, 2))
     return torch.cat(out, dim=1)
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
+@functools.cache
+def compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
 
 
-def spans(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
-    cu_seqlens, prefix = case.integers
-    return span_attention(query, key, value, cu_seqlens, prefix=prefix)
+def flex(inputs: Inputs) -> Tensor:
+    out: Tensor = compiled_flex()(*inputs.tensors, block_mask=inputs.mask, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
-PROVIDERS: dict[str, Attention] = {"patchkern": spans, "sdpa per span": per_span}
+Attention = Callable[[Inputs], Tensor]
+PROVIDERS: dict[str, Attention] = {"patchkern": spans, "sdpa per span": per_span, "flex": flex}
+# of the largest value: both are some ten roundings
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def train(attend: Attention, inputs: Sequence[Tensor], case: Case, grad: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(attend(inputs[0], inputs[1], inputs[2], case), inputs, grad)
+def infer(attend: Attention, inputs: Inputs) -> Tensor:
+    return attend(inputs._replace(query=inputs.query.detach(), key=inputs.key.detach(), value=inputs.value.detach()))
 
 
-def check(inputs: Sequence[Tensor], case: Case, grad: Tensor) -> None:
-    """Raise unless both providers are as close to float64 as float32 can be expected to be."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
+def train(attend: Attention, inputs: Inputs, grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(attend(inputs), inputs.tensors, grad)
+
+
+def learns(provider: str, device: torch.device) -> bool:
+    return provider != "flex" or device.type != "cpu"
+
+
+def check(providers: Sequence[str], inputs: Inputs, grad: Tensor) -> None:
+    """Raise unless all providers are as close to float64 as their dtype can be expected to be."""
+    exact = [x.detach().double().requires_grad_() for x in inputs.tensors]
     rows = [x[0].transpose(0, 1) for x in exact]
-    wanted = reference(rows[0], rows[1], rows[2], *case.integers, None, None, WIDTH**-0.5)[None]
+    wanted = reference(rows[0], rows[1], rows[2], inputs.cu_seqlens, inputs.prefix, None, None, WIDTH**-0.5)[None]
     grads = torch.autograd.grad(wanted, exact, grad.double())
-    for name, attend in PROVIDERS.items():
-        got = [attend(inputs[0], inputs[1], inputs[2], case), *train(attend, inputs, case, grad)]
-        for mine, true in zip(got, (wanted, *grads), strict=True):
+    for name in providers:
+        got = [infer(PROVIDERS[name], inputs)]
+        if learns(name, grad.device):
+            got += train(PROVIDERS[name], inputs, grad)
+        for mine, true in zip(got, (wanted, *grads), strict=False):
             error = float((mine.detach() - true.detach()).abs().max() / true.detach().abs().max())
-            if error > 1e-5:
+            if not error <= TOLERANCE[grad.dtype]:
                 raise SystemExit(f"{name}: off by {error:.1e} of the largest value; nothing was timed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--scale", type=int, default=1, help="divides the prefixes' lengths, for a quick look")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--scale", type=int, default=1, help="divides lengths, for a quick look")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each case and mode")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", default="attention", help="of the CSV under bench/results (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    table = timing.Table("attention")
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    providers = arguments.providers
+    measure = timing.measure if device.type == "cpu" else functools.partial(timing.measure_cuda, device=device)
+    table = timing.Table(arguments.name)
     for name, case in cases(arguments.scale).items():
-        print(f"\n{name}: {len(case.lengths)} spans, {sum(case.lengths)} rows")
-        inputs = [torch.randn(1, heads, sum(case.lengths), WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
-        inputs = [x.requires_grad_() for x in inputs]
-        grad = torch.randn(1, sum(case.lengths), HEADS, WIDTH)
-        check(inputs, case, grad)
-        config = {"case": name, "heads": HEADS, "key_heads": KEY_HEADS, "width": WIDTH, "rows": sum(case.lengths)}
-        run_mode(table, "forward", {p: forward_call(a, inputs, case) for p, a in PROVIDERS.items()}, config, arguments)
-        calls = {p: train_call(a, inputs, case, grad) for p, a in PROVIDERS.items()}
-        run_mode(table, "forward+backward", calls, config, arguments)
-    if arguments.scale == 1:
-        table.write()
-
-
-def forward_call(attend: Attention, inputs: Sequence[Tensor], case: Case) -> Callable[[], object]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return attend(inputs[0], inputs[1], inputs[2], case)
-
-    return call
-
-
-def train_call(attend: Attention, inputs: Sequence[Tensor], case: Case, grad: Tensor) -> Callable[[], object]:
-    return lambda: train(attend, inputs, case, grad)
-
-
-def run_mode(
-    table: timing.Table, mode: str, calls: timing.Calls, config: dict[str, object], arguments: argparse.Namespace
-) -> None:
-    timed = timing.measure(calls, seconds=arguments.seconds)
-    for provider in calls:
-        p20, p50, p80 = (1e3 * seconds for seconds in timed.quantiles(provider))
-        table.add(provider, mode, "time", "ms", (p20, p50, p80), config)
-    table.add("patchkern", mode, "speed-up", "x", timed.ratio("sdpa per span", "patchkern"), config)
+        rows = sum(case.lengths)
+        print(f"\n{name}: {len(case.lengths)} spans, {rows} rows")
+        inputs = make_inputs(case, device, dtype, "flex" in providers)
+        grad = torch.randn(1, rows, HEADS, WIDTH, device=device, dtype=dtype)
+        check(providers, inputs, grad)
+        config = {"case": name, "heads": HEADS, "key_heads": KEY_HEADS, "width": WIDTH, "rows": rows}
+        config |= {"dtype": arguments.dtype, "device": device.type}
+        modes: dict[str, dict[str, Callable[[], object]]] = {
+            "forward": {p: functools.partial(infer, PROVIDERS[p], inputs) for p in providers},
+            "forward+backward": {
+                p: functools.partial(train, PROVIDERS[p], inputs, grad) for p in providers if learns(p, device)
+            },
+        }
+        if inputs.mask is not None:
+            modes["mask"] = {"flex": functools.partial(block_mask, inputs.cu_seqlens, inputs.prefix, rows)}
+        for mode, calls in modes.items():
+            timed = measure(calls, seconds=arguments.seconds)
+            for provider in calls:
+                p20, p50, p80 = (1e3 * seconds for seconds in timed.quantiles(provider))
+                table.add(provider, mode, "time", "ms", (p20, p50, p80), config)
+            for other in [name for name in calls if name != "patchkern" and "patchkern" in calls]:
+                table.add("patchkern", mode, f"speed-up over {other}", "x", timed.ratio(other, "patchkern"), config)
+    table.write()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """What patchkern is worth around a model of the size of Llama-3.2-1B (random weights), on a GPU.
 
     python bench/bench_end_to_end.py                      # bfloat16, ml-1m if at hand: minutes
-    python bench/bench_end_to_end.py --device cpu --shape small --batches 4 --training_batches 2 --seconds 0
+    python bench/bench_end_to_end.py --parts passes --name end_to_end_passes
+    python bench/bench_end_to_end.py --device cpu --shape small --batches 4 --training_batches 2 --users 1 --seconds 0
 
 "share": `compress_batch` (plan the rows, send the layout, pool) as a fraction of the model's own forward pass on the
 batch it makes; once as for inference and once with the gradient's plan and graph.
@@ -12,15 +13,23 @@ reference style (a Python loop embeds and pools item by item, right padding, an 
 patchkern (plan, send, pool, packed attention, logits where they are needed). The two share one set of weights and take
 turns; logits and losses must agree before anything is timed. A provider that runs out of memory says so in the table.
 
+"passes": every target of whole users, histories cut to the latest 100 items as published. "one per pass" packs a sample
+for each target, "all per pass" trunks and branches (`build_training_layout`); both in passes of --rows_per_pass rows
+with an optimisation step after each. From their speeds follow the hours of a published stage, which learns 534,185
+samples once; patch pre-training learns each of them twice.
+
 All times are wall times, from histories to results on the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +41,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
-from bench.bench_training import patchkern_loss, reference_batch, reference_loss
+from bench.bench_training import (
+    PASSES,
+    patchkern_loss,
+    reference_batch,
+    reference_loss,
+    whole_users,
+)
+from bench.bench_training import PROVIDERS as WAYS
 from bench.timing import Table, Timing, measure, synchronize
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
 
@@ -54,9 +70,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 # Of two ways through sixteen layers in the same dtype, relative to the norm of the result.
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
-PROVIDERS = ("reference", "patchkern")
+# Samples that one published stage on ml-1m learns; it took 12 hours of an A800.
+STAGE_SAMPLES = 534_185
 
 Step = Callable[[pk.Histories, np.ndarray], Tensor]
+Draw = Callable[[int], tuple[pk.Histories, np.ndarray]]
 
 
 def make_model(shape: str, dtype: torch.dtype) -> Any:
@@ -102,7 +120,7 @@ class Models:
         return loss.detach()
 
 
-# ------------------------------------------------------------------ the three measurements
+# ------------------------------------------------------------------ the measurements
 
 
 def share(table: Table, models: Models, policy: str, batch: int, seconds: float, config: dict[str, Any]) -> None:
@@ -146,16 +164,24 @@ def share(table: Table, models: Models, policy: str, batch: int, seconds: float,
 
 
 def compare(
-    table: Table, mode: str, steps: dict[str, Step], workload: Workload, rounds: int, config: dict[str, Any]
-) -> None:
-    """Time two ways to the same tensor in turns, each on batches the other gets too."""
+    table: Table, mode: str, steps: dict[str, Step], draw: Draw, unit: str, rounds: int, config: dict[str, Any]
+) -> Timing:
+    """Time two ways to the same result in turns, the slow one first, each on batches the other gets too.
+
+    Args:
+        draw: of a round's number, a step's arguments.
+        unit: "samples", one per history, or "targets", of which the second argument holds the ranges.
+
+    Returns:
+        Seconds per sample or target of those that did not run out of memory.
+    """
     device = torch.device(config["device"])
-    batch = config["batch"]
     taken: dict[str, list[float]] = {name: [] for name in steps}
     memory = dict.fromkeys(steps, 0)
     running = dict(steps)
     for number in range(rounds + 1):
-        samples = workload.samples(batch, seed=number)
+        samples = draw(number)
+        count = len(samples[0]) if unit == "samples" else int((samples[1][:, 1] - samples[1][:, 0] + 1).sum())
         for name in list(running) if number % 2 else list(running)[::-1]:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -170,20 +196,21 @@ def compare(
                 continue
             synchronize(device)
             if number > 0:  # the first turn warms up and allocates the optimiser's state
-                taken[name].append(time.perf_counter() - before)
+                taken[name].append((time.perf_counter() - before) / count)
                 if device.type == "cuda":
                     memory[name] = max(memory[name], torch.cuda.max_memory_allocated(device))
     times = Timing({name: np.array(taken[name]) for name in running})
     for name in running:
-        p20, p50, p80 = (batch / value for value in times.quantiles(name))
-        table.add(name, mode, "speed", "samples/s", (p80, p50, p20), config)
+        p20, p50, p80 = (1 / value for value in times.quantiles(name))
+        table.add(name, mode, "speed", f"{unit}/s", (p80, p50, p20), config)
         if memory[name]:
             table.add(name, mode, "peak memory", "GiB", (memory[name] / 2**30,) * 3, config)
     if len(running) == 2:
-        table.add("patchkern", mode, "speed-up", "x", times.ratio("reference", "patchkern"), config)
-        if memory["patchkern"]:
-            saved = memory["reference"] / memory["patchkern"]
-            table.add("patchkern", mode, "memory saved", "x", (saved,) * 3, config)
+        slow, fast = steps
+        table.add(fast, mode, "speed-up", "x", times.ratio(slow, fast), config)
+        if memory[fast]:
+            table.add(fast, mode, "memory saved", "x", (memory[slow] / memory[fast],) * 3, config)
+    return times
 
 
 def check(name: str, got: Tensor, expected: Tensor, allowed: float) -> None:
@@ -204,7 +231,7 @@ def inference(table: Table, models: Models, policy: str, batch: int, rounds: int
         "reference": lambda histories, targets: models.reference_logits(histories, chosen),
         "patchkern": lambda histories, targets: models.patchkern_logits(histories, chosen),
     }
-    compare(table, "inference", steps, models.workload, rounds, config)
+    compare(table, "inference", steps, lambda seed: models.workload.samples(batch, seed), "samples", rounds, config)
 
 
 def training(table: Table, models: Models, policy: str, batch: int, rounds: int, config: dict[str, Any]) -> None:
@@ -226,11 +253,41 @@ def training(table: Table, models: Models, policy: str, batch: int, rounds: int,
             patchkern_loss(models.packed, workload, histories, targets, chosen), optimizer
         ),
     }
-    compare(table, "training", steps, workload, rounds, config)
+    compare(table, "training", steps, lambda seed: workload.samples(batch, seed), "samples", rounds, config)
+    optimizer.zero_grad()  # of a step that ran out of memory
+
+
+def passes(
+    table: Table, models: Models, policy: str, users: int, rows_per_pass: int, rounds: int, config: dict[str, Any]
+) -> None:
+    config = config | {"policy": policy, "batch": users, "rows_per_pass": rows_per_pass}
+    workload = models.workload
+    chosen: Any = POLICIES[policy]
+    # equal only where no history is cut: a trunk begins at a border of blocks
+    few, uncut = whole_users(workload, 2, seed=99, most_items=20), replace(chosen, max_items=None)
+    with torch.no_grad():
+        one, every = (
+            torch.stack(list(PASSES[way](models.packed, workload, *few, uncut, rows_per_pass=rows_per_pass))).sum()
+            for way in WAYS["all"]
+        )
+    check(f"{policy} passes", every, one, TOLERANCE[models.dtype])
+    optimizer = torch.optim.AdamW(models.packed.parameters(), lr=1e-6, fused=True)
+
+    def learn(way: str, histories: pk.Histories, ranges: np.ndarray) -> Tensor:
+        losses = PASSES[way](models.packed, workload, histories, ranges, chosen, rows_per_pass=rows_per_pass)
+        return torch.stack([models.step(loss, optimizer) for loss in losses])
+
+    steps: dict[str, Step] = {way: functools.partial(learn, way) for way in WAYS["all"]}
+    times = compare(table, "passes", steps, lambda seed: whole_users(workload, users, seed), "targets", rounds, config)
+    for way in times.seconds:
+        hours = [STAGE_SAMPLES * seconds / 3600 for seconds in times.quantiles(way)]
+        table.add(way, "passes", "projected stage", "hours", (hours[0], hours[1], hours[2]), config)
     optimizer.zero_grad()  # of a step that ran out of memory
 
 
 # ------------------------------------------------------------------ the run
+
+PARTS = ("share", "inference", "training", "passes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -241,8 +298,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["text", "items", "sessions"])
     parser.add_argument("--batches", type=int, nargs="+", default=[64], help="of the share and of inference")
     parser.add_argument("--training_batches", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--rounds", type=int, default=7, help="of inference and training")
+    parser.add_argument("--users", type=int, default=4, help="of a round of passes")
+    parser.add_argument("--rows_per_pass", type=int, default=16_384)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=7, help="of inference, training and passes")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each share")
+    parser.add_argument("--name", default="end_to_end", help="of the CSV under bench/results (default: %(default)s)")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -251,15 +312,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     workload = ml1m()
     models = Models(args.shape, getattr(torch, args.dtype), device, workload)
     config = {"data": workload.name, "shape": args.shape, "dtype": args.dtype, "device": device.type}
-    table = Table("end_to_end")
-    for policy in args.policies:
-        for batch in args.batches:
-            share(table, models, policy, batch, args.seconds, config)
-            inference(table, models, policy, batch, args.rounds, config)
-            table.write()
-    for policy in args.policies:
-        for batch in args.training_batches:
-            training(table, models, policy, batch, args.rounds, config)
+    table = Table(args.name)
+    for part, policy in itertools.product([part for part in PARTS if part in args.parts], args.policies):
+        for batch in {"training": args.training_batches, "passes": [args.users]}.get(part, args.batches):
+            if part == "share":
+                share(table, models, policy, batch, args.seconds, config)
+            elif part == "passes":
+                passes(table, models, policy, batch, args.rows_per_pass, args.rounds, config)
+            else:
+                measured = inference if part == "inference" else training
+                measured(table, models, policy, batch, args.rounds, config)
             table.write()
 
 

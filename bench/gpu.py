@@ -70,12 +70,26 @@ STEPS = (
     Step(
         "bench-end-to-end",
         5,
-        "{python} bench/bench_end_to_end.py",
-        "{python} bench/bench_end_to_end.py --device cpu --shape small --policies items --batches 2 "
-        "--training_batches 2 --seconds 0 --rounds 1",
+        "{python} bench/bench_end_to_end.py --parts share inference training",
+        "{python} bench/bench_end_to_end.py --parts share inference training --device cpu --shape small "
+        "--policies items --batches 2 --training_batches 2 --seconds 0 --rounds 1",
     ),
     Step("memcheck", 4, f"{SANITIZER} memcheck {ON_GPU}", ON_CPU),
     Step("tests", 6, PYTEST + " -n 4 -m gpu --ignore tests/test_pool_rows.py", PYTEST + " -n 0 -m gpu"),
+    Step(
+        "bench-passes",
+        4,
+        "{python} bench/bench_end_to_end.py --parts passes --rounds 5 --name end_to_end_passes",
+        "{python} bench/bench_end_to_end.py --parts passes --rounds 1 --name end_to_end_passes --device cpu "
+        "--shape small --policies items --users 1",
+    ),
+    Step(
+        "bench-attention",
+        2,
+        "{python} bench/bench_attention.py --device cuda --dtype bfloat16 --name attention_cuda",
+        "{python} bench/bench_attention.py --scale 20 --seconds 0 --providers patchkern 'sdpa per span' "
+        "--name attention_cuda",
+    ),
     Step(
         "bench-dispatch",
         5,
@@ -138,6 +152,7 @@ TARGETS = (
     Target("search_cuda", "whole histories", "speed-up over text", "sessions", True, 13.09),
     Target("search_cuda", "whole histories", "speed-up over text", "items", True, 2.5),
     Target("end_to_end", "share", "fraction of forward", "compress_batch", False, 0.03),
+    Target("end_to_end_passes", "passes", "projected stage", "all per pass", False, 12),
 )
 
 

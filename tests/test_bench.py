@@ -183,10 +183,30 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.padded.config._attn_implementation == "sdpa" != models.packed.config._attn_implementation
 
     small = ["--shape", "small", "--dtype", "float32", "--policies", "sessions", "--batches", "1", "--seconds", "0"]
-    bench_end_to_end.main(["--device", "cpu", *small, "--training_batches", "1", "--rounds", "1"])
+    small += ["--training_batches", "1", "--users", "1", "--rounds", "1"]
+    bench_end_to_end.main(["--device", "cpu", *small])
     rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "end_to_end.csv")}
     assert ("compress_batch", "share", "fraction of forward") in rows
     assert ("patchkern", "inference", "speed-up") in rows and ("patchkern", "training", "speed-up") in rows
+    assert ("all per pass", "passes", "speed-up") in rows and ("one per pass", "passes", "projected stage") in rows
+
+
+def test_attention(tmp_path: Path) -> None:
+    from bench import bench_attention
+
+    tiny = ["--providers", "patchkern", "sdpa per span", "--scale", "100", "--seconds", "0"]
+    bench_attention.main([*tiny, "--name", "attention_tiny"])
+    rows = [row for row in table(tmp_path / "attention_tiny.csv") if row["metric"] == "speed-up over sdpa per span"]
+    assert [row["mode"] for row in rows] == 3 * ["forward", "forward+backward"]
+
+
+@pytest.mark.slow
+def test_attention_against_a_compiled_mask(tmp_path: Path) -> None:
+    from bench import bench_attention
+
+    bench_attention.main(["--scale", "20", "--seconds", "0"])
+    modes = {(row["provider"], row["mode"]) for row in table(tmp_path / "attention.csv")}
+    assert {("flex", "forward"), ("flex", "mask")} <= modes and ("flex", "forward+backward") not in modes
 
 
 def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
@@ -199,7 +219,8 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     results = timing.Table("oom")
     steps = {"reference": too_large, "patchkern": lambda histories, targets: torch.zeros(1)}
     config = {"device": "cpu", "batch": 2}
-    bench_end_to_end.compare(results, "training", steps, workloads._stand_in(), 2, config)
+    samples = workloads._stand_in().samples
+    bench_end_to_end.compare(results, "training", steps, lambda seed: samples(2, seed), "samples", 2, config)
     assert [(row["provider"], row["metric"]) for row in results.rows] == [
         ("reference", "out of memory"),
         ("patchkern", "speed"),

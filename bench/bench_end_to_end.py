@@ -16,7 +16,8 @@ turns; logits and losses must agree before anything is timed. A provider that ru
 "passes": every target of whole users, histories cut to the latest 100 items as published. "one per pass" packs a sample
 for each target, "all per pass" trunks and branches (`build_training_layout`); both in passes of --rows_per_pass rows
 with an optimisation step after each. From their speeds follow the hours of a published stage, which learns 534,185
-samples once; patch pre-training learns each of them twice.
+samples once; patch pre-training learns each of them twice. "arithmetic" is what such a stage takes by rows and weights
+alone, six operations for each weight and row: the least that a machine of known speed could be expected to need.
 
 All times are wall times, from histories to results on the device.
 """
@@ -46,6 +47,7 @@ from bench.bench_training import (
     patchkern_loss,
     reference_batch,
     reference_loss,
+    rows_per_target,
     whole_users,
 )
 from bench.bench_training import PROVIDERS as WAYS
@@ -279,6 +281,16 @@ def passes(
 
     steps: dict[str, Step] = {way: functools.partial(learn, way) for way in WAYS["all"]}
     times = compare(table, "passes", steps, lambda seed: whole_users(workload, users, seed), "targets", rounds, config)
+    # every row goes through the layers, every label through the embedding once more
+    hf_model: Any = models.packed.hf_model
+    weights = sum(parameter.numel() for parameter in hf_model.model.layers.parameters())
+    head = hf_model.get_input_embeddings().weight.numel()
+    labels = workload.catalog.lengths[workload.catalog.index_of(workload.histories.items)].mean()
+    labels += len(workload.prompt.response_end)
+    for way, rows in rows_per_target(workload, chosen).items():
+        table.add(way, "passes", "rows per target, all users", "rows", (rows,) * 3, config)
+        operations = 6 * STAGE_SAMPLES * (rows * weights + labels * head) / 1e15
+        table.add(way, "passes", "arithmetic of a stage", "PFLOP", (operations,) * 3, config)
     for way in times.seconds:
         hours = [STAGE_SAMPLES * seconds / 3600 for seconds in times.quantiles(way)]
         table.add(way, "passes", "projected stage", "hours", (hours[0], hours[1], hours[2]), config)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories, check_count
@@ -428,7 +428,8 @@ class PatchTrainer(Trainer):
     Args:
         model: its catalog and prompt are used; its policy where ``policy`` is None.
         args: as for any Trainer (`Settings.arguments` has the paper's); ``num_train_epochs`` and ``max_steps`` count
-            passes over ``samples`` and optimisation steps. The run's ``epoch`` in the logs goes from 0 to 1.
+            passes over ``samples`` and optimisation steps. The run's ``epoch`` in the logs goes from 0 to 1; all the
+            same, to evaluate, save or log every "epoch" means after every pass over ``samples``.
         histories: the users' items, oldest first.
         samples: ``(users, positions)``, ``(S,)`` int64 each: the target of a sample is the item of that user at that
             position, its history the items before; `patchkern.data.Samples` is one.
@@ -517,6 +518,7 @@ class PatchTrainer(Trainer):
             )
             args.max_steps = dataset.steps
             collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
+        _count_epochs_in_steps(args, args.max_steps * users.size // dataset.num_targets)
         if eval_samples is not None:
             kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
         self._saving = False
@@ -617,6 +619,18 @@ class PatchTrainer(Trainer):
             aside.rmdir()
             _keep(checkpoints(folder), best, self.args.save_total_limit or 0)
         self.accelerator.wait_for_everyone()
+
+
+def _count_epochs_in_steps(args: TrainingArguments, steps_per_epoch: int) -> None:
+    """To `Trainer` the whole run is one epoch, which would leave one evaluation, at its end."""
+    steps = min(max(steps_per_epoch, 1), args.max_steps)
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, steps
+        args.eval_delay *= steps
+    if args.save_strategy == SaveStrategy.EPOCH:
+        args.save_strategy, args.save_steps = SaveStrategy.STEPS, steps
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        args.logging_strategy, args.logging_steps = IntervalStrategy.STEPS, steps
 
 
 def _keep(found: list[Path], best: str | None, limit: int) -> None:

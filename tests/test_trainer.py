@@ -630,6 +630,21 @@ def test_training_stops_early_and_ends_with_the_best_model(tmp_path: Path) -> No
         assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.parametrize("rows_per_pass", [None, 250])
+def test_every_epoch_is_evaluated_and_saved(rows_per_pass: int | None, tmp_path: Path) -> None:
+    often = dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch")
+    arguments = {"num_train_epochs": 3, "per_device_train_batch_size": 16, **often}
+    trainer = _trainer(tmp_path, rows_per_pass=rows_per_pass, validate={"eval_limit": 2}, max_steps=-1, **arguments)
+    total, samples = trainer.args.max_steps, len(_data()[1][0])
+    epoch = total * samples // trainer.train_dataset.num_targets
+    ends = sorted({epoch, 2 * epoch, 3 * epoch})
+    assert total // 4 < epoch <= total // 3 and 0 <= total - 3 * epoch < 3
+    trainer.train()
+    assert [entry["step"] for entry in _evaluations(trainer)][:3] == ends
+    assert [path.name for path in checkpoints(tmp_path)][:3] == [f"checkpoint-{step}" for step in ends]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == ends
+
+
 @pytest.mark.parametrize("kind", ["model", "items", "adapter"])
 def test_the_best_checkpoint_is_loaded_at_the_end(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"max_steps": 8, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "save_total_limit": 1}

@@ -15,8 +15,9 @@ Same weights, same samples, same AdamW.
 
 With --targets all, two ways to learn every target of a whole user are compared, both patchkern's: "one per pass" packs
 a sample for each target, with a history of its own; "all per pass" computes the history once (`build_training_layout`).
-Both take passes of about --rows_per_pass rows, whose gradients add up to one step. Histories are not cut, so that the
-two losses are the same. The fourth command is for one user at a time, where the logits are most of what is left, and
+Both take passes of about --rows_per_pass rows, whose gradients add up to one step; a user who needs more is several
+runs of targets, each with a trunk of its own, as in training. Histories are not cut, so that the two losses are the
+same. The fourth command is for one user at a time, where the logits are most of what is left, and
 leaves out the longest, for whom the difference is largest; the fifth is a model as one trains it from scratch.
 
 Each provider is a process of its own, so that its peak memory is its own: the largest resident set, less what the
@@ -54,6 +55,7 @@ import patchkern as pk
 from bench.timing import Table, Timing
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
 from patchkern.policies import Level
+from patchkern.trainer import cut_to_passes
 
 # --targets: the slow way and the fast one
 PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per pass")}
@@ -146,9 +148,14 @@ def whole_users(
 
 def every_sample(histories: pk.Histories, ranges: np.ndarray) -> tuple[pk.Histories, np.ndarray]:
     """A sample for each target: the history before it, and the target."""
-    users = np.repeat(np.arange(len(histories)), np.maximum(ranges[:, 1] - ranges[:, 0] + 1, 0))
-    positions = np.concatenate([np.arange(first, last + 1) for first, last in ranges])
+    users, positions = every_target(ranges)
     return histories.before(users, positions), histories.at(users, positions)
+
+
+def every_target(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Users and positions of the targets in these ranges, one range for each user."""
+    users = np.repeat(np.arange(len(ranges)), np.maximum(ranges[:, 1] - ranges[:, 0] + 1, 0))
+    return users, np.concatenate([np.arange(first, last + 1) for first, last in ranges])
 
 
 def sample_rows(
@@ -161,7 +168,7 @@ def sample_rows(
 
 
 def in_passes(rows: np.ndarray, rows_per_pass: int) -> list[np.ndarray]:
-    """Consecutive samples or users of about so many rows."""
+    """Consecutive samples or runs of about so many rows."""
     return np.split(np.arange(rows.size), np.flatnonzero(np.diff(rows.cumsum() // rows_per_pass)) + 1)
 
 
@@ -189,11 +196,18 @@ def all_per_pass(
     rows_per_pass: int,
 ) -> Iterator[Tensor]:
     catalog, prompt = workload.catalog, workload.prompt
-    _, targets = every_sample(histories, ranges)
-    supervised = int((catalog.lengths[catalog.index_of(targets)] + len(prompt.response_end)).sum())
-    for part in in_passes(pk.training_rows(catalog, histories, policy, prompt, ranges), rows_per_pass):
-        layout = pk.build_training_layout(catalog, histories.take(part), policy, prompt, ranges[part])
-        yield model(layout, num_items_in_batch=supervised).loss
+
+    def count_rows(users: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+        return pk.training_rows(catalog, histories.take(users), policy, prompt, ranges)
+
+    # as in training: the targets of a long user are several runs, each with a trunk of its own
+    users, positions = every_target(ranges)
+    supervised = catalog.lengths[catalog.index_of(histories.at(users, positions))] + len(prompt.response_end)
+    longest = int(count_rows(users, np.stack([positions, positions], axis=1)).max())
+    users, runs, rows = cut_to_passes(users, positions, count_rows, max(rows_per_pass, longest))
+    for part in in_passes(rows, rows_per_pass):
+        layout = pk.build_training_layout(catalog, histories.take(users[part]), policy, prompt, runs[part])
+        yield model(layout, num_items_in_batch=int(supervised.sum())).loss
 
 
 # Each yields shares of a step's loss, one for each pass.

@@ -233,7 +233,7 @@ class PassDataset(Dataset[Pass]):
         passes_per_step: int,
         seed: int,
     ) -> None:
-        self._users, self._ranges, rows = _runs(users, positions, count_rows, rows_per_pass)
+        self._users, self._ranges, rows = cut_to_passes(users, positions, count_rows, rows_per_pass)
         self.passes_per_step = passes_per_step
         stream = _pack(rows, rows_per_pass, seed)
         self._passes: list[NDArray[np.int64]] = []
@@ -261,13 +261,13 @@ class PassDataset(Dataset[Pass]):
         return Pass(number, number // self.passes_per_step, self._users[runs], self._ranges[runs])
 
 
-def _runs(
+def cut_to_passes(
     users: NDArray[np.int64],
     positions: NDArray[np.int64],
     count_rows: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]],
     rows_per_pass: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Users, ranges and rows of the longest runs of consecutive targets that fit a pass."""
+    """Users, ranges and rows of the longest runs of consecutive targets that fit a pass; arguments of `PassDataset`."""
     order = np.lexsort((positions, users))
     users, positions = users[order], positions[order]
     begins = np.append(True, (np.diff(users) != 0) | (np.diff(positions) != 1)) if users.size else np.zeros(0, bool)

@@ -299,11 +299,7 @@ def build_layout(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
-    check_policy(policy)
-    if not isinstance(prompt, Prompt):
-        raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
+    check_inputs(catalog, policy, prompt)
     if not (transpose is None or isinstance(transpose, bool)):
         raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
     kept = Histories.coerce(histories).latest(policy.max_items)
@@ -316,6 +312,15 @@ def build_layout(
     layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
     wanted = targets is not None if transpose is None else transpose
     return layout.with_transpose() if wanted else layout
+
+
+def check_inputs(catalog: Any, policy: Any, prompt: Any) -> None:
+    """Raise a TypeError or ValueError unless these are what a layout is planned from."""
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
+    check_policy(policy)
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
 
 
 def plan_layout(

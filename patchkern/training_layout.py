@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.catalog import Catalog
 from patchkern.histories import Histories, HistoriesLike, check_count
-from patchkern.layout import PatchLayout, plan_layout
+from patchkern.layout import PatchLayout, check_inputs, plan_layout
 from patchkern.planning import Head, Int32, Int64, Spans
-from patchkern.policies import AnyPolicy, Level, Levels, TrunkPolicy, check_policy
+from patchkern.policies import AnyPolicy, Level, Levels, TrunkPolicy
 from patchkern.prompt import Prompt
 
 
@@ -75,8 +75,10 @@ def build_training_layout(
     """
     if max_rows is not None:
         check_count("max_rows", max_rows, minimum=1)
+    if not isinstance(transpose, bool):
+        raise TypeError(f"transpose: expected a bool, got {type(transpose).__name__}")
     histories = Histories.coerce(histories)
-    policy = _trunk_policy(policy)
+    policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     parts = _parts(catalog, histories, policy, samples)
     if not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
@@ -115,7 +117,7 @@ def training_rows(
 ) -> Int64:
     """``(B,)`` rows that each user takes in `build_training_layout` with these arguments."""
     histories = Histories.coerce(histories)
-    policy = _trunk_policy(policy)
+    policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     parts = _parts(catalog, histories, policy, samples)
     own = _entry_rows(parts, len(prompt.separator))
@@ -195,8 +197,8 @@ class _Parts(NamedTuple):
     entries: Int64  # (N + 1,) running count of entries
 
 
-def _trunk_policy(policy: AnyPolicy) -> TrunkPolicy:
-    check_policy(policy)
+def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkPolicy:
+    check_inputs(catalog, policy, prompt)
     if not isinstance(policy, TrunkPolicy):
         raise ValueError(
             f"policy: expected one whose prompts share their beginnings (a TrunkPolicy), got {type(policy).__name__}"

@@ -212,14 +212,18 @@ def test_joined_layouts_pool_and_learn_the_same() -> None:
         ({"block_size": 0}, ValueError, r"block_size: expected an integer in 1"),
         ({"max_rows": 0}, ValueError, r"max_rows: expected an integer in 1"),
         ({"prompt": pk.Prompt([1], [2], [], [3])}, ValueError, r"prompt: expected a suffix"),
+        ({"prompt": [1, 2]}, TypeError, r"prompt: expected a Prompt, got list"),
+        ({"catalog": None}, TypeError, r"catalog: expected a Catalog, got NoneType"),
+        ({"histories": [[0, 12_345, 1, 2, 3, 4, 5, 6, 7]] * 2}, ValueError, r"histories: .* 12345"),
+        ({"transpose": 1}, TypeError, r"transpose: expected a bool, got int"),
     ],
 )
 def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
     batch = cases.make_batch(pk.TextOnly(None), [5, 9], with_targets=False)
     catalog, histories, policy, prompt, _ = batch.arguments()
-    arguments = {"policy": policy, "prompt": prompt, "target_ranges": [[1, 4], [3, 8]], **options}
+    defaults = {"catalog": catalog, "histories": histories, "policy": policy, "prompt": prompt}
     with pytest.raises(error, match=message):
-        build_training_layout(catalog, histories, **arguments)
+        build_training_layout(**{**defaults, "target_ranges": [[1, 4], [3, 8]], **options})
 
 
 # ------------------------------------------------------------------ through a model

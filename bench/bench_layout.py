@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
 from bench import timing, workloads
-from patchkern import layout as layout_module
-from patchkern import planning, planning_native
-from patchkern.policies import TrunkPolicy
+from patchkern.batch import layout as layout_module
+from patchkern.batch import planning, planning_native
+from patchkern.batch.policies import TrunkPolicy
 
 
 def with_planner(planner: object, call: Callable[[], pk.PatchLayout]) -> Callable[[], pk.PatchLayout]:

@@ -45,12 +45,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import patchkern as pk
 from bench.timing import Table, Timing, measure
 from bench.workloads import SHARED
+from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
-from patchkern.live_bytes import peak_memory
-from patchkern.prompts import Prompts, inference
-from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.search import DIVERSITY_PENALTY, generate_titles
-from patchkern.trie import Trie
+from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.search.prompts import Prompts, inference
+from patchkern.search.recommend import DIVERSITY_PENALTY, generate_titles
+from patchkern.search.trie import Trie
 
 PARTS = ("peers", "policies", "scaling", "extend")
 TOLERANCE = 1e-3

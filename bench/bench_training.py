@@ -54,8 +54,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import patchkern as pk
 from bench.timing import Table, Timing
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
-from patchkern.policies import Level
-from patchkern.trainer import cut_to_passes
+from patchkern.batch.policies import Level
+from patchkern.training.trainer import cut_to_passes
 
 # --targets: the slow way and the fast one
 PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per pass")}

@@ -38,8 +38,8 @@ SANITIZED = (
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
 SANITIZER = "{sanitizer} --target-processes all --error-exitcode 86 --tool"
-ON_GPU = PYTEST + f" -n 0 -m gpu -k '({SANITIZED}) and (cuda-gpu or triton-gpu)' tests/test_pool_rows.py"
-ON_CPU = PYTEST + " -n 0 -m 'not gpu' -k '(test_by_hand or test_a_session) and triton' tests/test_pool_rows.py"
+ON_GPU = PYTEST + f" -n 0 -m gpu -k '({SANITIZED}) and (cuda-gpu or triton-gpu)' tests/ops/test_pool_rows.py"
+ON_CPU = PYTEST + " -n 0 -m 'not gpu' -k '(test_by_hand or test_a_session) and triton' tests/ops/test_pool_rows.py"
 
 
 class Step(NamedTuple):
@@ -57,8 +57,8 @@ STEPS = (
     Step(
         "tests-pool-rows",
         5,
-        PYTEST + " -n 4 -m gpu tests/test_pool_rows.py",
-        PYTEST + " -n 0 -m gpu tests/test_pool_rows.py",
+        PYTEST + " -n 4 -m gpu tests/ops/test_pool_rows.py",
+        PYTEST + " -n 0 -m gpu tests/ops/test_pool_rows.py",
     ),
     Step(
         "bench-pool-rows",
@@ -75,7 +75,7 @@ STEPS = (
         "--policies items --batches 2 --training_batches 2 --seconds 0 --rounds 1",
     ),
     Step("memcheck", 4, f"{SANITIZER} memcheck {ON_GPU}", ON_CPU),
-    Step("tests", 6, PYTEST + " -n 4 -m gpu --ignore tests/test_pool_rows.py", PYTEST + " -n 0 -m gpu"),
+    Step("tests", 6, PYTEST + " -n 4 -m gpu --ignore tests/ops/test_pool_rows.py", PYTEST + " -n 0 -m gpu"),
     Step(
         "bench-passes",
         4,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import patchkern as pk
-from patchkern.scratch import fit_tokenizer, scratch_prompt
+from patchkern.models.scratch import fit_tokenizer, scratch_prompt
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCABULARY = 128_256

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The ABI of planning: which row of a packed batch is what, and the transpose that the gradient walks. Integers only.
-// patchkern/planning.py is the same in NumPy, and says what each array means; results are equal integer for integer.
+// patchkern/batch/planning.py is the same in NumPy, and says what each array means; results are equal integer for integer.
 //
 // Each is two calls, because the caller owns all memory: the first checks and counts, the second fills arrays of the
 // sizes that the first found.

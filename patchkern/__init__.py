@@ -8,15 +8,11 @@ batch that variable-length attention takes.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from patchkern.catalog import Catalog
-from patchkern.hashes import row_hashes
-from patchkern.histories import Histories
-from patchkern.item_table import ItemTable
-from patchkern.layout import PatchLayout, build_layout
-from patchkern.ops.backends import backends
-from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
-from patchkern.packed import PackedBatch, compress_batch
-from patchkern.policies import (
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.hashes import row_hashes
+from patchkern.batch.histories import Histories
+from patchkern.batch.layout import PatchLayout, build_layout
+from patchkern.batch.policies import (
     FitRows,
     FittingPolicy,
     ItemPatches,
@@ -28,15 +24,19 @@ from patchkern.policies import (
     TimeSessions,
     TrunkPolicy,
 )
-from patchkern.prompt import Prompt
-from patchkern.training_layout import build_training_layout, join_layouts, training_rows
-from patchkern.user_cache import UserCache
+from patchkern.batch.prompt import Prompt
+from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
+from patchkern.ops.backends import backends
+from patchkern.ops.item_table import ItemTable
+from patchkern.ops.packed import PackedBatch, compress_batch
+from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
+from patchkern.search.user_cache import UserCache
 
 if TYPE_CHECKING:
-    from patchkern.memory import plan_memory, row_counts
-    from patchkern.model import PatchedCausalLM
-    from patchkern.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
-    from patchkern.results import read_recommendations, recommend_to_disk
+    from patchkern.budget.search import plan_memory, row_counts
+    from patchkern.models.patched_lm import PatchedCausalLM
+    from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
+    from patchkern.search.results import read_recommendations, recommend_to_disk
 
 __version__ = "0.1.0"
 
@@ -81,15 +81,15 @@ __all__ = [
 
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
-    "PatchedCausalLM": "patchkern.model",
-    "PopularityPrior": "patchkern.prior",
-    "PriorFit": "patchkern.prior",
-    "TransitionPrior": "patchkern.prior",
-    "fit_prior_weight": "patchkern.prior",
-    "plan_memory": "patchkern.memory",
-    "read_recommendations": "patchkern.results",
-    "recommend_to_disk": "patchkern.results",
-    "row_counts": "patchkern.memory",
+    "PatchedCausalLM": "patchkern.models.patched_lm",
+    "PopularityPrior": "patchkern.search.prior",
+    "PriorFit": "patchkern.search.prior",
+    "TransitionPrior": "patchkern.search.prior",
+    "fit_prior_weight": "patchkern.search.prior",
+    "plan_memory": "patchkern.budget.search",
+    "read_recommendations": "patchkern.search.results",
+    "recommend_to_disk": "patchkern.search.results",
+    "row_counts": "patchkern.budget.search",
 }
 
 

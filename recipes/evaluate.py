@@ -29,12 +29,13 @@ import transformers
 from transformers import AutoTokenizer
 
 import patchkern as pk
-from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
-from patchkern.metrics import METRICS, Evaluation, evaluate
+from patchkern.batch.policies import AnyPolicy
+from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
+from patchkern.evaluation import most_popular, transitions
+from patchkern.evaluation.metrics import METRICS, Evaluation, evaluate
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.policies import AnyPolicy
-from patchkern.search import SEARCHES, generate_titles
-from patchkern.trainer import find_model
+from patchkern.search.recommend import SEARCHES, generate_titles
+from patchkern.training.trainer import find_model
 
 KS = (10, 20)
 PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior}

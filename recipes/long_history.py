@@ -38,14 +38,14 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 import patchkern as pk
+from patchkern.budget.live_bytes import peak_memory
+from patchkern.budget.search import MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes, row_counts
 from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
-from patchkern.live_bytes import peak_memory
-from patchkern.memory import MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes, row_counts
-from patchkern.metrics import Evaluation, evaluate
+from patchkern.evaluation.metrics import Evaluation, evaluate
+from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.trainer import find_model
-from patchkern.trie import Trie
+from patchkern.search.trie import Trie
+from patchkern.training.trainer import find_model
 
 POLICIES: dict[str, pk.Policy] = {
     "text": pk.TextOnly(max_items=None),

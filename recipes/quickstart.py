@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from transformers import PrinterCallback, ProgressCallback
 
 import patchkern as pk
-from patchkern import metrics
-from patchkern.data import Interactions, Samples, most_popular, open_dataset, prepare, synthetic, transitions
+from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
+from patchkern.evaluation import metrics, most_popular, transitions
+from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.trainer import SETTINGS, PatchTrainer
+from patchkern.training.trainer import SETTINGS, PatchTrainer
 
 KS = (10, 20)
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit

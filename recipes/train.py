@@ -52,11 +52,11 @@ from transformers import (
 )
 
 import patchkern as pk
+from patchkern.batch.prompt import MARKERS
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
+from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.prompt import MARKERS
-from patchkern.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.trainer import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
+from patchkern.training.trainer import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
 
 # What a resumed run must share with the run it continues, or its losses would not be the uninterrupted run's.
 SHARED = (

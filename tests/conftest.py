@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from patchkern import planning
+from patchkern.batch import planning
 from patchkern.ops import backends
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -150,10 +150,10 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Plan in NumPy or in C++, whichever the library would choose."""
     if request.param == "native":
-        module = pytest.importorskip("patchkern.planning_native", reason="the native module is not built")
+        module = pytest.importorskip("patchkern.batch.planning_native", reason="the native module is not built")
     else:
         module = planning
-    monkeypatch.setattr("patchkern.layout.planner", module)
+    monkeypatch.setattr("patchkern.batch.layout.planner", module)
     return str(request.param)
 
 

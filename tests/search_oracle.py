@@ -14,7 +14,7 @@ from cases import make_catalog
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import patchkern as pk
-from patchkern.search import DIVERSITY_PENALTY
+from patchkern.search.recommend import DIVERSITY_PENALTY
 
 VOCABULARY = 101
 PROMPT = pk.Prompt(prefix=[90, 91], separator=[92], suffix=[93, 94], response_end=[96])

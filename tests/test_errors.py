@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import patchkern as pk
-from patchkern.policies import Level, policy_from_dict, policy_to_dict
+from patchkern.batch.policies import Level, policy_from_dict, policy_to_dict
 
 TITLES: dict[Any, oracle.Title] = {10: [1, 2], 20: [3], 30: [4, 5, 6]}
 CATALOG = cases.make_catalog(TITLES)

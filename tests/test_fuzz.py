@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchkern as pk
-from patchkern.layout import Transpose
-from patchkern.policies import policy_from_dict
+from patchkern.batch.layout import Transpose
+from patchkern.batch.policies import policy_from_dict
 
 BACKENDS = [name for name in ("reference", "native") if pk.backends()[name].usable]
 BATCH = cases.make_batch(pk.SessionPatches(2), [0, 9, 3])

@@ -32,7 +32,7 @@ def test_the_equivalent_computes_the_same_rows(blocks: list[str]) -> None:
 
 def test_the_example_runs(blocks: list[str], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from patchkern.scratch import fit_tokenizer, scratch_model, scratch_prompt
+    from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 
     titles = {1: "Toy Story", 2: "GoldenEye", 3: "Heat"}
     tokenizer = fit_tokenizer(titles.values(), 300)

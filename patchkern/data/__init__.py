@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets: readers, filters, splits, a synthetic generator, and yardsticks to measure a recommender against.
+"""Data sets: readers, filters, splits and a synthetic generator.
 
     data = open_dataset("ml-100k")              # MovieLens, Goodreads, RecBole or parquet, recognised by its files
     data = prepare(data)                        # rating > 3, users with more than 20 of those, split 48:1:1 by time
@@ -26,13 +26,11 @@ from patchkern.data.parquet import read_parquet, write_parquet
 from patchkern.data.recbole import read_recbole
 from patchkern.data.splits import leave_one_out, temporal_split
 from patchkern.data.synthetic import synthetic
-from patchkern.data.yardsticks import Ranking, most_popular, transitions
 
 __all__ = [
     "MIN_HISTORY",
     "SPLITS",
     "Interactions",
-    "Ranking",
     "Samples",
     "clean_title",
     "k_core",
@@ -40,7 +38,6 @@ __all__ = [
     "leave_one_out",
     "min_interactions",
     "most_frequent_items",
-    "most_popular",
     "open_dataset",
     "prepare",
     "rating_above",
@@ -50,7 +47,6 @@ __all__ = [
     "read_recbole",
     "synthetic",
     "temporal_split",
-    "transitions",
     "write_parquet",
 ]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patchkern.catalog import Catalog
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories
+from patchkern.batch.policies import ItemPatches, Level, Policy, SessionPatches
 from patchkern.data import Interactions, open_dataset, prepare
 from patchkern.data.interactions import positions_of
-from patchkern.histories import Histories
-from patchkern.policies import ItemPatches, Level, Policy, SessionPatches
 
 
 @dataclass(frozen=True)

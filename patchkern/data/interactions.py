@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from patchkern.histories import Histories
+from patchkern.batch.histories import Histories
 
 SPLITS = ("train", "val", "test")
 MIN_HISTORY = 3

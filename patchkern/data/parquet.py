@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.histories import Histories
 from patchkern.data.interactions import SPLITS, Interactions
-from patchkern.histories import Histories
 
 HISTORIES, ITEMS, PROMPT = "histories.parquet", "items.parquet", "prompt.txt"
 

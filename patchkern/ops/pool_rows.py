@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkern.item_table import ItemTable
-from patchkern.layout import PatchLayout, Transpose
+from patchkern.batch.layout import PatchLayout, Transpose
 from patchkern.ops import backends
+from patchkern.ops.item_table import ItemTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue: every item's title as token ids, tokenised once, in CSR form."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from patchkern.batch.histories import check_offsets, flat_array, is_sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from patchkern.ops.item_table import ItemTable
+
+_INT32_MAX = int(np.iinfo(np.int32).max)
+# An id table of this many entries per item is still smaller than the sorted search it replaces is slow.
+_TABLE_SLACK = 64
+
+
+class Catalog:
+    """Titles of all items as token ids.
+
+    Attributes:
+        token_ids: ``(nnz,)`` int32, the titles' token ids one after the other.
+        offsets: ``(n_items + 1,)`` int32, item ``i`` owns ``token_ids[offsets[i]:offsets[i + 1]]``.
+        item_ids: ``(n_items,)`` the caller's ids, integers or strings.
+        titles: the titles as text, or None when built from token ids alone.
+        max_token_id: the largest token id.
+    """
+
+    token_ids: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+    item_ids: NDArray[Any]
+    titles: tuple[str, ...] | None
+    max_token_id: int
+
+    def __init__(
+        self,
+        token_ids: ArrayLike,
+        offsets: ArrayLike,
+        item_ids: ArrayLike | None = None,
+        titles: Sequence[str] | None = None,
+    ) -> None:
+        self.token_ids = _int32("token_ids", token_ids)
+        self.offsets = _int32("offsets", offsets)
+        check_offsets("offsets", self.offsets, self.token_ids.size)
+        if self.token_ids.size and int(self.token_ids.min()) < 0:
+            at = int(np.flatnonzero(self.token_ids < 0)[0])
+            raise ValueError(f"token_ids[{at}]: expected a token id >= 0, got {self.token_ids[at]}")
+        if self.token_ids.size and int(self.token_ids.max()) == _INT32_MAX:
+            raise ValueError(f"token_ids: expected ids below {_INT32_MAX}, got {_INT32_MAX}")
+        self.item_ids = _item_ids(item_ids, len(self))
+        empty = np.flatnonzero(self.lengths == 0)
+        if empty.size:
+            raise ValueError(
+                f"titles: expected at least one token per item, got none for item {self.item_ids.item(empty[0])!r}"
+            )
+        if titles is not None and not (is_sequence(titles) and all(isinstance(title, str) for title in titles)):
+            raise TypeError("titles: expected a sequence of strings or None")
+        if titles is not None and len(titles) != len(self):
+            raise ValueError(f"titles: expected one per item ({len(self)}), got {len(titles)}")
+        self.titles = None if titles is None else tuple(titles)
+        self.max_token_id = int(self.token_ids.max()) if self.token_ids.size else -1
+        self._build_lookup()
+
+    @classmethod
+    def from_titles(cls, titles: Mapping[Any, str], tokenizer: Any) -> Catalog:
+        """Tokenise ``{item_id: title}`` on its own, without special tokens.
+
+        Args:
+            titles: one title per item id; the catalogue keeps this order.
+            tokenizer: a transformers tokenizer, or any callable from a title to its token ids.
+
+        Raises:
+            TypeError: ``titles`` is not a mapping to strings, or ``tokenizer`` is not callable.
+            ValueError: a title without tokens.
+        """
+        if not isinstance(titles, Mapping):
+            raise TypeError(f"titles: expected a mapping of item id to title, got {type(titles).__name__}")
+        if not callable(tokenizer):
+            raise TypeError(f"tokenizer: expected a tokenizer or a callable, got {type(tokenizer).__name__}")
+        texts = list(titles.values())
+        for item_id, title in titles.items():
+            if not isinstance(title, str):
+                raise TypeError(f"titles[{item_id!r}]: expected a string, got {type(title).__name__}")
+        if hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "convert_tokens_to_ids"):
+            tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        else:
+            tokens = [tokenizer(text) for text in texts]
+        for item_id, ids in zip(titles, tokens, strict=True):
+            if not is_sequence(ids):
+                raise TypeError(f"tokenizer: expected token ids for item {item_id!r}, got {type(ids).__name__}")
+        offsets = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
+        filled = [flat_array("tokenizer", ids) for ids in tokens if len(ids)]
+        flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
+        return cls(flat, offsets, _id_array(list(titles), "item_ids"), texts)
+
+    @classmethod
+    def from_token_ids(
+        cls,
+        token_ids: ArrayLike,
+        offsets: ArrayLike,
+        item_ids: ArrayLike | None = None,
+        titles: Sequence[str] | None = None,
+    ) -> Catalog:
+        """Build from CSR arrays, ``token_ids`` (nnz,) and ``offsets`` (n_items + 1,); ids default to 0, 1, ..."""
+        return cls(token_ids, offsets, item_ids, titles)
+
+    def __len__(self) -> int:
+        return self.offsets.size - 1
+
+    def __repr__(self) -> str:
+        return f"Catalog(items={len(self)}, tokens={self.token_ids.size})"
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """``(n_items,)`` int32, tokens per title."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all titles' token ids, in order: the same on every machine, 32 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (np.array([len(self)]), self.offsets, self.token_ids):
+            digest.update(array.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def item_table(self, weight: Tensor, backend: str = "auto") -> ItemTable:
+        """Pool every item's patch once: `pool_rows` then reads one row per item instead of one per token.
+
+        Pays where the same weight pools many batches: inference, or training with frozen embeddings. Takes
+        ``n_items * D`` elements of memory, 16 MB for 3,883 titles at D = 2048 in bfloat16.
+
+        Args:
+            weight: ``(V, D)``, as in `pool_rows`, frozen (``weight.requires_grad_(False)``). When it changes all the
+                same, the table is stale and `pool_rows` refuses it.
+            backend: as in `pool_rows`.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        from patchkern.ops.item_table import make_item_table
+
+        return make_item_table(self, weight, backend)
+
+    def tokens(self, index: int) -> NDArray[np.int32]:
+        """Token ids of the item at catalogue position ``index`` (a view)."""
+        return self.token_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def index_of(self, item_ids: ArrayLike, argument: str = "item_ids") -> NDArray[np.int32]:
+        """Catalogue positions of ``item_ids``: int32, same shape.
+
+        Raises:
+            ValueError: an id that the catalogue does not hold; the message names ``argument``.
+        """
+        ids = _id_array(item_ids, argument)
+        if ids.size == 0:
+            return np.zeros(ids.shape, np.int32)
+        if ids.dtype.kind != self.item_ids.dtype.kind:
+            kind = {"i": "integer", "U": "string"}
+            expected, got = kind[self.item_ids.dtype.kind], kind[ids.dtype.kind]
+            raise TypeError(f"{argument}: expected {expected} item ids as in the catalog, got {got} ids")
+        if self._positions is not None:
+            index = np.fromiter((self._positions.get(i, -1) for i in ids.ravel().tolist()), np.int32, ids.size)
+            index = index.reshape(ids.shape)
+        else:
+            shifted = ids - self._first_id
+            # One unsigned comparison catches ids on both sides of the table.
+            inside = shifted.view(np.uint64) < self._table.size
+            index = self._table[shifted] if inside.all() else self._table[np.where(inside, shifted, self._hole)]
+        if index.min() < 0:
+            at = int(np.flatnonzero(index.ravel() < 0)[0])
+            raise ValueError(f"{argument}: expected item ids of the catalog, got {ids.item(at)!r} at position {at}")
+        return index
+
+    def _build_lookup(self) -> None:
+        """Integer ids of a bounded range get a table, all others a dict."""
+        ids = self.item_ids
+        self._positions: dict[Any, int] | None = None
+        self._first_id, span = 0, 0
+        if ids.dtype.kind in "iu" and ids.size:
+            self._first_id = int(ids.min())
+            span = int(ids.max()) - self._first_id + 1
+        if ids.dtype.kind in "iu" and span <= max(_TABLE_SLACK * ids.size, 1 << 16):
+            # The last entry is a hole on purpose: ids outside the range are sent there.
+            self._table = np.full(span + 1, -1, np.int32)
+            self._hole = span
+            self._table[ids - self._first_id] = np.arange(ids.size, dtype=np.int32)
+            distinct = int((self._table >= 0).sum())
+        else:
+            self._positions = {item: position for position, item in enumerate(ids.tolist())}
+            distinct = len(self._positions)
+        if distinct != ids.size:
+            _, first = np.unique(ids, return_index=True)
+            repeated = np.setdiff1d(np.arange(ids.size), first)
+            raise ValueError(f"item_ids: expected distinct ids, got {ids.item(repeated[0])!r} more than once")
+
+
+def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
+    array = flat_array(name, values)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    if array.size and (int(array.max()) > _INT32_MAX or int(array.min()) < -_INT32_MAX):
+        raise ValueError(f"{name}: expected values that fit in int32, got up to {int(array.max())}")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _id_array(ids: Any, argument: str) -> NDArray[Any]:
+    """Item ids as int64 or string array; anything else is refused, not converted."""
+    if not isinstance(ids, np.ndarray):
+        if not is_sequence(ids):
+            raise TypeError(f"{argument}: expected a sequence of item ids, got {type(ids).__name__}")
+        ids = np.fromiter(ids, object)
+    if ids.dtype.kind == "O":
+        kinds = {type(item) for item in ids.ravel().tolist()}
+        if all(issubclass(kind, (int, np.integer)) and not issubclass(kind, bool) for kind in kinds):
+            try:
+                return ids.astype(np.int64)
+            except OverflowError as error:
+                raise ValueError(f"{argument}: expected integers that fit in int64") from error
+        if all(issubclass(kind, str) for kind in kinds):
+            return ids.astype(np.str_)
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"{argument}: expected all integers or all strings, got {names}")
+    if ids.dtype.kind == "u" and ids.size and int(ids.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{argument}: expected integers that fit in int64, got {int(ids.max())}")
+    if ids.dtype.kind not in "iuU" and ids.size:
+        raise TypeError(f"{argument}: expected integer or string item ids, got dtype {ids.dtype}")
+    return ids if ids.dtype.kind == "U" else ids.astype(np.int64, copy=False)
+
+
+def _item_ids(item_ids: ArrayLike | None, n_items: int) -> NDArray[Any]:
+    if item_ids is None:
+        return np.arange(n_items, dtype=np.int64)
+    ids = _id_array(item_ids, "item_ids")
+    if ids.shape != (n_items,):
+        raise ValueError(f"item_ids: expected one per title ({n_items}), got shape {ids.shape}")
+    return ids

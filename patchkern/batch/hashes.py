@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A content hash of every row of a layout: equal rows, in whatever batch, process or machine, have equal hashes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchkern.batch.layout import PatchLayout
+
+UInt64 = NDArray[np.uint64]
+
+_TOKEN, _TITLE, _SESSION = (np.uint64(tag) for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F))
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
+    """What every row stands for, as one number.
+
+    A literal's hash comes from its token; a patch's from the title tokens of its items, in order, whatever the items'
+    ids and places in batch and catalogue are. Rows with equal hashes are computed from the same tokens in the same way,
+    so any cache of what a model makes of them can be keyed by these numbers. Different rows differ but for a chance of
+    2^-64 a pair; it is no cryptographic hash, which would withstand titles made to collide.
+
+    Args:
+        layout: any; it is read on the CPU.
+        by_item: tell patches of different items apart also where their titles are equal, by the items' places in the
+            catalogue: for a model with item embeddings.
+
+    Returns:
+        ``(T,)`` uint64.
+    """
+    layout = layout.to("cpu")
+    lo, hi, items, token_ids, offsets = (
+        x.numpy().astype(np.int64) for x in (layout.lo, layout.hi, layout.items, layout.token_ids, layout.offsets)
+    )
+    title_ends = offsets[1:]
+    titles = _sequences(_mixed(token_ids + 1, _TOKEN), offsets[:-1], title_ends - offsets[:-1], _TITLE)
+    if by_item:
+        titles = _mixed(layout.title_index.numpy(), titles)
+    hashes = _mixed(-lo, _TOKEN)  # of -1 - lo, the token, plus one
+    patch = np.flatnonzero(lo >= 0)
+    hashes[patch] = _sequences(titles[items], lo[patch], (hi - lo)[patch], _SESSION)
+    return hashes
+
+
+def _sequences(hashes: UInt64, starts: NDArray[np.int64], lengths: NDArray[np.int64], tag: np.uint64) -> UInt64:
+    """One hash for each run of ``hashes``: that of the sum of its members, each mixed with its place in the run."""
+    ends = np.cumsum(lengths)
+    place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+    members = hashes[place + np.repeat(starts, lengths)]
+    running = np.zeros(members.size + 1, np.uint64)
+    np.cumsum(_mixed(place, members), out=running[1:])  # modulo 2^64, and so are the differences
+    return _mixed(lengths, running[ends] - running[ends - lengths] + tag)
+
+
+def _mixed(numbers: NDArray[np.int64], key: UInt64 | np.uint64) -> UInt64:
+    """Numbers and key as well-spread 64-bit values: the finalizer of the generator splitmix64, twice."""
+    mixed = numbers.astype(np.uint64)
+    for addend in (_STEP, key):
+        mixed = mixed * _STEP + addend
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+        mixed *= np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed

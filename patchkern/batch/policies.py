@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies: which history items stay text and which are pooled, and with whom.
+
+A policy produces one `Level` per item and nothing else; the layout is built from those levels alone, so a new policy
+is one method: `levels`, or `fit` where the titles' lengths matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchkern.batch.histories import Histories, check_count, check_max_items
+from patchkern.batch.prompt import Prompt
+
+Levels = NDArray[np.uint8]
+
+
+class Level(IntEnum):
+    """How one history item enters the batch."""
+
+    TEXT = 0
+    """its title, token by token"""
+    PATCH = 1
+    """it starts a new patch"""
+    JOIN = 2
+    """it is pooled into the patch of the item before it"""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What `build_layout` asks of a policy."""
+
+    @property
+    def max_items(self) -> int | None:
+        """Histories are cut to their latest ``max_items`` items first (None: keep all)."""
+
+    def levels(self, histories: Histories) -> Levels:
+        """``(N,)`` uint8, one `Level` per item of the (already cut) histories."""
+
+
+@runtime_checkable
+class FittingPolicy(Protocol):
+    """What `build_layout` asks of a policy that must know how long the titles and the prompt are."""
+
+    @property
+    def max_items(self) -> int | None:
+        """As of `Policy`."""
+
+    def fit(self, histories: Histories, title_lengths: NDArray[np.integer[Any]], prompt: Prompt) -> Levels:
+        """As `Policy.levels`; ``title_lengths`` ``(N,)`` counts each item's tokens."""
+
+
+@runtime_checkable
+class TrunkPolicy(Policy, Protocol):
+    """A policy under which a user's prompts share their beginnings, so that many targets can be trained in one pass."""
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How much of the levels of ``(S,)`` histories of these lengths of one user does not depend on the length.
+
+        Returns:
+            ``(S,)`` keys and ``(S,)`` splits. Among histories of one user that begin at the same item and have the same
+            key, the levels before the split are those that the longest one has there, no patch reaches across the
+            split, and what follows it has the levels that it would have as a history of its own.
+        """
+
+
+AnyPolicy = Policy | FittingPolicy
+
+
+def check_policy(policy: Any) -> None:
+    """Raise a ``TypeError`` unless ``policy`` is one of the two kinds."""
+    if isinstance(policy, type) or not isinstance(policy, (Policy, FittingPolicy)):
+        raise TypeError(f"policy: expected a policy with max_items and levels, got {type(policy).__name__}")
+
+
+@dataclass(frozen=True)
+class TextOnly:
+    """Every item as text (the paper's "Vanilla")."""
+
+    max_items: int | None = 100
+
+    def __post_init__(self) -> None:
+        check_max_items(self.max_items)
+
+    def levels(self, histories: Histories) -> Levels:
+        return np.zeros(histories.items.size, np.uint8)
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros_like(lengths), lengths
+
+
+@dataclass(frozen=True)
+class ItemPatches:
+    """The latest ``keep_text`` items as text, all earlier ones as item patches (the paper's PFT-I)."""
+
+    keep_text: int = 5
+    max_items: int | None = 100
+
+    def __post_init__(self) -> None:
+        check_count("keep_text", self.keep_text, minimum=0)
+        check_max_items(self.max_items)
+
+    def levels(self, histories: Histories) -> Levels:
+        levels = np.full(histories.items.size, Level.PATCH, np.uint8)
+        _set_latest(levels, histories, self.keep_text, Level.TEXT)
+        return levels
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros_like(lengths), np.maximum(lengths - self.keep_text, 0)
+
+
+@dataclass(frozen=True)
+class SessionPatches:
+    """The latest ``group_size`` items as text, the ones before as item patches, the oldest as sessions (PFT-S).
+
+    ``align="end"`` counts sessions of ``group_size`` back from the item patches, so only the oldest may be short.
+    ``align="start"`` counts complete groups from the first item: their borders never move while a history grows
+    (with ``max_items=None``), so that a user's successive prompts share a growing prefix; between ``group_size`` and
+    ``2 * group_size - 1`` items stand as item patches.
+    """
+
+    group_size: int = 5
+    max_items: int | None = 100
+    align: str = "end"
+
+    def __post_init__(self) -> None:
+        check_count("group_size", self.group_size, minimum=1)
+        check_max_items(self.max_items)
+        if not isinstance(self.align, str) or self.align not in ("end", "start"):
+            raise ValueError(f'align: expected "end" or "start", got {self.align!r}')
+
+    def levels(self, histories: Histories) -> Levels:
+        g, lengths = self.group_size, histories.lengths
+        pooled = self._pooled(lengths)
+        # Positions within each history, shifted so that sessions start at multiples of g.
+        shift = -pooled % g
+        position = np.arange(histories.items.size) - np.repeat(histories.offsets[:-1] - shift, lengths)
+        levels = np.where(position % g == 0, np.uint8(Level.PATCH), np.uint8(Level.JOIN))
+        levels[histories.offsets[:-1][lengths > 0]] = Level.PATCH
+        levels[position >= np.repeat(pooled + shift, lengths)] = Level.PATCH
+        _set_latest(levels, histories, g, Level.TEXT)
+        return levels
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        pooled = self._pooled(lengths)
+        return pooled % self.group_size, pooled
+
+    def _pooled(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Items in sessions."""
+        pooled = np.maximum(lengths - 2 * self.group_size, 0)
+        return pooled - pooled % self.group_size if self.align == "start" else pooled
+
+
+@dataclass(frozen=True)
+class RandomItemPatches:
+    """Every item independently an item patch with ``probability``, else text (the paper's patch pre-training).
+
+    The draws depend on ``seed`` and the flat position of the item in the batch only: the same call gives the same
+    layout. Training varies ``seed`` from step to step.
+    """
+
+    probability: float = 0.3
+    max_items: int | None = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.probability, bool) or not isinstance(self.probability, (int, float, np.floating)):
+            raise TypeError(f"probability: expected a number, got {type(self.probability).__name__}")
+        if not 0.0 <= self.probability <= 1.0 or math.isnan(self.probability):
+            raise ValueError(f"probability: expected a number in 0..1, got {self.probability}")
+        check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
+        check_max_items(self.max_items)
+
+    def levels(self, histories: Histories) -> Levels:
+        draws = np.random.Generator(np.random.SFC64(self.seed)).random(histories.items.size, np.float32)
+        return np.where(draws < self.probability, np.uint8(Level.PATCH), np.uint8(Level.TEXT))
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One draw per trunk: its targets see the same items as patches, where samples of their own would differ."""
+        return np.zeros_like(lengths), lengths
+
+
+@dataclass(frozen=True)
+class TimeSessions:
+    """Sessions as they happened: old items are pooled with those that came shortly before them.
+
+    The latest ``keep_text`` items stay text, the ``keep_items`` before them become item patches. Of the earlier ones,
+    an item joins the session of the item before it where at most ``gap`` seconds lie between them, up to ``max_size``
+    items a session (None: any number). While a history grows (with ``max_items=None``), only its youngest session
+    changes.
+    """
+
+    gap: int = 3600
+    keep_text: int = 5
+    keep_items: int = 5
+    max_size: int | None = None
+    max_items: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("gap", self.gap, minimum=0)
+        check_count("keep_text", self.keep_text, minimum=0)
+        check_count("keep_items", self.keep_items, minimum=0)
+        if self.max_size is not None:
+            check_count("max_size", self.max_size, minimum=1)
+        check_max_items(self.max_items)
+
+    def levels(self, histories: Histories) -> Levels:
+        """Raises a ``ValueError`` for histories without timestamps, or with some that fall."""
+        if histories.timestamps is None:
+            raise ValueError("histories: expected timestamps, which TimeSessions goes by, got none")
+        waits = np.diff(histories.timestamps, prepend=0)
+        starts = histories.offsets[:-1][histories.lengths > 0]
+        waits[starts] = 0
+        fallen = np.flatnonzero(waits < 0)
+        if fallen.size:
+            at = int(fallen[0])
+            raise ValueError(
+                f"histories: expected timestamps that never fall within a user, got {histories.timestamps[at - 1]} "
+                f"then {histories.timestamps[at]} at {at}"
+            )
+        breaks = waits > self.gap
+        breaks[starts] = True
+        if self.max_size is not None:
+            first = np.flatnonzero(breaks)
+            place = np.arange(breaks.size) - np.repeat(first, np.diff(first, append=breaks.size))
+            breaks |= place % self.max_size == 0
+        levels = np.where(breaks, np.uint8(Level.PATCH), np.uint8(Level.JOIN))
+        _set_latest(levels, histories, self.keep_text + self.keep_items, Level.PATCH)
+        _set_latest(levels, histories, self.keep_text, Level.TEXT)
+        return levels
+
+
+@dataclass(frozen=True)
+class FitRows:
+    """The finest granularity that keeps a user's prompt within ``max_rows`` rows, the oldest items compressed first.
+
+    ``max_rows`` counts what the model reads: prefix, history with its separators, suffix; not the response. A user who
+    fits stays text. Else the fewest oldest items that make it fit become item patches. If that is not enough even for
+    all but the latest ``keep_text``, the fewest oldest groups of ``group_size`` become sessions; if all groups are not
+    enough, the size of a group doubles, until one session holds everything but the text.
+    """
+
+    max_rows: int
+    keep_text: int = 5
+    group_size: int = 5
+    max_items: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max_rows", self.max_rows, minimum=1)
+        check_count("keep_text", self.keep_text, minimum=0)
+        check_count("group_size", self.group_size, minimum=2)
+        check_max_items(self.max_items)
+
+    def fit(self, histories: Histories, title_lengths: NDArray[np.integer[Any]], prompt: Prompt) -> Levels:
+        """Raises a ``ValueError`` for a user whose text alone exceeds ``max_rows``."""
+        separator, lengths, starts = len(prompt.separator), histories.lengths, histories.offsets[:-1]
+        saved = np.append(0, np.cumsum(title_lengths - 1, dtype=np.int64))  # by patches of all items before
+        patched_rows = lengths + np.maximum(lengths - 1, 0) * separator + len(prompt.prefix) + len(prompt.suffix)
+        excess = patched_rows + saved[histories.offsets[1:]] - saved[starts] - self.max_rows
+        poolable = np.maximum(lengths - self.keep_text, 0)
+        # one search in the running savings serves every user: how many items from the first must be patches
+        needed = np.searchsorted(saved, saved[starts] + np.maximum(excess, 0)) - starts
+        patches = np.where(excess > 0, np.minimum(needed, poolable), 0)
+        excess = excess - (saved[starts + patches] - saved[starts])
+        size = np.full(lengths.size, self.group_size)
+        groups = np.zeros_like(lengths)
+        waiting = excess > 0
+        while waiting.any():
+            per_group = np.minimum(size, poolable)
+            wanted = -(-excess // np.maximum((per_group - 1) * (1 + separator), 1))
+            possible = np.where(per_group > 1, poolable // np.maximum(per_group, 1), 0)
+            hopeless = waiting & (wanted > possible) & (size >= poolable)
+            if hopeless.any():
+                user = int(np.flatnonzero(hopeless)[0])
+                least = self.max_rows + int(excess[user] - max(per_group[user] - 1, 0) * (1 + separator))
+                raise ValueError(
+                    f"max_rows: expected at least {least} for user {user}, whose latest {self.keep_text} items stay "
+                    f"text, got {self.max_rows}"
+                )
+            fits = waiting & (wanted <= possible)
+            groups[fits] = wanted[fits]
+            size[fits] = per_group[fits]
+            waiting &= ~fits
+            size[waiting] *= 2
+        place = np.arange(histories.items.size) - np.repeat(starts, lengths)
+        inside = (place < np.repeat(groups * size, lengths)) & (place % np.repeat(size, lengths) != 0)
+        levels = np.where(place < np.repeat(patches, lengths), np.uint8(Level.PATCH), np.uint8(Level.TEXT))
+        levels[inside] = Level.JOIN
+        return levels
+
+
+_KINDS = (TextOnly, ItemPatches, SessionPatches, RandomItemPatches, TimeSessions, FitRows)
+_POLICIES: dict[str, Any] = {policy.__name__: policy for policy in _KINDS}
+
+
+def policy_to_dict(policy: AnyPolicy) -> dict[str, Any]:
+    """A JSON-ready description of one of this module's policies."""
+    if not isinstance(policy, _KINDS):
+        raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
+    values = asdict(policy).items()
+    arguments = {name: value.item() if isinstance(value, np.generic) else value for name, value in values}
+    return {"name": type(policy).__name__, **arguments}
+
+
+def policy_from_dict(description: Mapping[str, Any]) -> AnyPolicy:
+    """The inverse of `policy_to_dict`."""
+    if not isinstance(description, Mapping):
+        raise TypeError(f"description: expected a mapping, got {type(description).__name__}")
+    arguments = dict(description)
+    name = arguments.pop("name", None)
+    if name not in _POLICIES:
+        raise ValueError(f"description: expected a name among {', '.join(_POLICIES)}, got {name!r}")
+    policy: AnyPolicy = _POLICIES[name](**arguments)
+    return policy
+
+
+def _set_latest(levels: Levels, histories: Histories, count: int, level: Level) -> None:
+    kept = np.minimum(histories.lengths, count)
+    ends = np.cumsum(kept)
+    levels[np.arange(kept.sum()) + np.repeat(histories.offsets[1:] - ends, kept)] = level

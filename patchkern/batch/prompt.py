@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixed tokens around a history: ``prefix | history rows | suffix | target title | response_end``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from patchkern.batch.histories import is_sequence
+
+HISTORY_MARK = "[HISTORY_SEQUENCE]"
+MARKERS = ("<|history_start|>", "<|history_separator|>", "<|history_end|>")
+_RESERVED = re.compile(r"reserved_special_token_(\d+)")
+_INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of the prompt's four fixed parts.
+
+    One ``separator`` stands between two history entries, the ``suffix`` after the last one. ``response_end`` closes
+    the target title. Each part is a sequence of token ids and may be empty.
+    """
+
+    prefix: tuple[int, ...] = ()
+    separator: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    response_end: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _token_tuple(field.name, getattr(self, field.name)))
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest token id of any part, -1 if all are empty."""
+        return max((*self.prefix, *self.separator, *self.suffix, *self.response_end), default=-1)
+
+    @classmethod
+    def from_chat_template(cls, tokenizer: Any, system: str, instruction: str) -> Prompt:
+        """Build the paper's chat prompt from a tokenizer with a chat template.
+
+        ``instruction`` contains ``[HISTORY_SEQUENCE]`` once. Three marker tokens frame the history: start ends the
+        prefix, separator stands between entries, end opens the suffix. They are the tokenizer's first three reserved
+        special tokens; a tokenizer with fewer than three gets new ones added, after which the model needs
+        ``resize_token_embeddings(len(tokenizer))``. ``response_end`` is the tokenizer's end-of-sequence token.
+
+        Raises:
+            TypeError: ``tokenizer`` has no chat template method, or a text is not a string.
+            ValueError: no chat template, no end-of-sequence token, or not exactly one history mark.
+        """
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+        for name, text in (("system", system), ("instruction", instruction)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("tokenizer: expected one with a chat template, got none; use Prompt(prefix=...) instead")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: expected an end-of-sequence token, got none")
+        if instruction.count(HISTORY_MARK) != 1:
+            raise ValueError(
+                f"instruction: expected {HISTORY_MARK} exactly once, got it {instruction.count(HISTORY_MARK)} times"
+            )
+        if HISTORY_MARK in system:
+            raise ValueError(f"system: expected no {HISTORY_MARK}, which belongs in the instruction")
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": instruction}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, found, after = text.partition(HISTORY_MARK)
+        if not found:
+            raise ValueError(f"tokenizer: its chat template dropped {HISTORY_MARK} from the instruction")
+        start, separator, end = _marker_ids(tokenizer)
+
+        def ids(part: str) -> list[int]:
+            return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+        return cls(
+            prefix=(*ids(before), start),
+            separator=(separator,),
+            suffix=(end, *ids(after)),
+            response_end=(tokenizer.eos_token_id,),
+        )
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """The four parts as JSON-ready lists."""
+        return {name: list(ids) for name, ids in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, parts: Mapping[str, Any]) -> Prompt:
+        """The inverse of `to_dict`."""
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"parts: expected a mapping, got {type(parts).__name__}")
+        unknown = sorted(set(parts) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"parts: expected prefix, separator, suffix and response_end, got {unknown}")
+        return cls(**parts)
+
+
+def _token_tuple(name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    if not is_sequence(ids):
+        raise TypeError(f"{name}: expected a sequence of token ids, got {type(ids).__name__}")
+    tokens = []
+    for position, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise TypeError(f"{name}[{position}]: expected an integer token id, got {type(token).__name__}")
+        value = int(token)
+        if not 0 <= value < _INT32_MAX:
+            raise ValueError(f"{name}[{position}]: expected a token id in 0..{_INT32_MAX - 1}, got {value}")
+        tokens.append(value)
+    return tuple(tokens)
+
+
+def _marker_ids(tokenizer: Any) -> tuple[int, int, int]:
+    reserved = []
+    for token, token_id in tokenizer.get_added_vocab().items():
+        match = _RESERVED.search(token)
+        if match:
+            reserved.append((int(match.group(1)), token_id))
+    if len(reserved) >= len(MARKERS):
+        first, second, third = (token_id for _, token_id in sorted(reserved)[: len(MARKERS)])
+        return first, second, third
+    missing = [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    first, second, third = (tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS)
+    return first, second, third

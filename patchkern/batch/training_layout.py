@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many targets per history in one pass: the history is a trunk, computed once, and every target a branch of it.
+
+A sample (history, target) as `patchkern.build_layout` packs it repeats the whole history for a single target. Here a
+user's *trunk* is the prompt's prefix and the part of the history that many samples begin with, and a sample's *branch*
+is the rest of it: the recent items that its policy treats apart, the suffix and the response. A branch is a span whose
+prefix is its trunk up to its own point, with positions that go on from there, so that every row sees exactly the rows
+that it sees in a sample of its own. Loss and gradients are those of the samples, packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.layout import PatchLayout, check_inputs, plan_layout
+from patchkern.batch.planning import Head, Int32, Int64, Spans
+from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy
+from patchkern.batch.prompt import Prompt
+
+
+class _Samples(NamedTuple):
+    """One entry per target, users in order: its history is the user's items from ``start`` to before ``position``."""
+
+    user: Int64
+    position: Int64
+    start: Int64
+    split: Int64  # items of the history that the trunk holds
+    trunk: Int64
+
+
+def build_training_layout(
+    catalog: Catalog,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    prompt: Prompt,
+    target_ranges: ArrayLike,
+    max_rows: int | None = None,
+    *,
+    block_size: int = 50,
+    transpose: bool = True,
+) -> PatchLayout:
+    """Plan a packed batch of trunks and branches: every target of ``target_ranges``, each history computed once.
+
+    With ``policy.max_items`` None, or histories within it, the loss over the layout is exactly that of
+    `build_layout` over one sample per target. Beyond it a sample's history cannot begin at its own ``max_items``-th
+    latest item, or no two would share a trunk: it begins at the last multiple of ``block_size`` before that, and so
+    holds up to ``block_size - 1`` items more.
+
+    `RandomItemPatches` are drawn once per trunk: targets of one trunk see the same items as patches, where samples of
+    their own would each have drawn anew.
+
+    Args:
+        catalog: the titles.
+        histories: whole histories of B users, targets included.
+        policy: a `TrunkPolicy`: `TextOnly`, `ItemPatches`, `SessionPatches` or `RandomItemPatches`.
+        prompt: the fixed tokens.
+        target_ranges: ``(B, 2)`` integers, the first and the last position in the user's history that is a target; a
+            user whose last is less than the first has none.
+        max_rows: refuse a batch of more rows; `training_rows` says what each user needs.
+        block_size: items between the possible beginnings of histories that are cut.
+        transpose: also plan the embeddings' gradient.
+
+    Returns:
+        A layout whose spans are the trunks and then the branches, with labels on the responses.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if max_rows is not None:
+        check_count("max_rows", max_rows, minimum=1)
+    if not isinstance(transpose, bool):
+        raise TypeError(f"transpose: expected a bool, got {type(transpose).__name__}")
+    histories = Histories.coerce(histories)
+    policy = _trunk_policy(catalog, policy, prompt)
+    samples = _samples(histories, policy, target_ranges, block_size)
+    parts = _parts(catalog, histories, policy, samples)
+    if not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
+        raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
+    targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
+    hidden = _rows_before(parts, prompt, samples)
+    heads = np.where(_leads(parts, samples), np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
+    nothing = np.zeros(parts.trunks, np.int64)
+    layout = plan_layout(
+        catalog,
+        parts.items,
+        parts.of_catalog,
+        parts.levels,
+        prompt,
+        np.concatenate([np.full(parts.trunks, -1, np.int32), targets]),
+        Spans(np.concatenate([np.full(parts.trunks, Head.PREFIX, np.uint8), heads]), np.append(nothing, hidden)),
+    )
+    if max_rows is not None and layout.num_rows > max_rows:
+        raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
+    prefix = np.zeros((len(parts.items), 2), np.int32)
+    prefix[parts.trunks :, 0] = layout.cu_seqlens.numpy()[samples.trunk]
+    prefix[parts.trunks :, 1] = prefix[parts.trunks :, 0] + hidden
+    changed = {"prefix": torch.from_numpy(prefix), "max_prefix": int(hidden.max(initial=0))}
+    layout = PatchLayout._trusted({**layout.__dict__, **changed})
+    return layout.with_transpose() if transpose else layout
+
+
+def training_rows(
+    catalog: Catalog,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    prompt: Prompt,
+    target_ranges: ArrayLike,
+    *,
+    block_size: int = 50,
+) -> Int64:
+    """``(B,)`` rows that each user takes in `build_training_layout` with these arguments."""
+    histories = Histories.coerce(histories)
+    policy = _trunk_policy(catalog, policy, prompt)
+    samples = _samples(histories, policy, target_ranges, block_size)
+    parts = _parts(catalog, histories, policy, samples)
+    own = _entry_rows(parts, len(prompt.separator))
+    titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
+    of_trunks = len(prompt.prefix) + own[: parts.trunks]
+    of_branches = own[parts.trunks :] + _leads(parts, samples) * len(prompt.separator) + titles
+    of_branches += len(prompt.suffix) + len(prompt.response_end)
+    owner = np.zeros(of_trunks.size, np.int64)
+    owner[samples.trunk] = samples.user
+    rows = np.zeros(len(histories), np.int64)
+    np.add.at(rows, owner, of_trunks)
+    np.add.at(rows, samples.user, of_branches)
+    return rows
+
+
+def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
+    """The spans of several layouts on the CPU, one after the other, as one layout without a transpose.
+
+    Where the layouts are of several catalogues, ``title_index`` no longer says of which, and the fingerprint is None.
+
+    Raises:
+        ValueError: no layout.
+    """
+    if not layouts:
+        raise ValueError("layouts: expected at least one, got none")
+    rows, items, titles, tokens = (
+        np.cumsum([0, *(getattr(layout, name).shape[0] for layout in layouts)]).tolist()
+        for name in ("lo", "items", "title_index", "token_ids")
+    )
+    fingerprints = {layout.catalog_fingerprint for layout in layouts}
+    lo = torch.cat([torch.where(x.lo < 0, x.lo, x.lo + at) for x, at in zip(layouts, items, strict=False)])
+    hi = torch.cat([torch.where(x.lo < 0, 0, x.hi + at) for x, at in zip(layouts, items, strict=False)])
+    offsets = [x.offsets[:-1] + at for x, at in zip(layouts, tokens, strict=False)]
+    cu_seqlens = [x.cu_seqlens[:-1] + at for x, at in zip(layouts, rows, strict=False)]
+    values: dict[str, Any] = {
+        "lo": lo,
+        "hi": hi,
+        "items": torch.cat([x.items + at for x, at in zip(layouts, titles, strict=False)]),
+        "token_ids": torch.cat([x.token_ids for x in layouts]),
+        "offsets": torch.cat([*offsets, torch.tensor(tokens[-1:], dtype=torch.int32)]).int(),
+        "title_index": torch.cat([x.title_index for x in layouts]),
+        "cu_seqlens": torch.cat([*cu_seqlens, torch.tensor(rows[-1:], dtype=torch.int32)]).int(),
+        "max_seqlen": max(x.max_seqlen for x in layouts),
+        "position_ids": torch.cat([x.position_ids for x in layouts]),
+        "labels": None,
+        "logit_rows": None,
+        "logit_labels": None,
+        "history_tokens": sum(x.history_tokens for x in layouts),
+        "history_rows": sum(x.history_rows for x in layouts),
+        "max_token_id": max(x.max_token_id for x in layouts),
+        "prefix": None,
+        "max_prefix": 0,
+        "transpose": None,
+        "catalog_fingerprint": fingerprints.pop() if len(fingerprints) == 1 else None,
+    }
+    if any(x.labels is not None for x in layouts):
+        labels = [x.labels if x.labels is not None else torch.full_like(x.position_ids, -100) for x in layouts]
+        values["labels"] = torch.cat(labels)
+        logits = [x.logit_rows + at for x, at in zip(layouts, rows, strict=False) if x.logit_rows is not None]
+        values["logit_rows"] = torch.cat(logits)
+        values["logit_labels"] = torch.cat([x.logit_labels for x in layouts if x.logit_labels is not None])
+    if any(x.prefix is not None for x in layouts):
+        own = [torch.zeros(x.num_users, 2, dtype=torch.int32) if x.prefix is None else x.prefix for x in layouts]
+        values["prefix"] = torch.cat([x + at for x, at in zip(own, rows, strict=False)]).int()
+        values["max_prefix"] = max(x.max_prefix for x in layouts)
+    return PatchLayout._trusted(values)
+
+
+class _Parts(NamedTuple):
+    """The parts of histories that are the spans of a batch: the trunks, and then a branch per sample."""
+
+    items: Histories
+    of_catalog: Int32  # (N,) catalogue positions of the items
+    levels: Levels
+    trunks: int
+    rows: Int64  # (N + 1,) running count of the rows of entries
+    entries: Int64  # (N + 1,) running count of entries
+
+
+def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkPolicy:
+    check_inputs(catalog, policy, prompt)
+    if not isinstance(policy, TrunkPolicy):
+        raise ValueError(
+            f"policy: expected one whose prompts share their beginnings (a TrunkPolicy), got {type(policy).__name__}"
+        )
+    return policy
+
+
+def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike, block_size: int) -> _Samples:
+    check_count("block_size", block_size, minimum=1)
+    ranges = np.asarray(target_ranges)
+    if ranges.shape != (len(histories), 2) or ranges.dtype.kind not in "iu":
+        raise ValueError(
+            f"target_ranges: expected integers of shape {(len(histories), 2)}, got {ranges.dtype} {ranges.shape}"
+        )
+    first, last = ranges.astype(np.int64).T
+    count = np.maximum(last - first + 1, 0)
+    wrong = np.flatnonzero((count > 0) & ((first < 0) | (last >= histories.lengths)))
+    if wrong.size:
+        at = int(wrong[0])
+        raise ValueError(
+            f"target_ranges[{at}]: expected positions in 0..{histories.lengths[at] - 1}, got {ranges[at].tolist()}"
+        )
+    user = np.repeat(np.arange(len(histories)), count)
+    position = np.arange(user.size) - np.repeat(np.cumsum(count) - count - first, count)
+    start = np.zeros_like(position)
+    if policy.max_items is not None:
+        start = np.maximum(position - policy.max_items, 0) // block_size * block_size
+    key, split = policy.trunks(position - start)
+    return _Samples(user, position, start, split, _numbered(user, start, key))
+
+
+def _numbered(*columns: Int64) -> Int64:
+    """``(S,)`` the rank of each sample's columns among the distinct ones, the first column counting most."""
+    order = np.lexsort(columns[::-1])
+    new = np.zeros(order.size, np.bool_)
+    for column in columns:
+        new[1:] |= np.diff(column[order]) != 0
+    rank = np.empty(order.size, np.int64)
+    rank[order] = np.cumsum(new)
+    return rank
+
+
+def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples) -> _Parts:
+    order = np.lexsort((samples.split, samples.trunk))
+    longest = order[np.flatnonzero(np.diff(samples.trunk[order], append=-1) != 0)]
+    user, start, split = samples.user[longest], samples.start[longest], samples.split[longest]
+    # levels of a trunk are those it has in the longest of its samples
+    whole = histories.between(user, start, samples.position[longest])
+    place = np.arange(whole.items.size) - np.repeat(whole.offsets[:-1], whole.lengths)
+    of_trunks = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
+    trunks = histories.between(user, start, start + split)
+    branches = histories.between(samples.user, samples.start + samples.split, samples.position)
+    items = Histories(
+        np.concatenate([trunks.items, branches.items]),
+        np.concatenate([trunks.offsets[:-1], trunks.items.size + branches.offsets]),
+    )
+    levels = np.concatenate([of_trunks, policy.levels(branches)])
+    index = catalog.index_of(items.items, "histories")
+    rows = np.where(levels == Level.TEXT, catalog.lengths[index], levels == Level.PATCH)
+    return _Parts(items, index, levels, len(trunks), _running(rows), _running(levels != Level.JOIN))
+
+
+def _running(counts: NDArray[Any]) -> Int64:
+    """``(N + 1,)`` sums of the first 0..N counts."""
+    sums = np.zeros(counts.size + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
+
+
+def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:
+    """``(S,)`` whether a separator leads the branch: where entries stand on both sides of the border."""
+    return (samples.split > 0) & (parts.items.lengths[parts.trunks :] > 0)
+
+
+def _entry_rows(parts: _Parts, separator: int) -> Int64:
+    """Rows of each part's entries and of the separators between them."""
+    rows, entries = (np.diff(running[parts.items.offsets]) for running in (parts.rows, parts.entries))
+    return rows + np.maximum(entries - 1, 0) * separator
+
+
+def _rows_before(parts: _Parts, prompt: Prompt, samples: _Samples) -> Int64:
+    """``(S,)`` rows of its trunk that each sample sees."""
+    start = parts.items.offsets[samples.trunk]
+    rows, entries = (running[start + samples.split] - running[start] for running in (parts.rows, parts.entries))
+    return len(prompt.prefix) + rows + np.maximum(entries - 1, 0) * len(prompt.separator)

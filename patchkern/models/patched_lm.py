@@ -1,0 +1,614 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformers causal language model that reads patch-compressed histories."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import HistoriesLike
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.policies import AnyPolicy, check_policy, policy_from_dict, policy_to_dict
+from patchkern.batch.prompt import Prompt
+from patchkern.models import attention
+from patchkern.ops.packed import packed_kwargs
+from patchkern.ops.pool_rows import pool_rows
+
+FORMAT_VERSION = 1
+DESCRIPTION = "patchkern.json"
+ITEM_EMBEDDINGS = "item_embeddings.safetensors"
+_ADAPTER = "adapter_config.json"
+
+attention.register()
+
+
+class PatchedCausalLM(nn.Module):
+    """Pools a batch's rows inside ``forward`` and runs a causal language model on them, packed.
+
+    Args:
+        hf_model: any transformers causal LM, or a ``PeftModel`` around one.
+        catalog: the titles.
+        prompt: the fixed tokens.
+        policy: used by `recommend` where it is given none, and saved along.
+        attn_implementation: set on ``hf_model``; "sdpa", "eager", "flex_attention", "flash_attention_2" work too. None
+            leaves the model's own.
+        item_embeddings: learn a vector of its own for every item, the parameter ``item_embedding`` (n_items, D) in
+            catalogue order, zero at first. A patch is then the mean of its titles, rounded, plus the mean of its items'
+            vectors; text has none of it. Titles with the same words, or none in common with anything, become items that
+            a model can tell apart. The vectors are no tokens: vocabulary, logits and log-probabilities stay what they
+            are, and zeros change no bit. Costs ``n_items * D`` parameters, which AdamW keeps four times over in
+            training, and a second, narrow pooling of the patches; on a GPU, layouts must come with their identities
+            (`PatchLayout.with_identities`) unless they come from the CPU.
+
+    Under FSDP2, call ``fully_shard`` on this module (and on the layers inside it), so that the embeddings are gathered
+    when ``forward`` pools them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    item_embedding: nn.Parameter | None
+    """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
+
+    accepts_loss_kwargs = True
+    """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        catalog: Catalog,
+        prompt: Prompt,
+        policy: AnyPolicy | None = None,
+        *,
+        attn_implementation: str | None = attention.NAME,
+        item_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_model(hf_model)
+        if not isinstance(item_embeddings, bool):
+            raise TypeError(f"item_embeddings: expected a bool, got {type(item_embeddings).__name__}")
+        for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        if policy is not None:
+            check_policy(policy)
+        self.hf_model = hf_model
+        self.catalog = catalog
+        self.prompt = prompt
+        self.policy = policy
+        for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
+            self._check_token_ids(name, largest)
+        self._token_ids = frozenset(catalog.token_ids.tolist()).union(
+            prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end
+        )
+        self._known_scale: tuple[Tensor, int, torch.dtype, float] | None = None
+        self.register_parameter("item_embedding", None)
+        if item_embeddings:
+            weight: Any = self.get_input_embeddings().weight
+            self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
+            self._items_of = catalog.fingerprint
+        if attn_implementation is not None:
+            _set_attention(hf_model, attn_implementation)
+        self.register_state_dict_post_hook(_drop_tied)
+        self.register_load_state_dict_pre_hook(_restore_tied)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        layout: PatchLayout,
+        num_items_in_batch: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> CausalLMOutput:
+        """Logits where they are needed, and the loss if the layout has targets.
+
+        Args:
+            layout: from `build_layout`; moved to the model's device if it is elsewhere.
+            num_items_in_batch: divides the summed loss, as `transformers.Trainer` asks for under gradient accumulation
+                and data parallelism; without it the loss is the mean over the supervised tokens.
+            labels: not used, the layout has its own. A `Trainer` counts ``num_items_in_batch`` from the ``labels`` of
+                its batches: give it ``{"layout": layout, "labels": layout.logit_labels}``.
+            smoothing: of the labels: share of every label's weight that goes to all tokens alike, as in
+                `torch.nn.functional.cross_entropy`.
+
+        Returns:
+            With targets ``loss`` and the ``logits`` (K, V) of the K supervised rows, in the order of
+            ``layout.logit_labels``; without targets the ``logits`` (B, V) of every user's last row.
+
+        Raises:
+            ValueError: a token id, or a user's length, beyond what the model has.
+        """
+        if not isinstance(layout, PatchLayout):
+            raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+        self._check_length(layout.max_seqlen + layout.max_prefix)
+        if layout.prefix is not None and self._text_config._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"layout: expected spans without prefixes for {self._text_config._attn_implementation!r} attention, "
+                f"which would not see them; choose attn_implementation={attention.NAME!r}"
+            )
+        rows = self.embed(layout)
+        layout = layout.to(rows.device, non_blocking=True)
+        if layout.num_rows == 0:
+            loss = None if layout.labels is None else rows.sum()
+            return CausalLMOutput(loss=loss, logits=rows.new_zeros(0, self._text_config.vocab_size))
+        kwargs = packed_kwargs(layout)
+        if layout.logit_rows is None:
+            kwargs["logits_to_keep"] = self._last_rows(layout)
+        elif smoothing:
+            del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
+        elif num_items_in_batch is not None:
+            kwargs["num_items_in_batch"] = num_items_in_batch
+        output = self.hf_model(inputs_embeds=rows[None], **kwargs)
+        logits, loss = output.logits[0], output.loss
+        if smoothing and layout.logit_labels is not None:
+            loss = _smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def embed(self, layout: PatchLayout) -> Tensor:
+        """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
+
+        An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
+        (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled. Item embeddings are
+        added to the patches as they come out of that.
+
+        Args:
+            layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more, and
+                its identities where there are item embeddings.
+
+        Raises:
+            ValueError: a token id beyond the embedding, an embedding that is sharded and not gathered here, or, with
+                item embeddings, a layout of another catalogue.
+        """
+        self._check_token_ids("layout", layout.max_token_id)
+        rows = self._pool(layout)
+        if self.item_embedding is None:
+            return rows
+        if layout.catalog_fingerprint != self._items_of:
+            raise ValueError(
+                "layout: expected one of the model's catalog, whose items the item embeddings belong to, got another's"
+            )
+        identities = layout.with_identities().identities
+        if identities is None:
+            raise RuntimeError("with_identities returned a layout without them")
+        # also without patches: data parallel training waits for every parameter's gradient
+        means = pool_rows(self.item_embedding, identities.layout.to(rows.device, non_blocking=True))
+        return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
+
+    def _pool(self, layout: PatchLayout) -> Tensor:
+        """The rows of a layout from the model's input embedding alone."""
+        embedding = self.get_input_embeddings()
+        if isinstance(embedding, nn.Embedding) and (scale := self._scale_of(embedding)) is not None:
+            weight = embedding.weight
+            layout = layout.to(weight.device, non_blocking=True)
+            return pool_rows(weight, layout, sparse_grad=embedding.sparse, scale=scale)
+        tokens, compact = layout.compact()
+        table = embedding(tokens[None].to(self.device, non_blocking=True))[0]
+        return pool_rows(table, compact.to(table.device, non_blocking=True))
+
+    def _scale_of(self, embedding: nn.Embedding) -> float | None:
+        """The number by which the embedding multiplies its weight's rows; None where it does more than that."""
+        if isinstance(embedding.weight, DTensor) and not embedding._forward_pre_hooks:
+            raise ValueError(
+                "the embedding is sharded and nothing gathers it here: call fully_shard on the PatchedCausalLM, not on "
+                "the model inside it"
+            )
+        does_more = (
+            embedding._forward_hooks
+            or embedding._forward_pre_hooks
+            or "forward" in vars(embedding)
+            or is_parametrized(embedding)
+            or embedding.max_norm is not None
+        )
+        # nn.Embedding gives its padding token no gradient; the weight alone would
+        if does_more or embedding.padding_idx in self._token_ids:
+            return None
+        if type(embedding) is nn.Embedding:
+            return 1.0
+        if not _only_scales(type(embedding)) or torch.compiler.is_compiling():
+            return None
+        return self._host_scale(embedding.embed_scale, embedding.weight.dtype)
+
+    def _host_scale(self, scale: Any, dtype: torch.dtype) -> float | None:
+        """A scaled embedding's buffer as a number, read from its device only when it is another or has changed."""
+        if not isinstance(scale, Tensor) or scale.dim() != 0 or scale.is_inference() or scale.requires_grad:
+            return None
+        known = self._known_scale
+        if known is None or known[0] is not scale or known[1:3] != (scale._version, dtype):
+            known = self._known_scale = (scale, scale._version, dtype, float(scale.to(dtype)))
+        return known[3]
+
+    def _last_rows(self, layout: PatchLayout) -> Tensor:
+        ends = layout.cu_seqlens.long()
+        may_be_empty = not (self.prompt.prefix or self.prompt.suffix)
+        if may_be_empty and bool((ends.diff() == 0).any()):
+            raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
+        return ends[1:] - 1
+
+    def _check_length(self, longest: int) -> None:
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"layout: expected at most {limit} rows per user, the positions of {self.config.model_type}, got "
+                f"{longest}; keep fewer items (max_items) or compress them more"
+            )
+
+    def _check_token_ids(self, name: str, largest: int) -> None:
+        rows = self._text_config.vocab_size
+        if largest >= rows:
+            raise ValueError(
+                f"{name}: expected token ids below {rows}, the rows of the model's embedding, got {largest}; if tokens "
+                f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
+            )
+
+    # ------------------------------------------------------------------ what trainers and tools ask of a model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The wrapped model's configuration."""
+        return self.hf_model.config
+
+    @property
+    def _text_config(self) -> PretrainedConfig:
+        return self.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where layouts go."""
+        return self.hf_model.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The wrapped model's input embedding."""
+        return self.hf_model.get_input_embeddings()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        _checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        _checkpointing(self.hf_model, "disable")()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """`activation_checkpointing_enable`, by the name it has had for longer."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable`, by the name it has had for longer."""
+        self.activation_checkpointing_disable()
+
+    # ------------------------------------------------------------------ recommending
+
+    def recommend(
+        self,
+        histories: HistoriesLike,
+        policy: AnyPolicy | None = None,
+        k: int = 20,
+        num_beams: int = 20,
+        search: str = "beam",
+        exclude_seen: bool = False,
+        memory_budget: int | str | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> list[list[tuple[Any, float]]]:
+        """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`.
+
+        Args:
+            options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``prior``,
+                ``prior_weight``, ``max_expansions``, ``user_cache``, ``user_ids``, ``progress``.
+        """
+        from patchkern.search.recommend import recommend
+
+        policy = self._policy_or(policy)
+        return recommend(
+            self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size, **options
+        )
+
+    def score_items(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
+    ) -> NDArray[np.floating[Any]]:
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.recommend.score_items`."""
+        from patchkern.search.recommend import score_items
+
+        return score_items(self, histories, self._policy_or(policy), items, **options)
+
+    def _policy_or(self, policy: AnyPolicy | None) -> AnyPolicy:
+        chosen = self.policy if policy is None else policy
+        if chosen is None:
+            raise ValueError("policy: expected one, here or when the PatchedCausalLM was made, got None")
+        return chosen
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **hf_kwargs: Any,
+    ) -> None:
+        """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
+
+        Item embeddings go to ``item_embeddings.safetensors``, with the item ids in its metadata.
+
+        Everything is written aside and then renamed, ``patchkern.json`` last: an interrupted call leaves the folder as
+        it was, or without a `from_pretrained` that mixes two models.
+
+        Args:
+            folder: made if needed.
+            state_dict: of this module, gathered; needed where the parameters are sharded.
+            is_main_process: False writes nothing.
+            hf_kwargs: for the wrapped model's ``save_pretrained``.
+        """
+        description = self._description()
+        if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise ValueError(
+                "state_dict: expected one, because the parameters are sharded; gather it with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+            )
+        if not is_main_process:
+            return
+        if state_dict is not None:
+            hf_kwargs["state_dict"] = {
+                name.removeprefix("hf_model."): value for name, value in state_dict.items() if name != "item_embedding"
+            }
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            self.hf_model.save_pretrained(aside, **hf_kwargs)
+            if self.item_embedding is not None:
+                vectors = self.item_embedding if state_dict is None else state_dict["item_embedding"]
+                item_ids = json.dumps(self.catalog.item_ids.tolist())
+                tensors = {"item_embedding": vectors.detach().cpu().contiguous()}
+                save_file(tensors, aside / ITEM_EMBEDDINGS, {"format": "pt", "item_ids": item_ids})
+            (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            _replace_folder(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        catalog: Catalog,
+        *,
+        attn_implementation: str | None = attention.NAME,
+        base_model: PreTrainedModel | None = None,
+        item_embeddings: bool = False,
+        **hf_kwargs: Any,
+    ) -> PatchedCausalLM:
+        """Read what `save_pretrained` wrote, item embeddings too if there are any.
+
+        Args:
+            folder: a local folder.
+            catalog: the titles, tokenised as in training.
+            attn_implementation: as in the constructor.
+            base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
+            item_embeddings: have item embeddings also where none were saved.
+            hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``.
+
+        Raises:
+            FileNotFoundError: no ``patchkern.json``.
+            ValueError: a ``patchkern.json`` that this version cannot read.
+        """
+        prompt, policy, saved_embeddings = _read_description(Path(folder) / DESCRIPTION)
+        if (Path(folder) / _ADAPTER).is_file():
+            hf_model = _load_adapter(folder, base_model, hf_kwargs)
+        elif base_model is not None:
+            raise ValueError(f"base_model: expected None, because {os.fspath(folder)!r} holds a whole model")
+        else:
+            hf_model = AutoModelForCausalLM.from_pretrained(folder, **hf_kwargs)
+        model = cls(
+            hf_model,
+            catalog,
+            prompt,
+            policy,
+            attn_implementation=attn_implementation,
+            item_embeddings=item_embeddings or saved_embeddings,
+        )
+        if saved_embeddings:
+            model.load_item_embeddings(folder)
+        return model
+
+    def load_item_embeddings(self, folder: str | os.PathLike[str]) -> None:
+        """Take the item embeddings that `save_pretrained` wrote, each by its item's id.
+
+        The catalogue may be another than it was then: items that are new in it have zeros, and are as good as without
+        item embeddings until they are trained; those that it no longer has are dropped.
+
+        Raises:
+            FileNotFoundError: the folder has no item embeddings.
+            ValueError: the model has none, they have another width, or none is of an item of the catalogue.
+        """
+        path = Path(folder) / ITEM_EMBEDDINGS
+        if self.item_embedding is None:
+            raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
+        if not path.is_file():
+            raise FileNotFoundError(f"folder: expected {ITEM_EMBEDDINGS} in {os.fspath(path.parent)!r}")
+        with safetensors.safe_open(path, "pt") as file:
+            saved, item_ids = file.get_tensor("item_embedding"), json.loads(file.metadata()["item_ids"])
+        if saved.shape[1] != self.item_embedding.shape[1]:
+            raise ValueError(
+                f"folder: expected item embeddings of width {self.item_embedding.shape[1]}, got {saved.shape[1]}"
+            )
+        row_of = {item_id: row for row, item_id in enumerate(item_ids)}
+        rows = torch.tensor([row_of.get(item_id, -1) for item_id in self.catalog.item_ids.tolist()], dtype=torch.long)
+        known = rows >= 0
+        if len(item_ids) and len(self.catalog) and not bool(known.any()):
+            raise ValueError(
+                f"catalog: expected items that {os.fspath(path)!r} has embeddings of, such as {item_ids[0]!r}, got none"
+            )
+        vectors = saved.new_zeros(self.item_embedding.shape)
+        vectors[known] = saved[rows[known]]
+        with torch.no_grad():
+            self.item_embedding.copy_(vectors)
+
+    def _description(self) -> dict[str, Any]:
+        prompt = self.prompt
+        return {
+            "format_version": FORMAT_VERSION,
+            "prompt": prompt.to_dict(),
+            "policy": None if self.policy is None else policy_to_dict(self.policy),
+            "item_embeddings": self.item_embedding is not None,
+            # in the prompt already; for readers who are not patchkern
+            "special_token_ids": {
+                "history_start": list(prompt.prefix[-1:]),
+                "history_separator": list(prompt.separator),
+                "history_end": list(prompt.suffix[:1]),
+                "response_end": list(prompt.response_end),
+            },
+        }
+
+
+def _check_model(hf_model: Any) -> None:
+    base = hf_model
+    if hasattr(hf_model, "peft_config"):
+        if hasattr(hf_model, "get_base_model"):
+            base = hf_model.get_base_model()
+        if any(adapter.is_prompt_learning for adapter in hf_model.peft_config.values()):
+            raise ValueError(
+                "hf_model: expected no prompt-learning adapter, whose tokens have no place in a packed batch"
+            )
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"hf_model: expected a transformers causal LM, got {type(hf_model).__name__}")
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"hf_model: expected a causal LM whose forward takes logits_to_keep, got {type(base).__name__}"
+        )
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """What transformers' Gemma models do to their embeddings; `_only_scales` compares with it."""
+
+    embed_scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
+def _only_scales(kind: type[nn.Embedding]) -> bool:
+    """Whether the class is `_ScaledEmbedding` but for its name: its ``forward`` is made of the same instructions."""
+    wanted, code = _ScaledEmbedding.forward.__code__, getattr(kind.forward, "__code__", None)
+    same = code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
+    return same and kind.__bases__ == (nn.Embedding,)
+
+
+def _smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """In float32 and divided as transformers does it."""
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def _set_attention(hf_model: PreTrainedModel, name: str) -> None:
+    hf_model.set_attn_implementation(name)
+    got = hf_model.config._attn_implementation
+    if got != name:
+        raise ValueError(
+            f"attn_implementation: expected one that {type(hf_model).__name__} takes, got {name!r} (it keeps {got!r})"
+        )
+
+
+def _checkpointing(hf_model: PreTrainedModel, switch: str) -> Callable[..., None]:
+    """The model's method, by the name that this version of transformers has for it."""
+    name = "activation" if hasattr(hf_model, "activation_checkpointing_enable") else "gradient"
+    method: Callable[..., None] = getattr(hf_model, f"{name}_checkpointing_{switch}")
+    return method
+
+
+# ------------------------------------------------------------------ tied weights in state dicts
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """For each parameter that has several names, its later names and the first: {later: first}."""
+    first: dict[int, str] = {}
+    names = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in names if first.setdefault(id(p), name) != name}
+
+
+def _drop_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """safetensors, and so a plain `Trainer`, refuses to write one tensor under two names."""
+    for name in _tied(module):
+        state_dict.pop(prefix + name, None)
+
+
+def _restore_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    for name, first in _tied(module).items():
+        if prefix + first in state_dict:
+            state_dict.setdefault(prefix + name, state_dict[prefix + first])
+
+
+# ------------------------------------------------------------------ files
+
+
+def _replace_folder(aside: Path, target: Path) -> None:
+    """Move the files of ``aside`` into ``target``, the description last; drop weights of an earlier model."""
+    files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
+    (target / DESCRIPTION).unlink(missing_ok=True)
+    weights = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", _ADAPTER)
+    for pattern in (*weights, ITEM_EMBEDDINGS):
+        for stale in target.glob(pattern):
+            if stale.relative_to(target) not in files:
+                stale.unlink()
+    for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / file, target / file)
+
+
+def _read_description(path: Path) -> tuple[Prompt, AnyPolicy | None, bool]:
+    """Prompt, policy, and whether there are item embeddings beside it."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; was it saved by patchkern?"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
+        policy = description["policy"]
+        prompt = Prompt.from_dict(description["prompt"])
+        has_embeddings = bool(description.get("item_embeddings", False))
+        return prompt, None if policy is None else policy_from_dict(policy), has_embeddings
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)}: not a description that this version of patchkern reads: {error}"
+        ) from error
+
+
+def _load_adapter(folder: str | os.PathLike[str], base_model: PreTrainedModel | None, hf_kwargs: dict[str, Any]) -> Any:
+    try:
+        from peft import AutoPeftModelForCausalLM, PeftModel
+    except ImportError as error:
+        raise ImportError(f"{os.fspath(folder)!r} holds a peft adapter; install peft to read it") from error
+    if base_model is None:
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **hf_kwargs)
+    return PeftModel.from_pretrained(base_model, folder, **hf_kwargs)

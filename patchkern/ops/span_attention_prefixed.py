@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op `span_attention`: causal attention inside each span, plus one fully visible prefix run of rows each.
+
+Two routes give the same results: Triton kernels, and tiles of matrix products (see the modules beside this one);
+`_kernels` decides which runs. Two calls of a variable-length kernel, merged by their log-sum-exps, would do too for a
+forward pass: they read a shared prefix once per span, and only newer versions of torch take ranges that overlap.
+FlexAttention expresses the mask, but wants it as blocks, built anew for every batch; on the CPU, where it has no
+backward pass, its forward pass takes 1 to 1.3 times as long (bench/bench_attention.py). On a GPU none of this has been
+measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchkern.ops import span_attention_tiles as tiles
+
+_library = torch.library.Library("patchkern", "FRAGMENT")
+_library.define(
+    "span_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor prefix, Tensor? prefix_key, "
+    "Tensor? prefix_value, float scale, float dropout, int seed) -> (Tensor, Tensor)"
+)
+_library.define(
+    "span_attention_grad(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens, Tensor prefix, Tensor? prefix_key, Tensor? prefix_value, float scale, float dropout, int seed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    rows = (query, key, value, cu_seqlens, prefix, prefix_key, prefix_value)
+    if (kernels := _kernels(query, value, dropout)) is not None:
+        result: tuple[Tensor, Tensor] = kernels.forward(*rows, scale)
+        return result
+    with torch.autocast(query.device.type, enabled=False):
+        return tiles.forward(*rows, scale, dropout, seed)
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = (grad_out, query, key, value, out, lse, cu_seqlens, prefix, prefix_key, prefix_value)
+    if (kernels := _kernels(query, value, dropout)) is not None:
+        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.backward(*rows, scale)
+        return result
+    with torch.autocast(query.device.type, enabled=False):
+        return tiles.backward(*rows, scale, dropout, seed)
+
+
+def _kernels(query: Tensor, value: Tensor, dropout: float) -> ModuleType | None:
+    """The Triton kernels where they serve: on CUDA, all but float64, dropout and unequal or very wide heads.
+
+    Elsewhere on CUDA the tiles run, which wait for the device once per call; one warning says why.
+    """
+    if not query.is_cuda:
+        return None
+    reason = _unusable_reason(query, value, dropout)
+    if reason is None:
+        return importlib.import_module("patchkern.ops.span_attention_triton")
+    _warn_once(reason)
+    return None
+
+
+def _unusable_reason(query: Tensor, value: Tensor, dropout: float) -> str | None:
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels have no {query.dtype}"
+    if not query.shape[2] == value.shape[2] <= 256:
+        return f"the kernels have heads of at most 256, not {query.shape[2]} for keys and {value.shape[2]} for values"
+    if dropout > 0:
+        return "the kernels have no attention dropout; set the model's to 0"
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the kernels need a device of compute capability 8.0"
+    return _triton_missing()
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"attention over prefixes runs without kernels, slowly: {reason}", stacklevel=2)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("span_attention", _forward, _device)
+    _library.impl("span_attention_grad", _backward, _device)
+
+
+@torch.library.register_fake("patchkern::span_attention")
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(query.shape[:2], dtype=wide)
+
+
+@torch.library.register_fake("patchkern::span_attention_grad")
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def rows(like: Tensor | None) -> Tensor:
+        return query.new_empty(0 if like is None else like.shape)
+
+    return rows(query), rows(key), rows(value), rows(prefix_key), rows(prefix_value)
+
+
+class _SpanAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        prefix: Tensor,
+        prefix_key: Tensor | None,
+        prefix_value: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        rows = (cu_seqlens, prefix, prefix_key, prefix_value)
+        out, lse = torch.ops.patchkern.span_attention(query, key, value, *rows, *options)
+        ctx.save_for_backward(query, key, value, out, lse, *rows)
+        ctx.options = options
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.patchkern.span_attention_grad(grad_out, *ctx.saved_tensors, *ctx.options)
+        stored = [x if needed else None for x, needed in zip(grads[3:], ctx.needs_input_grad[5:7], strict=True)]
+        return (*grads[:3], None, None, *stored, *[None] * len(ctx.options))
+
+
+def span_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Span attention in packed form; `patchkern.models.attention.span_attention` checks the arguments.
+
+    Args:
+        query: (T, H, d); key: (T, Hkv, d); value: (T, Hkv, dv).
+        cu_seqlens: (S + 1,) int32, and prefix: (S, 2) int32, rows of ``prefix_key`` (P, Hkv, d) and ``prefix_value``
+            (P, Hkv, dv), or of ``key`` and ``value`` where those are None.
+
+    Returns:
+        (T, H, dv), differentiable once.
+    """
+    seed = int(torch.randint(1 << 62, ())) if dropout > 0 else 0
+    arguments = (query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale, dropout, seed)
+    floats = (query, key, value, prefix_key, prefix_value)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats):
+        out: Tensor = _SpanAttention.apply(*arguments)
+        return out
+    out, _ = torch.ops.patchkern.span_attention(*arguments)
+    return out
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same in plain PyTorch, with the mask written out: the oracle and the documentation."""
+    prefix_key = key if prefix_key is None else prefix_key
+    prefix_value = value if prefix_value is None else prefix_value
+    span = torch.repeat_interleave(cu_seqlens.diff().long())
+    row, place = torch.arange(len(query)), torch.arange(len(prefix_key))
+    own = (span[:, None] == span) & (row[:, None] >= row)
+    seen = (place >= prefix[span, :1]) & (place < prefix[span, 1:])
+    keys, values = torch.cat([prefix_key, key]), torch.cat([prefix_value, value])
+    groups = query.shape[1] // key.shape[1]
+    keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
+    weights = scores.masked_fill(~torch.cat([seen, own], dim=1), float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)

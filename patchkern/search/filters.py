@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which items each user may be recommended: those allowed, less those seen; and what is known of them beforehand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories, is_sequence
+
+
+class ItemFilter:
+    """The items of every user, kept as small as they were given.
+
+    Args:
+        catalog: all items.
+        histories: of the users.
+        allowed_items: None for every item, one sequence of item ids for all users, one sequence per user, or booleans
+            in catalogue order: ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor.
+        exclude_seen: leave out the items of a user's history.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, catalog: Catalog, histories: Histories, allowed_items: Any, exclude_seen: bool) -> None:
+        self._n_users, self._n_items = len(histories), len(catalog)
+        self._mask: NDArray[np.bool_] | None = None  # (1 or B, n_items)
+        self._listed: Histories | None = None  # distinct catalogue indices of every user
+        self._has_allowed = allowed_items is not None
+        if self._has_allowed:
+            self._read(catalog, allowed_items)
+        self._seen: Histories | None = None
+        if exclude_seen:
+            index = catalog.index_of(histories.items, "histories")
+            owner = np.repeat(np.arange(self._n_users), histories.lengths)
+            self._seen = self._distinct(owner, index)
+
+    def _read(self, catalog: Catalog, given: Any) -> None:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu().numpy()
+        if isinstance(given, np.ndarray) and given.dtype == bool:
+            if given.shape not in ((self._n_items,), (self._n_users, self._n_items)):
+                raise ValueError(
+                    f"allowed_items: expected booleans of shape ({self._n_users}, {self._n_items}), users and items "
+                    f"of the catalog, or ({self._n_items},), got shape {given.shape}"
+                )
+            self._mask = given.reshape(-1, self._n_items)
+            return
+        if not is_sequence(given):
+            raise TypeError(f"allowed_items: expected item ids, one sequence per user or None, got {given!r}")
+        if not (len(given) and is_sequence(given[0])):
+            self._mask = np.zeros((1, self._n_items), bool)
+            self._mask[0, catalog.index_of(given, "allowed_items")] = True
+            return
+        if len(given) != self._n_users:
+            raise ValueError(f"allowed_items: expected one sequence per user ({self._n_users}), got {len(given)}")
+        indices = [catalog.index_of(items, f"allowed_items[{user}]") for user, items in enumerate(given)]
+        owner = np.repeat(np.arange(self._n_users), [len(index) for index in indices])
+        self._listed = self._distinct(owner, np.concatenate(indices))
+
+    def _distinct(self, owner: NDArray[np.int64], index: NDArray[np.integer[Any]]) -> Histories:
+        pairs = np.unique(owner * self._n_items + index)
+        counts = np.bincount(pairs // self._n_items, minlength=self._n_users)
+        return Histories(pairs % self._n_items, np.append(0, np.cumsum(counts)))
+
+    def check(self, k: int) -> None:
+        """Raise unless every user may get ``k`` items."""
+        allowed = np.full(self._n_users, self._n_items)
+        if self._mask is not None:
+            allowed[:] = self._mask.sum(axis=1)
+        elif self._listed is not None:
+            allowed = self._listed.lengths
+        left = allowed.copy()
+        if self._seen is not None:
+            owner, seen = np.repeat(np.arange(self._n_users), self._seen.lengths), self._seen.items
+            if self._mask is not None:
+                counted = self._mask[owner if len(self._mask) > 1 else 0, seen]
+            elif self._listed is not None:
+                listed = np.repeat(np.arange(self._n_users), self._listed.lengths) * self._n_items + self._listed.items
+                counted = np.isin(owner * self._n_items + seen, listed)
+            else:
+                counted = np.ones(len(seen), bool)
+            left -= np.bincount(owner[counted], minlength=self._n_users)
+        short = np.flatnonzero(left < k)
+        if short.size:
+            user = int(short[0])
+            whose = f"the allowed_items of user {user}" if self._has_allowed else "the items of the catalog"
+            if self._seen is not None:
+                unseen = "that it has not seen" if self._has_allowed else f"that user {user} has not seen"
+                whose = f"{whose} ({allowed[user]}) {unseen}"
+            raise ValueError(f"k: expected at most {left[user]}, {whose}, got {k}")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether every user may get every item."""
+        return not self._has_allowed and self._seen is None
+
+    def mask(self, users: NDArray[np.int64]) -> Tensor:
+        """``(len(users), n_items)`` bool in catalogue order, on the CPU; one row for all where nothing is left out."""
+        if self.is_open:
+            return torch.ones(1, self._n_items, dtype=torch.bool)
+        mask = np.zeros((users.size, self._n_items), bool)
+        if self._mask is not None:
+            mask[:] = self._mask[users] if len(self._mask) > 1 else self._mask
+        elif self._listed is not None:
+            self._set(mask, self._listed.take(users), True)
+        else:
+            mask[:] = True
+        if self._seen is not None:
+            self._set(mask, self._seen.take(users), False)
+        return torch.from_numpy(mask)
+
+    @staticmethod
+    def _set(mask: NDArray[np.bool_], chosen: Histories, value: bool) -> None:
+        mask[np.repeat(np.arange(len(mask)), chosen.lengths), chosen.items] = value
+
+
+class ItemPrior:
+    """The prior of every user's items, times its weight.
+
+    Args:
+        catalog: all items.
+        histories: of the users.
+        items: which of them each user may get.
+        prior: floats in catalogue order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a
+            callable that returns the latter for the `Histories` of B users. -inf leaves an item out.
+        weight: at least 0.
+        k: items that every user must be left with.
+        dtype: of the scores.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. Of what a callable returns, when it
+            does; of all else, before anything else runs.
+    """
+
+    _AT_ONCE = 1024  # users
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        histories: Histories,
+        items: ItemFilter,
+        prior: Any,
+        weight: float,
+        k: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._catalog, self._histories, self._items, self._k = catalog, histories, items, k
+        self._prior, self._weight, self._dtype = prior, float(weight), dtype
+        if callable(prior):
+            return
+        _check_floats("prior", prior, [(len(catalog),), (len(histories), len(catalog))])
+        for first in range(0, len(histories), self._AT_ONCE):
+            users = np.arange(first, min(first + self._AT_ONCE, len(histories)))
+            self.of(users, torch.device("cpu"))
+
+    @property
+    def user_bytes(self) -> int:
+        """What `of` takes on the way, per user: the values as they came, as they are returned, and what decides."""
+        return len(self._catalog) * (8 + 4 * self._dtype.itemsize + 4)
+
+    def of(self, users: NDArray[np.int64], device: torch.device) -> Tensor:
+        """``(len(users), n_items)``, -inf for what a user may not get; one row where all users have the same."""
+        if callable(self._prior):
+            given = self._prior(self._histories.take(users))
+            _check_floats("prior", given, [(users.size, len(self._catalog))], "the callable to return ")
+        else:
+            given = self._prior if self._prior.ndim == 1 else self._prior[users]
+        values = given.detach() if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given))
+        values = values.to(device).reshape(-1, len(self._catalog))
+        left_out = values == -math.inf
+        weighted = torch.where(left_out, -math.inf, values.to(self._dtype) * self._weight)
+        is_bad = ~(weighted.isfinite() | left_out)
+        if bool(is_bad.any()):
+            raise self._error(values, is_bad, users)
+        allowed = self._items.mask(users).to(device)
+        weighted = torch.where(allowed, weighted, -math.inf)
+        left = (weighted > -math.inf).sum(dim=1)
+        short = (left < self._k).nonzero()
+        if len(short):
+            at = int(short[0])
+            raise ValueError(
+                f"k: expected at most {int(left[at])}, the items of user {users[at]} that prior does not leave out, "
+                f"got {self._k}"
+            )
+        return weighted
+
+    def _error(self, values: Tensor, is_bad: Tensor, users: NDArray[np.int64]) -> ValueError:
+        user, item = is_bad.nonzero()[0].tolist()
+        return ValueError(
+            f"prior: expected -inf, or numbers that are finite in {self._dtype} when multiplied by prior_weight="
+            f"{self._weight}, got {float(values[user, item])} for user {users[user]} and item "
+            f"{self._catalog.item_ids.item(item)!r}"
+        )
+
+
+def _check_floats(name: str, given: Any, shapes: list[tuple[int, ...]], whose: str = "") -> None:
+    if not isinstance(given, (np.ndarray, Tensor)):
+        expected = f"{whose}an array or a tensor" + ("" if whose else ", or a callable that returns one")
+        raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
+    is_float = (
+        given.is_floating_point() if isinstance(given, Tensor) else given.dtype in (np.half, np.single, np.double)
+    )
+    if not is_float:
+        raise TypeError(f"{name}: expected {whose}floating-point numbers, got {given.dtype}")
+    if tuple(given.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"{name}: expected {whose}shape {wanted}, users and items of the catalog, got {tuple(given.shape)}"
+        )

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommending: a catalogue's titles searched with a model, for many users at once.
+
+The prompts of a batch of users are computed once, packed, and their keys and values stored once per user. All
+hypotheses of all users then advance together and see their user's prompt through `PrefixCache`; which ones is decided
+in `title_search`. A title's score is the sum of the log-probabilities of its tokens and of ``response_end``, over the
+full vocabulary; a prior adds to it what else is known of the user and the item.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.budget.search import SearchSize, parse_bytes
+from patchkern.search.batching import in_batches
+from patchkern.search.filters import ItemFilter, ItemPrior
+from patchkern.search.prompts import Prompts, inference
+from patchkern.search.title_search import (
+    DIVERSITY_PENALTY,
+    Found,
+    Ranking,
+    diverse_search,
+    score_titles,
+    search_titles,
+    without_repeats,
+)
+from patchkern.search.trie import BestValues, Trie
+from patchkern.search.user_cache import UserCache
+
+if TYPE_CHECKING:
+    from patchkern.models.patched_lm import PatchedCausalLM
+
+SEARCHES = ("beam", "exact", "diverse")
+NORMALIZATIONS = ("titles", "items")
+
+__all__ = ["DIVERSITY_PENALTY", "UnprovenSearchWarning", "generate_titles", "recommend", "score_items"]
+
+EXPANSIONS_PER_BEAM = 50
+"""Without ``max_expansions``, an exact search may expand this many prefixes per user for each of ``num_beams``."""
+
+Ranked = list[tuple[Any, float]]
+
+
+class UnprovenSearchWarning(UserWarning):
+    """An exact search reached ``max_expansions``: some lists are the best that was found, perhaps not the best."""
+
+
+def recommend(
+    model: PatchedCausalLM,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    k: int = 20,
+    num_beams: int = 20,
+    search: str = "beam",
+    exclude_seen: bool = False,
+    memory_budget: int | str | None = None,
+    batch_size: int = 64,
+    *,
+    allowed_items: Any = None,
+    length_penalty: float = 0.0,
+    normalize: str | None = None,
+    prior: Any = None,
+    prior_weight: float = 1.0,
+    max_expansions: int | None = None,
+    user_cache: UserCache | None = None,
+    user_ids: Sequence[Hashable] | None = None,
+    progress: bool = False,
+) -> list[Ranked]:
+    """Recommend items to users.
+
+    ``search="beam"``: at every step each user's ``num_beams`` best unfinished hypotheses go on, and the titles they
+    complete enter a pool of the user's ``k`` best. A user is done when no unfinished hypothesis can reach the pool's
+    worst, since log-probabilities only fall. With ``num_beams`` at least the number of titles nothing is ever cut, and
+    the result is that of scoring every title. Never fewer than ``k`` items.
+
+    ``search="exact"``: the ``k`` best of all titles. After the beam search come the prefixes that it left aside, best
+    first and ``num_beams`` at a time, until none is left that could lead to one of the ``k`` best. Users who would need
+    more than ``max_expansions`` prefixes get the best titles found, never worse ones than from ``search="beam"``, and
+    an `UnprovenSearchWarning` counts them.
+
+    ``search="diverse"``: the paper's protocol, diverse beam search with ``num_beams`` groups of one beam (Hamming
+    diversity, as transformers 4 defined it). In each step the groups choose in turn, and a token loses
+    `DIVERSITY_PENALTY` for each earlier group of the user that chose it in this step. The lists are in the protocol's
+    own order, by penalised log-probability per token (``response_end`` included); the scores beside the items are the
+    titles' log-probabilities here too, and so need not fall. Groups may find the same title, which is listed once:
+    there may be fewer than ``k`` items.
+
+    Args:
+        model: the model, with its catalogue and prompt. It runs in evaluation mode and is left as it was.
+        histories: B users.
+        policy: how to compress the histories.
+        k: items per user.
+        num_beams: hypotheses per user and step, at least ``k``: a narrower beam may find fewer than ``k`` titles.
+        search: ``"beam"``, ``"exact"`` or ``"diverse"``.
+        exclude_seen: leave out the items of a user's whole history, also those that ``policy`` cuts off.
+        memory_budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. Users
+            are batched, and their prompts computed in chunks, so that the predicted peak stays below it
+            (`patchkern.budget.search`). None: ``batch_size`` users at once. A batch for which memory runs out all the
+            same is halved, with a warning.
+        batch_size: users computed together, at most.
+        allowed_items: recommend these only: one sequence of item ids for all users or one per user, or booleans in
+            catalogue order, ``(n_items,)`` or ``(B, n_items)``, an array or a tensor.
+        length_penalty: rank by ``log-probability / length ** length_penalty`` and return that, as transformers does;
+            ``length`` counts the tokens of the title and of ``response_end``. Above 0 favours longer titles, below 0
+            shorter ones. Not for ``"diverse"``, which has its own.
+        normalize: scores given that one of the user's allowed items comes out; with ``search="exact"`` only, because
+            all their titles are scored for it. ``"titles"``: ``log P(title | an allowed title)``; items that share a
+            title share its score, and the titles' probabilities sum to one. ``"items"``: a title's probability is
+            divided equally among the user's allowed items that share it, which changes the order too, and the items'
+            probabilities sum to one. With a prior, what is normalised is the product of probability and
+            ``exp(prior_weight * prior)``: of every item, or, for ``"titles"``, of every title's best item.
+        prior: what is known of users and items beside the model; an item's score is its title's score plus
+            ``prior_weight * prior[user, item]``, and items that share a title are told apart by it. Floats in catalogue
+            order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a callable that takes
+            `Histories` of some of the users, whole and not cut by ``policy``, and returns the latter for them, such as
+            `patchkern.TransitionPrior`: it is called for each batch of users, so no table of all users is ever held.
+            -inf leaves an item out, whatever the weight. An exact search is exact with it; the beam goes on with the
+            hypotheses that have the best sum of log-probability and best prior below them. Not for ``"diverse"``.
+        prior_weight: at least 0; `patchkern.fit_prior_weight` finds a good one.
+        max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
+            search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
+        user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.
+        user_ids: names of the B users in ``user_cache``; 0, 1, 2, ... where not given.
+        progress: show how many users are done.
+
+    Returns:
+        Per user ``(item_id, score)``, best first, the score being the log-probability unless ``length_penalty``,
+        ``normalize`` or ``prior`` say otherwise. Equal scores are in catalogue order, and items that share a title and
+        a score follow each other.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    for name, value in (("k", k), ("num_beams", num_beams)):
+        _check_count(name, value)
+    _check_batching(policy, memory_budget, batch_size)
+    if not isinstance(exclude_seen, bool):
+        raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
+    _check_search(search, length_penalty, normalize, max_expansions)
+    _check_prior(search, prior, prior_weight)
+    if k > len(model.catalog):
+        raise ValueError(f"k: expected at most {len(model.catalog)}, the items of the catalog, got {k}")
+    if num_beams < k:
+        raise ValueError(f"num_beams: expected at least k={k}, to find that many titles, got {num_beams}")
+    histories = Histories.coerce(histories)
+    names = _names(histories, user_cache, user_ids)
+    items = ItemFilter(model.catalog, histories, allowed_items, exclude_seen)
+    items.check(k)
+    known = None
+    if prior is not None:
+        dtype = torch.promote_types(model.hf_model.dtype, torch.float32)
+        known = ItemPrior(model.catalog, histories, items, prior, prior_weight, k, dtype)
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
+    if search == "exact" and max_expansions is None:
+        max_expansions = EXPANSIONS_PER_BEAM * num_beams
+    passes = [] if normalize is None else trie.passes(num_beams)
+    step_rows, kept_rows = num_beams, _kept_rows(trie, search, num_beams, max_expansions)
+    if normalize is not None:
+        step_rows = kept_rows = max(len(tree.fed) for tree in passes)
+
+    fixed_bytes = trie.num_bytes + (0 if user_cache is None else user_cache.max_bytes)
+    user_bytes = 0 if items.is_open and known is None else 10 * len(model.catalog) + 8
+    if known is not None:
+        user_bytes += known.user_bytes + 3 * trie.num_nodes * dtype.itemsize
+        fixed_bytes += 8 * (2 * trie.num_nodes + len(model.catalog))
+    size = SearchSize(step_rows, kept_rows, user_bytes, fixed_bytes)
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, ...]:
+        best = None if known is None else trie.best_of(known.of(users, model.device)).expand(users.size)
+        allowed = items.mask(users).to(model.device) if best is None else best.items > float("-inf")
+        running = trie.running_count(allowed).expand(users.size, -1)
+        prompts = Prompts(
+            model,
+            layout,
+            users.size * kept_rows,
+            chunk_rows=chunk_rows,
+            user_cache=user_cache,
+            user_ids=names and [names[user] for user in users],
+        )
+        unproven = torch.zeros(0, dtype=torch.bool)
+        if normalize is not None:
+            found = _normalized(score_titles(prompts, trie, passes), trie, running, k, normalize == "items", best)
+        elif search == "diverse":
+            found = without_repeats(diverse_search(prompts, trie, running, num_beams))
+        else:
+            found, unproven = search_titles(prompts, trie, running, k, num_beams, length_penalty, max_expansions, best)
+        return *_items_of(found, trie, running, k, best), unproven
+
+    results: list[Ranked] = [[] for _ in range(len(histories))]
+    n_unproven = 0
+    with inference(model):
+        for users, (*found, unproven) in in_batches(
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+        ):
+            _collect(results, users, model, *found)
+            n_unproven += int(unproven.sum())
+    if n_unproven:
+        warnings.warn(
+            f"max_expansions: {max_expansions} prefixes were not enough to prove the lists of {n_unproven} of "
+            f"{len(histories)} users; theirs are the best titles that were found",
+            UnprovenSearchWarning,
+            stacklevel=2,
+        )
+    return results
+
+
+def generate_titles(
+    model: PatchedCausalLM,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    num_beams: int = 20,
+    leaves_only: bool = True,
+    memory_budget: int | str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[Ranked]:
+    """The titles that the paper's diverse beam search generates, for ``metric="paper"`` of `patchkern.evaluation`.
+
+    As ``recommend(search="diverse")``, but titles instead of items, repeats included: always ``num_beams`` entries per
+    user. With the same model and tree, transformers 4.46 gives the same lists, but for two accidents that are left out
+    here: the authors cut their longest title before its end token, and a group that ends there makes the padding token
+    or some forbidden one, whichever comes first, less likely for the groups after it.
+
+    Args:
+        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
+        num_beams: groups, and titles per user; the paper decodes once with 10 and once with 20.
+        leaves_only: search the authors' tree, in which a title that begins another title cannot be generated.
+
+    Returns:
+        Per user ``(item_id, log-probability)``, each title named by the first item that has it.
+    """
+    _check_count("num_beams", num_beams)
+    _check_batching(policy, memory_budget, batch_size)
+    histories = Histories.coerce(histories)
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
+    everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
+    size = SearchSize(num_beams, _kept_rows(trie, "diverse", num_beams), 0, trie.num_bytes)
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        prompts = Prompts(model, layout, users.size * size.kept_rows, chunk_rows=chunk_rows)
+        found = diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
+        owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)
+        return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
+
+    results: list[Ranked] = [[] for _ in range(len(histories))]
+    with inference(model):
+        for users, found in in_batches(
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+        ):
+            _collect(results, users, model, *found)
+    return results
+
+
+def score_items(
+    model: PatchedCausalLM,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    items: Sequence[Any] | NDArray[Any] | None = None,
+    memory_budget: int | str | None = None,
+    batch_size: int = 64,
+    nodes_per_pass: int = 64,
+    progress: bool = False,
+) -> NDArray[np.floating[Any]]:
+    """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
+
+    The titles are fed as trees after each user's prompt, a part of the catalogue at a time. For full rankings,
+    calibration or one's own normalisation; to find the best few, ``recommend(search="exact")`` computes less.
+
+    Args:
+        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
+        items: the item ids to score; the whole catalogue where not given.
+        nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
+
+    Returns:
+        ``(B, n)`` float32, or float64 for a float64 model; columns in the order of ``items`` or of the catalogue.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _check_count("nodes_per_pass", nodes_per_pass)
+    _check_batching(policy, memory_budget, batch_size)
+    histories = Histories.coerce(histories)
+    wanted = np.arange(len(model.catalog)) if items is None else model.catalog.index_of(items, "items")
+    distinct, column = np.unique(wanted.astype(np.int64), return_inverse=True)
+    double = model.hf_model.dtype == torch.float64
+    scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
+    if not scores.size:
+        return scores
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
+    passes = trie.passes(nodes_per_pass)
+    rows = max(len(tree.fed) for tree in passes)
+    title = trie.title_of_item[torch.from_numpy(column).to(model.device)]
+    size = SearchSize(rows, rows, scores.itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
+
+    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> Tensor:
+        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
+        return score_titles(prompts, trie, passes)[:, title]
+
+    with inference(model):
+        for users, found in in_batches(
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+        ):
+            scores[users] = found.cpu().numpy()
+    return scores
+
+
+# ------------------------------------------------------------------ titles and items
+
+
+def _kept_rows(trie: Trie, search: str, num_beams: int, max_expansions: int | None = None) -> int:
+    """Tokens per user whose keys and values a search keeps at once, at most."""
+    if search == "diverse":  # groups may choose the same tokens, and each keeps its own
+        return num_beams * (trie.depth - 1)
+    if max_expansions is None:
+        return trie.live_rows(num_beams)
+    return max(trie.fed_rows(num_beams), max_expansions)
+
+
+def _normalized(score: Tensor, trie: Trie, running: Tensor, k: int, by_item: bool, prior: BestValues | None) -> Found:
+    """The ``k`` best titles by probability given that a title which the user may get, or such an item, comes out."""
+    node = trie.titles.expand_as(score)
+    counts = running[:, trie.own_end[trie.titles]] - running[:, trie.begin[trie.titles]]
+    score = score.masked_fill(counts == 0, float("-inf"))
+    shares = counts.clamp(min=1).to(score.dtype).log() if by_item else torch.zeros_like(score)
+    total = score
+    if prior is not None and by_item:
+        total = (score - shares)[:, trie.title_of_item] + prior.items
+    elif prior is not None:
+        total = score + prior.at[:, trie.titles]
+    score = score - total.logsumexp(dim=1, keepdim=True) - shares
+    return Ranking(trie, 0.0, score.dtype, prior).best(Found(node, score), k)
+
+
+def _items_of(
+    found: Found, trie: Trie, running: Tensor, k: int, prior: BestValues | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """User, catalogue index and score of every user's first ``k`` allowed items."""
+    begin = trie.begin[found.node]
+    count = (trie.own_end[found.node] - begin).masked_fill(found.score == float("-inf"), 0).flatten()
+    title = torch.repeat_interleave(count)
+    rank = torch.arange(len(title), device=title.device) + (begin.flatten() - count.cumsum(0) + count)[title]
+    user = torch.div(title, found.node.shape[1], rounding_mode="floor")
+    allowed = running[user, rank + 1] > running[user, rank]
+    title, rank, user = title[allowed], rank[allowed], user[allowed]
+    item, score = trie.items[rank], found.score.flatten()[title]
+    if prior is not None:  # items that share a title need not follow each other
+        score = score + prior.items[user, item]
+        order = trie.items[begin.flatten()[title]].argsort(stable=True)
+        order = order[score[order].argsort(stable=True, descending=True)]
+        order = order[user[order].argsort(stable=True)]
+        user, item, score = user[order], item[order], score[order]
+    place = torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
+    kept = place < k
+    return user[kept], item[kept], score[kept]
+
+
+def _collect(
+    results: list[Ranked], users: NDArray[np.int64], model: PatchedCausalLM, user: Tensor, item: Tensor, score: Tensor
+) -> None:
+    owners = users[user.cpu().numpy()].tolist()
+    item_ids = model.catalog.item_ids[item.cpu().numpy()].tolist()
+    for owner, item_id, value in zip(owners, item_ids, score.tolist(), strict=True):
+        results[owner].append((item_id, value))
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def _names(histories: Histories, user_cache: Any, user_ids: Any) -> list[Hashable]:
+    """What the users are called in the cache; nothing without one."""
+    if user_cache is None:
+        if user_ids is not None:
+            raise ValueError("user_ids: expected None without a user_cache")
+        return []
+    if not isinstance(user_cache, UserCache):
+        raise TypeError(f"user_cache: expected a UserCache or None, got {type(user_cache).__name__}")
+    if user_ids is None:
+        return list(range(len(histories)))
+    if not is_sequence(user_ids):
+        raise TypeError(f"user_ids: expected a sequence of names, got {type(user_ids).__name__}")
+    if len(user_ids) != len(histories):
+        raise ValueError(f"user_ids: expected one per user ({len(histories)}), got {len(user_ids)}")
+    return list(user_ids)
+
+
+def _check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
+    if search not in SEARCHES:
+        raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
+    _check_number("length_penalty", length_penalty)
+    if normalize not in (None, *NORMALIZATIONS):
+        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
+    if search == "diverse" and length_penalty != 0:
+        raise ValueError(f'length_penalty: expected 0 with search="diverse", which has its own, got {length_penalty}')
+    if normalize is not None and search != "exact":
+        raise ValueError(f'normalize: expected None or search="exact", got {normalize!r} with {search!r}')
+    if normalize is not None and length_penalty != 0:
+        raise ValueError(f"normalize: expected None with a length_penalty of {length_penalty}, got {normalize!r}")
+    if max_expansions is not None:
+        _check_count("max_expansions", max_expansions)
+        if search != "exact":
+            raise ValueError(f'max_expansions: expected None or search="exact", got {max_expansions} with {search!r}')
+        if normalize is not None:
+            raise ValueError(f"max_expansions: expected None with normalize={normalize!r}, got {max_expansions}")
+
+
+def _check_prior(search: str, prior: Any, prior_weight: Any) -> None:
+    _check_number("prior_weight", prior_weight)
+    if prior_weight < 0:
+        raise ValueError(f"prior_weight: expected at least 0, got {prior_weight}")
+    if prior is None and prior_weight != 1:
+        raise ValueError(f"prior: expected one for a prior_weight of {prior_weight}, got None")
+    if prior is not None and search == "diverse":
+        raise ValueError('prior: expected None with search="diverse", whose protocol has none')
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_batching(policy: Any, memory_budget: Any, batch_size: Any) -> None:
+    check_policy(policy)
+    if memory_budget is not None:
+        parse_bytes("memory_budget", memory_budget)
+    _check_count("batch_size", batch_size)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model in training is worth: its loss and its recommendations on samples that it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.layout import build_layout
+from patchkern.batch.policies import AnyPolicy
+from patchkern.evaluation.metrics import Evaluation, evaluate
+from patchkern.search.filters import ItemFilter
+
+if TYPE_CHECKING:
+    from patchkern.models.patched_lm import PatchedCausalLM
+
+KS = (10, 20)
+"""List lengths that are counted."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model did on some of the samples.
+
+    Attributes:
+        loss: summed over their supervised tokens.
+        num_tokens: how many those are.
+        evaluation: of the recommendations, by item.
+    """
+
+    loss: float
+    num_tokens: int
+    evaluation: Evaluation
+
+
+class Validation:
+    """Samples to validate a model on, and how to recommend for them.
+
+    Args:
+        model: what ``options`` are tried on, with no user at all.
+        histories: the users' items, oldest first.
+        samples: ``(users, positions)``, ``(S,)`` int64 each, as in `Histories.before`.
+        policy: how histories are compressed.
+        limit: of more samples take so many, evenly spread over them; None: all.
+        options: for `PatchedCausalLM.recommend`, but for the policy and ``k``; by default items already seen are
+            excluded.
+
+    Raises:
+        TypeError, ValueError: no samples, a sample outside its history, an option that `recommend` does not take, or a
+            user for whom it would leave too few items.
+    """
+
+    def __init__(
+        self,
+        model: PatchedCausalLM,
+        histories: Histories,
+        samples: tuple[NDArray[np.int64], NDArray[np.int64]],
+        policy: AnyPolicy,
+        limit: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        users, positions = samples
+        if users.size == 0:
+            raise ValueError("eval_samples: expected at least one, got none")
+        histories.at(users, positions)
+        if limit is not None:
+            check_count("eval_limit", limit, minimum=1)
+            chosen = np.linspace(0, users.size - 1, min(limit, users.size)).astype(np.int64)
+            users, positions = users[chosen], positions[chosen]
+        fixed = {"policy", "k"}.intersection(options or {})
+        if fixed:
+            raise ValueError(f"eval_options: expected none that the training decides, got {', '.join(sorted(fixed))}")
+        self.histories, self.users, self.positions, self.policy = histories, users, positions, policy
+        self.k = min(max(KS), len(model.catalog))
+        self.options = {"exclude_seen": True, **(options or {})}
+        # what would fail in the middle of the training fails now
+        self._recommend(model, np.zeros(0, np.int64))
+        every = histories.before(users, positions)
+        ItemFilter(model.catalog, every, self.options.get("allowed_items"), self.options["exclude_seen"]).check(self.k)
+
+    def __len__(self) -> int:
+        return int(self.users.size)
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """User and position of a sample."""
+        return int(self.users[number]), int(self.positions[number])
+
+    def _recommend(self, model: PatchedCausalLM, samples: NDArray[np.int64]) -> list[list[tuple[Any, float]]]:
+        histories = self.histories.before(self.users[samples], self.positions[samples])
+        return model.recommend(histories, self.policy, self.k, **self.options)
+
+    def measure(self, model: PatchedCausalLM, samples: Iterable[int], batch_size: int) -> Measured:
+        """Loss and recommendations on some of the samples; the model is left in the mode that it was in.
+
+        Args:
+            model: of the catalogue that the histories' items are from.
+            samples: their numbers.
+            batch_size: samples whose loss is computed at once; those searched at once are an option of `recommend`.
+        """
+        chosen = np.fromiter(samples, np.int64)
+        targets = self.histories.at(self.users[chosen], self.positions[chosen])
+        loss, num_tokens = 0.0, 0
+        training = model.training
+        model.eval()
+        for start in range(0, chosen.size, batch_size):
+            part = slice(start, start + batch_size)
+            users, positions = self.users[chosen[part]], self.positions[chosen[part]]
+            histories = self.histories.before(users, positions, self.policy.max_items)
+            layout = build_layout(model.catalog, histories, self.policy, model.prompt, targets[part])
+            with torch.no_grad():
+                tokens = 0 if layout.logit_labels is None else layout.logit_labels.numel()
+                loss += float(model(layout).loss) * tokens
+            num_tokens += tokens
+        lists = self._recommend(model, chosen)
+        model.train(training)
+        return Measured(loss, num_tokens, evaluate(lists, targets, KS, catalog=model.catalog))
+
+
+def summary(parts: Iterable[Measured]) -> dict[str, float]:
+    """``loss``, ``HR@k`` and ``NDCG@k`` over the samples of all parts."""
+    parts = list(parts)
+    ranks, ambiguous = (
+        np.concatenate([getattr(part.evaluation, name) for part in parts]) for name in ("ranks", "ambiguous")
+    )
+    whole = Evaluation("strict", KS, ranks, ambiguous)
+    result = {"loss": sum(part.loss for part in parts) / sum(part.num_tokens for part in parts)}
+    result |= {f"HR@{k}": whole.hr(k) for k in KS}
+    return result | {f"NDCG@{k}": whole.ndcg(k) for k in KS}

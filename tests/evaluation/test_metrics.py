@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HR and NDCG against tables worked out by hand, and the paper's count against its own arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import patchkern as pk
+from patchkern.evaluation.metrics import evaluate
+
+TITLES = {10: "Alien", 11: "Aliens", 12: "Heat", 13: "Heat", 14: "Fargo", 15: "Alien 3"}
+CATALOG = pk.Catalog.from_titles(TITLES, lambda title: [ord(letter) for letter in title])
+
+
+def ranks(lists: list[list[Any]], targets: list[Any], metric: str = "strict") -> list[int]:
+    return evaluate(lists, targets, metric=metric, catalog=CATALOG).ranks.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "target", "strict", "paper"),
+    [
+        ([14, 11, 10], 10, 3, 3),
+        ([14, 11, 10], 14, 1, 1),
+        ([10, 11, 15, 14], 10, 1, 3),  # "Aliens" and "Alien 3" begin with "Alien", and the last one counts
+        ([11, 14], 10, 0, 1),  # the paper counts a longer title
+        ([10, 14], 11, 0, 0),  # but not a shorter one
+        ([12, 13, 14], 13, 1, 2),  # 12 and 13 share a title
+        ([12, 13, 14], 14, 2, 3),  # ranked by distinct titles; by entries
+        ([12, 14], 13, 1, 1),
+        ([14, 12, 14], 14, 1, 3),  # a title generated twice
+        ([], 14, 0, 0),
+    ],
+)
+def test_ranks_by_hand(row: list[int], target: int, strict: int, paper: int) -> None:
+    assert ranks([row], [target]) == [strict]
+    assert ranks([row], [target], "paper") == [paper]
+
+
+def test_scores_beside_the_items_change_nothing() -> None:
+    assert ranks([[(14, -0.5), (12, -1.0)]], [13]) == [2]
+
+
+def test_table_by_hand() -> None:
+    result = evaluate([[10, 11], [14, 12, 11], [14], [11, 14, 10]], [10, 11, 12, 10], ks=(1, 3), catalog=CATALOG)
+    assert result.ranks.tolist() == [1, 3, 0, 3]
+    assert result.ambiguous.tolist() == [False, False, True, False] and result.num_ambiguous == 1
+    assert result.hr(1) == 0.25 and result.hr(3) == 0.75
+    assert result.ndcg(1) == 0.25 and result.ndcg(3) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    row = result.as_dict()
+    assert list(row) == [f"{name}@{k}{tail}" for name in ("HR", "NDCG") for k in (1, 3) for tail in ("", " ±")]
+    assert row["HR@3"] == 0.75 and row["NDCG@3"] == pytest.approx(0.5)
+    # hits 1 1 0 1: variance 0.25 with three degrees of freedom, over four users
+    assert row["HR@3 ±"] == pytest.approx(math.sqrt(0.25 / 4))
+    assert "HR@3 0.7500" in str(result) and "1 with a shared title" in str(result)
+
+
+def test_no_users() -> None:
+    result = evaluate([], [], catalog=CATALOG)
+    assert result.ranks.shape == (0,) and math.isnan(result.hr(10)) and math.isnan(result.as_dict()["HR@10 ±"])
+
+
+@given(st.lists(st.lists(st.sampled_from(sorted(TITLES)), max_size=6), min_size=1, max_size=5), st.data())
+def test_paper_metric_is_the_authors_arithmetic(lists: list[list[int]], data: st.DataObject) -> None:
+    targets = [data.draw(st.sampled_from(sorted(TITLES))) for _ in lists]
+    k = 4
+    places = []  # from 0, and 20 for a miss
+    for row, target in zip(lists, targets, strict=True):
+        real, place = TITLES[target], 20
+        for at, item in enumerate(row):
+            if TITLES[item][: len(real)] == real:
+                place = at
+        places.append(place)
+    result = evaluate(lists, targets, ks=[k], metric="paper", catalog=CATALOG)
+    assert result.hr(k) == np.mean([place < k for place in places])
+    # scikit-learn's ndcg_score with one relevant entry among k, scored in list order
+    assert result.ndcg(k) == pytest.approx(np.mean([1 / math.log2(place + 2) if place < k else 0 for place in places]))
+
+
+def test_string_ids() -> None:
+    catalog = pk.Catalog.from_titles({"a": "x", "b": "y"}, lambda title: [ord(letter) for letter in title])
+    assert evaluate([["b", "a"], [("b", -1.0)]], ["a", "a"], catalog=catalog).ranks.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"metric": "loose"}, ValueError, "metric: expected one of strict, paper, got 'loose'"),
+        ({"catalog": None}, TypeError, "catalog: expected a Catalog, got NoneType"),
+        ({"ks": ()}, ValueError, "ks: expected at least one"),
+        ({"ks": (10, 0)}, ValueError, "ks: expected integers of at least 1, got 0"),
+        ({"ks": (1.5,)}, TypeError, "ks: expected integers, got 1.5"),
+        ({"targets": [10, 11]}, ValueError, r"targets: expected one per list \(1\), got 2"),
+        ({"targets": [99]}, ValueError, "targets: .*99"),
+        ({"recommendations": [[99]]}, ValueError, r"recommendations\[0\]: .*99"),
+    ],
+)
+def test_errors_name_the_argument(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(**{"recommendations": [[10]], "targets": [10], "catalog": CATALOG, **arguments})
+
+
+def test_paper_metric_needs_text() -> None:
+    catalog = pk.Catalog.from_token_ids(CATALOG.token_ids, CATALOG.offsets, CATALOG.item_ids)
+    assert evaluate([[12]], [13], catalog=catalog).ranks.tolist() == [1]
+    with pytest.raises(ValueError, match=r'catalog: metric="paper" compares titles as text'):
+        evaluate([[12]], [13], metric="paper", catalog=catalog)

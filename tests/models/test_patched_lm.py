@@ -1,0 +1,657 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PatchedCausalLM` against a padded, masked batch built row by row in Python, through the same transformers model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import patchkern as pk
+from patchkern.models.attention import NAME
+from patchkern.models.patched_lm import PatchedCausalLM
+
+VOCABULARY = 83
+PROMPT = pk.Prompt(prefix=[3, 4, 5], separator=[6], suffix=[7, 8], response_end=[2])
+PARTS = oracle.Parts([3, 4, 5], [6], [7, 8], [2])
+TITLES = [np.random.default_rng(i).integers(9, VOCABULARY, 1 + i % 5).tolist() for i in range(40)]
+CATALOG = pk.Catalog.from_token_ids(np.concatenate(TITLES), np.cumsum([0, *map(len, TITLES)]))
+
+POLICIES = {
+    "text": pk.TextOnly(max_items=12),
+    "items": pk.ItemPatches(keep_text=3, max_items=None),
+    "sessions, end": pk.SessionPatches(group_size=3, max_items=20),
+    "sessions, start": pk.SessionPatches(group_size=3, max_items=None, align="start"),
+    "random": pk.RandomItemPatches(probability=0.5, max_items=15, seed=5),
+}
+COMPOSITIONS = {
+    "one user": [17],
+    "one empty history": [0],
+    "very different lengths": [25, 0, 1, 9, 3],
+    "equal lengths": [10, 10, 10],
+    "many users": [4, 11, 2, 7, 19, 1, 6, 13],
+}
+MODELS = ["llama", "llama tied", "qwen2", "qwen3", "gpt2 tied", "gpt2 untied", "gemma", "gemma3"]
+
+
+def tiny(kind: str, **overrides: Any) -> transformers.PreTrainedModel:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": kind.endswith(" tied") or kind in ("qwen3", "gemma", "gemma3"),
+    }
+    if kind.startswith("gpt2"):
+        shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        shape |= {"tie_word_embeddings": kind == "gpt2 tied", "bos_token_id": 1, "eos_token_id": 2}
+        shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if kind == "gemma3":
+        shape |= {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    configs = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+        "gpt2": transformers.GPT2Config,
+        "gemma": transformers.GemmaConfig,
+        "gemma3": transformers.Gemma3TextConfig,
+    }
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(configs[kind.split()[0]](**shape | overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the initial state, where biases and norms are 0 and 1
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()
+
+
+def batch_of(lengths: list[int], seed: int = 0) -> tuple[list[list[int]], list[int]]:
+    """Histories of these lengths, and targets."""
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, len(TITLES), n).tolist() for n in lengths], draw.integers(
+        0, len(TITLES), len(lengths)
+    ).tolist()
+
+
+# ------------------------------------------------------------------ the padded, masked, loop-built batch
+
+
+def entries_of(policy: pk.Policy, histories: list[list[int]]) -> list[list[oracle.Entry]]:
+    """What each user's (already cut) items become."""
+    if isinstance(policy, pk.RandomItemPatches):
+        drawn = policy.levels(pk.Histories.from_sequences(histories)).astype(bool).tolist()
+        return [oracle.chosen_patches([drawn.pop(0) for _ in history]) for history in histories]
+    if isinstance(policy, pk.ItemPatches):
+        return [oracle.item_patches(len(history), policy.keep_text) for history in histories]
+    if isinstance(policy, pk.SessionPatches):
+        sessions = oracle.session_patches_end if policy.align == "end" else oracle.session_patches_start
+        return [sessions(len(history), policy.group_size) for history in histories]
+    return [oracle.text_only(len(history)) for history in histories]
+
+
+def loop_built(
+    hf_model: nn.Module, histories: list[list[int]], policy: pk.Policy, targets: list[int] | None
+) -> tuple[Tensor | None, Tensor]:
+    """Loss, and logits at the supervised (else the last) rows: right padding, a 2-D mask, full logits."""
+    histories = [oracle.cut(history, policy.max_items) for history in histories]
+    users = []
+    for position, (history, entries) in enumerate(zip(histories, entries_of(policy, histories), strict=True)):
+        target = None if targets is None else TITLES[targets[position]]
+        users.append(oracle.user_rows([TITLES[item] for item in history], entries, PARTS, target))
+    embedding = hf_model.get_input_embeddings()
+
+    def embed(row: oracle.Row) -> Tensor:
+        return torch.stack([embedding(torch.tensor(title)).mean(0) for title in row]).mean(0)
+
+    longest = max(len(user.rows) for user in users)
+    width = hf_model.config.hidden_size
+    inputs, mask, labels = [], torch.zeros(len(users), longest, dtype=torch.long), []
+    for number, user in enumerate(users):
+        padding = longest - len(user.rows)
+        inputs.append(torch.cat([torch.stack([embed(row) for row in user.rows]), torch.zeros(padding, width)]))
+        labels.append(user.labels + [oracle.IGNORE] * padding)
+        mask[number, : len(user.rows)] = 1
+    supervised = torch.tensor(labels)
+    before = hf_model.config._attn_implementation
+    hf_model.set_attn_implementation("sdpa")
+    arguments = {"labels": supervised} if targets is not None else {}
+    output = hf_model(inputs_embeds=torch.stack(inputs), attention_mask=mask, use_cache=False, **arguments)
+    hf_model.set_attn_implementation(before)
+    if targets is None:
+        return None, torch.stack([output.logits[i, len(user.rows) - 1] for i, user in enumerate(users)])
+    return output.loss, output.logits[:, :-1][supervised[:, 1:] != oracle.IGNORE]
+
+
+def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    module.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal to 1e-5 of the largest value."""
+    assert got.shape == expected.shape
+    error, scale = (float(x.detach().abs().max()) for x in (got - expected, expected))
+    assert error <= 1e-5 * scale, f"{what}: error {error:.2e}, largest value {scale:.2e}"
+
+
+def assert_equals_loop(
+    hf_model: nn.Module, policy: pk.Policy, lengths: list[int], model: nn.Module | None = None
+) -> None:
+    histories, targets = batch_of(lengths)
+    model = model or PatchedCausalLM(hf_model, CATALOG, PROMPT)
+    output = model(pk.build_layout(CATALOG, histories, policy, PROMPT, targets))
+    expected_loss, expected_logits = loop_built(hf_model, histories, policy, targets)
+    assert_same(output.logits, expected_logits, "logits")
+    assert_same(output.loss, expected_loss, "loss")
+    got, expected = gradients(hf_model, output.loss), gradients(hf_model, expected_loss)
+    assert got.keys() == expected.keys()
+    assert got
+    for name in expected:
+        assert_same(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("lengths", COMPOSITIONS.values(), ids=COMPOSITIONS.keys())
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_loss_and_gradients_equal_a_loop_built_batch(policy: pk.Policy, lengths: list[int]) -> None:
+    assert_equals_loop(tiny("llama"), policy, lengths)
+
+
+@pytest.mark.parametrize("policy", ["text", "sessions, end"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_model(kind: str, policy: str) -> None:
+    assert_equals_loop(tiny(kind), POLICIES[policy], COMPOSITIONS["very different lengths"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2 tied"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_implementations(kind: str, implementation: str) -> None:
+    hf_model = tiny(kind)
+    model = PatchedCausalLM(hf_model, CATALOG, PROMPT, attn_implementation=implementation)
+    assert hf_model.config._attn_implementation == implementation
+    assert_equals_loop(hf_model, POLICIES["items"], COMPOSITIONS["very different lengths"], model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2 tied"])
+def test_gradient_checkpointing(kind: str) -> None:
+    hf_model = tiny(kind)
+    model = PatchedCausalLM(hf_model, CATALOG, PROMPT)
+    model.gradient_checkpointing_enable()
+    assert _checkpoints(hf_model)
+    assert_equals_loop(hf_model, POLICIES["sessions, end"], COMPOSITIONS["many users"], model)
+    model.gradient_checkpointing_disable()
+    assert not _checkpoints(hf_model)
+
+
+def _checkpoints(hf_model: transformers.PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in hf_model.modules())
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_without_targets_logits_of_last_rows(policy: pk.Policy) -> None:
+    hf_model = tiny("llama").eval()
+    histories, _ = batch_of(COMPOSITIONS["very different lengths"])
+    output = PatchedCausalLM(hf_model, CATALOG, PROMPT)(pk.build_layout(CATALOG, histories, policy, PROMPT))
+    assert output.loss is None
+    assert_same(output.logits, loop_built(hf_model, histories, policy, None)[1])
+
+
+def test_num_items_in_batch_divides_the_summed_loss() -> None:
+    model = PatchedCausalLM(tiny("llama"), CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, *reversed_targets(batch_of([5, 9])))
+    tokens = layout.logit_labels.numel()
+    mean = model(layout).loss
+    for items in (40, torch.tensor(40)):
+        torch.testing.assert_close(model(layout, num_items_in_batch=items).loss, mean * tokens / 40)
+
+
+def reversed_targets(batch: tuple[list[list[int]], list[int]]) -> tuple[Any, ...]:
+    """Positional arguments of `build_layout` after the catalog."""
+    histories, targets = batch
+    return histories, pk.ItemPatches(2), PROMPT, targets
+
+
+@pytest.mark.parametrize("with_targets", [False, True], ids=["without targets", "with targets"])
+def test_empty_batch(with_targets: bool) -> None:
+    model = PatchedCausalLM(tiny("llama"), CATALOG, PROMPT)
+    output = model(pk.build_layout(CATALOG, [], pk.TextOnly(), PROMPT, [] if with_targets else None))
+    assert output.logits.shape == (0, VOCABULARY)
+    assert (output.loss is not None) == with_targets
+    if with_targets:
+        assert output.loss == 0
+        output.loss.backward()
+
+
+# ------------------------------------------------------------------ isolation, bit for bit
+
+
+@pytest.mark.parametrize("implementation", [NAME, "sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2 tied", "gemma3"])
+@pytest.mark.parametrize("changed", [0, 2, 4], ids=lambda i: f"user {i} changed")
+def test_users_are_isolated_bit_for_bit(kind: str, implementation: str, changed: int) -> None:
+    assert_isolated(kind, implementation, changed)
+
+
+@pytest.mark.slow  # compiles
+def test_users_are_isolated_bit_for_bit_under_flex_attention() -> None:
+    for changed in (0, 2, 4):
+        assert_isolated("llama", "flex_attention", changed)
+
+
+@torch.no_grad()
+def assert_isolated(kind: str, implementation: str, changed: int) -> None:
+    model = PatchedCausalLM(tiny(kind).eval(), CATALOG, PROMPT, attn_implementation=implementation)
+    histories, targets = batch_of([25, 2, 13, 9, 3])
+    other = [list(history) for history in histories]
+    # items 5 apart have titles of one length: every row stays where it is
+    other[changed] = [(item + 5) % len(TITLES) for item in histories[changed]]
+    other_targets = [t if user != changed else (t + 5) % len(TITLES) for user, t in enumerate(targets)]
+    logits, users = [], []
+    for changes in ((histories, targets), (other, other_targets)):
+        layout = pk.build_layout(CATALOG, changes[0], pk.SessionPatches(3), PROMPT, changes[1])
+        users.append(torch.searchsorted(layout.cu_seqlens.long(), layout.logit_rows, right=True) - 1)
+        logits.append(model(layout).logits)
+    assert torch.equal(*users)
+    own = users[0] == changed
+    assert torch.equal(logits[0][~own], logits[1][~own])
+    assert not (logits[0][own] == logits[1][own]).all(1).any()
+
+
+# ------------------------------------------------------------------ embeddings that are more than their weight
+
+
+def lora(hf_model: transformers.PreTrainedModel, **arguments: Any) -> nn.Module:
+    model = peft.get_peft_model(hf_model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **arguments))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+            elif "trainable_tokens_delta" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+ADAPTERS = {
+    "q and v": {"target_modules": ["q_proj", "v_proj"]},
+    "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
+    "trainable tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 6, 7, 20, 30]},
+    "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
+@pytest.mark.parametrize("policy", ["text", "sessions, end"])
+def test_adapters(adapter: dict[str, Any], policy: str) -> None:
+    hf_model = lora(tiny("llama"), **adapter)
+    assert_equals_loop(hf_model, POLICIES[policy], COMPOSITIONS["many users"])
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "trainable tokens", "modules to save"])
+def test_adapted_embedding_differs_from_its_raw_weight(name: str) -> None:
+    """The adapter must matter in these tests, or passing them would mean nothing."""
+    plain = tiny("llama")
+    weight = plain.get_input_embeddings().weight.detach().clone()
+    model = PatchedCausalLM(lora(plain, **ADAPTERS[name]), CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, batch_of([9])[0], POLICIES["items"], PROMPT)
+    assert (model.embed(layout) - pk.pool_rows(weight, layout)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scaled_embeddings_are_pooled_directly(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is what the module gives, bit for bit; a patch is as close to the exact mean as one rounding allows."""
+    model = PatchedCausalLM(tiny("gemma3").to(dtype), CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, batch_of([9, 4])[0], POLICIES["sessions, end"], PROMPT, [1, 2])
+    tokens, compact = layout.compact()
+    embedding = model.get_input_embeddings()
+    module = embedding(tokens)
+
+    def refuse(self: pk.PatchLayout) -> Any:
+        raise AssertionError("the module was called on the batch's tokens")
+
+    monkeypatch.setattr(pk.PatchLayout, "compact", refuse)
+    rows = model.embed(layout)
+    through_module = pk.pool_rows(module, compact)
+    literal = layout.lo < 0
+    assert torch.equal(rows[literal], through_module[literal])
+    scale = float(embedding.embed_scale.to(dtype))
+    assert scale > 5
+    every_row = [row for user in oracle.decode(layout) for row in user]
+    oracle.assert_pooled(rows, embedding.weight.detach(), every_row, scale=scale)
+    # each of the module's own rows is rounded, which their mean inherits
+    magnitude = pk.pool_rows(module.abs().double(), compact)
+    error = (rows.double() - through_module.double()).abs()
+    assert (error <= 3 * oracle.UNIT_ROUNDOFF[dtype] * magnitude + 3 * oracle.HALF_SMALLEST[dtype]).all()
+    grad_rows = torch.randn_like(rows)
+    (grad,) = torch.autograd.grad(rows, embedding.weight, grad_rows)
+    oracle.assert_gradient(grad, grad_rows, every_row, VOCABULARY, scale=scale)
+
+
+def test_a_changed_scale_is_noticed() -> None:
+    model = PatchedCausalLM(tiny("gemma3"), CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, batch_of([9])[0], POLICIES["items"], PROMPT)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        before = model.embed(layout)
+        embedding.embed_scale.mul_(2)
+        torch.testing.assert_close(model.embed(layout), before * 2)
+        embedding.embed_scale = embedding.embed_scale / 4
+        torch.testing.assert_close(model.embed(layout), before / 2)
+        model.to(torch.bfloat16)
+        assert model.embed(layout).dtype == torch.bfloat16
+        embedding.embed_scale = torch.full((32,), 3.0)  # not one number: the module's business
+        torch.testing.assert_close(model.embed(layout), pk.pool_rows(embedding.weight.detach() * 3, layout))
+
+
+def test_only_what_scales_is_pooled_directly() -> None:
+    """A class by the same kind of name that does more, and one derived from an embedding that only scales."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding as Scaled
+    from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding as DoesMore
+
+    from patchkern.models.patched_lm import _only_scales
+
+    class Derived(Scaled):
+        pass
+
+    assert _only_scales(Scaled)
+    assert not _only_scales(DoesMore) and not _only_scales(Derived) and not _only_scales(nn.Embedding)
+
+
+def test_hook_on_the_embedding_is_run() -> None:
+    hf_model = tiny("llama")
+    hf_model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 3 + 1)
+    assert_equals_loop(hf_model, POLICIES["items"], COMPOSITIONS["many users"])
+
+
+def test_replaced_forward_of_the_embedding_is_run() -> None:
+    hf_model = tiny("llama")
+    embedding = hf_model.get_input_embeddings()
+    original = embedding.forward
+    embedding.forward = lambda ids: original(ids) * 2
+    assert_equals_loop(hf_model, POLICIES["items"], COMPOSITIONS["many users"])
+
+
+def test_padding_token_in_a_prompt_gets_no_gradient() -> None:
+    hf_model = tiny("llama", pad_token_id=7)
+    assert hf_model.get_input_embeddings().padding_idx == 7
+    assert_equals_loop(hf_model, POLICIES["items"], COMPOSITIONS["many users"])
+    assert not hf_model.get_input_embeddings().weight.grad[7].any()
+
+
+def test_sparse_embedding_gets_a_sparse_gradient() -> None:
+    hf_model = tiny("llama")
+    dense = hf_model.get_input_embeddings()
+    model = PatchedCausalLM(hf_model, CATALOG, PROMPT)
+    layout = pk.build_layout(CATALOG, *reversed_targets(batch_of([9, 2])))
+    model(layout).loss.backward()
+    expected, dense.weight.grad, dense.sparse = dense.weight.grad, None, True
+    model(layout).loss.backward()
+    assert dense.weight.grad.is_sparse
+    torch.testing.assert_close(dense.weight.grad.to_dense(), expected)
+
+
+# ------------------------------------------------------------------ files
+
+
+def logits_of(model: PatchedCausalLM) -> Tensor:
+    layout = pk.build_layout(CATALOG, batch_of([25, 0, 6])[0], pk.SessionPatches(3), PROMPT)
+    with torch.no_grad():
+        return model.eval()(layout).logits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_saved_model_loads_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    model = PatchedCausalLM(tiny(kind), CATALOG, PROMPT, pk.SessionPatches(3, align="start"))
+    model.save_pretrained(tmp_path / "deep" / "folder")
+    loaded = PatchedCausalLM.from_pretrained(tmp_path / "deep" / "folder", CATALOG)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert (loaded.prompt, loaded.policy) == (model.prompt, model.policy)
+    assert loaded.config._attn_implementation == NAME
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
+    description = json.loads((tmp_path / "deep" / "folder" / "patchkern.json").read_text())
+    assert description["format_version"] == 1
+    assert description["special_token_ids"] == {
+        "history_start": [5],
+        "history_separator": [6],
+        "history_end": [7],
+        "response_end": [2],
+    }
+
+
+def test_loading_takes_transformers_arguments(tmp_path: Path) -> None:
+    PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "m")
+    loaded = PatchedCausalLM.from_pretrained(tmp_path / "m", CATALOG, dtype=torch.bfloat16, attn_implementation="eager")
+    assert loaded.hf_model.dtype == torch.bfloat16
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.policy is None
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_saved_adapter_loads_bit_for_bit(name: str, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = PatchedCausalLM(lora(base, **ADAPTERS[name]), CATALOG, PROMPT, pk.TextOnly())
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    expected = logits_of(model)
+    by_name = PatchedCausalLM.from_pretrained(tmp_path / "adapter", CATALOG)
+    given = PatchedCausalLM.from_pretrained(tmp_path / "adapter", CATALOG, base_model=tiny("llama"))
+    for loaded in (by_name, given):
+        assert torch.equal(logits_of(loaded), expected)
+        assert loaded.policy == pk.TextOnly()
+
+
+def test_saving_over_an_earlier_model_leaves_none_of_its_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    first, second = (PatchedCausalLM(tiny("llama"), CATALOG, PROMPT) for _ in range(2))
+    with torch.no_grad():
+        second.hf_model.lm_head.weight.mul_(2)
+    first.save_pretrained(folder)
+    second.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits_of(PatchedCausalLM.from_pretrained(folder, CATALOG)), logits_of(second))
+    first.save_pretrained(folder)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+    assert torch.equal(logits_of(PatchedCausalLM.from_pretrained(folder, CATALOG)), logits_of(first))
+
+
+def test_failed_save_leaves_the_earlier_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    model = PatchedCausalLM(tiny("llama"), CATALOG, PROMPT)
+    model.save_pretrained(folder)
+    expected = logits_of(model)
+
+    def half_written(aside: Path, **kwargs: Any) -> None:
+        (aside / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(model.hf_model, "save_pretrained", half_written)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(folder)
+    assert torch.equal(logits_of(PatchedCausalLM.from_pretrained(folder, CATALOG)), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "m", is_main_process=False)
+    assert not (tmp_path / "m").exists()
+
+
+def test_unreadable_descriptions(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected patchkern\.json in .*was it saved by patchkern"):
+        PatchedCausalLM.from_pretrained(tmp_path, CATALOG)
+    good = {"format_version": 1, "prompt": PROMPT.to_dict(), "policy": None}
+    for description, message in (
+        ("{", "not a description"),
+        ("[]", "not a description"),
+        (json.dumps(good | {"format_version": 2}), "format_version: expected 1, got 2"),
+        (json.dumps({"format_version": 1, "policy": None}), "prompt"),
+        (json.dumps(good | {"policy": {"name": "Magic"}}), "Magic"),
+    ):
+        (tmp_path / "patchkern.json").write_text(description)
+        with pytest.raises(ValueError, match=message):
+            PatchedCausalLM.from_pretrained(tmp_path, CATALOG)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2 tied"])
+def test_state_dict_names_each_tensor_once_and_loads_strictly(kind: str) -> None:
+    model = PatchedCausalLM(tiny(kind), CATALOG, PROMPT)
+    state = model.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    other = PatchedCausalLM(tiny(kind), CATALOG, PROMPT)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(state)
+    assert torch.equal(logits_of(other), logits_of(model))
+    nested = nn.ModuleDict({"inside": other})  # as DistributedDataParallel nests it
+    nested.load_state_dict({f"inside.{name}": tensor for name, tensor in state.items()})
+
+
+# ------------------------------------------------------------------ transformers.Trainer
+
+
+def collate(samples: list[tuple[list[int], int]]) -> dict[str, Any]:
+    histories, targets = map(list, zip(*samples, strict=True))
+    layout = pk.build_layout(CATALOG, histories, pk.ItemPatches(2), PROMPT, targets)
+    return {"layout": layout, "labels": layout.logit_labels}
+
+
+def trainer(kind: str, folder: Path, **arguments: Any) -> transformers.Trainer:
+    histories, targets = batch_of(list(np.random.default_rng(3).integers(1, 12, 24)))
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return transformers.Trainer(
+        model=PatchedCausalLM(tiny(kind), CATALOG, PROMPT),
+        args=transformers.TrainingArguments(**settings | arguments),
+        train_dataset=list(zip(histories, targets, strict=True)),
+        eval_dataset=list(zip(histories, targets, strict=True)),
+        data_collator=collate,
+    )
+
+
+def losses(run: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2 tied"])
+def test_trainer_resumes_to_the_same_losses(kind: str, tmp_path: Path) -> None:
+    whole = trainer(kind, tmp_path)
+    whole.train()
+    assert len(losses(whole)) == 6
+    resumed = trainer(kind, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses(resumed) == losses(whole)
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_trainer_accumulates_as_one_large_batch(tmp_path: Path) -> None:
+    """The mean over all supervised tokens of a step, not a mean of the micro-batches' means."""
+    parts = trainer("llama", tmp_path, max_steps=2, save_strategy="no")
+    whole = trainer("llama", tmp_path, max_steps=2, save_strategy="no", per_device_train_batch_size=4)
+    whole.args.gradient_accumulation_steps = 1
+    for run in (parts, whole):
+        run.train()
+    np.testing.assert_allclose(losses(parts), losses(whole), rtol=1e-4)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_trainer_evaluates(tmp_path: Path) -> None:
+    run = trainer("llama", tmp_path, prediction_loss_only=True)
+    assert 0 < run.evaluate()["eval_loss"] < 20
+
+
+# ------------------------------------------------------------------ wrong arguments
+
+
+def test_wrong_constructor_arguments() -> None:
+    with pytest.raises(TypeError, match="hf_model: expected a transformers causal LM, got Linear"):
+        PatchedCausalLM(nn.Linear(2, 2), CATALOG, PROMPT)
+    with pytest.raises(TypeError, match="catalog: expected a Catalog, got list"):
+        PatchedCausalLM(tiny("llama"), TITLES, PROMPT)
+    with pytest.raises(TypeError, match="prompt: expected a Prompt, got dict"):
+        PatchedCausalLM(tiny("llama"), CATALOG, {})
+    with pytest.raises(TypeError, match="policy: expected a policy with max_items and levels, got str"):
+        PatchedCausalLM(tiny("llama"), CATALOG, PROMPT, "items")
+    bare = transformers.LlamaModel(tiny("llama").config)
+    with pytest.raises(ValueError, match="hf_model: expected a causal LM whose forward takes logits_to_keep"):
+        PatchedCausalLM(bare, CATALOG, PROMPT)
+    prefix = peft.get_peft_model(tiny("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="hf_model: expected no prompt-learning adapter"):
+        PatchedCausalLM(prefix, CATALOG, PROMPT)
+
+
+def test_token_ids_beyond_the_embedding() -> None:
+    few = max(max(title) for title in TITLES)
+    with pytest.raises(
+        ValueError, match=rf"catalog: .* below {few}, .*got {few}; .*resize_token_embeddings\({few + 1}\)"
+    ):
+        PatchedCausalLM(tiny("llama", vocab_size=few), CATALOG, PROMPT)
+    with pytest.raises(
+        ValueError, match=r"prompt: expected token ids below 83.*got 90; .*resize_token_embeddings\(91\)"
+    ):
+        PatchedCausalLM(tiny("llama"), CATALOG, pk.Prompt(prefix=[90]))
+    hf_model = tiny("llama")
+    hf_model.resize_token_embeddings(91)
+    PatchedCausalLM(hf_model, CATALOG, pk.Prompt(prefix=[90]))
+    layout = pk.build_layout(CATALOG, [[1]], pk.TextOnly(), pk.Prompt(prefix=[90]))
+    with pytest.raises(ValueError, match="layout: expected token ids below 83"):
+        PatchedCausalLM(tiny("llama"), CATALOG, PROMPT)(layout)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2 tied"])
+def test_too_long_for_the_model(kind: str) -> None:
+    limit = {"n_positions": 16} if kind.startswith("gpt2") else {"max_position_embeddings": 16}
+    model = PatchedCausalLM(tiny(kind, **limit), CATALOG, PROMPT)
+    histories, _ = batch_of([40])
+    layout = pk.build_layout(CATALOG, histories, pk.TextOnly(), PROMPT)
+    with pytest.raises(ValueError, match=rf"at most 16 rows per user, the positions of \w+, got {layout.max_seqlen}"):
+        model(layout)
+
+
+def test_user_without_rows_has_nothing_to_predict_from() -> None:
+    bare = pk.Prompt()
+    model = PatchedCausalLM(tiny("llama"), CATALOG, bare)
+    with pytest.raises(ValueError, match="got a user without rows"):
+        model(pk.build_layout(CATALOG, [[1], [], [2]], pk.TextOnly(), bare))
+    assert model(pk.build_layout(CATALOG, [[1], [2]], pk.TextOnly(), bare)).logits.shape == (2, VOCABULARY)
+
+
+def test_wrong_call_arguments(tmp_path: Path) -> None:
+    model = PatchedCausalLM(tiny("llama"), CATALOG, PROMPT)
+    with pytest.raises(TypeError, match="layout: expected a PatchLayout, got list"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match="policy: expected one, here or when"):
+        model.recommend([[1, 2]])
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="base_model: expected None"):
+        PatchedCausalLM.from_pretrained(tmp_path / "m", CATALOG, base_model=tiny("llama"))
+    with pytest.raises(ValueError, match=r"no_such_attention"):
+        PatchedCausalLM(tiny("llama"), CATALOG, PROMPT, attn_implementation="no_such_attention")

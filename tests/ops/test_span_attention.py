@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op `span_attention` against its reference: values, gradients, isolation, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patchkern.models.attention import span_attention
+from patchkern.ops import span_attention_prefixed as op
+from patchkern.ops import span_attention_tiles as tiles
+
+
+class Spans(NamedTuple):
+    """Lengths, one prefix range each, and how many rows ``prefix_key`` has (None: the ranges are of the rows)."""
+
+    lengths: Sequence[int]
+    prefix: Sequence[tuple[int, int]]
+    stored: int | None = None
+
+    @property
+    def integers(self) -> tuple[Tensor, Tensor]:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32)
+        return cu_seqlens, torch.tensor(self.prefix, dtype=torch.int32).reshape(-1, 2)
+
+    def tensors(self, heads: tuple[int, int], width: int, value_width: int | None = None) -> tuple[Tensor | None, ...]:
+        """query, key, value, prefix_key and prefix_value: (1, H, rows, d), float64."""
+        sizes = [(heads[0], sum(self.lengths), width), (heads[1], sum(self.lengths), width)]
+        sizes += [(heads[1], sum(self.lengths), value_width or width)]
+        if self.stored is not None:
+            sizes += [(heads[1], self.stored, width), (heads[1], self.stored, value_width or width)]
+        made = [torch.randn(1, *size, dtype=torch.float64) for size in sizes]
+        return (*made, *[None] * (5 - len(made)))
+
+
+SPANS = {
+    "no rows": Spans([], []),
+    "no prefix": Spans([7, 1, 0, 12], [(0, 0)] * 4),
+    "empty spans": Spans([9, 0, 0, 4, 0], [(0, 0), (0, 9), (0, 9), (2, 9), (0, 0)]),
+    "one row each": Spans([5, 1, 1, 1, 1], [(0, 0), (0, 5), (4, 5), (0, 1), (0, 0)]),
+    "trunk and branches": Spans([40, 6, 9, 5, 30, 8], [(0, 0), (0, 12), (0, 25), (0, 40), (0, 0), (60, 90)]),
+    "prefix of one row": Spans([3, 20], [(0, 1), (6, 7)], stored=7),
+    "nothing stored": Spans([3, 20], [(0, 0), (0, 0)], stored=0),
+    "forty share one": Spans([1] * 20 + [3] * 20, [(100, 1100)] * 40, stored=1200),
+    "prefixes that cross": Spans([5, 6, 7, 8, 9], [(0, 30), (0, 10), (20, 50), (0, 50), (10, 11)], stored=50),
+    "a long span": Spans([700], [(3, 103)], stored=104),
+}
+
+
+def attend(spans: Spans, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
+    query, key, value, prefix_key, prefix_value = tensors
+    cu_seqlens, prefix = spans.integers
+    stored = {"prefix_key": prefix_key, "prefix_value": prefix_value}
+    return span_attention(query, key, value, cu_seqlens, prefix=prefix, **stored, **options)
+
+
+def expected(spans: Spans, tensors: Sequence[Tensor | None], scaling: float) -> Tensor:
+    query, key, value, *stored = (None if x is None else x[0].transpose(0, 1) for x in tensors)
+    return op.reference(query, key, value, *spans.integers, *stored, scaling)[None]
+
+
+def sdpa(spans: Spans, tensors: Sequence[Tensor | None], scaling: float) -> Tensor:
+    """What PyTorch alone offers: one dense mask over everything."""
+    query, key, value, prefix_key, prefix_value = tensors
+    prefix_key, prefix_value = (key, value) if prefix_key is None else (prefix_key, prefix_value)
+    key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+    visible = visibility(spans, prefix_key.shape[2])
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def visibility(spans: Spans, stored: int) -> Tensor:
+    """(T, stored + T), written out span by span."""
+    rows = sum(spans.lengths)
+    visible = torch.zeros(rows, stored + rows, dtype=torch.bool)
+    bounds = itertools.pairwise([0, *itertools.accumulate(spans.lengths)])
+    for (begin, end), (first, last) in zip(bounds, spans.prefix, strict=True):
+        visible[begin:end, first:last] = True
+        for row in range(begin, end):
+            visible[row, stored + begin : stored + row + 1] = True
+    return visible
+
+
+def gradients(out: Tensor, tensors: Sequence[Tensor | None], weight: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad((out * weight.to(out.dtype)).sum(), [x for x in tensors if x is not None]))
+
+
+def leaves(tensors: Sequence[Tensor | None], dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype).requires_grad_() for x in tensors]
+
+
+@pytest.fixture(params=["flash", "products"], autouse=True)
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test by PyTorch's private operators, and without them."""
+    if request.param == "flash" and not tiles._flash_works():
+        pytest.skip("this PyTorch's flash attention for the CPU is not what is asked of it")
+    if request.param == "products":
+        monkeypatch.setattr(tiles, "_flash_works", lambda: False)
+
+
+# ------------------------------------------------------------------ values and gradients
+
+
+def test_reference_sees_what_its_definition_says() -> None:
+    for spans in SPANS.values():
+        tensors = spans.tensors((4, 2), 8)
+        if sum(spans.lengths):
+            torch.testing.assert_close(expected(spans, tensors, 0.3), sdpa(spans, tensors, 0.3))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1), (6, 2)], ids=lambda h: f"heads={h[0]}/{h[1]}")
+@pytest.mark.parametrize("name", SPANS)
+def test_equals_reference(name: str, heads: tuple[int, int]) -> None:
+    spans = SPANS[name]
+    tensors = leaves(spans.tensors(heads, 8))
+    got, wanted = attend(spans, tensors, scaling=0.3), expected(spans, tensors, 0.3)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(wanted)
+    for ours, theirs in zip(*(gradients(out, tensors, weight) for out in (got, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", [1, 64, 80, 128, 256])
+def test_head_widths(width: int) -> None:
+    spans = SPANS["trunk and branches"]
+    tensors = leaves(spans.tensors((2, 1), width))
+    got, wanted = attend(spans, tensors), expected(spans, tensors, width**-0.5)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    for name in ("trunk and branches", "prefixes that cross"):
+        tensors = leaves(SPANS[name].tensors((4, 2), 12, value_width=5))
+        got, wanted = attend(SPANS[name], tensors, scaling=1.0), expected(SPANS[name], tensors, 1.0)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        weight = torch.randn_like(wanted)
+        for ours, theirs in zip(*(gradients(out, tensors, weight) for out in (got, wanted)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["trunk and branches", "forty share one", "a long span"])
+def test_no_less_exact_than_torch(name: str, dtype: torch.dtype) -> None:
+    """Error against float64 at most twice that of SDPA with a mask in the same dtype."""
+    spans = SPANS[name]
+    exact = [None if x is None else x.to(dtype).double() for x in spans.tensors((4, 2), 64)]
+    weight = torch.randn(1, sum(spans.lengths), 4, 64).to(dtype).double()
+    results = []
+    for function, kind in ((expected, torch.float64), (sdpa, dtype), (attend, dtype)):
+        tensors = leaves(exact, kind)
+        out = function(spans, tensors, scaling=0.125)
+        assert out.dtype == kind
+        results.append([out, *gradients(out, tensors, weight)])
+    for true, theirs, ours in zip(*results, strict=True):
+        floor = torch.finfo(dtype).eps * true.abs().max()
+        assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max() + floor
+
+
+def test_gradcheck() -> None:
+    for spans in (Spans([4, 3, 0, 2, 2], [(0, 0), (0, 3), (0, 4), (1, 4), (0, 4)]), Spans([2, 3], [(1, 4), (0, 0)], 5)):
+        tensors = leaves(spans.tensors((4, 2), 3))
+        given = [x for x in tensors if x is not None]
+        assert torch.autograd.gradcheck(lambda *x, s=spans: attend(s, (*x, *[None] * (5 - len(x)))), given)
+
+
+def test_only_the_wanted_gradients() -> None:
+    spans = SPANS["prefixes that cross"]
+    query, key, value, prefix_key, prefix_value = spans.tensors((2, 2), 4)
+    attend(spans, (query, key, value, prefix_key.requires_grad_(), prefix_value)).sum().backward()
+    assert prefix_key.grad is not None
+    assert query.grad is None and prefix_value.grad is None
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_any_spans(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 12), max_size=9))
+    stored = data.draw(st.one_of(st.none(), st.integers(0, 40)))
+    begins = [0, *itertools.accumulate(lengths)]
+    prefix = []
+    for begin in begins[:-1]:
+        bounds = st.integers(0, begin if stored is None else stored)
+        prefix.append(tuple(sorted((data.draw(bounds), data.draw(bounds)))))
+    spans = Spans(lengths, prefix, stored)
+    tensors = leaves(spans.tensors((2, 1), 4))
+    got, wanted = attend(spans, tensors, scaling=0.7), expected(spans, tensors, 0.7)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(wanted)
+    for ours, theirs in zip(*(gradients(out, tensors, weight) for out in (got, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+# ------------------------------------------------------------------ isolation
+
+
+def test_rows_outside_the_visible_set_change_nothing() -> None:
+    """Bit for bit: every row in turn, against the visibility written out."""
+    for name in ("trunk and branches", "prefixes that cross"):
+        spans = SPANS[name]
+        tensors = [None if x is None else x.float() for x in spans.tensors((4, 2), 8)]
+        before = attend(spans, tensors)[0]
+        for target in (1, 3) if spans.stored is not None else (1,):
+            width = spans.stored or sum(spans.lengths)
+            visible = visibility(spans, width)
+            for row in range(0, tensors[target].shape[2], 7):
+                changed = [None if x is None else x.clone() for x in tensors]
+                for at in (target, target + 1):
+                    changed[at][:, :, row] = torch.randn_like(changed[at][:, :, row])
+                sees = visible[:, row] if target == 3 else visible[:, width + row]
+                if spans.stored is None:
+                    sees = sees | visible[:, row]
+                after = attend(spans, changed)[0]
+                moved = (after != before).flatten(1).any(dim=1)
+                assert torch.equal(moved, sees)
+
+
+def test_not_a_number_stays_with_those_who_see_it() -> None:
+    spans = SPANS["trunk and branches"]
+    tensors = spans.tensors((4, 2), 8)
+    poisoned = [None if x is None else x.clone() for x in tensors]
+    for at in (0, 1, 2):
+        poisoned[at][:, :, 60:] = torch.nan  # the second user
+    before, after = attend(spans, tensors)[0], attend(spans, poisoned)[0]
+    assert torch.equal(before[:60], after[:60])
+    assert after[60:].isnan().all()
+
+
+def test_gradients_of_unseen_rows_are_zero() -> None:
+    spans = SPANS["prefixes that cross"]
+    tensors = leaves(Spans(*spans[:2], stored=70).tensors((4, 2), 8))
+    attend(spans, tensors).square().sum().backward()
+    for grad in (tensors[3].grad, tensors[4].grad):
+        assert (grad[:, :, 50:] == 0).all()
+        assert (grad[:, :, :50] != 0).any(dim=3).all()
+
+
+def test_bitwise_repeatable() -> None:
+    spans = SPANS["trunk and branches"]
+    tensors = leaves(spans.tensors((8, 2), 16), torch.float32)
+    weight = torch.randn(1, sum(spans.lengths), 8, 16)
+    first, second = (gradients(attend(spans, tensors), tensors, weight) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ------------------------------------------------------------------ dropout
+
+
+def test_dropout_is_unbiased() -> None:
+    spans = SPANS["prefixes that cross"]
+    tensors = spans.tensors((2, 1), 4)
+    dropped = [attend(spans, tensors, dropout=0.5) for _ in range(400)]
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(torch.stack(dropped).mean(0), attend(spans, tensors), atol=0.5, rtol=0)
+
+
+def test_dropout_drops_the_same_in_the_backward_pass() -> None:
+    spans = Spans([4, 3, 2], [(0, 0), (0, 3), (0, 4)])
+    tensors = leaves(spans.tensors((2, 1), 3))[:3]
+
+    def seeded(*given: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return attend(spans, (*given, None, None), dropout=0.4)
+
+    assert torch.autograd.gradcheck(seeded, tensors)
+
+
+# ------------------------------------------------------------------ tiles and memory
+
+
+def test_tiles_cover_every_row_once() -> None:
+    for spans in (*SPANS.values(), Spans([5000, 300], [(0, 0), (0, 5000)]), Spans([1] * 3000, [(0, 9)] * 3000, 9)):
+        stored = sum(spans.lengths) if spans.stored is None else spans.stored
+        for n_heads in (0, 1, 32):
+            plan = list(tiles._plan(*spans.integers, sum(spans.lengths), stored, 256, n_heads))
+            assert [row for tile in plan for row in range(tile.begin, tile.end)] == list(range(sum(spans.lengths)))
+            for tile in plan:
+                rows = tile.end - tile.begin
+                assert rows <= tiles._ROWS.start or rows * tile.columns * n_heads <= tiles._SCORES
+
+
+def test_branches_of_one_trunk_share_tiles() -> None:
+    """Their prefixes end where the others' do, nearly; each alone would multiply a few rows at a time."""
+    branches = Spans([200] + [8] * 50, [(0, 0)] + [(0, 100 + 2 * n) for n in range(50)])
+    plan = list(tiles._plan(*branches.integers, 600, 600, 256, 0))
+    assert len(plan) < 20
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator allocated."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [Spans([100] * 40, [(0, 3000)] * 40, 3000), Spans([3000, 1000], [(0, 0), (0, 3000)])],
+    ids=["shared prefix", "long spans"],
+)
+def test_no_tensor_beyond_a_tile_or_an_input(spans: Spans) -> None:
+    tensors = leaves(spans.tensors((4, 2), 8), torch.float32)
+    with Largest() as largest:
+        attend(spans, tensors).sum().backward()
+    inputs = max(x.numel() for x in tensors if x is not None)
+    assert largest.elements <= max(inputs, tiles._SCORES)
+
+
+# ------------------------------------------------------------------ PyTorch's other features
+
+
+def arguments(spans: Spans, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    query, key, value, *stored = (
+        None if x is None else x.to(dtype)[0].transpose(0, 1).contiguous() for x in spans.tensors((4, 2), 8)
+    )
+    return (query, key, value, *spans.integers, *stored, 0.3, 0.0, 0)
+
+
+@pytest.mark.unpoisoned("opcheck compares whole memory")
+@pytest.mark.parametrize("name", ["trunk and branches", "prefixes that cross"])
+def test_opcheck(name: str) -> None:
+    inputs = arguments(SPANS[name])
+    torch.library.opcheck(torch.ops.patchkern.span_attention.default, inputs)
+    out, lse = torch.ops.patchkern.span_attention(*inputs)
+    query, key, value, *rest = inputs
+    backward = (torch.randn_like(out), query, key, value, out, lse, *rest)
+    torch.library.opcheck(torch.ops.patchkern.span_attention_grad.default, backward)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    spans = SPANS["trunk and branches"]
+    tensors = leaves(spans.tensors((4, 2), 8), torch.float32)
+    cu_seqlens, prefix = spans.integers
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return span_attention(query, key, value, cu_seqlens, prefix=prefix)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got, wanted = compiled(*tensors[:3]), run(*tensors[:3])
+    assert torch.equal(got, wanted)
+    weight = torch.randn_like(wanted)
+    for ours, theirs in zip(*(gradients(out, tensors[:3], weight) for out in (got, wanted)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_autocast() -> None:
+    spans = SPANS["prefixes that cross"]
+    tensors = leaves(spans.tensors((4, 2), 8), torch.float32)
+    narrow = leaves(tensors, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(spans, tensors)
+    assert torch.equal(got, attend(spans, narrow))
+    got.sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in tensors)
+
+
+def test_rows_in_any_memory_order() -> None:
+    spans = SPANS["trunk and branches"]
+    tensors = spans.tensors((4, 2), 8)
+    by_row = [None if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    wide = [None if x is None else torch.cat([x, x], dim=3)[..., :8] for x in tensors]
+    wanted = attend(spans, tensors)
+    for other in (by_row, wide):
+        torch.testing.assert_close(attend(spans, other), wanted, rtol=1e-13, atol=1e-13)
+
+
+# ------------------------------------------------------------------ errors
+
+
+def wrong(**change: Any) -> dict[str, Any]:
+    spans = SPANS["prefixes that cross"]
+    query, key, value, prefix_key, prefix_value = spans.tensors((4, 2), 8)
+    cu_seqlens, prefix = spans.integers
+    given = {"query": query, "key": key, "value": value, "cu_seqlens": cu_seqlens, "prefix": prefix}
+    return given | {"prefix_key": prefix_key, "prefix_value": prefix_value} | change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prefix": [[0, 1]] * 5}, TypeError, r"prefix: expected a tensor, got list"),
+        ({"prefix": torch.zeros(5, 2)}, TypeError, r"prefix: expected dtype torch.int32, got torch.float32"),
+        ({"cu_seqlens": torch.tensor([0, 5, 11, 18, 26, 35])}, TypeError, r"cu_seqlens: expected dtype torch.int32"),
+        ({"prefix": torch.zeros(4, 2, dtype=torch.int32)}, ValueError, r"prefix: expected shape \(5, 2\), .*\(4, 2\)"),
+        ({"prefix": None}, ValueError, r"prefix: expected the rows .* got None"),
+        ({"prefix_key": None}, ValueError, r"prefix_key: expected prefix_key and prefix_value together"),
+        ({"prefix_value": torch.zeros(1, 2, 49, 8)}, ValueError, r"prefix_value: expected shape \(1, 2, 50, 8\)"),
+        ({"prefix_key": torch.zeros(1, 2, 50, 8)}, TypeError, r"prefix_key: expected query's dtype, torch.float64"),
+        ({"key": torch.zeros(1, 3, 35, 8)}, ValueError, r"query: expected shape \(1, a multiple of 3, T, d\)"),
+        ({"key": torch.zeros(1, 2, 34, 8)}, ValueError, r"key: expected shape \(1, 2, 35, 8\)"),
+        ({"sliding_window": 4}, ValueError, r"sliding_window: expected None with a prefix"),
+        (
+            {"prefix": torch.tensor([[0, 51]] * 5, dtype=torch.int32)},
+            ValueError,
+            r"prefix\[0\]: .*0\.\.50, got \[0",
+        ),
+        ({"prefix": torch.tensor([[3, 2]] * 5, dtype=torch.int32)}, ValueError, r"prefix\[0\]: .*got \[3, 2\]"),
+        ({"cu_seqlens": torch.tensor([0, 5, 11, 18, 26, 34], dtype=torch.int32)}, ValueError, r"cu_seqlens: .*to 34"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 18, 26, 35], dtype=torch.int32)}, ValueError, r"cu_seqlens: .*non-dec"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        span_attention(**wrong(**change))

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes from their command lines, and the two losses that the training benchmark compares."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import patchkern as pk
+from bench.bench_training import make_model, patchkern_loss, reference_loss
+from bench.workloads import POLICIES, _stand_in
+from patchkern.batch.prompt import MARKERS
+from patchkern.data import open_dataset, synthetic, write_parquet
+from patchkern.evaluation.metrics import evaluate as count
+from patchkern.training.trainer import SETTINGS, checkpoints
+from recipes import evaluate, train
+
+FAST = [
+    "--use_cpu",
+    "--disable_tqdm",
+    "True",
+    "--per_device_train_batch_size",
+    "4",
+    "--max_items",
+    "12",
+    "--logging_steps",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "small"
+    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
+    return str(path)
+
+
+def _train(stage: str, data: str, output: Path, *flags: str) -> Any:
+    return train.main(["--stage", stage, "--data", data, "--output_dir", str(output), *FAST, *flags])
+
+
+def _losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ------------------------------------------------------------------ the whole way
+
+
+def test_stages_follow_each_other_and_are_evaluated(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scratch = ("--model", "tiny", "--vocab_size", "300", "--supervise_history")
+    first = _train("sft", folder, tmp_path / "sft", "--max_steps", "40", "--learning_rate", "5e-3", *scratch)
+    assert np.mean(_losses(first)[-5:]) < 0.8 * np.mean(_losses(first)[:5])
+    before = "sft"
+    for stage in ("pretrain", "items", "sessions"):
+        trainer = _train(stage, folder, tmp_path / stage, "--from", str(tmp_path / before), "--max_steps", "3")
+        rates = SETTINGS["scratch"]
+        rate = rates.sessions_learning_rate if stage == "sessions" else rates.learning_rate
+        assert trainer.args.learning_rate == rate, "the settings of the first run are handed on"
+        before = stage
+    printed = capsys.readouterr().out
+    assert "BACKEND" in printed and "targets/s, peak memory" in printed
+    assert "SessionPatches(group_size=5, max_items=12" in printed
+
+    output = tmp_path / "users.csv"
+    command = [str(tmp_path / "sft"), "--data", folder, "--split", "test", "--output", str(output)]
+    results = evaluate.main([*command, "--exclude_seen"])
+    printed = capsys.readouterr().out
+    assert "users/s" in printed and "transitions, unseen" in printed
+    rows = list(csv.DictReader(output.open()))
+    data = open_dataset(folder)
+    samples = data.samples("test")
+    assert [int(row["target"]) for row in rows] == data.targets(samples).tolist()
+    assert [int(row["user"]) for row in rows] == data.user_ids[samples.users].tolist()
+    (found,) = results["this model"]
+    for k in (10, 20):
+        assert np.mean([int(row[f"hit@{k}"]) for row in rows]) == pytest.approx(found.hr(k))
+        ranks = np.array([int(row["rank"]) for row in rows])
+        assert np.mean((ranks > 0) & (ranks <= k)) == pytest.approx(found.hr(k))
+    assert not list(tmp_path.glob("*.part"))
+
+    # Against the library called directly.
+    model = first.model
+    lists = model.recommend(data.before(samples), exclude_seen=True)
+    expected = count(lists, data.targets(samples), catalog=model.catalog)
+    assert found.ranks.tolist() == expected.ranks.tolist()
+
+    capsys.readouterr()
+    (short,) = evaluate.main([*command, "--max_items", "2"])["this model"]
+    rows_each = pk.build_layout(model.catalog, data.before(samples), pk.TextOnly(2), model.prompt).num_rows
+    assert f"{rows_each / samples.users.size:.1f} rows a prompt, compression 1.00" in capsys.readouterr().out
+    lists = model.recommend(data.before(samples), pk.TextOnly(2))
+    expected = count(lists, data.targets(samples), catalog=model.catalog)
+    assert short.ranks.tolist() == expected.ranks.tolist() != found.ranks.tolist()
+
+
+def test_a_prior_is_a_row_of_its_own(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight is fitted on the validation split; the model's own row and file stay what they were."""
+    _train("items", folder, tmp_path, "--model", "tiny", "--vocab_size", "300", "--max_steps", "1")
+    output = tmp_path / "users.csv"
+    command = [str(tmp_path), "--data", folder, "--output", str(output), "--exclude_seen"]
+    alone = evaluate.main(command)["this model"][0]
+    own = output.read_text()
+    calls = []
+    fit = pk.fit_prior_weight
+
+    def fitting(model: Any, histories: Any, targets: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append((model, [history.tolist() for history in histories], targets.tolist(), options["exclude_seen"]))
+        return fit(model, histories, targets, *arguments, **options)
+
+    monkeypatch.setattr(pk, "fit_prior_weight", fitting)
+    capsys.readouterr()
+    both = evaluate.main([*command, "--prior", "transitions"])
+    printed = capsys.readouterr().out
+    data = open_dataset(folder)
+    val, test = data.samples("val"), data.samples("test")
+    (model, *asked), *others = calls
+    assert not others
+    assert asked == [[history.tolist() for history in data.before(val)], data.targets(val).tolist(), True]
+    first, name, *_ = both
+    weight = float(name.removeprefix("+ transitions (weight ").removesuffix(")"))
+    assert f"transitions: NDCG@20 on {val.users.size} validation samples by weight: 0: " in printed
+    assert first == "this model" and f"\n{name} " in printed
+    assert both[first][0].ranks.tolist() == alone.ranks.tolist() and output.read_text() == own
+    prior = pk.TransitionPrior(data, model.catalog)
+    lists = model.recommend(data.before(test), exclude_seen=True, prior=prior, prior_weight=weight)
+    expected = count(lists, data.targets(test), catalog=model.catalog).ranks.tolist()
+    written = [int(row["rank"]) for row in csv.DictReader((tmp_path / "users-transitions.csv").open())]
+    assert weight > 0 and both[name][0].ranks.tolist() == written == expected != alone.ranks.tolist()
+
+    given = evaluate.main(
+        [*command, "--split", "val", "--limit", "9", "--prior", "popularity", "--prior_weight", "0.5"]
+    )
+    assert list(given)[:2] == ["this model", "+ popularity (weight 0.5)"] and len(calls) == 1
+
+
+def test_evaluation_by_the_papers_protocol(folder: str, tmp_path: Path) -> None:
+    _train("sessions", folder, tmp_path, "--model", "tiny", "--vocab_size", "300", "--max_steps", "2")
+    results = evaluate.main([str(tmp_path), "--data", folder, "--metric", "paper", "--limit", "5"])
+    assert [part.ks for part in results["this model"]] == [(10,), (20,)]
+    assert {part.metric for part in results["this model"]} == {"paper"}
+    rows = list(csv.DictReader((checkpoints(tmp_path)[-1] / "test-paper.csv").open()))
+    assert len(rows) == 5
+    diverse = evaluate.main([str(tmp_path), "--data", folder, "--search", "diverse", "--limit", "5"])
+    assert diverse["this model"][0].ks == (10, 20)
+
+
+# ------------------------------------------------------------------ a run's folder
+
+
+def test_resume_continues_the_run(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "6", "--save_steps", "2")
+    whole = _train("pretrain", folder, tmp_path, *flags)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = _train("pretrain", folder, tmp_path, *flags, "--resume")
+    assert _losses(resumed) == _losses(whole)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+    with pytest.raises(ValueError, match="--output_dir: expected a folder without checkpoints, or --resume"):
+        _train("pretrain", folder, tmp_path, *flags)
+    with pytest.raises(
+        ValueError, match=r"--resume: expected the arguments of the run so far, got other seed '42' -> '7'"
+    ):
+        _train("pretrain", folder, tmp_path, *flags, "--resume", "--seed", "7")
+    assert json.loads((tmp_path / "arguments.json").read_text())["seed"] == "42"
+
+
+def test_early_stopping_saves_the_best_model_in_the_run(folder: str, tmp_path: Path) -> None:
+    scratch = ("--model", "tiny", "--vocab_size", "300", "--dropout", "0.25", "--label_smoothing_factor", "0.2")
+    flags = ("--max_steps", "40", "--early_stopping", "1", "--learning_rate", "0.0")
+    trainer = _train("items", folder, tmp_path, *scratch, *flags)
+    # nothing gets better, so the second evaluation is the last, and the first was the best
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_HR@20" in entry]
+    assert evaluated == [2, 4] and trainer.state.global_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert trainer.args.label_smoothing_factor == 0.2
+    assert trainer.model.config.resid_pdrop == 0.25
+    results = evaluate.main([str(tmp_path), "--data", folder, "--limit", "5"])
+    assert results["this model"][0].ranks.size == 5
+    assert (tmp_path / "test-strict.csv").is_file(), "the run's own model was evaluated, not a checkpoint"
+
+    after = _train("sessions", folder, tmp_path / "next", "--from", str(tmp_path), "--max_steps", "1")
+    assert after.model.config.resid_pdrop == 0.25, "dropout is kept from stage to stage"
+    assert _losses(after) and not [entry for entry in after.state.log_history if "eval_HR@20" in entry]
+
+
+def test_patches_alone_without_separators(folder: str, tmp_path: Path) -> None:
+    flags = ("--keep_text", "0", "--no-separator", "--jitter", "2", "--max_steps", "1")
+    trainer = _train("items", folder, tmp_path / "items", "--model", "tiny", "--vocab_size", "300", *flags)
+    assert isinstance(trainer.model.policy, pk.ItemPatches) and trainer.model.policy.keep_text == 0
+    assert trainer.model.prompt.separator == () and trainer.data_collator.jitter == 2.0
+    after = _train("sessions", folder, tmp_path / "sessions", "--from", str(tmp_path / "items"), "--max_steps", "1")
+    assert after.model.prompt == trainer.model.prompt, "the prompt is kept from stage to stage"
+    assert after.data_collator.jitter == SETTINGS["scratch"].jitter
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "tiny", "--early_stopping", "0"], "--early_stopping: expected at least 1, got 0"),
+        (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
+        (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
+        (["--from", "runs/sft", "--no-separator"], "--no-separator: expected only with --model tiny or small"),
+    ],
+)
+def test_flags_of_models_from_scratch(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(["--stage", "sft", "--data", "synthetic", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_activation_checkpointing_does_not_change_the_losses(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "2", "--rows_per_pass", "1000")
+    named = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+    plain = _train("items", folder, tmp_path / "plain", *flags)
+    recomputed = _train("items", folder, tmp_path / "recomputed", *flags, f"--{named}_checkpointing")
+    layers = recomputed.model.hf_model.model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert _losses(recomputed) == _losses(plain) and len(_losses(plain)) == 2
+
+
+def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None:
+    trainer = _train("sft", folder, tmp_path, "--model", "tiny", "--vocab_size", "300", "--max_steps", "1", "--resume")
+    assert len(_losses(trainer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--model", "huge"], ValueError, "--model: expected tiny, small or a folder, got 'huge'"),
+        (["--from", "nowhere"], FileNotFoundError, "--from: expected a model saved by patchkern, or a run"),
+        (["--model", "."], ValueError, "--settings: expected one of ml-1m, ml-100k, goodreads, scratch"),
+    ],
+)
+def test_wrong_flags_are_named_before_anything_is_written(
+    flags: list[str], error: type[Exception], message: str, folder: str, tmp_path: Path
+) -> None:
+    if flags == ["--model", "huge"]:
+        flags = [*flags, "--settings", "scratch"]
+    with pytest.raises(error, match=message):
+        _train("sft", folder, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paper_metric_refuses_what_its_protocol_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["somewhere", "--data", "synthetic", "--metric", "paper", "--exclude_seen"])
+    assert "--metric paper: expected neither --exclude_seen nor --num_beams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prior_weight", "1"], "--prior_weight: expected a --prior that it weighs"),
+        (["--prior", "transitions", "--split", "val"], "--prior_weight: expected with --split val"),
+        (["--prior", "transitions", "--search", "diverse"], "--prior: expected none with --metric paper or --search"),
+        (["--prior", "popularity", "--metric", "paper"], "--prior: expected none with --metric paper or --search"),
+        (["--prior", "popularity", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
+        (["--fit_limit", "0"], "--fit_limit: expected at least 1, got 0"),
+        (["--max_items", "0"], "--max_items: expected at least 1, got 0"),
+    ],
+)
+def test_flags_of_evaluation(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["somewhere", "--data", "synthetic", *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("ml-1m", "ml-1m"), ("ml-100k-raw", "ml-100k"), ("goodreads_interactions", "goodreads")]
+)
+def test_settings_follow_the_name_of_the_data(name: str, expected: str) -> None:
+    args, _ = train.parse(["--stage", "sft", "--data", "x", "--model", "somewhere"])
+    data = synthetic(20, 30, name=name, num_genres=3)
+    assert train.choose_settings(args, data)[0] == expected
+
+
+# ------------------------------------------------------------------ models that others made
+
+
+def _llama(vocabulary: int, folder: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def test_llama_folder_is_trained_with_its_chat_template(folder: str, shared_data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "Llama-3.2-1B-Instruct"
+    _llama(128_256, source)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(shared_data / "llama3-tokenizer" / name, source)
+    trainer = _train(
+        "sessions", folder, tmp_path / "run", "--model", str(source), "--settings", "ml-1m", "--max_steps", "2"
+    )
+    assert trainer.args.learning_rate == 8e-6
+    model, tokenizer = trainer.model, trainer.processing_class
+    assert model.hf_model.dtype == torch.float32
+    assert model.get_input_embeddings().num_embeddings == 128_256
+    assert "You recommend stories." in tokenizer.decode(model.prompt.prefix)
+    markers = [model.prompt.prefix[-1], *model.prompt.separator, model.prompt.suffix[0]]
+    assert all("reserved_special_token" in token for token in tokenizer.convert_ids_to_tokens(markers))
+    evaluate.main([str(tmp_path / "run"), "--data", folder, "--limit", "2"])
+
+
+def test_tokenizer_without_template_and_markers_gets_markers(folder: str, tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", *alphabet])}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    source = tmp_path / "plain"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(source)
+    _llama(257, source)
+    trainer = _train(
+        "items", folder, tmp_path / "run", "--model", str(source), "--settings", "scratch", "--max_steps", "2"
+    )
+    prompt = trainer.model.prompt
+    assert prompt.prefix + prompt.separator + prompt.suffix == (257, 258, 259)
+    assert prompt.response_end == (0,)
+    assert trainer.model.get_input_embeddings().num_embeddings == 320
+    again = _train("sessions", folder, tmp_path / "next", "--from", str(tmp_path / "run"), "--max_steps", "1")
+    assert again.model.prompt == prompt
+    assert again.processing_class.convert_tokens_to_ids(list(MARKERS)) == [257, 258, 259]
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+@pytest.mark.parametrize("mode", ["text", "items", "sessions"])
+def test_benchmarked_losses_agree(mode: str) -> None:
+    workload = _stand_in()
+    batch = workload.samples(3, seed=1)
+    hf_model = make_model(16, 1, 128_256)
+    losses, gradients = [], []
+    for patched in (False, True):
+        hf_model.zero_grad()
+        if patched:
+            loss = patchkern_loss(
+                pk.PatchedCausalLM(hf_model, workload.catalog, workload.prompt), workload, *batch, POLICIES[mode]
+            )
+        else:
+            loss = reference_loss(hf_model, workload, *batch, POLICIES[mode])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad.clone() for parameter in hf_model.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for got, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)

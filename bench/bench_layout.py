@@ -25,19 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
 from bench import timing, workloads
-from patchkern.batch import layout as layout_module
+from patchkern.batch import planner as chosen
 from patchkern.batch import planning, planning_native
 from patchkern.batch.policies import TrunkPolicy
 
 
 def with_planner(planner: object, call: Callable[[], pk.PatchLayout]) -> Callable[[], pk.PatchLayout]:
     def run() -> pk.PatchLayout:
-        before = layout_module.planner
-        layout_module.planner = planner  # type: ignore[assignment]
+        before = chosen.active
+        chosen.active = planner  # type: ignore[assignment]
         try:
             return call()
         finally:
-            layout_module.planner = before
+            chosen.active = before
 
     return run
 

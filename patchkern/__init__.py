@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
-from patchkern.batch.layout import PatchLayout, build_layout
+from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import (
     FitRows,
     FittingPolicy,
@@ -25,6 +25,7 @@ from patchkern.batch.policies import (
     TrunkPolicy,
 )
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
 from patchkern.ops.backends import backends
 from patchkern.ops.item_table import ItemTable

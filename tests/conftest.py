@@ -153,7 +153,7 @@ def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         module = pytest.importorskip("patchkern.batch.planning_native", reason="the native module is not built")
     else:
         module = planning
-    monkeypatch.setattr("patchkern.batch.layout.planner", module)
+    monkeypatch.setattr("patchkern.batch.planner.active", module)
     return str(request.param)
 
 

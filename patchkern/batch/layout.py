@@ -3,32 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from types import ModuleType
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from patchkern.batch import planning
-from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
-from patchkern.batch.planning import Int32, RowPlan, Spans
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
-from patchkern.batch.prompt import Prompt
+from patchkern.batch import planner
+from patchkern.batch.layout_checks import check_layout
 
 Record = TypeVar("Record")
-
-planner: ModuleType = planning
-try:
-    from patchkern.batch import planning_native
-
-    planner = planning_native
-except ImportError:
-    pass
 
 
 def _moved(record: Record, move: Callable[[Tensor], Tensor]) -> Record:
@@ -131,7 +117,17 @@ class PatchLayout:
     identities: Identities | None = None
 
     def __post_init__(self) -> None:
-        _check_layout(self)
+        nested: list[tuple[str, object, type]] = [
+            ("transpose", self.transpose, Transpose),
+            ("identities", self.identities, Identities),
+        ]
+        if isinstance(self.identities, Identities):
+            nested.append(("identities.layout", self.identities.layout, PatchLayout))
+        for name, value, kind in nested:
+            if not (value is None or isinstance(value, kind)):
+                article = "an" if kind is Identities else "a"
+                raise TypeError(f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}")
+        check_layout(self)
 
     @classmethod
     def _trusted(cls, values: dict[str, Any]) -> PatchLayout:
@@ -185,7 +181,7 @@ class PatchLayout:
                 f"layout: expected one on the CPU to build its transpose, got {self.device}; "
                 "call build_layout(..., transpose=True)"
             )
-        plan = planner.transpose_rows(
+        plan = planner.active.transpose_rows(
             *(tensor.numpy() for tensor in (self.lo, self.hi, self.items, self.token_ids, self.offsets))
         )
         transpose = Transpose(*(torch.from_numpy(column) for column in plan))
@@ -274,274 +270,5 @@ class PatchLayout:
         return tokens.long(), self._trusted(values)
 
 
-def build_layout(
-    catalog: Catalog,
-    histories: HistoriesLike,
-    policy: AnyPolicy,
-    prompt: Prompt,
-    targets: Sequence[Any] | NDArray[Any] | None = None,
-    *,
-    transpose: bool | None = None,
-) -> PatchLayout:
-    """Plan a packed batch: integers only, on the CPU, safe in data-loader workers.
-
-    Each user becomes ``prefix | history rows | suffix``, with targets ``| target title | response_end``; one separator
-    stands between two history entries.
-
-    Args:
-        catalog: the titles.
-        histories: `Histories` or one sequence of item ids per user, oldest first; B users.
-        policy: decides which items become what.
-        prompt: the fixed tokens.
-        targets: B item ids, the next item of each user; adds the response and its labels.
-        transpose: also plan the gradient (None: when there are targets).
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    check_inputs(catalog, policy, prompt)
-    if not (transpose is None or isinstance(transpose, bool)):
-        raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
-    kept = Histories.coerce(histories).latest(policy.max_items)
-    index = catalog.index_of(kept.items, "histories")
-    target_index = None if targets is None else _target_index(catalog, targets, len(kept))
-    if isinstance(policy, FittingPolicy):
-        levels = policy.fit(kept, catalog.lengths[index], prompt)
-    else:
-        levels = policy.levels(kept)
-    layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
-    wanted = targets is not None if transpose is None else transpose
-    return layout.with_transpose() if wanted else layout
-
-
-def check_inputs(catalog: Any, policy: Any, prompt: Any) -> None:
-    """Raise a TypeError or ValueError unless these are what a layout is planned from."""
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
-    check_policy(policy)
-    if not isinstance(prompt, Prompt):
-        raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
-
-
-def plan_layout(
-    catalog: Catalog,
-    histories: Histories,
-    index: Int32,
-    levels: Levels,
-    prompt: Prompt,
-    targets: Int32 | None,
-    spans: Spans | None = None,
-) -> PatchLayout:
-    """What the planner makes of histories, the ``(N,)`` catalogue positions of their items and a policy's levels.
-
-    Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
-    """
-    _check_levels(levels, histories)
-    plan: RowPlan = planner.plan_rows(catalog, index, histories.offsets, levels, prompt, targets, spans)
-    values: dict[str, Any] = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in plan._asdict().items()
-    }
-    values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
-    return PatchLayout._trusted(values)
-
-
-def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_users: int) -> NDArray[np.int32]:
-    if not is_sequence(targets):
-        raise TypeError(f"targets: expected one item id per user, got {type(targets).__name__}")
-    if len(targets) != n_users:
-        raise ValueError(f"targets: expected one item id per user ({n_users}), got {len(targets)}")
-    index = catalog.index_of(targets, "targets")
-    if index.ndim != 1:
-        raise ValueError(f"targets: expected one item id per user ({n_users}), got shape {index.shape}")
-    return index
-
-
-def _check_levels(levels: Levels, histories: Histories) -> None:
-    """A policy may be the user's own: see that it kept to the contract before the planner relies on it."""
-    if not isinstance(levels, np.ndarray) or levels.dtype != np.uint8 or levels.shape != histories.items.shape:
-        got = f"{levels.dtype} {levels.shape}" if isinstance(levels, np.ndarray) else type(levels).__name__
-        raise ValueError(f"policy: expected levels of dtype uint8 and shape {histories.items.shape}, got {got}")
-    if levels.size == 0 or levels.max() < Level.JOIN:
-        return
-    if levels.max() > Level.JOIN:
-        raise ValueError(f"policy: expected levels 0, 1 and 2, got {levels.max()}")
-    starts = histories.offsets[:-1][histories.lengths > 0]
-    alone = (levels[1:] == Level.JOIN) & (levels[:-1] == Level.TEXT)
-    if (levels[starts] == Level.JOIN).any() or alone.any():
-        raise ValueError("policy: expected every JOIN to follow a patch item of the same user, got one that does not")
-
-
-_VECTORS = {
-    "lo": torch.int32,
-    "hi": torch.int32,
-    "items": torch.int32,
-    "token_ids": torch.int32,
-    "offsets": torch.int32,
-    "title_index": torch.int32,
-    "cu_seqlens": torch.int32,
-    "position_ids": torch.int64,
-    "labels": torch.int64,
-    "logit_rows": torch.int64,
-    "logit_labels": torch.int64,
-}
-_OPTIONAL = {"labels", "logit_rows", "logit_labels"}
-_COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix")
-
-
-def _check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
-    if value.layout != torch.strided or value.device.type == "meta":
-        raise ValueError(f"{name}: expected a dense tensor with values, got {value.layout} on {value.device}")
-    if value.dim() != 1:
-        raise ValueError(f"{name}: expected a 1-D tensor, got shape {tuple(value.shape)}")
-    if not value.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got stride {value.stride()}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {value.device}")
-
-
-def _check_shape(name: str, tensor: Tensor, expected: int, like: str) -> None:
-    if tensor.shape[0] != expected:
-        raise ValueError(f"{name}: expected {expected} entries ({like}), got {tensor.shape[0]}")
-
-
-def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
-    """Every entry in ``low..high``."""
-    if tensor.numel() == 0:
-        return
-    wrong = torch.nonzero((tensor < low) | (tensor > high))
-    if wrong.numel():
-        at = int(wrong[0])
-        raise ValueError(f"{name}[{at}]: expected a value in {low}..{high}, got {int(tensor[at])}")
-
-
-def _check_cuts(name: str, offsets: Tensor, total: int) -> None:
-    if offsets.numel() == 0 or int(offsets[0]) != 0 or int(offsets[-1]) != total:
-        raise ValueError(
-            f"{name}: expected offsets from 0 to {total}, got {offsets.tolist()[:1] + offsets.tolist()[-1:]}"
-        )
-    falls = torch.nonzero(offsets[1:] < offsets[:-1])
-    if falls.numel():
-        raise ValueError(f"{name}[{int(falls[0]) + 1}]: expected non-decreasing offsets, got a smaller one")
-
-
-def _check_layout(layout: PatchLayout) -> None:
-    """All that the kernels rely on, checked once, on the CPU, when a layout is made by hand."""
-    for name, dtype in _VECTORS.items():
-        value = getattr(layout, name)
-        if not (value is None and name in _OPTIONAL):
-            _check_vector(name, value, dtype, None if name == "lo" else layout.lo.device)
-    for name in _COUNTS:
-        value = getattr(layout, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    rows, entries, titles = layout.lo.shape[0], layout.items.shape[0], layout.title_index.shape[0]
-    for name in ("hi", "position_ids"):
-        _check_shape(name, getattr(layout, name), rows, "one per row, as lo")
-    _check_cuts("cu_seqlens", layout.cu_seqlens, rows)
-    _check_shape("offsets", layout.offsets, titles + 1, "one more than title_index")
-    _check_cuts("offsets", layout.offsets, layout.token_ids.shape[0])
-    lengths = torch.diff(layout.offsets)
-    if titles and int(lengths.min()) == 0:
-        raise ValueError(f"offsets: expected at least one token per title, got none for title {int(lengths.argmin())}")
-    _check_range("title_index", layout.title_index, 0, torch.iinfo(torch.int32).max)
-    fingerprint: Any = layout.catalog_fingerprint
-    if not (fingerprint is None or isinstance(fingerprint, str)):
-        raise TypeError(f"catalog_fingerprint: expected a string or None, got {type(fingerprint).__name__}")
-    _check_range("items", layout.items, 0, titles - 1)
-    largest = torch.iinfo(torch.int32).max - 1
-    _check_range("token_ids", layout.token_ids, 0, largest)
-    literal = layout.lo < 0
-    _check_range("lo", layout.lo, -1 - largest, max(entries - 1, -1))
-    _check_range("hi", layout.hi, 0, entries)
-    empty = torch.nonzero(~literal & (layout.hi <= layout.lo))
-    if empty.numel():
-        raise ValueError(f"hi[{int(empty[0])}]: expected more than lo for a patch, got {int(layout.hi[empty[0]])}")
-    beyond = torch.nonzero(literal & (layout.hi != 0))
-    if beyond.numel():
-        raise ValueError(f"hi[{int(beyond[0])}]: expected 0 for a literal, got {int(layout.hi[beyond[0]])}")
-    seen = [-1 - layout.lo[literal], layout.token_ids]
-    largest_token = max((int(tokens.max()) for tokens in seen if tokens.numel()), default=-1)
-    if layout.max_token_id != largest_token:
-        raise ValueError(f"max_token_id: expected the largest token id, {largest_token}, got {layout.max_token_id}")
-    longest = int(torch.diff(layout.cu_seqlens).max()) if layout.num_users else 0
-    if layout.max_seqlen != longest:
-        raise ValueError(f"max_seqlen: expected the longest user's rows, {longest}, got {layout.max_seqlen}")
-    _check_supervision(layout, rows)
-    _check_prefix(layout)
-    if layout.transpose is not None:
-        _check_transpose(layout.transpose, rows, layout.max_token_id, layout.lo.device)
-    if layout.identities is not None:
-        _check_identities(layout.identities, rows, layout.lo.device)
-
-
-def _check_prefix(layout: PatchLayout) -> None:
-    prefix, longest = layout.prefix, 0
-    if prefix is not None:
-        if not isinstance(prefix, Tensor):
-            raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
-        if prefix.shape != (layout.num_users, 2):
-            raise ValueError(
-                f"prefix: expected shape {(layout.num_users, 2)}, one range per span of cu_seqlens, got "
-                f"{tuple(prefix.shape)}"
-            )
-        if not prefix.is_contiguous():
-            raise ValueError(f"prefix: expected a contiguous tensor, got stride {prefix.stride()}")
-        _check_vector("prefix", prefix.flatten(), torch.int32, layout.lo.device)
-        start, end = prefix.unbind(1)
-        wrong = torch.nonzero((start < 0) | (end < start) | (end > layout.cu_seqlens[:-1]))
-        if wrong.numel():
-            at = int(wrong[0])
-            raise ValueError(
-                f"prefix[{at}]: expected a range of rows before its span, in 0..{int(layout.cu_seqlens[at])}, got "
-                f"{prefix[at].tolist()}"
-            )
-        longest = int((end - start).max()) if layout.num_users else 0
-    if layout.max_prefix != longest:
-        raise ValueError(f"max_prefix: expected the longest prefix's rows, {longest}, got {layout.max_prefix}")
-
-
-def _check_supervision(layout: PatchLayout, rows: int) -> None:
-    given = [getattr(layout, name) is not None for name in sorted(_OPTIONAL)]
-    if any(given) != all(given):
-        raise ValueError("labels: expected labels, logit_rows and logit_labels together or none of them")
-    if layout.labels is None or layout.logit_rows is None or layout.logit_labels is None:
-        return
-    _check_shape("labels", layout.labels, rows, "one per row, as lo")
-    _check_shape("logit_labels", layout.logit_labels, layout.logit_rows.shape[0], "one per logit row")
-    _check_range("logit_rows", layout.logit_rows, 0, rows - 1)
-
-
-def _check_transpose(transpose: Any, rows: int, max_token_id: int, device: torch.device) -> None:
-    if not isinstance(transpose, Transpose):
-        raise TypeError(f"transpose: expected a Transpose, got {type(transpose).__name__}")
-    for field in fields(transpose):
-        _check_vector(f"transpose.{field.name}", getattr(transpose, field.name), torch.int32, device)
-    _check_shape("transpose.offsets", transpose.offsets, transpose.tokens.shape[0] + 1, "one more than tokens")
-    _check_shape("transpose.divisors", transpose.divisors, transpose.rows.shape[0], "one per contribution")
-    _check_cuts("transpose.offsets", transpose.offsets, transpose.rows.shape[0])
-    if bool((transpose.offsets.diff() == 0).any()):
-        raise ValueError("transpose.offsets: expected at least one contribution per token, got none for one")
-    _check_range("transpose.rows", transpose.rows, 0, rows - 1)
-    _check_range("transpose.divisors", transpose.divisors, 1, torch.iinfo(torch.int32).max)
-    if bool((torch.diff(transpose.tokens) <= 0).any()):
-        raise ValueError("transpose.tokens: expected ascending token ids without repeats")
-    _check_range("transpose.tokens", transpose.tokens, 0, max_token_id)
-
-
-def _check_identities(identities: Any, rows: int, device: torch.device) -> None:
-    if not isinstance(identities, Identities):
-        raise TypeError(f"identities: expected an Identities, got {type(identities).__name__}")
-    if not isinstance(identities.layout, PatchLayout):
-        raise TypeError(f"identities.layout: expected a PatchLayout, got {type(identities.layout).__name__}")
-    if identities.layout.device != device:
-        raise ValueError(f"identities.layout: expected device {device}, got {identities.layout.device}")
-    _check_vector("identities.rows", identities.rows, torch.int64, device)
-    _check_shape("identities.rows", identities.rows, identities.layout.num_rows, "one per row of identities.layout")
-    _check_range("identities.rows", identities.rows, 0, rows - 1)
-    if bool((torch.diff(identities.rows) <= 0).any()):
-        raise ValueError("identities.rows: expected ascending rows without repeats")
+# where layouts that were pickled before `patchkern.batch` existed look for these classes
+sys.modules.setdefault("patchkern.layout", sys.modules[__name__])

@@ -19,10 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
-from patchkern.batch.layout import PatchLayout, check_inputs, plan_layout
+from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.sample_layout import check_inputs, plan_layout
 
 
 class _Samples(NamedTuple):

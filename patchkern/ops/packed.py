@@ -12,9 +12,10 @@ from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import HistoriesLike
-from patchkern.batch.layout import PatchLayout, build_layout
+from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.sample_layout import build_layout
 from patchkern.ops.item_table import ItemTable
 from patchkern.ops.pool_rows import check_weight, pool_rows
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from patchkern.batch.histories import Histories
-from patchkern.batch.layout import PatchLayout, build_layout
+from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.sample_layout import build_layout
 from patchkern.budget.search import MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes, row_counts
 from patchkern.search.prompts import check_spans
 

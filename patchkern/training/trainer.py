@@ -32,7 +32,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, check_count
-from patchkern.batch.layout import build_layout
 from patchkern.batch.policies import (
     AnyPolicy,
     ItemPatches,
@@ -44,6 +43,7 @@ from patchkern.batch.policies import (
     TextOnly,
 )
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
 from patchkern.models.patched_lm import DESCRIPTION, PatchedCausalLM
 from patchkern.training.validation import Validation, summary

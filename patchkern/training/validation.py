@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, check_count
-from patchkern.batch.layout import build_layout
 from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.sample_layout import build_layout
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.search.filters import ItemFilter
 

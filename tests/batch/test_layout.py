@@ -401,7 +401,7 @@ def test_native_planner_equals_numpy(batch: cases.Batch) -> None:
     layouts = []
     for module in (planning, native):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("patchkern.batch.layout.planner", module)
+            patch.setattr("patchkern.batch.planner.active", module)
             layouts.append(batch.layout(transpose=True))
     _same_layout(*layouts)
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One packed sample per user: a history, and the item that came next where it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from patchkern.batch import planner
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.planning import Int32, RowPlan, Spans
+from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
+from patchkern.batch.prompt import Prompt
+
+
+def build_layout(
+    catalog: Catalog,
+    histories: HistoriesLike,
+    policy: AnyPolicy,
+    prompt: Prompt,
+    targets: Sequence[Any] | NDArray[Any] | None = None,
+    *,
+    transpose: bool | None = None,
+) -> PatchLayout:
+    """Plan a packed batch: integers only, on the CPU, safe in data-loader workers.
+
+    Each user becomes ``prefix | history rows | suffix``, with targets ``| target title | response_end``; one separator
+    stands between two history entries.
+
+    Args:
+        catalog: the titles.
+        histories: `Histories` or one sequence of item ids per user, oldest first; B users.
+        policy: decides which items become what.
+        prompt: the fixed tokens.
+        targets: B item ids, the next item of each user; adds the response and its labels.
+        transpose: also plan the gradient (None: when there are targets).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_inputs(catalog, policy, prompt)
+    if not (transpose is None or isinstance(transpose, bool)):
+        raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
+    kept = Histories.coerce(histories).latest(policy.max_items)
+    index = catalog.index_of(kept.items, "histories")
+    target_index = None if targets is None else _target_index(catalog, targets, len(kept))
+    if isinstance(policy, FittingPolicy):
+        levels = policy.fit(kept, catalog.lengths[index], prompt)
+    else:
+        levels = policy.levels(kept)
+    layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
+    wanted = targets is not None if transpose is None else transpose
+    return layout.with_transpose() if wanted else layout
+
+
+def check_inputs(catalog: Any, policy: Any, prompt: Any) -> None:
+    """Raise a TypeError or ValueError unless these are what a layout is planned from."""
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
+    check_policy(policy)
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
+
+
+def plan_layout(
+    catalog: Catalog,
+    histories: Histories,
+    index: Int32,
+    levels: Levels,
+    prompt: Prompt,
+    targets: Int32 | None,
+    spans: Spans | None = None,
+) -> PatchLayout:
+    """What the planner makes of histories, the ``(N,)`` catalogue positions of their items and a policy's levels.
+
+    Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
+    """
+    _check_levels(levels, histories)
+    plan: RowPlan = planner.active.plan_rows(catalog, index, histories.offsets, levels, prompt, targets, spans)
+    values: dict[str, Any] = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in plan._asdict().items()
+    }
+    values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
+    return PatchLayout._trusted(values)
+
+
+def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_users: int) -> NDArray[np.int32]:
+    if not is_sequence(targets):
+        raise TypeError(f"targets: expected one item id per user, got {type(targets).__name__}")
+    if len(targets) != n_users:
+        raise ValueError(f"targets: expected one item id per user ({n_users}), got {len(targets)}")
+    index = catalog.index_of(targets, "targets")
+    if index.ndim != 1:
+        raise ValueError(f"targets: expected one item id per user ({n_users}), got shape {index.shape}")
+    return index
+
+
+def _check_levels(levels: Levels, histories: Histories) -> None:
+    """A policy may be the user's own: see that it kept to the contract before the planner relies on it."""
+    if not isinstance(levels, np.ndarray) or levels.dtype != np.uint8 or levels.shape != histories.items.shape:
+        got = f"{levels.dtype} {levels.shape}" if isinstance(levels, np.ndarray) else type(levels).__name__
+        raise ValueError(f"policy: expected levels of dtype uint8 and shape {histories.items.shape}, got {got}")
+    if levels.size == 0 or levels.max() < Level.JOIN:
+        return
+    if levels.max() > Level.JOIN:
+        raise ValueError(f"policy: expected levels 0, 1 and 2, got {levels.max()}")
+    starts = histories.offsets[:-1][histories.lengths > 0]
+    alone = (levels[1:] == Level.JOIN) & (levels[:-1] == Level.TEXT)
+    if (levels[starts] == Level.JOIN).any() or alone.any():
+        raise ValueError("policy: expected every JOIN to follow a patch item of the same user, got one that does not")

@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import timing
-from patchkern.models.attention import span_attention
+from patchkern.ops.span_attention import span_attention
 from patchkern.ops.span_attention_prefixed import reference
 
 HEADS, KEY_HEADS, WIDTH = 8, 4, 64

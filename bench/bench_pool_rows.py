@@ -501,7 +501,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         for dtype in (getattr(torch, name) for name in arguments.dtypes):
             weight = torch.randn(workloads.VOCABULARY, width, generator=torch.Generator().manual_seed(0))
             weight = weight.to(device, dtype)
-            item_patches = workload.catalog.item_table(weight)
+            item_patches = pk.item_table(workload.catalog, weight)
             for batch in arguments.batches:
                 histories, targets = workload.samples(batch)
                 for policy in arguments.policies:

@@ -48,7 +48,7 @@ from bench.workloads import SHARED
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.search.prompts import Prompts, inference
+from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import DIVERSITY_PENALTY, generate_titles
 from patchkern.search.trie import Trie
 
@@ -334,7 +334,7 @@ def scaling(table: Table, args: argparse.Namespace) -> None:
         history = pk.Histories(rng.choice(model.catalog.item_ids, count), [0, count])
         layout = pk.build_layout(model.catalog, history, policy, model.prompt)
         config = {"items": count, "rows": layout.num_rows, "policy": str(policy), "shape": args.shape}
-        with inference(model):
+        with model.searching():
             with peak_memory(model.device) as peak:
                 Prompts(model, layout, 64, chunk_rows=1024)
             prompts: list[Prompts] = []
@@ -383,7 +383,7 @@ def extend(table: Table, args: argparse.Namespace) -> None:
             items = rng.choice(model.catalog.item_ids, count + 10).tolist()
             old, new = (pk.build_layout(model.catalog, [part], policy, model.prompt) for part in (items[:count], items))
             seconds: dict[str, list[float]] = {"anew": [], "extended": []}
-            with inference(model):
+            with model.searching():
                 for number in range(args.rounds + 2):
                     cache.clear()
                     Prompts(model, old, 64, user_cache=cache)

@@ -55,7 +55,7 @@ import patchkern as pk
 from bench.timing import Table, Timing
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
 from patchkern.batch.policies import Level
-from patchkern.training.trainer import cut_to_passes
+from patchkern.training.passes import cut_to_passes
 
 # --targets: the slow way and the fast one
 PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per pass")}

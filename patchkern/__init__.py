@@ -25,17 +25,18 @@ from patchkern.batch.policies import (
     TrunkPolicy,
 )
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
 from patchkern.ops.backends import backends
-from patchkern.ops.item_table import ItemTable
+from patchkern.ops.item_table import ItemTable, item_table
 from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 from patchkern.search.user_cache import UserCache
 
 if TYPE_CHECKING:
-    from patchkern.budget.search import plan_memory, row_counts
     from patchkern.models.patched_lm import PatchedCausalLM
+    from patchkern.search.batching import plan_memory
     from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
     from patchkern.search.results import read_recommendations, recommend_to_disk
 
@@ -68,6 +69,7 @@ __all__ = [
     "build_training_layout",
     "compress_batch",
     "fit_prior_weight",
+    "item_table",
     "join_layouts",
     "plan_memory",
     "pool_rows",
@@ -87,10 +89,9 @@ _LAZY = {
     "PriorFit": "patchkern.search.prior",
     "TransitionPrior": "patchkern.search.prior",
     "fit_prior_weight": "patchkern.search.prior",
-    "plan_memory": "patchkern.budget.search",
+    "plan_memory": "patchkern.search.batching",
     "read_recommendations": "patchkern.search.results",
     "recommend_to_disk": "patchkern.search.results",
-    "row_counts": "patchkern.budget.search",
 }
 
 

@@ -34,8 +34,9 @@ from patchkern.data import Interactions, Samples, open_dataset, prepare, synthet
 from patchkern.evaluation import most_popular, transitions
 from patchkern.evaluation.metrics import METRICS, Evaluation, evaluate
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.search.recommend import SEARCHES, generate_titles
-from patchkern.training.trainer import find_model
+from patchkern.search.arguments import SEARCHES
+from patchkern.search.recommend import generate_titles
+from patchkern.training import find_model
 
 KS = (10, 20)
 PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior}

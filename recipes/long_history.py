@@ -38,14 +38,16 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 import patchkern as pk
+from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.budget.live_bytes import peak_memory
-from patchkern.budget.search import MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes, row_counts
+from patchkern.budget.search import SearchCost, UserTooLarge, parse_bytes
 from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
+from patchkern.search.batching import size_of_beams
 from patchkern.search.trie import Trie
-from patchkern.training.trainer import find_model
+from patchkern.training import find_model
 
 POLICIES: dict[str, pk.Policy] = {
     "text": pk.TextOnly(max_items=None),
@@ -223,9 +225,9 @@ def measure(model: pk.PatchedCausalLM, histories: pk.Histories, name: str, args:
     """Recommend to all users under one policy; a history that does not fit is an error but for a trained model."""
     policy = POLICIES[name]
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
-    memory = MemoryModel(model, SearchSize.of_beams(trie, args.num_beams))
+    cost = SearchCost(model, size_of_beams(trie, args.num_beams))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    by_memory, by_positions = memory.max_rows(args.budget), (positions or 2**31) - trie.depth + 1
+    by_memory, by_positions = cost.max_rows(args.budget), (positions or 2**31) - trie.depth + 1
     max_rows = min(by_memory, by_positions)
     if args.checkpoint is not None:
         histories = cut(model, histories, policy, max_rows)
@@ -237,7 +239,7 @@ def measure(model: pk.PatchedCausalLM, histories: pk.Histories, name: str, args:
 
     recommend(histories.take([0]).latest(50))  # what only the first run does: compiling, starting libraries
     on_gpu = model.device.type == "cuda"
-    resident = torch.cuda.memory_allocated(model.device) if on_gpu else memory.weights
+    resident = torch.cuda.memory_allocated(model.device) if on_gpu else cost.weights
     times, peaks = [], []
     for _ in range(args.repeats):
         started = time.perf_counter()
@@ -249,7 +251,7 @@ def measure(model: pk.PatchedCausalLM, histories: pk.Histories, name: str, args:
             recommend(histories)
         times.append(time.perf_counter() - started)
     rows = row_counts(model.catalog, histories, policy, model.prompt)
-    plan = memory.plan(rows, args.budget, len(histories))
+    plan = cost.plan(rows, args.budget, len(histories))
     if not on_gpu:
         most = max(plan.batches, key=lambda batch: batch.needed.peak)
         with peak_memory(model.device) as peak:

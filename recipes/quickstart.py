@@ -32,7 +32,7 @@ from patchkern.data import Interactions, Samples, open_dataset, prepare, synthet
 from patchkern.evaluation import metrics, most_popular, transitions
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.training.trainer import SETTINGS, PatchTrainer
+from patchkern.training import SETTINGS, PatchTrainer
 
 KS = (10, 20)
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit

@@ -56,7 +56,7 @@ from patchkern.batch.prompt import MARKERS
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
-from patchkern.training.trainer import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
+from patchkern.training import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
 
 # What a resumed run must share with the run it continues, or its losses would not be the uninterrupted run's.
 SHARED = (

@@ -6,17 +6,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.histories import check_offsets, flat_array, is_sequence
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from patchkern.ops.item_table import ItemTable
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
 # An id table of this many entries per item is still smaller than the sorted search it replaces is slow.
@@ -131,24 +126,6 @@ class Catalog:
         for array in (np.array([len(self)]), self.offsets, self.token_ids):
             digest.update(array.astype("<i4").tobytes())
         return digest.hexdigest()
-
-    def item_table(self, weight: Tensor, backend: str = "auto") -> ItemTable:
-        """Pool every item's patch once: `pool_rows` then reads one row per item instead of one per token.
-
-        Pays where the same weight pools many batches: inference, or training with frozen embeddings. Takes
-        ``n_items * D`` elements of memory, 16 MB for 3,883 titles at D = 2048 in bfloat16.
-
-        Args:
-            weight: ``(V, D)``, as in `pool_rows`, frozen (``weight.requires_grad_(False)``). When it changes all the
-                same, the table is stale and `pool_rows` refuses it.
-            backend: as in `pool_rows`.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
-        """
-        from patchkern.ops.item_table import make_item_table
-
-        return make_item_table(self, weight, backend)
 
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Token ids of the item at catalogue position ``index`` (a view)."""

@@ -28,32 +28,19 @@ gibibyte, and what the allocator loses to fragmentation come on top.
 
 from __future__ import annotations
 
-import copy
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
 
-from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, check_policy
-from patchkern.batch.prompt import Prompt
-from patchkern.budget.live_bytes import LiveBytes
-from patchkern.models import attention
-from patchkern.search.trie import Trie
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
-
-attention.register()
+from patchkern.batch.policies import AnyPolicy
+from patchkern.budget.counted_pass import count_pass, on_meta
 
 CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
@@ -86,103 +73,6 @@ def parse_bytes(name: str, value: int | str) -> int:
     return int(value)
 
 
-def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, prompt: Prompt) -> NDArray[np.int64]:
-    """``(B,)`` rows of every user's prompt, without building the layout.
-
-    Args:
-        catalog, histories, policy, prompt: as in `patchkern.build_layout`.
-    """
-    check_policy(policy)
-    kept = Histories.coerce(histories).latest(policy.max_items)
-    titles = catalog.lengths[catalog.index_of(kept.items, "histories")]
-    if isinstance(policy, FittingPolicy):
-        levels = policy.fit(kept, titles, prompt)
-    else:
-        levels = policy.levels(kept)
-    own = np.where(levels == Level.TEXT, titles, levels == Level.PATCH) + (levels != Level.JOIN) * len(prompt.separator)
-    before = np.append(0, np.cumsum(own, dtype=np.int64))
-    rows = before[kept.offsets[1:]] - before[kept.offsets[:-1]]
-    # one separator between entries, none after the last
-    return rows - (kept.lengths > 0) * len(prompt.separator) + len(prompt.prefix) + len(prompt.suffix)
-
-
-def longest_history(
-    catalog: Catalog, history: Sequence[Any] | NDArray[Any], policy: AnyPolicy, prompt: Prompt, max_rows: int
-) -> int:
-    """How many of a user's latest items make a prompt of at most ``max_rows`` rows.
-
-    Args:
-        catalog, policy, prompt: as in `patchkern.build_layout`.
-        history: the user's item ids, oldest first.
-        max_rows: for instance `MemoryModel.max_rows`.
-    """
-    items = np.asarray(history)
-
-    def rows(count: int) -> int:
-        return int(row_counts(catalog, Histories(items[len(items) - count :], [0, count]), policy, prompt)[0])
-
-    return bisect_right(range(1, len(items) + 1), max_rows, key=rows)
-
-
-def plan_memory(
-    model_config: PatchedCausalLM | nn.Module | PretrainedConfig,
-    row_counts: ArrayLike | Sequence[ArrayLike],
-    budget: int | str | None,
-    num_beams: int = 20,
-    dtype: torch.dtype | None = None,
-    *,
-    policies: Sequence[AnyPolicy] | None = None,
-    title_tokens: int | None = None,
-    batch_size: int | None = None,
-    device: torch.device | str | None = None,
-) -> MemoryPlan:
-    """Cut users into batches whose predicted peak stays within a budget; `patchkern.budget.search` has the formula.
-
-    Args:
-        model_config: a `PatchedCausalLM`, whose catalogue bounds what hypotheses hold; or a transformers causal LM, or
-            its configuration.
-        row_counts: ``(B,)`` rows of every user's prompt, from `patchkern.row_counts`; with ``policies`` one such array
-            for each.
-        budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. None: no limit.
-        num_beams: hypotheses per user.
-        dtype: of weights and activations; the configuration's where not given.
-        policies: to choose from, finest first: the plan is for the first with which every user fits.
-        title_tokens: of the longest title with its response end, 32 where not given; not for a `PatchedCausalLM`.
-        batch_size: users in one batch, at most; None: no limit but the budget.
-        device: where the search runs; the model's, or the CPU for a configuration, where not given.
-
-    Raises:
-        TypeError, ValueError: naming the argument; a user who does not fit alone, with what would be needed.
-    """
-    budget = None if budget is None else parse_bytes("budget", budget)
-    check_count("num_beams", num_beams, minimum=1)
-    memory = MemoryModel(model_config, _size(model_config, num_beams, title_tokens), dtype, device)
-    if policies is None:
-        return memory.plan(_counts(row_counts), budget, batch_size)  # type: ignore[arg-type]
-    of_policies: Sequence[ArrayLike] = row_counts  # type: ignore[assignment]
-    if not policies or len(policies) != len(of_policies):
-        raise ValueError(f"policies: expected one for each of {len(of_policies)} row_counts, got {len(policies)}")
-    for policy, counts in zip(policies, of_policies, strict=True):
-        check_policy(policy)
-        try:
-            plan = memory.plan(_counts(counts), budget, batch_size)
-        except UserTooLarge as error:
-            too_large = error
-        else:
-            return replace(plan, policy=policy)
-    raise too_large
-
-
-def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:
-    if hasattr(model, "catalog"):
-        if title_tokens is not None:
-            raise ValueError(f"title_tokens: expected None, because the model knows its titles, got {title_tokens!r}")
-        return SearchSize.of_beams(Trie.from_catalog(model.catalog, model.prompt.response_end), num_beams)
-    title_tokens = 32 if title_tokens is None else title_tokens
-    check_count("title_tokens", title_tokens, minimum=1)
-    return SearchSize(num_beams, num_beams * (title_tokens - 1))
-
-
 class UserTooLarge(ValueError):
     """One user alone needs more than the budget.
 
@@ -197,13 +87,6 @@ class UserTooLarge(ValueError):
         self.user, self.needed, self.max_rows = user, needed, max_rows
 
 
-def _counts(values: ArrayLike) -> NDArray[np.int64]:
-    counts = np.asarray(values)
-    if counts.ndim != 1 or (counts.size and (counts.dtype.kind not in "iu" or counts.min() < 0)):
-        raise ValueError(f"row_counts: expected a 1-D array of integers, got {counts.dtype} of shape {counts.shape}")
-    return counts.astype(np.int64)
-
-
 class SearchSize(NamedTuple):
     """What a search asks of the memory."""
 
@@ -216,15 +99,10 @@ class SearchSize(NamedTuple):
     fixed_bytes: int = 0
     """of everything that it holds whatever the number of users, such as the tree of titles"""
 
-    @classmethod
-    def of_beams(cls, trie: Trie, num_beams: int) -> SearchSize:
-        """Of a beam search in a tree of titles, over the whole catalogue."""
-        return cls(num_beams, trie.live_rows(num_beams), 0, trie.num_bytes)
-
 
 @dataclass(frozen=True)
-class MemoryBytes:
-    """Predicted bytes of one batch, see `patchkern.budget.search`."""
+class SearchBytes:
+    """Predicted bytes of one batch, see this module."""
 
     weights: int
     store: int
@@ -250,11 +128,11 @@ class MicroBatch:
 
     users: NDArray[np.int64]
     chunk_rows: int | None
-    needed: MemoryBytes
+    needed: SearchBytes
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class SearchPlan:
     """How to stay within a budget.
 
     Attributes:
@@ -278,9 +156,9 @@ class MemoryPlan:
         return min((batch.chunk_rows for batch in self.batches if batch.chunk_rows is not None), default=None)
 
     @property
-    def needed(self) -> MemoryBytes:
+    def needed(self) -> SearchBytes:
         """Predicted bytes of the batch with the highest peak."""
-        nothing = MemoryBytes(0, 0, 0, 0, 0)
+        nothing = SearchBytes(0, 0, 0, 0, 0)
         return max((batch.needed for batch in self.batches), key=lambda needed: needed.peak, default=nothing)
 
     @property
@@ -289,11 +167,12 @@ class MemoryPlan:
         return self.needed.peak
 
 
-class MemoryModel:
+class SearchCost:
     """The formula of this module, for one model and one kind of search.
 
     Args:
-        model: a `PatchedCausalLM`, a transformers model or a configuration.
+        model: a transformers model or its configuration, or what has one as its ``hf_model``, such as a
+            `PatchedCausalLM`.
         size: of the search.
         dtype: of the weights; a configuration's own where not given.
         device: where the search runs, the model's where not given; "cpu" for a configuration.
@@ -304,7 +183,7 @@ class MemoryModel:
 
     def __init__(
         self,
-        model: PatchedCausalLM | nn.Module | PretrainedConfig,
+        model: Any,
         size: SearchSize,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -313,7 +192,7 @@ class MemoryModel:
         hf_model: Any = getattr(model, "hf_model", model)
         place = device or ("cpu" if isinstance(hf_model, PretrainedConfig) else hf_model.device)
         self._on_cuda = torch.device(place).type == "cuda"
-        copied = _on_meta(hf_model, dtype)
+        copied = on_meta(hf_model, dtype)
         config = copied.config.get_text_config()
         tensors = {id(t): t.nbytes for t in (*copied.parameters(), *copied.buffers())}
         item_embedding = getattr(model, "item_embedding", None)
@@ -325,12 +204,12 @@ class MemoryModel:
         self._vocabulary = config.vocab_size
         self._item = torch.finfo(copied.dtype).bits // 8
         self._wide = max(self._item, 4)
-        self._prompt = _count(copied, packed=True)
-        self._step = _count(copied, packed=False)
+        self._prompt = count_pass(copied, packed=True)
+        self._step = count_pass(copied, packed=False)
         self.row_bytes = 2 * self._layers * self._kv_heads * self._head_dim * self._item
         """keys and values of one row"""
 
-    def needed(self, n_users: int, n_rows: int, longest: int, chunk_rows: int | None = None) -> MemoryBytes:
+    def needed(self, n_users: int, n_rows: int, longest: int, chunk_rows: int | None = None) -> SearchBytes:
         """Of a batch of ``n_users`` with ``n_rows`` rows in all, ``longest`` of one user."""
         width, kept_rows, user_bytes, fixed_bytes = self._size
         hypotheses, suffix_rows = n_users * width, n_users * kept_rows
@@ -357,9 +236,9 @@ class MemoryModel:
         )
         # the pool of suffixes grows layer by layer, and only in one layer stand its old and new rows side by side
         decode = in_step - 2 * hypotheses * logits + (self.row_bytes + one_layer) * suffix_rows
-        return MemoryBytes(self.weights, store, prefill, decode, (2 * n_users + 3 * hypotheses) * logits)
+        return SearchBytes(self.weights, store, prefill, decode, (2 * n_users + 3 * hypotheses) * logits)
 
-    def plan(self, row_counts: NDArray[np.int64], budget: int | None, batch_size: int | None = None) -> MemoryPlan:
+    def plan(self, row_counts: NDArray[np.int64], budget: int | None, batch_size: int | None = None) -> SearchPlan:
         """Cut users into batches; see `plan_memory`.
 
         Each batch takes the chunk that lets most users in, of those the largest; chunks too small to be fast are only
@@ -381,9 +260,9 @@ class MemoryModel:
                     raise self._too_large(int(order[start]), int(ends[start + 1] - ends[start]), budget)
             batches.append(MicroBatch(order[start : start + count], chunk, self._of(ends[start:], count, chunk)))
             start += count
-        return MemoryPlan(tuple(batches), budget)
+        return SearchPlan(tuple(batches), budget)
 
-    def _of(self, ends: NDArray[np.int64], count: int, chunk_rows: int | None) -> MemoryBytes:
+    def _of(self, ends: NDArray[np.int64], count: int, chunk_rows: int | None) -> SearchBytes:
         """`needed` of the first users of those whose rows end there."""
         return self.needed(count, int(ends[count] - ends[0]), int(ends[1] - ends[0]), chunk_rows)
 
@@ -433,83 +312,3 @@ class MemoryModel:
         own_rows = self._size.kept_rows // self._size.width
         gathered = own_rows * (2 * self._kv_heads * self._head_dim * self._item + self._heads * self._wide)
         return query * (3 * self._item + 4 * self._wide) + gathered
-
-
-class _Pass(NamedTuple):
-    """Bytes that one forward pass holds, per row."""
-
-    peak: int
-    """anywhere but in attention, at most"""
-    at_attention: int
-    """when attention begins, at most"""
-
-
-class _Attention:
-    """Stands in for the attention of a model on the meta device, and notes what the model holds when it is called."""
-
-    def __init__(self, counter: LiveBytes) -> None:
-        self._counter = counter
-        self.live = 0
-
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        self.live = max(self.live, self._counter.live)
-        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-
-
-_COUNTED_ROWS = 1024
-
-
-def _count(model: Any, packed: bool) -> _Pass:
-    """Follow one forward pass: of packed prompts, or of one more token of hypotheses."""
-
-    def made(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rows = _COUNTED_ROWS
-    with torch.no_grad(), LiveBytes() as counter:
-        stand_in = _Attention(counter)
-        if packed:
-            cuts = made(2, dtype=torch.int32)
-            inputs = {
-                "inputs_embeds": made(1, rows, model.config.get_text_config().hidden_size, dtype=model.dtype),
-                "position_ids": made(1, rows),
-                "cu_seq_lens_q": cuts,
-                "cu_seq_lens_k": cuts,
-                "max_length_q": rows,
-                "max_length_k": rows,
-                "logits_to_keep": made(1),
-            }
-        else:
-            inputs = {"input_ids": made(rows, 1), "position_ids": made(rows, 1)}
-        try:
-            model(**inputs, use_cache=False, span_cache=stand_in)
-        except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"model: expected one whose forward pass runs on the meta device, to count its memory; "
-                f"{type(model).__name__} does not: {error}"
-            ) from error
-    return _Pass(-(-counter.peak // rows), -(-stand_in.live // rows))
-
-
-def _on_meta(model: Any, dtype: torch.dtype | None) -> Any:
-    """The model without its memory, with patchkern's attention, ready for inference."""
-    if isinstance(model, PretrainedConfig):
-        dtype = dtype or getattr(model, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model), dtype=dtype, attn_implementation=attention.NAME
-            )
-        return made.eval()
-    if not hasattr(model, "config"):
-        raise TypeError(f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}")
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    copied = copy.deepcopy(model, memo)
-    if dtype is not None:
-        copied = copied.to(dtype)
-    if copied.config._attn_implementation != attention.NAME:
-        copied.set_attn_implementation(attention.NAME)
-    return copied.eval()

@@ -4,39 +4,32 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.parametrize import is_parametrized
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, check_policy, policy_from_dict, policy_to_dict
+from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
-from patchkern.models import attention
+from patchkern.models import attention, files
+from patchkern.models.embedding import EmbeddingScale
+from patchkern.models.searching import attention_for_search, check_spans
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
-
-FORMAT_VERSION = 1
-DESCRIPTION = "patchkern.json"
-ITEM_EMBEDDINGS = "item_embeddings.safetensors"
-_ADAPTER = "adapter_config.json"
+from patchkern.search.protocol import SpanCache
+from patchkern.search.recommend import recommend, score_items
 
 attention.register()
 
@@ -97,10 +90,8 @@ class PatchedCausalLM(nn.Module):
         self.policy = policy
         for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
             self._check_token_ids(name, largest)
-        self._token_ids = frozenset(catalog.token_ids.tolist()).union(
-            prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end
-        )
-        self._known_scale: tuple[Tensor, int, torch.dtype, float] | None = None
+        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end)
+        self._scale = EmbeddingScale(frozenset(catalog.token_ids.tolist()).union(*fixed))
         self.register_parameter("item_embedding", None)
         if item_embeddings:
             weight: Any = self.get_input_embeddings().weight
@@ -108,8 +99,8 @@ class PatchedCausalLM(nn.Module):
             self._items_of = catalog.fingerprint
         if attn_implementation is not None:
             _set_attention(hf_model, attn_implementation)
-        self.register_state_dict_post_hook(_drop_tied)
-        self.register_load_state_dict_pre_hook(_restore_tied)
+        self.register_state_dict_post_hook(files.drop_tied)
+        self.register_load_state_dict_pre_hook(files.restore_tied)
 
     # ------------------------------------------------------------------ forward
 
@@ -197,45 +188,13 @@ class PatchedCausalLM(nn.Module):
     def _pool(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout from the model's input embedding alone."""
         embedding = self.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding) and (scale := self._scale_of(embedding)) is not None:
+        if isinstance(embedding, nn.Embedding) and (scale := self._scale.of(embedding)) is not None:
             weight = embedding.weight
             layout = layout.to(weight.device, non_blocking=True)
             return pool_rows(weight, layout, sparse_grad=embedding.sparse, scale=scale)
         tokens, compact = layout.compact()
         table = embedding(tokens[None].to(self.device, non_blocking=True))[0]
         return pool_rows(table, compact.to(table.device, non_blocking=True))
-
-    def _scale_of(self, embedding: nn.Embedding) -> float | None:
-        """The number by which the embedding multiplies its weight's rows; None where it does more than that."""
-        if isinstance(embedding.weight, DTensor) and not embedding._forward_pre_hooks:
-            raise ValueError(
-                "the embedding is sharded and nothing gathers it here: call fully_shard on the PatchedCausalLM, not on "
-                "the model inside it"
-            )
-        does_more = (
-            embedding._forward_hooks
-            or embedding._forward_pre_hooks
-            or "forward" in vars(embedding)
-            or is_parametrized(embedding)
-            or embedding.max_norm is not None
-        )
-        # nn.Embedding gives its padding token no gradient; the weight alone would
-        if does_more or embedding.padding_idx in self._token_ids:
-            return None
-        if type(embedding) is nn.Embedding:
-            return 1.0
-        if not _only_scales(type(embedding)) or torch.compiler.is_compiling():
-            return None
-        return self._host_scale(embedding.embed_scale, embedding.weight.dtype)
-
-    def _host_scale(self, scale: Any, dtype: torch.dtype) -> float | None:
-        """A scaled embedding's buffer as a number, read from its device only when it is another or has changed."""
-        if not isinstance(scale, Tensor) or scale.dim() != 0 or scale.is_inference() or scale.requires_grad:
-            return None
-        known = self._known_scale
-        if known is None or known[0] is not scale or known[1:3] != (scale._version, dtype):
-            known = self._known_scale = (scale, scale._version, dtype, float(scale.to(dtype)))
-        return known[3]
 
     def _last_rows(self, layout: PatchLayout) -> Tensor:
         ends = layout.cu_seqlens.long()
@@ -320,9 +279,6 @@ class PatchedCausalLM(nn.Module):
             options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``prior``,
                 ``prior_weight``, ``max_expansions``, ``user_cache``, ``user_ids``, ``progress``.
         """
-        from patchkern.search.recommend import recommend
-
-        policy = self._policy_or(policy)
         return recommend(
             self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size, **options
         )
@@ -330,16 +286,39 @@ class PatchedCausalLM(nn.Module):
     def score_items(
         self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
     ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.recommend.score_items`."""
-        from patchkern.search.recommend import score_items
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.score_items`."""
+        return score_items(self, histories, policy, items, **options)
 
-        return score_items(self, histories, self._policy_or(policy), items, **options)
+    # ------------------------------------------------------------------ what a search asks of a model
 
-    def _policy_or(self, policy: AnyPolicy | None) -> AnyPolicy:
-        chosen = self.policy if policy is None else policy
-        if chosen is None:
-            raise ValueError("policy: expected one, here or when the PatchedCausalLM was made, got None")
-        return chosen
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the wrapped model's parameters and activations."""
+        return self.hf_model.dtype
+
+    def searching(self) -> AbstractContextManager[None]:
+        """See `patchkern.search.protocol.SearchModel`."""
+        return attention_for_search(self)
+
+    def check_search(self, layout: PatchLayout, depth: int) -> None:
+        """See `patchkern.search.protocol.SearchModel`."""
+        check_spans(self.config, layout, depth)
+
+    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+        """See `patchkern.search.protocol.SearchModel`."""
+        embedded = self.embed(layout)
+        kwargs = {
+            name: value.to(embedded.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in {"logits_to_keep": rows, **packed_kwargs(layout)}.items()
+        }
+        return self.hf_model(inputs_embeds=embedded[None], span_cache=cache, **kwargs).logits[0]
+
+    def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
+        """See `patchkern.search.protocol.SearchModel`."""
+        output = self.hf_model(
+            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, span_cache=cache
+        )
+        return output.logits[:, -1]
 
     # ------------------------------------------------------------------ files
 
@@ -364,7 +343,6 @@ class PatchedCausalLM(nn.Module):
             is_main_process: False writes nothing.
             hf_kwargs: for the wrapped model's ``save_pretrained``.
         """
-        description = self._description()
         if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise ValueError(
                 "state_dict: expected one, because the parameters are sharded; gather it with "
@@ -372,24 +350,13 @@ class PatchedCausalLM(nn.Module):
             )
         if not is_main_process:
             return
+        vectors: Tensor | None = self.item_embedding
         if state_dict is not None:
             hf_kwargs["state_dict"] = {
                 name.removeprefix("hf_model."): value for name, value in state_dict.items() if name != "item_embedding"
             }
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            self.hf_model.save_pretrained(aside, **hf_kwargs)
-            if self.item_embedding is not None:
-                vectors = self.item_embedding if state_dict is None else state_dict["item_embedding"]
-                item_ids = json.dumps(self.catalog.item_ids.tolist())
-                tensors = {"item_embedding": vectors.detach().cpu().contiguous()}
-                save_file(tensors, aside / ITEM_EMBEDDINGS, {"format": "pt", "item_ids": item_ids})
-            (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            _replace_folder(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            vectors = None if vectors is None else state_dict["item_embedding"]
+        files.write(folder, self.hf_model, self.catalog, self.prompt, self.policy, vectors, hf_kwargs)
 
     @classmethod
     def from_pretrained(
@@ -416,13 +383,8 @@ class PatchedCausalLM(nn.Module):
             FileNotFoundError: no ``patchkern.json``.
             ValueError: a ``patchkern.json`` that this version cannot read.
         """
-        prompt, policy, saved_embeddings = _read_description(Path(folder) / DESCRIPTION)
-        if (Path(folder) / _ADAPTER).is_file():
-            hf_model = _load_adapter(folder, base_model, hf_kwargs)
-        elif base_model is not None:
-            raise ValueError(f"base_model: expected None, because {os.fspath(folder)!r} holds a whole model")
-        else:
-            hf_model = AutoModelForCausalLM.from_pretrained(folder, **hf_kwargs)
+        prompt, policy, saved_embeddings = files.read_description(folder)
+        hf_model = files.read_hf_model(folder, base_model, hf_kwargs)
         model = cls(
             hf_model,
             catalog,
@@ -445,44 +407,11 @@ class PatchedCausalLM(nn.Module):
             FileNotFoundError: the folder has no item embeddings.
             ValueError: the model has none, they have another width, or none is of an item of the catalogue.
         """
-        path = Path(folder) / ITEM_EMBEDDINGS
         if self.item_embedding is None:
             raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
-        if not path.is_file():
-            raise FileNotFoundError(f"folder: expected {ITEM_EMBEDDINGS} in {os.fspath(path.parent)!r}")
-        with safetensors.safe_open(path, "pt") as file:
-            saved, item_ids = file.get_tensor("item_embedding"), json.loads(file.metadata()["item_ids"])
-        if saved.shape[1] != self.item_embedding.shape[1]:
-            raise ValueError(
-                f"folder: expected item embeddings of width {self.item_embedding.shape[1]}, got {saved.shape[1]}"
-            )
-        row_of = {item_id: row for row, item_id in enumerate(item_ids)}
-        rows = torch.tensor([row_of.get(item_id, -1) for item_id in self.catalog.item_ids.tolist()], dtype=torch.long)
-        known = rows >= 0
-        if len(item_ids) and len(self.catalog) and not bool(known.any()):
-            raise ValueError(
-                f"catalog: expected items that {os.fspath(path)!r} has embeddings of, such as {item_ids[0]!r}, got none"
-            )
-        vectors = saved.new_zeros(self.item_embedding.shape)
-        vectors[known] = saved[rows[known]]
+        vectors = files.read_item_embeddings(folder, self.catalog, self.item_embedding.shape[1])
         with torch.no_grad():
             self.item_embedding.copy_(vectors)
-
-    def _description(self) -> dict[str, Any]:
-        prompt = self.prompt
-        return {
-            "format_version": FORMAT_VERSION,
-            "prompt": prompt.to_dict(),
-            "policy": None if self.policy is None else policy_to_dict(self.policy),
-            "item_embeddings": self.item_embedding is not None,
-            # in the prompt already; for readers who are not patchkern
-            "special_token_ids": {
-                "history_start": list(prompt.prefix[-1:]),
-                "history_separator": list(prompt.separator),
-                "history_end": list(prompt.suffix[:1]),
-                "response_end": list(prompt.response_end),
-            },
-        }
 
 
 def _check_model(hf_model: Any) -> None:
@@ -500,22 +429,6 @@ def _check_model(hf_model: Any) -> None:
         raise ValueError(
             f"hf_model: expected a causal LM whose forward takes logits_to_keep, got {type(base).__name__}"
         )
-
-
-class _ScaledEmbedding(nn.Embedding):
-    """What transformers' Gemma models do to their embeddings; `_only_scales` compares with it."""
-
-    embed_scale: Tensor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
-
-
-def _only_scales(kind: type[nn.Embedding]) -> bool:
-    """Whether the class is `_ScaledEmbedding` but for its name: its ``forward`` is made of the same instructions."""
-    wanted, code = _ScaledEmbedding.forward.__code__, getattr(kind.forward, "__code__", None)
-    same = code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
-    return same and kind.__bases__ == (nn.Embedding,)
 
 
 def _smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -542,73 +455,3 @@ def _checkpointing(hf_model: PreTrainedModel, switch: str) -> Callable[..., None
     name = "activation" if hasattr(hf_model, "activation_checkpointing_enable") else "gradient"
     method: Callable[..., None] = getattr(hf_model, f"{name}_checkpointing_{switch}")
     return method
-
-
-# ------------------------------------------------------------------ tied weights in state dicts
-
-
-def _tied(module: nn.Module) -> dict[str, str]:
-    """For each parameter that has several names, its later names and the first: {later: first}."""
-    first: dict[int, str] = {}
-    names = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in names if first.setdefault(id(p), name) != name}
-
-
-def _drop_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """safetensors, and so a plain `Trainer`, refuses to write one tensor under two names."""
-    for name in _tied(module):
-        state_dict.pop(prefix + name, None)
-
-
-def _restore_tied(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    for name, first in _tied(module).items():
-        if prefix + first in state_dict:
-            state_dict.setdefault(prefix + name, state_dict[prefix + first])
-
-
-# ------------------------------------------------------------------ files
-
-
-def _replace_folder(aside: Path, target: Path) -> None:
-    """Move the files of ``aside`` into ``target``, the description last; drop weights of an earlier model."""
-    files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
-    (target / DESCRIPTION).unlink(missing_ok=True)
-    weights = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", _ADAPTER)
-    for pattern in (*weights, ITEM_EMBEDDINGS):
-        for stale in target.glob(pattern):
-            if stale.relative_to(target) not in files:
-                stale.unlink()
-    for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside / file, target / file)
-
-
-def _read_description(path: Path) -> tuple[Prompt, AnyPolicy | None, bool]:
-    """Prompt, policy, and whether there are item embeddings beside it."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; was it saved by patchkern?"
-        )
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
-        policy = description["policy"]
-        prompt = Prompt.from_dict(description["prompt"])
-        has_embeddings = bool(description.get("item_embeddings", False))
-        return prompt, None if policy is None else policy_from_dict(policy), has_embeddings
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)}: not a description that this version of patchkern reads: {error}"
-        ) from error
-
-
-def _load_adapter(folder: str | os.PathLike[str], base_model: PreTrainedModel | None, hf_kwargs: dict[str, Any]) -> Any:
-    try:
-        from peft import AutoPeftModelForCausalLM, PeftModel
-    except ImportError as error:
-        raise ImportError(f"{os.fspath(folder)!r} holds a peft adapter; install peft to read it") from error
-    if base_model is None:
-        return AutoPeftModelForCausalLM.from_pretrained(folder, **hf_kwargs)
-    return PeftModel.from_pretrained(base_model, folder, **hf_kwargs)

@@ -7,6 +7,7 @@ The kernels trust the layout: its indices were checked when it was built.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -18,7 +19,7 @@ from patchkern._build import build_info, cuda_build_reason
 
 _cuda: ModuleType | None
 try:
-    from patchkern import _cuda
+    _cuda = importlib.import_module("patchkern._cuda")
 
     _missing = ""
 except ImportError as error:

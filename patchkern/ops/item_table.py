@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
-
-if TYPE_CHECKING:
-    from patchkern.batch.catalog import Catalog
+from patchkern.ops import dispatch as _ops  # noqa: F401  (torch.ops.patchkern.pool_rows)
+from patchkern.ops.checks import check_backend, check_weight
 
 # Embeddings that one chunk gathers, in bytes of float32: what a backend may need as scratch space.
 _CHUNK_BYTES = 64 << 20
@@ -21,7 +20,7 @@ _CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True, eq=False)
 class ItemTable:
-    """Every item's patch, one row per item of a catalogue; made by `Catalog.item_table`.
+    """Every item's patch, one row per item of a catalogue; made by `item_table`.
 
     It belongs to one state of one weight, and keeps that weight's memory alive: nothing else can then be in its place.
 
@@ -69,11 +68,23 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def make_item_table(catalog: Catalog, weight: Tensor, backend: str) -> ItemTable:
-    """`Catalog.item_table`."""
-    # pool_rows takes tables: only here does a table need pool_rows
-    from patchkern.ops.pool_rows import check_backend, check_weight
+def item_table(catalog: Catalog, weight: Tensor, backend: str = "auto") -> ItemTable:
+    """Pool every item's patch once: `pool_rows` then reads one row per item instead of one per token.
 
+    Pays where the same weight pools many batches: inference, or training with frozen embeddings. Takes ``n_items * D``
+    elements of memory, 16 MB for 3,883 titles at D = 2048 in bfloat16.
+
+    Args:
+        catalog: the titles.
+        weight: ``(V, D)``, as in `pool_rows`, frozen (``weight.requires_grad_(False)``). When it changes all the same,
+            the table is stale and `pool_rows` refuses it.
+        backend: as in `pool_rows`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
     check_weight(weight)
     check_backend(backend)
     if catalog.max_token_id >= weight.shape[0]:

@@ -8,6 +8,7 @@ built is a ``ValueError`` and never a crash. ``PATCHKERN_ISA`` forces an instruc
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 
@@ -18,7 +19,7 @@ from patchkern._build import native_build_reason
 
 _native: ModuleType | None
 try:
-    from patchkern import _native
+    _native = importlib.import_module("patchkern._native")
 
     _missing = ""
 except ImportError as error:

@@ -16,8 +16,9 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout
+from patchkern.ops.checks import check_weight
 from patchkern.ops.item_table import ItemTable
-from patchkern.ops.pool_rows import check_weight, pool_rows
+from patchkern.ops.pool_rows import pool_rows
 
 
 @dataclass(frozen=True, eq=False)

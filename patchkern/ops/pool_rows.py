@@ -9,72 +9,9 @@ import torch
 from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout, Transpose
-from patchkern.ops import backends
+from patchkern.ops import dispatch as _ops  # noqa: F401  (torch.ops.patchkern.pool_rows)
+from patchkern.ops.checks import check_backend, check_flag, check_matrix, check_out, check_scale, check_weight
 from patchkern.ops.item_table import ItemTable
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_library = torch.library.Library("patchkern", "DEF")
-_library.define(
-    "pool_rows(Tensor weight, Tensor lo, Tensor hi, Tensor items, Tensor token_ids, Tensor offsets, Tensor? table, "
-    "Tensor? title_index, float scale, Tensor(a!) out, str backend) -> ()"
-)
-_library.define(
-    "pool_rows_grad(Tensor grad_rows, Tensor tokens, Tensor token_offsets, Tensor rows, Tensor divisors, float scale, "
-    "Tensor(a!) out, bool scatter, bool accumulate, str backend) -> ()"
-)
-
-
-# The backend is chosen inside the ops, where torch.compile does not look: its reasons lie in extension modules, in
-# drivers and in the environment.
-
-
-def _pool_rows(
-    weight: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    items: Tensor,
-    token_ids: Tensor,
-    offsets: Tensor,
-    table: Tensor | None,
-    title_index: Tensor | None,
-    scale: float,
-    out: Tensor,
-    backend: str,
-) -> None:
-    kernels = backends.module(backends.choose(backend, weight.device, weight.dtype))
-    kernels.pool_rows(weight, lo, hi, items, token_ids, offsets, table, title_index, scale, out)
-
-
-def _pool_rows_grad(
-    grad_rows: Tensor,
-    tokens: Tensor,
-    token_offsets: Tensor,
-    rows: Tensor,
-    divisors: Tensor,
-    scale: float,
-    out: Tensor,
-    scatter: bool,
-    accumulate: bool,
-    backend: str,
-) -> None:
-    kernels = backends.module(backends.choose(backend, grad_rows.device, grad_rows.dtype))
-    kernels.pool_rows_grad(grad_rows, tokens, token_offsets, rows, divisors, scale, out, scatter, accumulate)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl("pool_rows", _pool_rows, _device)
-    _library.impl("pool_rows_grad", _pool_rows_grad, _device)
-
-
-@torch.library.register_fake("patchkern::pool_rows")
-def _(*args: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("patchkern::pool_rows_grad")
-def _(*args: Any) -> None:
-    return None
 
 
 class _PoolRows(torch.autograd.Function):
@@ -149,7 +86,7 @@ def pool_rows(
         out: ``(T, D)`` of ``weight``'s dtype and device to write into, contiguous in the last dimension; only where no
             gradient is recorded.
         sparse_grad: give ``weight`` a coalesced ``torch.sparse_coo`` gradient that holds the batch's tokens only.
-        table: item patches pooled beforehand by `Catalog.item_table`, from this weight, which must be frozen, and the
+        table: item patches pooled beforehand by `patchkern.item_table`, from this weight, which must be frozen, and the
             layout's catalogue. Item patches are the same bit for bit (with ``scale`` 1 and the backend that
             made the table); a session patch is the mean of rounded item patches.
         scale: multiplies every row; Gemma scales its embeddings by ``sqrt(D)``.
@@ -170,8 +107,8 @@ def pool_rows(
         raise ValueError(
             f"weight: expected more than {layout.max_token_id} rows for the layout's tokens, got {weight.shape[0]}"
         )
-    _check_flag("sparse_grad", sparse_grad)
-    _check_scale(scale, weight.dtype)
+    check_flag("sparse_grad", sparse_grad)
+    check_scale(scale, weight.dtype)
     check_backend(backend)
     if table is not None:
         _check_table(table, weight, layout)
@@ -185,7 +122,7 @@ def pool_rows(
     if out is None:
         out = weight.new_empty(layout.num_rows, weight.shape[1])
     else:
-        _check_out(out, layout.num_rows, "weight", weight)
+        check_out(out, layout.num_rows, "weight", weight)
     means = (None, None) if table is None else (table.rows, layout.title_index)
     torch.ops.patchkern.pool_rows(weight, *rows, *means, float(scale), out, backend)
     return out
@@ -218,7 +155,7 @@ def pool_rows_grad(
     """
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-    _check_matrix("grad_rows", grad_rows)
+    check_matrix("grad_rows", grad_rows)
     transpose = _columns(layout.transpose)
     if grad_rows.shape[0] != layout.num_rows:
         raise ValueError(f"grad_rows: expected one row per layout row ({layout.num_rows}), got {grad_rows.shape[0]}")
@@ -228,18 +165,18 @@ def pool_rows_grad(
         raise TypeError(f"num_embeddings: expected an integer, got {type(num_embeddings).__name__}")
     if num_embeddings >= 1 << 31:
         raise ValueError(f"num_embeddings: expected less than 2^31, as token ids are int32, got {num_embeddings}")
-    _check_flag("dense", dense)
+    check_flag("dense", dense)
     if num_embeddings <= layout.max_token_id:
         raise ValueError(
             f"num_embeddings: expected more than the largest token id, {layout.max_token_id}, got {num_embeddings}"
         )
-    _check_scale(scale, grad_rows.dtype)
+    check_scale(scale, grad_rows.dtype)
     check_backend(backend)
     if out is None:
         return _weight_grad(grad_rows, transpose, num_embeddings, dense, float(scale), backend)
     if not dense:
         raise ValueError("out: expected None for a compact gradient (dense=False), got a tensor")
-    _check_out(out, num_embeddings, "grad_rows", grad_rows)
+    check_out(out, num_embeddings, "grad_rows", grad_rows)
     torch.ops.patchkern.pool_rows_grad(grad_rows, *transpose, float(scale), out, True, True, backend)
     return out
 
@@ -250,65 +187,9 @@ def _columns(transpose: Transpose | None) -> tuple[Tensor, ...]:
     return transpose.tokens, transpose.offsets, transpose.rows, transpose.divisors
 
 
-def check_weight(weight: Any) -> None:
-    """Raise unless ``weight`` is an embedding matrix that `pool_rows` can read."""
-    _check_matrix("weight", weight)
-
-
-def _check_flag(name: str, flag: Any) -> None:
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-
-
-def _check_scale(scale: Any, dtype: torch.dtype) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
-    largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
-    if not -largest <= scale <= largest:
-        raise ValueError(f"scale: expected a finite number, at most {largest:.4g} for {dtype}, got {scale}")
-
-
 def _check_table(table: Any, weight: Tensor, layout: PatchLayout) -> None:
     if not isinstance(table, ItemTable):
         raise TypeError(f"table: expected an ItemTable or None, got {type(table).__name__}")
     if torch.compiler.is_compiling():
         raise ValueError("table: expected None under torch.compile, which cannot see whether a table is stale")
     table.check(weight, layout)
-
-
-def check_backend(backend: Any) -> None:
-    """Raise unless ``backend`` may be the name of one; the op itself sees whether it is."""
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a string, got {type(backend).__name__}")
-
-
-def _check_matrix(name: str, matrix: Any) -> None:
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
-    if matrix.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {matrix.dtype}")
-    if matrix.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {matrix.layout}")
-    if matrix.dim() != 2 or matrix.shape[1] == 0:
-        raise ValueError(f"{name}: expected shape (rows, D) with D >= 1, got {tuple(matrix.shape)}")
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(
-            f"{name}: expected contiguous rows (stride 1 in the last dimension), got stride {matrix.stride()}"
-        )
-
-
-def _check_out(out: Any, rows: int, name: str, like: Tensor) -> None:
-    """Raise unless ``out`` can take ``rows`` rows as wide as those of ``like``, the argument ``name``."""
-    _check_matrix("out", out)
-    if out.shape != (rows, like.shape[1]):
-        raise ValueError(f"out: expected shape {(rows, like.shape[1])}, got {tuple(out.shape)}")
-    if out.dtype != like.dtype:
-        raise TypeError(f"out: expected {name}'s dtype, {like.dtype}, got {out.dtype}")
-    if out.device != like.device:
-        raise ValueError(f"out: expected {name}'s device, {like.device}, got {out.device}")
-    if out.requires_grad:
-        raise ValueError("out: expected a tensor that requires no gradient")
-    if rows > 1 and out.stride(0) < out.shape[1]:
-        raise ValueError(f"out: expected rows that do not overlap, got stride {out.stride()}")
-    if rows and out.untyped_storage().data_ptr() == like.untyped_storage().data_ptr():
-        raise ValueError(f"out: expected memory of its own, got {name}'s")

@@ -187,7 +187,7 @@ def span_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Span attention in packed form; `patchkern.models.attention.span_attention` checks the arguments.
+    """Span attention in packed form; `patchkern.ops.span_attention` checks the arguments.
 
     Args:
         query: (T, H, d); key: (T, Hkv, d); value: (T, Hkv, dv).

@@ -6,23 +6,25 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
-from patchkern.batch.histories import Histories
+from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.policies import AnyPolicy, ItemPatches, SessionPatches, TextOnly, check_policy
+from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.batch.sample_layout import build_layout
-from patchkern.budget.search import MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes, row_counts
-from patchkern.search.prompts import check_spans
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes
+from patchkern.search.protocol import SearchModel
+from patchkern.search.trie import Trie
 
 Users = NDArray[np.int64]
 Waiting = deque[tuple[Users, "int | None"]]
@@ -30,7 +32,7 @@ T = TypeVar("T")
 
 
 def in_batches(
-    model: PatchedCausalLM,
+    model: SearchModel,
     histories: Histories,
     policy: AnyPolicy,
     size: SearchSize,
@@ -43,7 +45,7 @@ def in_batches(
     """Run ``compute`` on users of about equal length together, the longest first.
 
     Args:
-        model, histories, policy, memory_budget, batch_size, progress: as in `patchkern.search.recommend.recommend`.
+        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
         size: of the search.
         depth: tokens of the longest title with its ``response_end``.
         compute: called with the users of a batch, their prompts, and the rows of a prompt to compute at once. It is
@@ -58,13 +60,13 @@ def in_batches(
     """
     counts = row_counts(model.catalog, histories, policy, model.prompt)
     if memory_budget is None:
-        memory, budget = None, 0
+        cost, budget = None, 0
         order = np.argsort(-counts, kind="stable")
         waiting: Waiting = deque((order[i : i + batch_size], None) for i in range(0, order.size, batch_size))
     else:
-        memory, budget = MemoryModel(model, size), parse_bytes("memory_budget", memory_budget)
+        cost, budget = SearchCost(model, size), parse_bytes("memory_budget", memory_budget)
         try:
-            plan = memory.plan(counts, budget, batch_size)
+            plan = cost.plan(counts, budget, batch_size)
         except UserTooLarge as error:
             raise _with_advice(error, model, histories) from None
         waiting = deque((batch.users, batch.chunk_rows) for batch in plan.batches)
@@ -76,10 +78,10 @@ def in_batches(
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
             layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
-            check_spans(model, layout, depth)
-            if memory is not None and users.size > 1:
+            model.check_search(layout, depth)
+            if cost is not None and users.size > 1:
                 # a policy that draws at random may have drawn other rows than were planned for
-                needed = memory.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
+                needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
                 if needed.peak > budget:
                     waiting.extendleft((part, chunk_rows) for part in np.array_split(users, 2)[::-1])
                     continue
@@ -128,7 +130,7 @@ def _alone(error: Exception, users: Users, layout: PatchLayout, chunk_rows: int 
     return type(error)(message) if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else RuntimeError(message)
 
 
-def _with_advice(error: UserTooLarge, model: PatchedCausalLM, histories: Histories) -> UserTooLarge:
+def _with_advice(error: UserTooLarge, model: SearchModel, histories: Histories) -> UserTooLarge:
     """Say what this user could have instead."""
     history = histories[error.user]
     names: dict[str, AnyPolicy] = {"as text": TextOnly(None), "under ItemPatches(20)": ItemPatches(20, None)}
@@ -140,3 +142,77 @@ def _with_advice(error: UserTooLarge, model: PatchedCausalLM, histories: Histori
     counts = ", ".join(f"{count} {name}" for name, count in fitting.items())
     message = f"{error}. Of this user's {len(history)} items the latest {counts} would fit (max_items)"
     return UserTooLarge(message, error.user, error.needed, error.max_rows)
+
+
+# ------------------------------------------------------------------ planning beforehand
+
+
+def plan_memory(
+    model_config: SearchModel | nn.Module | PretrainedConfig,
+    row_counts: ArrayLike | Sequence[ArrayLike],
+    budget: int | str | None,
+    num_beams: int = 20,
+    dtype: torch.dtype | None = None,
+    *,
+    policies: Sequence[AnyPolicy] | None = None,
+    title_tokens: int | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> SearchPlan:
+    """Cut users into batches whose predicted peak stays within a budget; `patchkern.budget.search` has the formula.
+
+    Args:
+        model_config: a `PatchedCausalLM`, whose catalogue bounds what hypotheses hold; or a transformers causal LM, or
+            its configuration.
+        row_counts: ``(B,)`` rows of every user's prompt, from `patchkern.row_counts`; with ``policies`` one such array
+            for each.
+        budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. None: no limit.
+        num_beams: hypotheses per user.
+        dtype: of weights and activations; the configuration's where not given.
+        policies: to choose from, finest first: the plan is for the first with which every user fits.
+        title_tokens: of the longest title with its response end, 32 where not given; not for a `PatchedCausalLM`.
+        batch_size: users in one batch, at most; None: no limit but the budget.
+        device: where the search runs; the model's, or the CPU for a configuration, where not given.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a user who does not fit alone, with what would be needed.
+    """
+    budget = None if budget is None else parse_bytes("budget", budget)
+    check_count("num_beams", num_beams, minimum=1)
+    cost = SearchCost(model_config, _size(model_config, num_beams, title_tokens), dtype, device)
+    if policies is None:
+        return cost.plan(_counts(row_counts), budget, batch_size)  # type: ignore[arg-type]
+    of_policies: Sequence[ArrayLike] = row_counts  # type: ignore[assignment]
+    if not policies or len(policies) != len(of_policies):
+        raise ValueError(f"policies: expected one for each of {len(of_policies)} row_counts, got {len(policies)}")
+    for policy, counts in zip(policies, of_policies, strict=True):
+        check_policy(policy)
+        try:
+            plan = cost.plan(_counts(counts), budget, batch_size)
+        except UserTooLarge as error:
+            too_large = error
+        else:
+            return replace(plan, policy=policy)
+    raise too_large
+
+
+def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:
+    if hasattr(model, "catalog"):
+        if title_tokens is not None:
+            raise ValueError(f"title_tokens: expected None, because the model knows its titles, got {title_tokens!r}")
+        return size_of_beams(Trie.from_catalog(model.catalog, model.prompt.response_end), num_beams)
+    title_tokens = 32 if title_tokens is None else title_tokens
+    check_count("title_tokens", title_tokens, minimum=1)
+    return SearchSize(num_beams, num_beams * (title_tokens - 1))
+
+
+def size_of_beams(trie: Trie, num_beams: int) -> SearchSize:
+    """Of a beam search in a tree of titles, over the whole catalogue."""
+    return SearchSize(num_beams, trie.live_rows(num_beams), 0, trie.num_bytes)
+
+
+def _counts(values: ArrayLike) -> NDArray[np.int64]:
+    counts = np.asarray(values)
+    if counts.ndim != 1 or (counts.size and (counts.dtype.kind not in "iu" or counts.min() < 0)):
+        raise ValueError(f"row_counts: expected a 1-D array of integers, got {counts.dtype} of shape {counts.shape}")
+    return counts.astype(np.int64)

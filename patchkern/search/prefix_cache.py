@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchkern.models.attention import span_attention
+from patchkern.ops.span_attention import span_attention
 from patchkern.search.prefill import Pass
 from patchkern.search.suffixes import Partial, Suffixes
 
@@ -41,7 +41,7 @@ class _Spans(NamedTuple):
 
 
 class PrefixCache:
-    """What `patchkern.models.attention.attention` calls as ``span_cache``.
+    """The `patchkern.search.protocol.SpanCache` of a batch of users.
 
     The prompts are stored packed, in one tensor per layer for the keys and one for the values, made before the first
     row is computed and filled in place. `prefill` announces a pass over rows of the prompts, `advance` one over tokens
@@ -97,7 +97,7 @@ class PrefixCache:
         return self.lengths[user] + depth - 1
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """Attention of the new rows; see `patchkern.models.attention.SpanCache`."""
+        """Attention of the new rows; see `patchkern.search.protocol.SpanCache`."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         device = query.device.type
         if torch.is_autocast_enabled(device):

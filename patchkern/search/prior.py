@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ from patchkern.data.interactions import Interactions
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.evaluation.yardsticks import Follows, in_training
 from patchkern.search.filters import ItemFilter, ItemPrior
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.search.protocol import SearchModel
+from patchkern.search.recommend import recommend
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 """What `fit_prior_weight` tries."""
@@ -117,7 +116,7 @@ class PriorFit(NamedTuple):
 
 
 def fit_prior_weight(
-    model: PatchedCausalLM,
+    model: SearchModel,
     histories: HistoriesLike,
     targets: ArrayLike,
     policy: AnyPolicy | None,
@@ -169,12 +168,12 @@ def fit_prior_weight(
     left = min(int((table > -math.inf).sum(dim=1).min()) for _, table in _tables(known, n_users))
     own, further = min(candidates, left), min(candidates, left - min(candidates, left))
     shared: dict[str, Any] = {"allowed_items": allowed_items, "exclude_seen": exclude_seen, "prior": prior}
-    found = model.recommend(histories, policy, own, own, prior_weight=0.0, **shared, **options)
+    found = recommend(model, histories, policy, own, own, prior_weight=0.0, **shared, **options)
     scored = _Candidates.of(found, catalog, known)
     if further:
         items_too = list(catalog.item_ids[scored.missing(known, further)])
         # as many beams as items: nothing is cut, so these are their scores and no search
-        found_too = model.recommend(histories, policy, further, further, allowed_items=items_too, **options)
+        found_too = recommend(model, histories, policy, further, further, allowed_items=items_too, **options)
         found = [one + two for one, two in zip(found, found_too, strict=True)]
         scored = _Candidates.of(found, catalog, known)
     curve = {

@@ -9,23 +9,24 @@ full vocabulary; a prior adds to it what else is known of the user and the item.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, check_policy
-from patchkern.budget.search import SearchSize, parse_bytes
+from patchkern.batch.policies import AnyPolicy
+from patchkern.budget.search import SearchSize
+from patchkern.search.arguments import cache_names, check_batching, check_positive, check_prior, check_search
 from patchkern.search.batching import in_batches
 from patchkern.search.filters import ItemFilter, ItemPrior
-from patchkern.search.prompts import Prompts, inference
+from patchkern.search.prompts import Prompts
+from patchkern.search.protocol import SearchModel, check_model, policy_of
 from patchkern.search.title_search import (
     DIVERSITY_PENALTY,
     Found,
@@ -37,12 +38,6 @@ from patchkern.search.title_search import (
 )
 from patchkern.search.trie import BestValues, Trie
 from patchkern.search.user_cache import UserCache
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
-
-SEARCHES = ("beam", "exact", "diverse")
-NORMALIZATIONS = ("titles", "items")
 
 __all__ = ["DIVERSITY_PENALTY", "UnprovenSearchWarning", "generate_titles", "recommend", "score_items"]
 
@@ -57,9 +52,9 @@ class UnprovenSearchWarning(UserWarning):
 
 
 def recommend(
-    model: PatchedCausalLM,
+    model: SearchModel,
     histories: HistoriesLike,
-    policy: AnyPolicy,
+    policy: AnyPolicy | None = None,
     k: int = 20,
     num_beams: int = 20,
     search: str = "beam",
@@ -99,7 +94,7 @@ def recommend(
     Args:
         model: the model, with its catalogue and prompt. It runs in evaluation mode and is left as it was.
         histories: B users.
-        policy: how to compress the histories.
+        policy: how to compress the histories; the model's own where None.
         k: items per user.
         num_beams: hypotheses per user and step, at least ``k``: a narrower beam may find fewer than ``k`` titles.
         search: ``"beam"``, ``"exact"`` or ``"diverse"``.
@@ -142,24 +137,26 @@ def recommend(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    check_model(model)
+    policy = policy_of(model, policy)
     for name, value in (("k", k), ("num_beams", num_beams)):
-        _check_count(name, value)
-    _check_batching(policy, memory_budget, batch_size)
+        check_positive(name, value)
+    check_batching(memory_budget, batch_size)
     if not isinstance(exclude_seen, bool):
         raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
-    _check_search(search, length_penalty, normalize, max_expansions)
-    _check_prior(search, prior, prior_weight)
+    check_search(search, length_penalty, normalize, max_expansions)
+    check_prior(search, prior, prior_weight)
     if k > len(model.catalog):
         raise ValueError(f"k: expected at most {len(model.catalog)}, the items of the catalog, got {k}")
     if num_beams < k:
         raise ValueError(f"num_beams: expected at least k={k}, to find that many titles, got {num_beams}")
     histories = Histories.coerce(histories)
-    names = _names(histories, user_cache, user_ids)
+    names = cache_names(histories, user_cache, user_ids)
     items = ItemFilter(model.catalog, histories, allowed_items, exclude_seen)
     items.check(k)
     known = None
     if prior is not None:
-        dtype = torch.promote_types(model.hf_model.dtype, torch.float32)
+        dtype = torch.promote_types(model.dtype, torch.float32)
         known = ItemPrior(model.catalog, histories, items, prior, prior_weight, k, dtype)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
     if search == "exact" and max_expansions is None:
@@ -199,7 +196,7 @@ def recommend(
 
     results: list[Ranked] = [[] for _ in range(len(histories))]
     n_unproven = 0
-    with inference(model):
+    with model.searching():
         for users, (*found, unproven) in in_batches(
             model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
         ):
@@ -216,9 +213,9 @@ def recommend(
 
 
 def generate_titles(
-    model: PatchedCausalLM,
+    model: SearchModel,
     histories: HistoriesLike,
-    policy: AnyPolicy,
+    policy: AnyPolicy | None = None,
     num_beams: int = 20,
     leaves_only: bool = True,
     memory_budget: int | str | None = None,
@@ -240,8 +237,10 @@ def generate_titles(
     Returns:
         Per user ``(item_id, log-probability)``, each title named by the first item that has it.
     """
-    _check_count("num_beams", num_beams)
-    _check_batching(policy, memory_budget, batch_size)
+    check_model(model)
+    policy = policy_of(model, policy)
+    check_positive("num_beams", num_beams)
+    check_batching(memory_budget, batch_size)
     histories = Histories.coerce(histories)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
@@ -254,7 +253,7 @@ def generate_titles(
         return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
 
     results: list[Ranked] = [[] for _ in range(len(histories))]
-    with inference(model):
+    with model.searching():
         for users, found in in_batches(
             model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
         ):
@@ -263,9 +262,9 @@ def generate_titles(
 
 
 def score_items(
-    model: PatchedCausalLM,
+    model: SearchModel,
     histories: HistoriesLike,
-    policy: AnyPolicy,
+    policy: AnyPolicy | None = None,
     items: Sequence[Any] | NDArray[Any] | None = None,
     memory_budget: int | str | None = None,
     batch_size: int = 64,
@@ -288,12 +287,14 @@ def score_items(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    _check_count("nodes_per_pass", nodes_per_pass)
-    _check_batching(policy, memory_budget, batch_size)
+    check_model(model)
+    policy = policy_of(model, policy)
+    check_positive("nodes_per_pass", nodes_per_pass)
+    check_batching(memory_budget, batch_size)
     histories = Histories.coerce(histories)
     wanted = np.arange(len(model.catalog)) if items is None else model.catalog.index_of(items, "items")
     distinct, column = np.unique(wanted.astype(np.int64), return_inverse=True)
-    double = model.hf_model.dtype == torch.float64
+    double = model.dtype == torch.float64
     scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
     if not scores.size:
         return scores
@@ -307,7 +308,7 @@ def score_items(
         prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
         return score_titles(prompts, trie, passes)[:, title]
 
-    with inference(model):
+    with model.searching():
         for users, found in in_batches(
             model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
         ):
@@ -366,80 +367,9 @@ def _items_of(
 
 
 def _collect(
-    results: list[Ranked], users: NDArray[np.int64], model: PatchedCausalLM, user: Tensor, item: Tensor, score: Tensor
+    results: list[Ranked], users: NDArray[np.int64], model: SearchModel, user: Tensor, item: Tensor, score: Tensor
 ) -> None:
     owners = users[user.cpu().numpy()].tolist()
     item_ids = model.catalog.item_ids[item.cpu().numpy()].tolist()
     for owner, item_id, value in zip(owners, item_ids, score.tolist(), strict=True):
         results[owner].append((item_id, value))
-
-
-# ------------------------------------------------------------------ arguments
-
-
-def _names(histories: Histories, user_cache: Any, user_ids: Any) -> list[Hashable]:
-    """What the users are called in the cache; nothing without one."""
-    if user_cache is None:
-        if user_ids is not None:
-            raise ValueError("user_ids: expected None without a user_cache")
-        return []
-    if not isinstance(user_cache, UserCache):
-        raise TypeError(f"user_cache: expected a UserCache or None, got {type(user_cache).__name__}")
-    if user_ids is None:
-        return list(range(len(histories)))
-    if not is_sequence(user_ids):
-        raise TypeError(f"user_ids: expected a sequence of names, got {type(user_ids).__name__}")
-    if len(user_ids) != len(histories):
-        raise ValueError(f"user_ids: expected one per user ({len(histories)}), got {len(user_ids)}")
-    return list(user_ids)
-
-
-def _check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
-    if search not in SEARCHES:
-        raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
-    _check_number("length_penalty", length_penalty)
-    if normalize not in (None, *NORMALIZATIONS):
-        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
-    if search == "diverse" and length_penalty != 0:
-        raise ValueError(f'length_penalty: expected 0 with search="diverse", which has its own, got {length_penalty}')
-    if normalize is not None and search != "exact":
-        raise ValueError(f'normalize: expected None or search="exact", got {normalize!r} with {search!r}')
-    if normalize is not None and length_penalty != 0:
-        raise ValueError(f"normalize: expected None with a length_penalty of {length_penalty}, got {normalize!r}")
-    if max_expansions is not None:
-        _check_count("max_expansions", max_expansions)
-        if search != "exact":
-            raise ValueError(f'max_expansions: expected None or search="exact", got {max_expansions} with {search!r}')
-        if normalize is not None:
-            raise ValueError(f"max_expansions: expected None with normalize={normalize!r}, got {max_expansions}")
-
-
-def _check_prior(search: str, prior: Any, prior_weight: Any) -> None:
-    _check_number("prior_weight", prior_weight)
-    if prior_weight < 0:
-        raise ValueError(f"prior_weight: expected at least 0, got {prior_weight}")
-    if prior is None and prior_weight != 1:
-        raise ValueError(f"prior: expected one for a prior_weight of {prior_weight}, got None")
-    if prior is not None and search == "diverse":
-        raise ValueError('prior: expected None with search="diverse", whose protocol has none')
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _check_batching(policy: Any, memory_budget: Any, batch_size: Any) -> None:
-    check_policy(policy)
-    if memory_budget is not None:
-        parse_bytes("memory_budget", memory_budget)
-    _check_count("batch_size", batch_size)

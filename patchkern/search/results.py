@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ from torch import Tensor
 from patchkern.batch.histories import Histories, HistoriesLike, check_count, flat_array, is_sequence
 from patchkern.batch.policies import AnyPolicy, policy_to_dict
 from patchkern.data.parquet import import_pyarrow, replace_file
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.search.protocol import SearchModel, policy_of
+from patchkern.search.recommend import recommend
 
 RUN = "run.json"
 FORMAT_VERSION = 1
@@ -38,7 +37,7 @@ _OF_USERS = {"allowed_items", "prior"}  # arguments that may say something else 
 
 
 def recommend_to_disk(
-    model: PatchedCausalLM,
+    model: SearchModel,
     histories: HistoriesLike,
     folder: str | PathLike[str],
     policy: AnyPolicy | None = None,
@@ -73,9 +72,7 @@ def recommend_to_disk(
     check_count("users_per_part", users_per_part, minimum=1)
     histories = Histories.coerce(histories)
     names = _names(user_ids, len(histories))
-    policy = model.policy if policy is None else policy
-    if policy is None:
-        raise ValueError("policy: expected one, here or when the PatchedCausalLM was made, got None")
+    policy = policy_of(model, policy)
     target = Path(folder)
     run = {
         "format_version": FORMAT_VERSION,
@@ -96,7 +93,7 @@ def recommend_to_disk(
         if path.is_file():
             continue
         own = {name: _part_of(name, value, users, len(histories)) for name, value in of_users.items()}
-        ranked = model.recommend(histories.take(users), policy, **arguments, **own)
+        ranked = recommend(model, histories.take(users), policy, **arguments, **own)
         _write_run(target, run)
         offsets = pa.array(np.cumsum([0, *map(len, ranked)]))
         items = pa.array([item for user in ranked for item, _ in user])
@@ -215,7 +212,7 @@ def _hash_into(hashed: Any, value: Any) -> None:
         hashed.update(repr(value).encode())
 
 
-def _fingerprint(model: PatchedCausalLM) -> str:
+def _fingerprint(model: SearchModel) -> str:
     """Names, shapes and a sample of the values of all parameters."""
     hashed = hashlib.blake2b(digest_size=16)
     with torch.no_grad():

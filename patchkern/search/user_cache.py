@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from patchkern.batch.hashes import UInt64, row_hashes
 from patchkern.batch.histories import check_count, is_sequence
 from patchkern.batch.layout import PatchLayout
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
-    from patchkern.search.prefix_cache import Layers, PrefixCache
+from patchkern.search.prefix_cache import Layers, PrefixCache
+from patchkern.search.protocol import SearchModel, check_model
 
 Int64 = NDArray[np.int64]
 # Values read from every parameter to notice a change that torch does not count, as through `.data`.
@@ -51,11 +49,8 @@ class UserCache:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, model: PatchedCausalLM, max_bytes: int) -> None:
-        from patchkern.models.patched_lm import PatchedCausalLM
-
-        if not isinstance(model, PatchedCausalLM):
-            raise TypeError(f"model: expected a PatchedCausalLM, got {type(model).__name__}")
+    def __init__(self, model: SearchModel, max_bytes: int) -> None:
+        check_model(model)
         check_count("max_bytes", max_bytes, minimum=1, maximum=2**63 - 1)
         self.max_bytes = max_bytes
         self._model = model
@@ -81,7 +76,7 @@ class UserCache:
         """Bytes of the keys and values of all users."""
         return self._row_bytes * sum(entry.places.size for entry in self._entries.values())
 
-    def begin(self, model: PatchedCausalLM, layout: PatchLayout, user_ids: Sequence[Any] | None) -> CachedPrompts:
+    def begin(self, model: SearchModel, layout: PatchLayout, user_ids: Sequence[Any] | None) -> CachedPrompts:
         """Look up the prompts of a batch.
 
         Args:
@@ -217,7 +212,7 @@ def _names(user_ids: Sequence[Any] | None, n_users: int) -> list[Hashable]:
     return names
 
 
-def _model_state(model: PatchedCausalLM) -> Any:
+def _model_state(model: SearchModel) -> Any:
     """Equal only for a model that computes the same keys and values, as far as can be told without computing them."""
     tensors = [*model.parameters(), *model.buffers()]
     layout = [(x.data_ptr(), x._version, x.dtype, x.device, x.shape) for x in tensors]

@@ -1,2 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: settings, passes, collators, the trainer, validation."""
+
+from patchkern.training.checkpoints import checkpoints, find_model
+from patchkern.training.settings import SETTINGS, STAGES, Settings
+from patchkern.training.trainer import PatchTrainer
+
+__all__ = ["SETTINGS", "STAGES", "PatchTrainer", "Settings", "checkpoints", "find_model"]

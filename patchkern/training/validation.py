@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,8 @@ from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.sample_layout import build_layout
 from patchkern.evaluation.metrics import Evaluation, evaluate
+from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.search.filters import ItemFilter
-
-if TYPE_CHECKING:
-    from patchkern.models.patched_lm import PatchedCausalLM
 
 KS = (10, 20)
 """List lengths that are counted."""

@@ -25,11 +25,13 @@ from transformers import (
 )
 
 import patchkern as pk
+from patchkern.batch.row_counts import longest_history
 from patchkern.budget import search as memory
 from patchkern.budget.live_bytes import LiveBytes, peak_memory
-from patchkern.budget.search import MemoryBytes, MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes
+from patchkern.budget.search import SearchBytes, SearchCost, SearchSize, UserTooLarge, parse_bytes
 from patchkern.search import batching
-from patchkern.search.batching import is_out_of_memory
+from patchkern.search.batching import is_out_of_memory, size_of_beams
+from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles, score_items
 from patchkern.search.trie import Trie
 
@@ -62,16 +64,16 @@ def users(*lengths: int, n_items: int = 60) -> list[list[Any]]:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[memory.MemoryPlan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[memory.SearchPlan]:
     """The plans that searches make."""
-    made: list[memory.MemoryPlan] = []
-    original = MemoryModel.plan
+    made: list[memory.SearchPlan] = []
+    original = SearchCost.plan
 
-    def plan(self: MemoryModel, *arguments: Any) -> memory.MemoryPlan:
+    def plan(self: SearchCost, *arguments: Any) -> memory.SearchPlan:
         made.append(original(self, *arguments))
         return made[-1]
 
-    monkeypatch.setattr(MemoryModel, "plan", plan)
+    monkeypatch.setattr(SearchCost, "plan", plan)
     return made
 
 
@@ -101,7 +103,7 @@ def measured(model: pk.PatchedCausalLM, histories: Any, policy: Any, width: int,
     ids=["llama", "qwen3", "gpt2", "phi3", "llama-bfloat16"],
 )
 def test_the_prediction_is_close_and_never_low(
-    family: str, dtype: torch.dtype, policy: str, lengths: tuple[int, ...], width: int, plans: list[memory.MemoryPlan]
+    family: str, dtype: torch.dtype, policy: str, lengths: tuple[int, ...], width: int, plans: list[memory.SearchPlan]
 ) -> None:
     found = measured(make_model(family, dtype), users(*lengths), POLICIES[policy], width)
     assert found <= plans[0].peak <= 1.1 * found
@@ -110,7 +112,7 @@ def test_the_prediction_is_close_and_never_low(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [512, 2048])
 def test_chunks_are_predicted_too(
-    dtype: torch.dtype, chunk: int, plans: list[memory.MemoryPlan], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, chunk: int, plans: list[memory.SearchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, histories = make_model(dtype=dtype), users(900, 700, 800)
     whole = measured(model, histories, POLICIES["text"], 5)
@@ -122,13 +124,13 @@ def test_chunks_are_predicted_too(
 
 
 @pytest.mark.parametrize("search", ["exact", "diverse"])
-def test_no_search_needs_more_than_predicted(search: str, plans: list[memory.MemoryPlan]) -> None:
+def test_no_search_needs_more_than_predicted(search: str, plans: list[memory.SearchPlan]) -> None:
     found = measured(make_model(), users(40, 30, 20, 10), POLICIES["items"], 10, search=search, exclude_seen=True)
     assert found <= plans[0].peak <= 2 * found
 
 
 @pytest.mark.parametrize("search", [generate_titles, score_items])
-def test_other_searches_are_planned(search: Any, plans: list[memory.MemoryPlan]) -> None:
+def test_other_searches_are_planned(search: Any, plans: list[memory.SearchPlan]) -> None:
     model, histories = make_model(), users(40, 30, 20, 10)
     whole = search(model, histories, POLICIES["items"])
     with peak_memory("cpu") as peak:
@@ -141,10 +143,10 @@ def test_other_searches_are_planned(search: Any, plans: list[memory.MemoryPlan])
 def test_a_configuration_says_what_its_model_says() -> None:
     torch.utils._device._device_constructors.cache_clear()
     model, size = hf_model("llama", torch.float32), SearchSize(5, 20)
-    of_model, of_config = MemoryModel(model, size), MemoryModel(model.config, size, torch.float32)
+    of_model, of_config = SearchCost(model, size), SearchCost(model.config, size, torch.float32)
     assert of_model.needed(3, 500, 200) == of_config.needed(3, 500, 200)
     assert of_model.weights == sum(parameter.nbytes for parameter in model.parameters()) + _buffers(model)
-    half = MemoryModel(model.config, size, torch.bfloat16)
+    half = SearchCost(model.config, size, torch.bfloat16)
     assert half.row_bytes * 2 == of_model.row_bytes == 2 * 3 * 2 * 16 * 4
 
 
@@ -153,7 +155,7 @@ def _buffers(model: Any) -> int:
 
 
 def test_the_parts_are_what_they_are_called() -> None:
-    model = MemoryModel(hf_model("llama", torch.float32), SearchSize(5, 20))
+    model = SearchCost(hf_model("llama", torch.float32), SearchSize(5, 20))
     small, long, many = (model.needed(*shape) for shape in ((2, 200, 100), (2, 2000, 1000), (4, 200, 50)))
     assert long.store == 10 * small.store and long.logits == small.logits and long.decode == small.decode
     assert many.logits == 2 * small.logits and many.store == small.store
@@ -164,7 +166,7 @@ def test_the_parts_are_what_they_are_called() -> None:
 def test_the_model_is_left_alone() -> None:
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    MemoryModel(model, SearchSize(2, 2))
+    SearchCost(model, SearchSize(2, 2))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.device.type == "cpu" and parameter.requires_grad for parameter in model.parameters())
 
@@ -174,7 +176,7 @@ def test_a_model_that_asks_its_data_cannot_be_planned() -> None:
     layer = model.hf_model.model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda module, inputs: (inputs[0][inputs[0].sum(dim=-1) > 0],))
     with pytest.raises(ValueError, match="model: expected one whose forward pass runs on the meta device"):
-        MemoryModel(model, SearchSize(2, 2))
+        SearchCost(model, SearchSize(2, 2))
 
 
 # ------------------------------------------------------------------ measuring
@@ -286,7 +288,7 @@ def test_a_smaller_chunk_makes_room_for_a_long_user() -> None:
 
 
 def test_the_most_rows_that_fit() -> None:
-    model = MemoryModel(hf_model("llama", torch.float32), SearchSize(5, 20))
+    model = SearchCost(hf_model("llama", torch.float32), SearchSize(5, 20))
     budget = model.needed(1, 700, 700, memory.CHUNKS[-1]).peak
     assert model.max_rows(budget) == 700
     assert model.max_rows(budget - 1) == 699
@@ -300,7 +302,7 @@ def test_the_mildest_policy_that_fits() -> None:
     needed = [pk.plan_memory(model, rows, None, batch_size=1).peak for rows in counts]
     chosen = [pk.plan_memory(model, counts, budget, policies=policies).policy for budget in needed]
     assert chosen[0] == policies[0] and chosen[2] == policies[2]
-    smaller = MemoryModel(model, SearchSize(20, 20 * 31)).needed(1, 3000, 3000, memory.CHUNKS[-1]).peak
+    smaller = SearchCost(model, SearchSize(20, 20 * 31)).needed(1, 3000, 3000, memory.CHUNKS[-1]).peak
     assert pk.plan_memory(model, counts, smaller, policies=policies).policy == policies[1]
     with pytest.raises(UserTooLarge, match="whose prompt has 300 rows"):
         pk.plan_memory(model, counts, needed[2] // 2, policies=policies)
@@ -317,7 +319,7 @@ def test_row_counts_that_are_none(counts: Any) -> None:
 def test_a_plan_for_nobody() -> None:
     plan = pk.plan_memory(hf_model("llama", torch.float32), np.zeros(0, np.int64), 10**9)
     assert plan.batches == () and plan.peak == plan.users_per_batch == 0
-    assert plan.needed == MemoryBytes(0, 0, 0, 0, 0)
+    assert plan.needed == SearchBytes(0, 0, 0, 0, 0)
 
 
 # ------------------------------------------------------------------ searching within a budget
@@ -327,7 +329,7 @@ def ids(results: list[list[tuple[Any, float]]]) -> list[list[Any]]:
     return [[item for item, _ in ranked] for ranked in results]
 
 
-def test_a_budget_is_kept_and_changes_nothing(plans: list[memory.MemoryPlan]) -> None:
+def test_a_budget_is_kept_and_changes_nothing(plans: list[memory.SearchPlan]) -> None:
     model, histories = make_model(dtype=torch.float64), users(300, 3, 250, 4, 200, 6, 2, 1, 0, 150)
     whole = model.recommend(histories, POLICIES["text"], 5, 5)
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -366,8 +368,8 @@ def test_the_plan_for_a_model_with_titles_is_that_of_its_beam_search() -> None:
     counts = pk.row_counts(model.catalog, histories, policy, model.prompt)
     plan = pk.plan_memory(model, counts, None, 5)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
-    assert plan.peak == MemoryModel(model, SearchSize.of_beams(trie, 5)).plan(counts, None, None).peak
-    assert SearchSize.of_beams(trie, 20).kept_rows < 20 * (trie.depth - 1)
+    assert plan.peak == SearchCost(model, size_of_beams(trie, 5)).plan(counts, None, None).peak
+    assert size_of_beams(trie, 20).kept_rows < 20 * (trie.depth - 1)
     with pytest.raises(ValueError, match="title_tokens: expected None, because the model knows its titles, got 10"):
         pk.plan_memory(model, counts, None, 5, title_tokens=10)
 
@@ -413,7 +415,7 @@ FAILURES = {
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, most_users: int) -> list[int]:
     """Make every step with the prompts of more than ``most_users`` users fail; returns the users of all batches."""
     sizes: list[int] = []
-    original = pk.prompts.Prompts.step  # type: ignore[attr-defined]
+    original = Prompts.step
 
     def step(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         sizes.append(self.num_users)

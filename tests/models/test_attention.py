@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import patchkern as pk
 import patchkern.models.attention
 from patchkern.batch.layout import PatchLayout
-from patchkern.models.attention import NAME, DeferredMask, attention_mask, register, span_attention
+from patchkern.models.attention import NAME, DeferredMask, attention_mask, register
+from patchkern.ops import span_attention_flash
+from patchkern.ops.span_attention import span_attention
 
 register()
 VOCABULARY = 61
@@ -428,12 +430,12 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         module = types.ModuleType("flash_attn")
         module.flash_attn_varlen_func = flash  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "flash_attn", module)
-        build = patchkern.models.attention._flash_attn_kernel
+        build = span_attention_flash._flash_attn_kernel
     else:
         module = types.ModuleType("torch.nn.attention.varlen")
         module.varlen_attn = torch_2_11 if request.param == "torch 2.11" else torch_2_13  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-        build = patchkern.models.attention._torch_varlen_kernel
+        build = span_attention_flash._torch_varlen_kernel
     return build.__wrapped__()  # past the cache
 
 
@@ -450,13 +452,13 @@ def test_torch_2_10_has_no_usable_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     module = types.ModuleType("torch.nn.attention.varlen")
     module.varlen_attn = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    assert patchkern.models.attention._torch_varlen_kernel.__wrapped__() is None
+    assert span_attention_flash._torch_varlen_kernel.__wrapped__() is None
 
 
 def test_broken_flash_attn_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     with pytest.warns(UserWarning, match="flash_attn is installed but does not load"):
-        assert patchkern.models.attention._flash_attn_kernel.__wrapped__() is None
+        assert span_attention_flash._flash_attn_kernel.__wrapped__() is None
 
 
 @pytest.mark.gpu

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import patchkern as pk
 from patchkern.budget import search as memory
-from patchkern.budget.search import MemoryModel, SearchSize
-from patchkern.search.prompts import inference
+from patchkern.budget.search import SearchCost, SearchSize
 from patchkern.search.recommend import score_items
 from patchkern.search.trie import Trie
 from patchkern.search.user_cache import UserCache
-from patchkern.training.trainer import SETTINGS, LayoutCollator, PassCollator, PatchTrainer
+from patchkern.training import SETTINGS, PatchTrainer
+from patchkern.training.collators import LayoutCollator, PassCollator
 from recipes import train
 from tests.budget import test_search as test_memory
 from tests.search.test_prompts import LONG, compute, computed_rows
@@ -373,14 +373,14 @@ def test_prompts_in_chunks_and_from_a_cache(policy: str, monkeypatch: pytest.Mon
     rows.clear()
     got, layout = compute(model, HISTORIES, cases.POLICIES[policy], user_cache=cache)
     assert sum(rows) > layout.num_rows / 2, "other vectors, other prompts"
-    with inference(model):
+    with model.searching():
         torch.testing.assert_close(got.logits, model(layout).logits, rtol=0, atol=1e-10)
 
 
 def test_memory_counts_the_vectors() -> None:
     model = make_model()
     size = SearchSize(20, 100)
-    more = MemoryModel(model, size).weights - MemoryModel(without(model), size).weights
+    more = SearchCost(model, size).weights - SearchCost(without(model), size).weights
     assert more == model.item_embedding.nbytes == len(TITLES) * 32 * 8
 
 
@@ -394,7 +394,7 @@ def test_memory_is_predicted(chunk: int, policy: str, monkeypatch: pytest.Monkey
     counts = pk.row_counts(model.catalog, histories, cases.POLICIES[policy], model.prompt)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
     size = SearchSize(5, trie.live_rows(5), 0, trie.num_bytes)
-    assert found <= MemoryModel(model, size).plan(counts, 1 << 30, 64).peak <= 1.1 * found
+    assert found <= SearchCost(model, size).plan(counts, 1 << 30, 64).peak <= 1.1 * found
 
 
 # ------------------------------------------------------------------ files

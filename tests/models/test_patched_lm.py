@@ -361,7 +361,7 @@ def test_only_what_scales_is_pooled_directly() -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding as Scaled
     from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding as DoesMore
 
-    from patchkern.models.patched_lm import _only_scales
+    from patchkern.models.embedding import _only_scales
 
     class Derived(Scaled):
         pass

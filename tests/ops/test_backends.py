@@ -226,7 +226,7 @@ def test_the_gradient_is_as_particular(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: pk.pool_rows(weight, layout, backend="triton", out=out),
         lambda: pk.pool_rows(weight.clone().requires_grad_(), layout, backend="triton"),
         lambda: pk.pool_rows_grad(weight[: layout.num_rows], layout, cases.VOCABULARY, backend="triton", out=into),
-        lambda: cases.make_batch(pk.ItemPatches(2), [9]).catalog.item_table(weight, backend="triton"),
+        lambda: pk.item_table(cases.make_batch(pk.ItemPatches(2), [9]).catalog, weight, backend="triton"),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"backend: expected a backend for torch.float64 on cpu, got 'triton'"):

@@ -44,7 +44,7 @@ def test_rows_are_item_patches(backend: str, device: torch.device, dtype: torch.
     titles = cases.make_titles(23)
     catalog = cases.make_catalog(titles)
     weight = cases.make_weight(cases.VOCABULARY, 41, dtype, strided, device=device)
-    table = catalog.item_table(weight, backend=backend)
+    table = pk.item_table(catalog, weight, backend=backend)
     assert isinstance(table, pk.ItemTable) and table.catalog_fingerprint == catalog.fingerprint
     assert table.rows.device == weight.device and not table.rows.requires_grad
     rows = [[title] for title in titles.values()]
@@ -55,16 +55,16 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few tokens, some smaller than a title: each item in exactly one."""
     catalog = cases.make_catalog(cases.make_titles(200, longest=30))
     weight = cases.make_weight(cases.VOCABULARY, 8)
-    whole = catalog.item_table(weight).rows
+    whole = pk.item_table(catalog, weight).rows
     for tokens in (1, 7, 31, 10_000):
         monkeypatch.setattr(item_table, "_CHUNK_BYTES", 4 * 8 * tokens)
-        assert torch.equal(catalog.item_table(weight).rows, whole)
+        assert torch.equal(pk.item_table(catalog, weight).rows, whole)
 
 
 def test_empty_and_tiny_catalogues() -> None:
     weight = cases.make_weight(5, 3)
-    assert pk.Catalog.from_token_ids([], [0]).item_table(weight).rows.shape == (0, 3)
-    assert torch.equal(pk.Catalog.from_token_ids([4], [0, 1]).item_table(weight).rows, weight[4:])
+    assert pk.item_table(pk.Catalog.from_token_ids([], [0]), weight).rows.shape == (0, 3)
+    assert torch.equal(pk.item_table(pk.Catalog.from_token_ids([4], [0, 1]), weight).rows, weight[4:])
 
 
 def test_fingerprints_follow_the_titles() -> None:
@@ -89,7 +89,7 @@ def test_pooling_with_a_table(backend: str, device: torch.device, name: str, dty
     batch = cases.make_batch(cases.POLICIES[name], LENGTHS)
     weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
     layout = batch.layout(device)
-    table = batch.catalog.item_table(weight, backend=backend)
+    table = pk.item_table(batch.catalog, weight, backend=backend)
     without = pk.pool_rows(weight, layout, backend=backend)
     got = pk.pool_rows(weight, layout, backend=backend, table=table)
     alone = layout.hi - layout.lo.clamp(min=-1) == 1
@@ -105,7 +105,7 @@ def test_pooling_with_a_table(backend: str, device: torch.device, name: str, dty
 def test_scale_and_width(backend: str, device: torch.device, width: int, dtype: torch.dtype) -> None:
     batch = cases.make_batch(pk.SessionPatches(3), LENGTHS)
     weight = cases.make_weight(cases.VOCABULARY, width, dtype, device=device)
-    table = batch.catalog.item_table(weight, backend=backend)
+    table = pk.item_table(batch.catalog, weight, backend=backend)
     got = pk.pool_rows(weight, batch.layout(device), backend=backend, table=table, scale=-45.25)
     assert_pooled_twice(got, weight, batch.rows(), -45.25, cases.truncates(backend, dtype))
 
@@ -113,7 +113,7 @@ def test_scale_and_width(backend: str, device: torch.device, width: int, dtype: 
 def test_special_values_are_copied(backend: str, device: torch.device) -> None:
     batch = cases.Batch({0: [0]}, [[0]], pk.ItemPatches(keep_text=0), cases.NO_PROMPT)
     weight = torch.ones(1, 4, device=device)
-    table = batch.catalog.item_table(weight, backend=backend)
+    table = pk.item_table(batch.catalog, weight, backend=backend)
     zero = 0.0 if cases.interpreted(backend) else -0.0  # sums in NumPy begin at 0.0
     table.rows.copy_(torch.tensor([[zero, 0.0, float("inf"), 1e-42]], device=device))
     got = pk.pool_rows(weight, batch.layout(device), backend=backend, table=table)
@@ -125,7 +125,7 @@ def test_titles_are_not_read_again(backend: str, device: torch.device) -> None:
     batch = cases.make_batch(pk.ItemPatches(keep_text=0), [9, 3], prompt=cases.NO_PROMPT, with_targets=False)
     weight = cases.make_weight(cases.VOCABULARY, 8, device=device)
     layout = batch.layout(device)
-    table = batch.catalog.item_table(weight, backend=backend)
+    table = pk.item_table(batch.catalog, weight, backend=backend)
     table.rows.copy_(torch.arange(len(batch.catalog), device=device)[:, None].expand_as(table.rows))
     got = pk.pool_rows(weight, layout, backend=backend, table=table)
     assert got[:, 0].tolist() == [float(item) for history in batch.histories for item in history]
@@ -134,7 +134,7 @@ def test_titles_are_not_read_again(backend: str, device: torch.device) -> None:
 def test_compress_batch_takes_a_table() -> None:
     batch = cases.make_batch(pk.SessionPatches(3), LENGTHS)
     catalog, weight = batch.catalog, cases.make_weight(cases.VOCABULARY, 8)
-    table = catalog.item_table(weight)
+    table = pk.item_table(catalog, weight)
     packed = pk.compress_batch(weight, catalog, *batch.arguments()[1:], table=table, scale=2.0)
     assert torch.equal(packed.inputs_embeds, pk.pool_rows(weight, batch.layout(), table=table, scale=2.0))
 
@@ -207,7 +207,7 @@ def test_stale_tables_are_refused(name: str) -> None:
     batch = cases.make_batch(pk.ItemPatches(2), LENGTHS)
     layout = batch.layout()
     weight = torch.nn.Parameter(cases.make_weight(cases.VOCABULARY, 8), requires_grad=False)
-    table = batch.catalog.item_table(weight)
+    table = pk.item_table(batch.catalog, weight)
     out = torch.full((layout.num_rows, 8), 777.0)
     for alias in (weight, weight.detach(), weight[:]):
         pk.pool_rows(alias, layout, table=table, out=out.clone())
@@ -217,14 +217,14 @@ def test_stale_tables_are_refused(name: str) -> None:
     assert (out == 777).all()
     # made anew, it serves again
     anew = changed.requires_grad_(False)
-    pk.pool_rows(anew, layout, table=batch.catalog.item_table(anew))
+    pk.pool_rows(anew, layout, table=pk.item_table(batch.catalog, anew))
 
 
 def test_another_weight_in_the_same_place_is_not_mistaken() -> None:
     """A table keeps its weight's memory, so that a new weight cannot be allocated there unnoticed."""
     batch = cases.make_batch(pk.ItemPatches(2), [9])
     layout = batch.layout()
-    table = batch.catalog.item_table(cases.make_weight(4096, 64))
+    table = pk.item_table(batch.catalog, cases.make_weight(4096, 64))
     for seed in range(20):
         with pytest.raises(ValueError, match="other memory"):
             pk.pool_rows(cases.make_weight(4096, 64, seed=seed), layout, table=table)
@@ -233,11 +233,11 @@ def test_another_weight_in_the_same_place_is_not_mistaken() -> None:
 def test_a_table_of_another_catalogue_is_refused() -> None:
     batch = cases.make_batch(pk.ItemPatches(2), LENGTHS)
     weight = cases.make_weight(cases.VOCABULARY, 8)
-    other = cases.make_catalog(cases.make_titles(23, seed=1)).item_table(weight)
+    other = pk.item_table(cases.make_catalog(cases.make_titles(23, seed=1)), weight)
     with pytest.raises(ValueError, match="table: expected one of the layout's catalogue, got one of a catalogue with"):
         pk.pool_rows(weight, batch.layout(), table=other)
     # titles decide, not the object
-    same = cases.make_catalog(batch.titles).item_table(weight)
+    same = pk.item_table(cases.make_catalog(batch.titles), weight)
     pk.pool_rows(weight, batch.layout(), table=same)
 
 
@@ -246,19 +246,19 @@ def test_a_layout_made_by_hand_takes_no_table() -> None:
     weight = cases.make_weight(cases.VOCABULARY, 8)
     by_hand = pk.PatchLayout(**{**vars(batch.layout()), "catalog_fingerprint": None})
     with pytest.raises(ValueError, match="layout: expected one that knows its catalogue"):
-        pk.pool_rows(weight, by_hand, table=batch.catalog.item_table(weight))
+        pk.pool_rows(weight, by_hand, table=pk.item_table(batch.catalog, weight))
 
 
 def test_a_table_has_no_gradient() -> None:
     batch = cases.make_batch(pk.ItemPatches(2), LENGTHS)
     weight = cases.make_weight(cases.VOCABULARY, 8)
-    table = batch.catalog.item_table(weight)
+    table = pk.item_table(batch.catalog, weight)
     weight.requires_grad_()
     for mode in (torch.enable_grad(), torch.no_grad()):
         with mode, pytest.raises(ValueError, match="table: expected None for a weight that requires a gradient"):
             pk.pool_rows(weight, batch.layout(), table=table)
         with mode, pytest.raises(ValueError, match=r"weight: expected a frozen one, .*requires_grad_"):
-            batch.catalog.item_table(weight)
+            pk.item_table(batch.catalog, weight)
 
 
 def test_inference_tensors_cannot_be_watched() -> None:
@@ -266,9 +266,9 @@ def test_inference_tensors_cannot_be_watched() -> None:
     weight = cases.make_weight(cases.VOCABULARY, 8)
     with torch.inference_mode():
         with pytest.raises(ValueError, match="weight: expected a tensor whose changes can be noticed"):
-            batch.catalog.item_table(weight.clone())
+            pk.item_table(batch.catalog, weight.clone())
         # an ordinary weight may be used, and is watched, under inference mode
-        table = batch.catalog.item_table(weight)
+        table = pk.item_table(batch.catalog, weight)
         pk.pool_rows(weight, batch.layout(), table=table)
         weight.add_(1)
         with pytest.raises(ValueError, match="has been written to since"):
@@ -279,7 +279,7 @@ def test_inference_tensors_cannot_be_watched() -> None:
 def test_torch_compile_refuses_a_table() -> None:
     batch = cases.make_batch(pk.ItemPatches(2), [9])
     weight, layout = cases.make_weight(cases.VOCABULARY, 8), batch.layout()
-    table = batch.catalog.item_table(weight)
+    table = pk.item_table(batch.catalog, weight)
     compiled = torch.compile(lambda w: pk.pool_rows(w, layout, table=table), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"table: expected None under torch.compile"):
         compiled(weight)
@@ -305,7 +305,7 @@ def test_wrong_arguments(name: str) -> None:
     weight, backend, error, message = WRONG[name]
     batch = cases.make_batch(pk.ItemPatches(2), [9])
     with pytest.raises(error, match=message):
-        batch.catalog.item_table(weight, backend=backend)
+        pk.item_table(batch.catalog, weight, backend=backend)
 
 
 def test_wrong_tables() -> None:

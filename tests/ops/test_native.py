@@ -299,7 +299,7 @@ def test_table_and_scale_on_every_instruction_set(isa: str, dtype: torch.dtype) 
     for width in WIDTHS:
         weight = cases.make_weight(cases.VOCABULARY, width, dtype)
         oracle.assert_pooled(pk.pool_rows(weight, layout, backend="native", scale=-3.7), weight, rows, scale=-3.7)
-        table = batch.catalog.item_table(weight, backend="native")
+        table = pk.item_table(batch.catalog, weight, backend="native")
         exact = torch.stack([table.rows[torch.tensor(index)].double().mean(0) for index in _entries(layout)])
         patches = layout.lo >= 0
         got = pk.pool_rows(weight, layout, backend="native", table=table, scale=0.5)[patches].double()

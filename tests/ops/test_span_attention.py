@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchkern.models.attention import span_attention
 from patchkern.ops import span_attention_prefixed as op
 from patchkern.ops import span_attention_tiles as tiles
+from patchkern.ops.span_attention import span_attention
 
 
 class Spans(NamedTuple):

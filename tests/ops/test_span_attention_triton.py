@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchkern.models.attention import span_attention
 from patchkern.ops import span_attention_prefixed as op
+from patchkern.ops.span_attention import span_attention
 from tests.ops.test_span_attention import SPANS, Spans, expected, gradients, leaves, sdpa, visibility
 
 triton = pytest.importorskip("triton")

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the recipe draws with matplotlib")
 
 import patchkern as pk
-from patchkern.budget.search import MemoryModel, MemoryPlan, UserTooLarge
+from patchkern.budget.search import SearchCost, SearchPlan, UserTooLarge
 from patchkern.data import Interactions, leave_one_out, open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
@@ -38,21 +38,21 @@ def _model(data: Interactions) -> pk.PatchedCausalLM:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[MemoryPlan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[SearchPlan]:
     """Every plan that is made from now on."""
-    made: list[MemoryPlan] = []
-    plan = MemoryModel.plan
+    made: list[SearchPlan] = []
+    plan = SearchCost.plan
 
-    def recorded(*args: Any, **kwargs: Any) -> MemoryPlan:
+    def recorded(*args: Any, **kwargs: Any) -> SearchPlan:
         made.append(plan(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(MemoryModel, "plan", recorded)
+    monkeypatch.setattr(SearchCost, "plan", recorded)
     return made
 
 
 def test_its_numbers_are_the_librarys(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], plans: list[MemoryPlan]
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], plans: list[SearchPlan]
 ) -> None:
     arguments = ["--data", folder, "--min_items", "100", "--users", "5", "--budget", "1GiB", *TINY]
     results = long_history.main([*arguments, "--output", str(tmp_path)])

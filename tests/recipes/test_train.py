@@ -21,7 +21,7 @@ from bench.workloads import POLICIES, _stand_in
 from patchkern.batch.prompt import MARKERS
 from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate as count
-from patchkern.training.trainer import SETTINGS, checkpoints
+from patchkern.training import SETTINGS, checkpoints
 from recipes import evaluate, train
 
 FAST = [

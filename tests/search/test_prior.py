@@ -25,6 +25,7 @@ from patchkern.budget import search as memory
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, leave_one_out, synthetic
 from patchkern.evaluation.metrics import evaluate
+from patchkern.search import prior as prior_module
 from patchkern.search.recommend import UnprovenSearchWarning
 from patchkern.search.results import read_recommendations, recommend_to_disk
 from patchkern.search.trie import Trie
@@ -361,13 +362,13 @@ def test_errors_name_the_argument(arguments: dict[str, Any], error: type[Excepti
 def test_memory_of_a_prior_is_planned(search: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a catalogue that outweighs the model."""
     plans = []
-    original = memory.MemoryModel.plan
+    original = memory.SearchCost.plan
 
-    def plan(self: memory.MemoryModel, *arguments: Any) -> memory.MemoryPlan:
+    def plan(self: memory.SearchCost, *arguments: Any) -> memory.SearchPlan:
         plans.append(original(self, *arguments))
         return plans[-1]
 
-    monkeypatch.setattr(memory.MemoryModel, "plan", plan)
+    monkeypatch.setattr(memory.SearchCost, "plan", plan)
     titles = {number: [number % 30, number // 30 % 30, number // 900] for number in range(9000)}
     model = pk.PatchedCausalLM(copy.deepcopy(HF_MODELS["llama"]).float(), make_catalog(titles), PROMPT)
     histories = make_histories(titles, [4, 3, 2, 1] * 5)
@@ -533,7 +534,7 @@ def test_a_planted_weight_is_recovered(planted: float, candidates: int) -> None:
     targets = (model.score_items(histories, POLICIES["text"]) + planted * prior).argmax(axis=1)
     fit = pk.fit_prior_weight(model, histories, targets, POLICIES["text"], prior, candidates=candidates)
     assert fit.weight == planted
-    assert list(fit.curve) == sorted(pk.prior.WEIGHTS)  # type: ignore[attr-defined]
+    assert list(fit.curve) == sorted(prior_module.WEIGHTS)
     gains = [found.ndcg(20) for found in fit.curve.values()]
     assert gains[-1] < 0.9 and sorted(gains)[-2] < max(gains)
     if candidates >= 60:  # a beam of 20 may lose a target

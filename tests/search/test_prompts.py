@@ -21,7 +21,7 @@ import patchkern as pk
 from patchkern.search import prefill, prompts
 from patchkern.search.prefill import plan_passes, shared_literals
 from patchkern.search.prefix_cache import PrefixCache
-from patchkern.search.prompts import Prompts, check_spans, inference
+from patchkern.search.prompts import Prompts
 
 TITLES = make_titles(23)
 HISTORIES = make_histories(TITLES, [9, 1, 40, 0, 17])
@@ -32,7 +32,7 @@ def compute(
     model: pk.PatchedCausalLM, histories: Any, policy: Any, max_rows: int = 0, **options: Any
 ) -> tuple[Prompts, pk.PatchLayout]:
     layout = pk.build_layout(model.catalog, histories, policy, model.prompt)
-    with inference(model):
+    with model.searching():
         return Prompts(model, layout, max_rows, **options), layout
 
 
@@ -88,7 +88,7 @@ def test_logits_are_those_of_each_user_alone(
     computed, _ = compute(model, HISTORIES, policy, max_rows=30, chunk_rows=chunk_rows)
     assert_close(computed.logits, plain_logits(model, family, HISTORIES, policy, [[]] * 5))
     users = torch.arange(5)
-    with inference(model):
+    with model.searching():
         logits = computed.step(torch.full((5,), -1), users, users + 11)
         assert_close(logits, plain_logits(model, family, HISTORIES, policy, [[u + 11] for u in range(5)]))
         # users 1 and 3 have ended; 2 goes on twice
@@ -113,7 +113,7 @@ def test_narrow_dtypes_err_little_more_than_plain_ones(dtype: torch.dtype, chunk
     weight = narrow.get_input_embeddings().weight.detach()
     error, plain_error = 0.0, 0.0
     computed, _ = compute(model, HISTORIES, policy, max_rows=5, chunk_rows=chunk_rows)
-    with inference(model):
+    with model.searching():
         got = computed.step(torch.full((5,), -1), torch.arange(5), torch.full((5,), 7))
     exact = plain_logits(make_model(TITLES, prompt=LONG), "llama", HISTORIES, policy, [[7]] * 5)
     narrow.set_attn_implementation("sdpa")
@@ -132,7 +132,7 @@ def test_under_autocast() -> None:
     model = pk.PatchedCausalLM(make_hf_model().float(), make_catalog(TITLES), LONG)
     with torch.autocast("cpu", torch.bfloat16):
         computed, _ = compute(model, HISTORIES, policy, max_rows=5, chunk_rows=30)
-        with inference(model):
+        with model.searching():
             logits = computed.step(torch.full((5,), -1), torch.arange(5), torch.full((5,), 7))
     assert {x.dtype for pair in computed._cache.layers.values() for x in pair} == {torch.bfloat16}
     exact = plain_logits(make_model(TITLES, prompt=LONG), "llama", HISTORIES, policy, [[7]] * 5)
@@ -148,7 +148,7 @@ def test_prompts_are_stored_once_without_padding(chunk_rows: int | None) -> None
     model = make_model(TITLES)
     computed, layout = compute(model, HISTORIES, POLICIES["items-all"], max_rows=100, chunk_rows=chunk_rows)
     before = {layer: [x.data_ptr() for x in pair] for layer, pair in computed._cache.layers.items()}
-    with inference(model):
+    with model.searching():
         computed.step(torch.full((100,), -1), torch.arange(5).repeat_interleave(20), torch.arange(100))
     stored = computed._cache.layers
     assert {layer: [tuple(x.shape) for x in pair] for layer, pair in stored.items()} == {
@@ -241,7 +241,7 @@ def test_no_sharing_where_it_saves_little(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_layer_must_come_by(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(TITLES)
     monkeypatch.setattr(model.config, "num_hidden_layers", 3)
-    with pytest.raises(ValueError, match=r"model: search needs patchkern_varlen attention in all 3 layers of .* in 2"):
+    with pytest.raises(ValueError, match=r"model: search needs span attention in all 3 layers of .* in 2"):
         compute(model, HISTORIES, POLICIES["items"])
 
 
@@ -256,6 +256,6 @@ def test_positions_that_depend_on_the_longest_user_are_refused() -> None:
     )  # fmt: skip
     model = pk.PatchedCausalLM(Phi3ForCausalLM(config).eval(), make_catalog(TITLES), LONG)
     short, long = (pk.build_layout(model.catalog, [[0] * n], pk.ItemPatches(0), LONG) for n in (10, 40))
-    check_spans(model, short, 5)
+    model.check_search(short, 5)
     with pytest.raises(ValueError, match=r"model: search needs positions that .*, got .* rows and longrope beyond 64"):
-        check_spans(model, long, 5)
+        model.check_search(long, 5)

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchkern as pk
+from patchkern.search import results
 from patchkern.search.results import read_recommendations, recommend_to_disk
 
 LENGTHS = [7, 3, 20, 1, 12, 5, 9]
@@ -80,15 +81,15 @@ def test_a_stopped_run_goes_on(
     model: pk.PatchedCausalLM, histories: pk.Histories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    recommend = pk.PatchedCausalLM.recommend
+    recommend = results.recommend
 
-    def failing(self: Any, histories: Any, *args: Any, **kwargs: Any) -> Any:
+    def failing(model: Any, histories: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(len(histories))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return recommend(self, histories, *args, **kwargs)
+        return recommend(model, histories, *args, **kwargs)
 
-    monkeypatch.setattr(pk.PatchedCausalLM, "recommend", failing)
+    monkeypatch.setattr(results, "recommend", failing)
     options: dict[str, Any] = {"users_per_part": 2, "k": 4, "num_beams": 6}
     with pytest.raises(KeyboardInterrupt):
         recommend_to_disk(model, histories, tmp_path, **options)

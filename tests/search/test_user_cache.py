@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from search_oracle import HF_MODELS, make_hf_model, make_model
 
 import patchkern as pk
-from patchkern.search.prompts import Prompts, inference
+from patchkern.search.prompts import Prompts
 from patchkern.search.user_cache import UserCache
 from tests.search.test_prompts import LONG, compute, computed_rows
 
@@ -28,7 +28,7 @@ def logits(model: pk.PatchedCausalLM, histories: Any, policy: Any = POLICY, **op
     """Of the prompts, and of a token after each."""
     prompts, _ = compute(model, histories, policy, max_rows=len(histories), **options)
     users = torch.arange(len(histories))
-    with inference(model):
+    with model.searching():
         return torch.stack([prompts.logits, prompts.step(torch.full_like(users, -1), users, users + 3)])
 
 

@@ -26,20 +26,10 @@ from patchkern.budget.live_bytes import peak_memory
 from patchkern.evaluation.metrics import evaluate
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
-from patchkern.training.trainer import (
-    SETTINGS,
-    STAGES,
-    LayoutCollator,
-    Pass,
-    PassCollator,
-    PassDataset,
-    PatchTrainer,
-    RawAndPatched,
-    Settings,
-    SlotDataset,
-    _keep,
-    checkpoints,
-)
+from patchkern.training import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints
+from patchkern.training.checkpoints import keep
+from patchkern.training.collators import LayoutCollator, PassCollator, RawAndPatched
+from patchkern.training.passes import Pass, PassDataset, SlotDataset
 
 USERS, ITEMS = 12, 30
 UNTUNED = Settings(learning_rate=1e-3, sessions_learning_rate=3e-4)
@@ -725,7 +715,7 @@ def test_the_oldest_checkpoints_go_but_for_the_best(
 ) -> None:
     for step in found.split():
         (tmp_path / f"checkpoint-{step}").mkdir()
-    _keep(checkpoints(tmp_path), best and str(tmp_path / f"checkpoint-{best}"), limit)
+    keep(checkpoints(tmp_path), best and str(tmp_path / f"checkpoint-{best}"), limit)
     assert [path.name.partition("-")[2] for path in checkpoints(tmp_path)] == left.split()
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's forward pass followed on the meta device, and what it holds counted: no memory, next to no time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+
+from patchkern.budget.live_bytes import LiveBytes
+
+
+class PassBytes(NamedTuple):
+    """Bytes that one forward pass holds, per row."""
+
+    peak: int
+    """anywhere but in attention, at most"""
+    at_attention: int
+    """when attention begins, at most"""
+
+
+class _Attention:
+    """Stands in for the attention of a model on the meta device, and notes what the model holds when it is called."""
+
+    NAME = "patchkern_counted"
+
+    def __init__(self, counter: LiveBytes) -> None:
+        self._counter = counter
+        self.live = 0
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        self.live = max(self.live, self._counter.live)
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Any:
+    return kwargs["span_cache"].attend(module, query, key, value, kwargs.get("scaling")), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+AttentionInterface.register(_Attention.NAME, _attention)
+AttentionMaskInterface.register(_Attention.NAME, _no_mask)
+
+_COUNTED_ROWS = 1024
+
+
+def count_pass(model: Any, packed: bool) -> PassBytes:
+    """Follow one forward pass: of packed prompts, or of one more token of hypotheses."""
+
+    def made(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows = _COUNTED_ROWS
+    with torch.no_grad(), LiveBytes() as counter:
+        stand_in = _Attention(counter)
+        if packed:
+            cuts = made(2, dtype=torch.int32)
+            inputs = {
+                "inputs_embeds": made(1, rows, model.config.get_text_config().hidden_size, dtype=model.dtype),
+                "position_ids": made(1, rows),
+                "cu_seq_lens_q": cuts,
+                "cu_seq_lens_k": cuts,
+                "max_length_q": rows,
+                "max_length_k": rows,
+                "logits_to_keep": made(1),
+            }
+        else:
+            inputs = {"input_ids": made(rows, 1), "position_ids": made(rows, 1)}
+        try:
+            model(**inputs, use_cache=False, span_cache=stand_in)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"model: expected one whose forward pass runs on the meta device, to count its memory; "
+                f"{type(model).__name__} does not: {error}"
+            ) from error
+    return PassBytes(-(-counter.peak // rows), -(-stand_in.live // rows))
+
+
+def on_meta(model: Any, dtype: torch.dtype | None) -> Any:
+    """The model without its memory, with patchkern's attention, ready for inference."""
+    if isinstance(model, PretrainedConfig):
+        dtype = dtype or getattr(model, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model), dtype=dtype, attn_implementation=_Attention.NAME
+            )
+        return made.eval()
+    if not hasattr(model, "config"):
+        raise TypeError(f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}")
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    copied = copy.deepcopy(model, memo)
+    if dtype is not None:
+        copied = copied.to(dtype)
+    if copied.config._attn_implementation != _Attention.NAME:
+        copied.set_attn_implementation(_Attention.NAME)
+    return copied.eval()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Span attention: causal attention inside each span of a packed batch, without a mask and without padding.
+
+A span may have a prefix: one more run of rows, which all of its rows see fully. A user's history is then computed once,
+as a span, and each of many continuations is a span whose prefix it is (`PatchLayout.prefix`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchkern.ops import span_attention_prefixed as prefixed
+from patchkern.ops.span_attention_flash import cuda_kernel
+
+
+def span_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    *,
+    prefix: Tensor | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    max_prefix: int | None = None,
+) -> Tensor:
+    """Causal attention inside each span of a packed batch, and over a span's prefix where it has one.
+
+    Args:
+        query: (1, H, T, d).
+        key, value: (1, Hkv, T, d), H a multiple of Hkv.
+        cu_seqlens: (S + 1,) int32 on the same device; span s is rows ``cu_seqlens[s]:cu_seqlens[s + 1]``.
+        max_seqlen: length of the longest span; computed, with a host synchronisation, where not given.
+        scaling: factor of the scores; 1 / sqrt(d) where not given.
+        dropout: probability of dropping an attention weight.
+        sliding_window: a row sees at most this many rows, itself included. Not with ``prefix``.
+        prefix: (S, 2) int32: span s sees, besides itself, all of rows ``prefix[s, 0] .. prefix[s, 1] - 1`` of
+            ``prefix_key`` and ``prefix_value``; none where the two are equal.
+        prefix_key, prefix_value: (1, Hkv, P, d); where not given, ``key`` and ``value`` themselves.
+        max_prefix: rows of the longest prefix, where known.
+
+    Returns:
+        (1, T, H, d), differentiable in all five tensors. A prefix is read where it lies, not copied per span, and its
+        gradient collects from all spans that see it.
+
+        Without prefixes this is ``flash_attn`` or torch's ``varlen_attn`` on CUDA in bfloat16 and float16, which wait
+        for the device only where ``max_seqlen`` is missing, and one `scaled_dot_product_attention` per span elsewhere,
+        which waits for ``cu_seqlens`` once a call. With prefixes it is `patchkern.ops.span_attention_prefixed`: kernels
+        on CUDA, which never wait and whose gradients are the same bit for bit from run to run, tiles of rows elsewhere.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # rotary embeddings promote to float32 under autocast; the kernels below are not autocast operators
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        prefix_key, prefix_value = (None if x is None else x.to(dtype) for x in (prefix_key, prefix_value))
+    if prefix is not None:
+        _check_prefix(query, key, value, cu_seqlens, sliding_window, prefix, prefix_key, prefix_value)
+        rows = (_by_row(query), _by_row(key), _by_row(value))
+        stored_key = None if prefix_key is None else _by_row(prefix_key)
+        stored_value = None if prefix_value is None else _by_row(prefix_value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = prefixed.span_attention(*rows, cu_seqlens, prefix, stored_key, stored_value, scale, dropout)
+        return out.unsqueeze(0)
+    if prefix_key is not None or prefix_value is not None:
+        raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
+    kernel = cuda_kernel(query, key, value, dropout)
+    if kernel is None:
+        return _span_sdpa(query, key, value, cu_seqlens.tolist(), scaling, dropout, sliding_window)
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max())
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    q, k, v = _by_row(query), _by_row(key), _by_row(value)
+    return kernel(q, k, v, cu_seqlens, max_seqlen, scaling, dropout, window).unsqueeze(0)
+
+
+def _by_row(heads: Tensor) -> Tensor:
+    """(1, H, T, d) as (T, H, d)."""
+    return heads.squeeze(0).transpose(0, 1)
+
+
+def _check_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    sliding_window: int | None,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+) -> None:
+    """All that can be seen without waiting for the device; the ranges themselves are checked where they are made."""
+    if sliding_window is not None:
+        raise ValueError(f"sliding_window: expected None with a prefix, which is seen fully, got {sliding_window}")
+    if (prefix_key is None) != (prefix_value is None):
+        raise ValueError("prefix_key: expected prefix_key and prefix_value together or neither of them, got one")
+    if not isinstance(prefix, Tensor):
+        raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
+    for name, integers in (("cu_seqlens", cu_seqlens), ("prefix", prefix)):
+        if integers.dtype != torch.int32:
+            raise TypeError(f"{name}: expected dtype torch.int32, got {integers.dtype}")
+    spans = cu_seqlens.shape[0] - 1
+    if prefix.shape != (spans, 2):
+        raise ValueError(f"prefix: expected shape {(spans, 2)}, one range per span, got {tuple(prefix.shape)}")
+    rows, width = query.shape[2:]
+    heads = key.shape[1]
+    if query.shape[0] != 1 or heads == 0 or query.shape[1] % heads:
+        raise ValueError(f"query: expected shape (1, a multiple of {heads}, T, d), got {tuple(query.shape)}")
+    expected = {"key": (key, (1, heads, rows, width)), "value": (value, (1, heads, rows, value.shape[3]))}
+    if prefix_key is not None and prefix_value is not None:
+        stored = prefix_key.shape[2]
+        expected["prefix_key"] = (prefix_key, (1, heads, stored, width))
+        expected["prefix_value"] = (prefix_value, (1, heads, stored, value.shape[3]))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: expected query's dtype, {query.dtype}, got {tensor.dtype}")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("prefix", prefix), *((n, t) for n, (t, _) in expected.items())):
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected query's device, {query.device}, got {tensor.device}")
+
+
+def _span_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: list[int],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    # split, not slices: the backward of a split is one concatenation, that of S slices is S full-size additions
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    spans = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    out = [
+        F.scaled_dot_product_attention(
+            q, k, v, **_causal(q, sliding_window), dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        for q, k, v in spans
+    ]
+    return torch.cat([o.transpose(1, 2) for o in out], dim=1) if out else query.transpose(1, 2)
+
+
+def _causal(query: Tensor, sliding_window: int | None) -> dict[str, Any]:
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return {"is_causal": True}
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return {"attn_mask": visible.tril_().triu_(1 - sliding_window)}

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search asks of a model: it knows this protocol, and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.batch.prompt import Prompt
+
+
+class SpanCache(Protocol):
+    """Key-value storage of a search; a model's attention hands every layer's new rows to it."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attention of the new rows over what is stored and themselves.
+
+        ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, L, d), heads not expanded; ``module.layer_idx`` is the
+        layer. Returns (B, L, H, d).
+        """
+
+
+class SearchModel(Protocol):
+    """A model whose titles can be searched, such as `patchkern.PatchedCausalLM`."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The titles."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """The fixed tokens."""
+
+    @property
+    def policy(self) -> AnyPolicy | None:
+        """How histories are compressed where a call does not say."""
+
+    @property
+    def config(self) -> Any:
+        """Its transformers configuration."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where layouts go."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, keys and values."""
+
+    @property
+    def hf_model(self) -> Any:
+        """The network itself, whose memory `patchkern.budget` counts."""
+
+    @property
+    def item_embedding(self) -> Tensor | None:
+        """``(n_items, D)`` a vector per item that its patches have besides their titles, or None."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of a module."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of a module."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """As of a module."""
+
+    def embed(self, layout: PatchLayout) -> Tensor:
+        """``(T, D)`` the rows of a layout."""
+
+    def searching(self) -> AbstractContextManager[None]:
+        """Evaluation mode, no gradients, and attention that hands rows to a `SpanCache`; all restored afterwards."""
+
+    def check_search(self, layout: PatchLayout, depth: int) -> None:
+        """Raise where a search over these prompts, with titles of up to ``depth`` tokens, would be silently wrong."""
+
+    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+        """``(k, V)`` logits after some of the rows of a pass over prompts.
+
+        Args:
+            layout: the rows that the cache was told of.
+            rows: ``(k,)`` int64, which of them.
+            cache: what the rows' attention goes through.
+        """
+
+    def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
+        """``(N, V)`` logits after one more token of each of N hypotheses.
+
+        Args:
+            tokens, positions: ``(N,)`` int64.
+            cache: what the tokens' attention goes through.
+        """
+
+
+_NEEDED = ("catalog", "prompt", "embed", "searching", "check_search", "prompt_logits", "token_logits")
+
+
+def check_model(model: Any) -> None:
+    """Raise a TypeError unless ``model`` has what a search asks of one."""
+    lacking = [name for name in _NEEDED if not hasattr(model, name)]
+    if lacking:
+        raise TypeError(
+            f"model: expected a PatchedCausalLM, got {type(model).__name__}, which lacks {', '.join(lacking)} of "
+            "patchkern.search.protocol.SearchModel"
+        )
+
+
+def policy_of(model: SearchModel, policy: AnyPolicy | None) -> AnyPolicy:
+    """The policy given, else the model's."""
+    chosen = model.policy if policy is None else policy
+    if chosen is None:
+        raise ValueError("policy: expected one, here or in the model, got None")
+    check_policy(chosen)
+    return chosen

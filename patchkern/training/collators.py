@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots and passes to batches, in the data-loader worker: integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories
+from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly
+from patchkern.batch.prompt import Prompt
+from patchkern.batch.sample_layout import build_layout
+from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
+from patchkern.training.passes import Pass, Slot
+
+
+@dataclass(frozen=True)
+class RawAndPatched:
+    """Patch pre-training: the first half of the users as text, the second half as `RandomItemPatches`."""
+
+    probability: float
+    max_items: int | None = 100
+    seed: int = 0
+
+    def levels(self, histories: Histories) -> Levels:
+        levels = RandomItemPatches(self.probability, self.max_items, self.seed).levels(histories)
+        levels[: histories.offsets[len(histories) // 2]] = Level.TEXT
+        return levels
+
+
+@dataclass(frozen=True)
+class LayoutCollator:
+    """Slots to a batch ``{"layout": PatchLayout, "labels": (K,) int64}``, in the data-loader worker.
+
+    Attributes:
+        pretrain_steps: feed each sample twice, as text and as patches with a probability that rises from 0 by
+            1 / ``pretrain_steps`` a step; None: once, as ``policy`` says.
+        seed: of the draws.
+        supervise_history: label the history's text too, see `PatchLayout.supervise_literals`.
+        item_embeddings: plan what a model with item embeddings needs, see `PatchLayout.with_identities`.
+    """
+
+    catalog: Catalog
+    histories: Histories
+    policy: AnyPolicy
+    prompt: Prompt
+    pretrain_steps: int | None = None
+    seed: int = 0
+    supervise_history: bool = False
+    item_embeddings: bool = False
+
+    def __call__(self, slots: list[Slot]) -> dict[str, Any]:
+        policy = self.policy
+        users, positions = (np.array([slot[field] for slot in slots]) for field in (2, 3))
+        if self.pretrain_steps is not None:
+            users, positions = np.tile(users, 2), np.tile(positions, 2)
+            draw = np.random.SeedSequence((self.seed, slots[0].number)).generate_state(1)
+            policy = RawAndPatched(slots[0].step / self.pretrain_steps, policy.max_items, int(draw[0]))
+        histories = self.histories.before(users, positions, policy.max_items)
+        targets = self.histories.at(users, positions)
+        layout = build_layout(self.catalog, histories, policy, self.prompt, targets)
+        if self.supervise_history:
+            layout = layout.supervise_literals()
+        if self.item_embeddings:
+            layout = layout.with_identities()
+        # Trainer counts the supervised tokens of accumulated batches from their labels.
+        return {"layout": layout, "labels": layout.logit_labels}
+
+
+@dataclass(frozen=True)
+class PassCollator:
+    """A `Pass` to a batch of trunks and branches, as `LayoutCollator` makes one of samples.
+
+    In patch pre-training every user has two trunks side by side, the text and one draw of patches, each with all the
+    user's targets.
+    """
+
+    catalog: Catalog
+    histories: Histories
+    policy: AnyPolicy
+    prompt: Prompt
+    pretrain_steps: int | None = None
+    seed: int = 0
+    supervise_history: bool = False
+    item_embeddings: bool = False
+    jitter: float = 0.0
+
+    def __call__(self, passes: list[Pass]) -> dict[str, Any]:
+        (one,) = passes
+        policies = [self.policy]
+        if self.pretrain_steps is not None:
+            draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
+            patched = RandomItemPatches(one.step / self.pretrain_steps, self.policy.max_items, int(draw[0]))
+            policies = [TextOnly(self.policy.max_items), patched]
+        histories = self.histories.take(one.users)
+        if self.jitter:
+            rng = np.random.default_rng((self.seed, one.number))
+            histories = histories.jittered(self.jitter, one.ranges[:, 1] + 1, rng)
+        layout = join_layouts(
+            [
+                build_training_layout(self.catalog, histories, policy, self.prompt, one.ranges, transpose=False)
+                for policy in policies
+            ]
+        )
+        layout = layout.with_transpose()
+        if self.supervise_history:
+            layout = layout.supervise_literals()
+        if self.item_embeddings:
+            layout = layout.with_identities()
+        return {"layout": layout, "labels": layout.logit_labels}
+
+    def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)`` the most rows that each user takes."""
+        histories = self.histories.take(users)
+        text = TextOnly(self.policy.max_items)
+        policy = self.policy if self.pretrain_steps is None else text
+        rows = training_rows(self.catalog, histories, policy, self.prompt, ranges)
+        return rows if self.pretrain_steps is None else 2 * rows

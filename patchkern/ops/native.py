@@ -14,16 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from patchkern._build import native_build_reason
+from patchkern._build import load
 
 _native: ModuleType | None
 try:
-    from patchkern import _native
-
-    _missing = ""
+    _native, _missing = load("_native"), ""
 except ImportError as error:
-    _native = None
-    _missing = native_build_reason() or f"patchkern._native does not load: {error}"
+    _native, _missing = None, str(error)
 
 ENVIRONMENT = "PATCHKERN_ISA"
 

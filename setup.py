@@ -107,7 +107,8 @@ def cuda_archs(nvcc: "list[str]") -> "list[str]":
         return sorted(set(archs), key=int)
     listed = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True)
     if listed.returncode != 0:
-        raise SystemExit(f"{shlex.join(listed.args)} failed: {listed.stderr.strip()}\n{left_out_by('PATCHKERN_CUDA')}")
+        print(listed.stderr, file=sys.stderr)
+        raise SystemExit(f"{shlex.join(listed.args)} failed: {left_out_by('PATCHKERN_CUDA')}")
     if archs := [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.stdout.split()]:
         return archs
     raise SystemExit(
@@ -234,8 +235,8 @@ class BuildModules(build_ext):
 
 setup(
     ext_modules=[
-        Extension(f"patchkern.{name}", [f"csrc/{source}" for source in sources], optional=True, py_limited_api=STABLE_ABI)
-        for name, sources in (("_native", [*SOURCES, KERNELS]), ("_cuda", CUDA_SOURCES))
+        Extension(name, [f"csrc/{source}" for source in sources], optional=True, py_limited_api=STABLE_ABI)
+        for name, sources in (("patchkern._native", [*SOURCES, KERNELS]), ("patchkern._cuda", CUDA_SOURCES))
     ],
     cmdclass={"build_ext": BuildModules},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},

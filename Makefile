@@ -26,7 +26,7 @@ $(BIN)/python:
 
 # The package is built without isolation, from the pinned build requirements.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/python -m pip install -c constraints.txt setuptools ninja
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -6,8 +6,11 @@ CXX names the compiler, CXXFLAGS adds flags.
 PATCHKERN_CUDA=auto (default) builds the CUDA module when there is nvcc (CUDACXX, else that of CUDA_HOME or CUDA_PATH,
 else that on the PATH), 1 requires it, 0 leaves it out. PATCHKERN_CUDA_ARCHS says for which GPUs; "80;90;100" is the
 default, less those that nvcc does not know. The last one is there as PTX too, for newer GPUs.
-A compiler that is found and then fails is an error, never a fallback.
+A compiler that is found and then fails is an error, never a fallback; the last line says what leaves the module out.
 What was built, or why it was not, is written to patchkern/_build_info.json.
+
+The modules use CPython's limited API: one wheel serves every Python from 3.10 on. A free-threaded Python has no stable
+ABI, so a build with one is for that Python alone.
 """
 
 import json
@@ -41,6 +44,8 @@ CUDA_SOURCES = ["bindings_cuda.cpp", "pool_rows_fwd.cu", "pool_rows_bwd.cu"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_LINK = ["-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"]  # torch's own CUDA runtime is not disturbed
 CUDA_ARCHS = ["80", "90", "100"]
+
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def switch(name: str) -> str:
@@ -84,6 +89,10 @@ def chosen(name: str, what: str, found: "tuple[list[str], str]") -> "tuple[list[
     return command, "" if command else f"the package was built without a {what}: {missing}"
 
 
+def left_out_by(name: str) -> str:
+    return f"{name}=0 builds the package without it"
+
+
 def version(compiler: "list[str]") -> str:
     return subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
 
@@ -96,10 +105,16 @@ def cuda_archs(nvcc: "list[str]") -> "list[str]":
         if not all(arch.isdigit() for arch in archs):
             raise SystemExit(f"PATCHKERN_CUDA_ARCHS must be numbers like 80;90, got {';'.join(named)!r}")
         return sorted(set(archs), key=int)
-    known = subprocess.run([*nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
-    if archs := [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]:
+    listed = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    if listed.returncode != 0:
+        print(listed.stderr, file=sys.stderr)
+        raise SystemExit(f"{shlex.join(listed.args)} failed: {left_out_by('PATCHKERN_CUDA')}")
+    if archs := [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.stdout.split()]:
         return archs
-    raise SystemExit(f"{shlex.join(nvcc)} knows none of the GPUs {', '.join(CUDA_ARCHS)}: see PATCHKERN_CUDA_ARCHS")
+    raise SystemExit(
+        f"{shlex.join(nvcc)} knows none of the GPUs {', '.join(CUDA_ARCHS)}: PATCHKERN_CUDA_ARCHS names others, "
+        + left_out_by("PATCHKERN_CUDA")
+    )
 
 
 class Unit(NamedTuple):
@@ -109,37 +124,35 @@ class Unit(NamedTuple):
 
 
 class Module(NamedTuple):
-    """An extension module: how to compile its units and how to link them."""
+    """An extension module: how to compile its units and how to link them, and the switch that leaves it out."""
 
     library: str
+    switch: str
     compile: "list[str]"
     link: "list[str]"
     units: "list[Unit]"
 
 
-def includes() -> "list[str]":
-    import pybind11
-
-    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+INCLUDE = f"-I{sysconfig.get_path('include')}"
 
 
 def native_module(library: str, cxx: "list[str]", cxxflags: "list[str]") -> Module:
-    units = [Unit(name, f"{Path(name).stem}.o", includes() if name == "bindings.cpp" else []) for name in SOURCES]
+    units = [Unit(name, f"{Path(name).stem}.o", [INCLUDE] if name == "bindings.cpp" else []) for name in SOURCES]
     for isa, flags in KERNEL_FLAGS.items():
         units.append(Unit(KERNELS, f"{Path(KERNELS).stem}_{isa}.o", [f"-DPK_ISA={isa}", *flags.split()]))
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    return Module(library, [*cxx, *FLAGS, *cxxflags], [*cxx, *shared, "-pthread", *cxxflags], units)
+    return Module(library, "PATCHKERN_NATIVE", [*cxx, *FLAGS, *cxxflags], [*cxx, *shared, "-pthread", *cxxflags], units)
 
 
 def cuda_module(library: str, nvcc: "list[str]", archs: "list[str]") -> Module:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     units = [
-        Unit(name, f"{Path(name).stem}.o", includes() if name.endswith(".cpp") else targets) for name in CUDA_SOURCES
+        Unit(name, f"{Path(name).stem}.o", [INCLUDE] if name.endswith(".cpp") else targets) for name in CUDA_SOURCES
     ]
     host = shlex.split(os.environ.get("CXX", ""))
     ccbin = [f"-ccbin={host[0]}"] if len(host) == 1 else []
-    return Module(library, [*nvcc, *ccbin, *CUDA_FLAGS], [*nvcc, *ccbin, *CUDA_LINK, *targets], units)
+    return Module(library, "PATCHKERN_CUDA", [*nvcc, *ccbin, *CUDA_FLAGS], [*nvcc, *ccbin, *CUDA_LINK, *targets], units)
 
 
 def write_ninja(folder: Path, modules: "list[Module]") -> None:
@@ -185,7 +198,7 @@ class BuildModules(build_ext):
             "cuda": bool(nvcc),
             "cuda_reason": cuda_reason,
         }
-        native, cuda = (Path(self.get_ext_filename(f"patchkern.{name}")).name for name in ("_native", "_cuda"))
+        native, cuda = (Path(self.get_ext_filename(extension.name)).name for extension in self.extensions)
         modules = []
         if cxx:
             cxxflags = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -198,14 +211,18 @@ class BuildModules(build_ext):
         for library, left_out in ((native, reason), (cuda, cuda_reason)):
             if left_out:
                 print(f"warning: patchkern/{library} is left out: {left_out}", file=sys.stderr)
-                (target / library).unlink(missing_ok=True)
+            for old in target.glob(f"{library.partition('.')[0]}.*.so"):
+                if left_out or old.name != library:  # one for this Python alone would be found before the new one
+                    old.unlink()
         if modules:
             # An editable install gets a new temporary folder each time; a fixed one keeps its builds incremental.
             fixed = Path("build", f"native-{sysconfig.get_config_var('SOABI')}")
             folder = fixed if self.inplace else Path(self.build_temp)
             write_ninja(folder, modules)
-            subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
             for module in modules:
+                ninja = [sys.executable, "-m", "ninja", "-C", str(folder), module.library]
+                if subprocess.run(ninja).returncode != 0:
+                    raise SystemExit(f"patchkern/{module.library} cannot be built: {left_out_by(module.switch)}")
                 shutil.copy2(folder / module.library, target / f"{module.library}.tmp")
                 # a running process may have the old one mapped
                 os.replace(target / f"{module.library}.tmp", target / module.library)
@@ -218,8 +235,9 @@ class BuildModules(build_ext):
 
 setup(
     ext_modules=[
-        Extension("patchkern._native", [f"csrc/{name}" for name in [*SOURCES, KERNELS]], optional=True),
-        Extension("patchkern._cuda", [f"csrc/{name}" for name in CUDA_SOURCES], optional=True),
+        Extension(name, [f"csrc/{source}" for source in sources], optional=True, py_limited_api=STABLE_ABI)
+        for name, sources in (("patchkern._native", [*SOURCES, KERNELS]), ("patchkern._cuda", CUDA_SOURCES))
     ],
     cmdclass={"build_ext": BuildModules},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
 )

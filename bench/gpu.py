@@ -201,6 +201,8 @@ def perform(step: Step, dry: bool, out: Path, seconds: float) -> tuple[str, floa
     if "{sanitizer}" in command and not sanitizer:
         return "not run: there is no compute-sanitizer here", 0.0
     environment = os.environ | {"PATCHKERN_BENCH_OUT": str(out), "PYTHONUNBUFFERED": "1"}
+    # what was built here, whatever is installed
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if "{sanitizer}" in command:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import patchkern as pk
+from patchkern._build import origin
 
 RESULTS = Path(__file__).with_name("results")
 COLUMNS = (
@@ -157,6 +158,10 @@ class Table:
 
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        usable = ", ".join(name for name, status in pk.backends().items() if status.usable)
+        print(f"patchkern {pk.__version__} {origin()}, usable backends: {usable}", flush=True)
 
     def add(
         self,

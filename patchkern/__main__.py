@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 import patchkern
-from patchkern._build import build_info, cuda_build_reason
+from patchkern._build import build_info, missing_reason, origin, shadowed_copy
 from patchkern.ops import native
 
-PACKAGES = ["torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "pyarrow"]
+PACKAGES = [
+    *("torch", "numpy", "tqdm", "triton", "flash-attn"),
+    *("transformers", "tokenizers", "safetensors", "accelerate", "peft", "pyarrow"),
+]
 CPU_FEATURES = r"avx2|fma|f16c|avx512\w*|amx\w*|asimd|sve\w*|bf16"
 VARIABLES = r"(PATCHKERN|OMP|MKL|KMP)_\w+|CUDA_VISIBLE_DEVICES"
 
@@ -41,24 +44,28 @@ def _cpu() -> tuple[str, str]:
 
 
 def _native_build() -> str:
+    if reason := missing_reason("_native"):
+        return f"none: {reason}"
     info = build_info()
     if not info:
-        return "no record: setup.py has not run here"
-    if not info["native"]:
-        return f"none: {info['reason']}"
+        return "no record of it"
     return f"{info['compiler']}, {' '.join(info['flags'])}, for {' '.join(info['isa'])}"
 
 
 def _cuda_build() -> str:
+    if reason := missing_reason("_cuda"):
+        return f"none: {reason}"
     info = build_info()
-    if not info.get("cuda"):
-        return f"none: {cuda_build_reason()}"
+    if not info:
+        return "no record of it"
     return f"{info['nvcc']}, for {' '.join(f'sm_{arch}' for arch in info['archs'])}"
 
 
 def report() -> Iterator[tuple[str, str]]:
     """The lines of the report: a name and what there is to say about it."""
-    yield "patchkern", f"{patchkern.__version__} in {Path(patchkern.__file__).parent}"
+    yield "patchkern", f"{patchkern.__version__} {origin()}"
+    if (copy := shadowed_copy()) is not None:
+        yield "not used", f"the copy in {copy.parent}, which is found later"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     for package in PACKAGES:
         yield package, _version(package)

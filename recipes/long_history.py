@@ -25,6 +25,7 @@ import argparse
 import csv
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
 from patchkern.batch.row_counts import longest_history, row_counts

@@ -51,6 +51,8 @@ from transformers import (
     TrainingArguments,
 )
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
+
 import patchkern as pk
 from patchkern.batch.prompt import MARKERS
 from patchkern.data import Interactions, open_dataset, prepare, synthetic

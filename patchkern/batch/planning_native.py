@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern._build import load
 from patchkern.batch import planning
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.planning import Int32, Int64, RowPlan, Spans, TransposePlan
 from patchkern.batch.policies import Levels
 from patchkern.batch.prompt import Prompt
 
-_native = importlib.import_module("patchkern._native")
+if TYPE_CHECKING:
+    from patchkern import _native
+else:
+    _native = load("_native")
 
 # Status in csrc/pool_rows.h, where it is the caller's fault
 _OK, _TOO_MANY_ROWS, _LARGE_DIVISOR = 0, 16, 17

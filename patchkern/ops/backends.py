@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from patchkern._build import origin
 from patchkern.ops import native
 
 ENVIRONMENT = "PATCHKERN_BACKEND"
@@ -68,10 +69,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that "auto" stands for on ``device``, for the line that a program prints when it starts."""
+    """The backend that "auto" stands for on ``device`` and the copy of patchkern that it is from, for the line that a
+    program prints when it starts."""
     name = choose("auto", device, dtype)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{name} ({_status(name).reason}) on {device}{threads}"
+    return f"{name} ({_status(name).reason}) on {device}{threads}, {origin()}"
 
 
 def module(name: str) -> ModuleType:

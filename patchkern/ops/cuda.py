@@ -7,7 +7,6 @@ The kernels trust the layout: its indices were checked when it was built.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -15,16 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from patchkern._build import build_info, cuda_build_reason
+from patchkern._build import build_info, load
 
 _cuda: ModuleType | None
 try:
-    _cuda = importlib.import_module("patchkern._cuda")
-
-    _missing = ""
+    _cuda, _missing = load("_cuda"), ""
 except ImportError as error:
-    _cuda = None
-    _missing = cuda_build_reason() or f"patchkern._cuda does not load: {error}"
+    _cuda, _missing = None, str(error)
 
 # DType in csrc/pool_rows.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -8,23 +8,19 @@ built is a ``ValueError`` and never a crash. ``PATCHKERN_ISA`` forces an instruc
 
 from __future__ import annotations
 
-import importlib
 import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from patchkern._build import native_build_reason
+from patchkern._build import load
 
 _native: ModuleType | None
 try:
-    _native = importlib.import_module("patchkern._native")
-
-    _missing = ""
+    _native, _missing = load("_native"), ""
 except ImportError as error:
-    _native = None
-    _missing = native_build_reason() or f"patchkern._native does not load: {error}"
+    _native, _missing = None, str(error)
 
 ENVIRONMENT = "PATCHKERN_ISA"
 

@@ -239,9 +239,10 @@ def test_the_gradient_is_as_particular(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_programs_announce_what_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=None, triton=None, native=None)
-    assert describe(CUDA) == "cuda (CUDA C++ kernels, on NVIDIA GPUs) on cuda:0"
-    assert describe(CUDA, torch.float64) == "reference (PyTorch, on any device) on cuda:0"
+    monkeypatch.setattr(backends, "origin", lambda: "from /copy")
+    assert describe(CUDA) == "cuda (CUDA C++ kernels, on NVIDIA GPUs) on cuda:0, from /copy"
+    assert describe(CUDA, torch.float64) == "reference (PyTorch, on any device) on cuda:0, from /copy"
     said = describe(CPU)
-    assert said.startswith("native (C++ kernels for the CPU") and said.endswith("on cpu, 1 threads")
+    assert said.startswith("native (C++ kernels for the CPU") and said.endswith("on cpu, 1 threads, from /copy")
     monkeypatch.setenv("PATCHKERN_BACKEND", "triton")
-    assert describe(CUDA) == "triton (Triton kernels, on GPUs) on cuda:0"
+    assert describe(CUDA) == "triton (Triton kernels, on GPUs) on cuda:0, from /copy"

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import cases
 import oracle
-import pybind11
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +67,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 def compile_for_host(target: Path, *sources: Path) -> None:
     flags = os.environ.get("PATCHKERN_HOST_FLAGS", "").split()
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    includes = [f"-I{path}" for path in (SHIM, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
+    includes = [f"-I{path}" for path in (SHIM, CSRC, sysconfig.get_path("include"))]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it is for the tests
 
     def compile_one(source: Path) -> Path:
@@ -96,7 +95,6 @@ def host_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def host(host_module: Path) -> ModuleType:
-    # pybind11 keeps modules by their names: this one must have another
     spec = importlib.util.spec_from_file_location("on_host._cuda", host_module)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -12,6 +12,7 @@ one thread, so that busy neighbours only cost cache.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,10 +84,7 @@ def time_samples(
 ) -> None:
     catalog, prompt = workload.catalog, workload.prompt
     histories, targets = workload.samples(size)
-
-    def build() -> pk.PatchLayout:
-        return pk.build_layout(catalog, histories, policy, prompt, targets)
-
+    build = functools.partial(pk.build_layout, catalog, histories, policy, prompt, targets)
     layout = agreed(build, name)
     kept = histories.latest(policy.max_items)
     index, levels, target_index = catalog.index_of(kept.items), policy.levels(kept), catalog.index_of(targets)
@@ -105,10 +103,7 @@ def time_pass(
     table: timing.Table, workload: workloads.Workload, name: str, policy: pk.Policy, rows: int, seconds: float
 ) -> None:
     histories, ranges = whole_users(workload, policy, rows)
-
-    def build() -> pk.PatchLayout:
-        return pk.build_training_layout(workload.catalog, histories, policy, workload.prompt, ranges)
-
+    build = functools.partial(pk.build_training_layout, workload.catalog, histories, policy, workload.prompt, ranges)
     layout = agreed(build, name)
     calls = by_planner(build)
     config = {"data": workload.name, "pass": rows, "policy": name}

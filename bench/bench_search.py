@@ -37,21 +37,46 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
 from bench import output
-from bench.search_peers import as_published, by_generate, make_model, plain_model, right_and_no_better, same_scores
+from bench.search_peers import as_published, by_generate, plain_model, right_and_no_better, same_scores
 from bench.timing import Table, Timing, measure
 from bench.workloads import SHARED
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
+from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.search.prompts import Prompts, inference
 from patchkern.search.recommend import generate_titles
 from patchkern.search.trie import Trie
 
 PARTS = ("peers", "policies", "scaling", "extend")
+
+
+def make_model(data: Interactions, shape: str, device: str) -> pk.PatchedCausalLM:
+    tokenizer = fit_tokenizer(data.titles.values(), 4096)
+    if shape == "1b":
+        torch.manual_seed(0)
+        llama = LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=131_072,
+            tie_word_embeddings=True,
+        )
+        with torch.device(device):
+            hf_model: PreTrainedModel = LlamaForCausalLM(llama).bfloat16()
+    else:
+        hf_model = scratch_model(tokenizer, shape)
+        hf_model.to(torch.device(device))  # type: ignore[arg-type]
+    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
+    return pk.PatchedCausalLM(hf_model.eval(), catalog, scratch_prompt(tokenizer))
 
 
 def dataset(name: str) -> Interactions:

@@ -11,37 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import patchkern as pk
-from patchkern.data import Interactions
-from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.search.recommend import DIVERSITY_PENALTY
 
 TOLERANCE = 1e-3
-
-
-def make_model(data: Interactions, shape: str, device: str = "cpu") -> pk.PatchedCausalLM:
-    tokenizer = fit_tokenizer(data.titles.values(), 4096)
-    if shape == "1b":
-        torch.manual_seed(0)
-        llama = LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=131_072,
-            tie_word_embeddings=True,
-        )
-        with torch.device(device):
-            hf_model: PreTrainedModel = LlamaForCausalLM(llama).bfloat16()
-    else:
-        hf_model = scratch_model(tokenizer, shape)
-        hf_model.to(torch.device(device))  # type: ignore[arg-type]
-    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
-    return pk.PatchedCausalLM(hf_model.eval(), catalog, scratch_prompt(tokenizer))
 
 
 def plain_model(model: pk.PatchedCausalLM) -> Any:

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 import patchkern as pk
-from bench import bench_dispatch, bench_pool_rows, gpu, pool_rows_providers, timing, workloads
+from bench import bench_dispatch, bench_pool_rows, gpu, output, pool_rows_providers, timing, workloads
 
 TINY = ["--device", "cpu", "--batches", "1", "--widths", "8", "--dtypes", "bfloat16", "--seconds", "0"]
+BENCH = Path(timing.__file__).parent
+SCRIPTS = [*(path.stem for path in sorted(BENCH.glob("bench_*.py"))), "gpu", "plot", "plot_scaling"]
 POOL_ROWS = [*TINY, "--policies", "items", "--compile", "eager", "--loop", "--peak_mib", "1"]
 
 
@@ -99,6 +104,51 @@ def test_tables_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.Mon
     assert tuple(row) == timing.COLUMNS
     assert (row["p50"], json.loads(row["config"]), row["commit"]) == ("2", {"rows": 4}, "abc1234")
     assert row["torch"] == torch.__version__ and bool(row["gpu"]) == torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------ where results go
+
+
+def test_a_result_replaces_only_what_is_named(tmp_path: Path, capsys: Any) -> None:
+    for name in ("some.csv", "some-2.csv", "some-3.csv"):
+        path = output.prepare(None, "some.csv")
+        assert path.resolve() == tmp_path / "runs/bench" / name
+        assert capsys.readouterr().out == f"results go to runs/bench/{name}\n"
+        path.write_text(name)
+    assert [path.read_text() for path in sorted(Path("runs/bench").iterdir())] == [
+        *("some-2.csv", "some-3.csv", "some.csv")
+    ]
+    named = Path("runs/bench/some.csv")
+    assert output.prepare(named, "other.csv") == named and named.read_text() == "some.csv"
+    assert capsys.readouterr().out.endswith("some.csv, which is replaced\n")
+    assert output.prepare(Path("new/one.csv"), "other.csv") == Path("new/one.csv")
+    assert capsys.readouterr().out == "results go to new/one.csv\n" and not list(Path("new").iterdir())
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--output: cannot write to file: "):
+        output.prepare(Path("file/some.csv"), "some.csv")
+    with pytest.raises(SystemExit, match="--output: expected a file, got the folder"):
+        output.prepare(tmp_path, "some.csv")
+
+
+def test_a_run_without_results_leaves_none() -> None:
+    empty, full = (output.prepare(None, name) for name in ("empty.csv", "full.csv"))
+    full.write_text("row")
+    output._remove_empty(empty)
+    output._remove_empty(full)
+    assert full.exists() and not empty.exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_where_its_results_go(script: str, capsys: Any) -> None:
+    module = pytest.importorskip(f"bench.{script}", exc_type=ImportError)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    _, option, described = " ".join(capsys.readouterr().out.split()).rpartition("--output F")
+    assert option and "runs/bench/" in described.partition(")")[0] and "replaced" in described
 
 
 # ------------------------------------------------------------------ the scripts
@@ -257,6 +307,84 @@ def test_plot_of_the_scaling(tmp_path: Path) -> None:
         plot_scaling.read(plot_scaling.PUBLISHED.with_name("search-peers.csv"))
 
 
+# ------------------------------------------------------------------ the suites
+
+# beside test_pool_rows, each: test_NAME[provider] and test_paired
+SUITES = {"layout": "plan", "attention": "attention", "search": "search", "training": "step"}
+
+
+def run_suites(*options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """As from a command line: kernels are not interpreted, and no worker of this run is known."""
+    unset = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path and str(path), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/", *options]
+    return subprocess.run(command, cwd=gpu.REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def test_suites_run_and_what_is_wrong_fails(tmp_path: Path) -> None:
+    """Every entry once; and one provider is off by a tenth."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("transformers")
+    (tmp_path / "a_wrong_provider.py").write_text(
+        "from bench.pool_rows_providers import Segments\n"
+        "right = Segments.index_add\n"
+        "Segments.index_add = lambda self, weight: 1.1 * right(self, weight)\n"
+    )
+    report = tmp_path / "report.xml"
+    options = ("-p", "a_wrong_provider", "--benchmark-disable", f"--junitxml={report}")
+    done = run_suites(*options, path=tmp_path)
+    assert "index_add: wrong result" in done.stdout, done.stdout + done.stderr
+    cases = [*ElementTree.parse(report).iter("testcase")]
+    failed = {case.attrib["name"] for case in cases if len(case)}
+    assert failed == {f"test_forward[{case}-index_add]" for case in ("items-bfloat16", "sessions-float32")}
+    entries = {(case.attrib["classname"].rpartition(".")[2], case.attrib["name"].partition("[")[0]) for case in cases}
+    assert entries == {
+        *(("test_pool_rows", name) for name in ("test_forward", "test_backward", "test_paired")),
+        *((f"test_{suite}", f"test_{name}") for suite, name in SUITES.items()),
+        *((f"test_{suite}", "test_paired") for suite in SUITES),
+    }
+
+
+def test_suites_are_not_timed_under_xdist() -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run_suites("-n", "2")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "nothing can be timed under pytest-xdist" in done.stderr
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_paired_entries_count_baselines(monkeypatch: pytest.MonkeyPatch, disabled: bool) -> None:
+    from bench import conftest
+    from bench.suites import entry
+
+    class Benchmark:
+        """What `Entry` uses of pytest-benchmark's fixture, with the clock that `paired` gives it."""
+
+        def __init__(self) -> None:
+            self.disabled, self.group, self.taken = disabled, "", list[float]()
+
+        def pedantic(self, target: Callable[[], object], rounds: int = 1) -> None:
+            clock = entry.paired.mark.kwargs["timer"]
+            for _ in range(rounds):
+                before = clock()
+                target()
+                self.taken.append(clock() - before)
+
+    asked: list[float] = []
+
+    def measure(calls: timing.Calls, seconds: float, min_rounds: int, clock: Any = None) -> timing.Timing:
+        asked.append(seconds)
+        return timing.Timing({name: np.array(calls[name](), dtype=float) for name in calls})
+
+    monkeypatch.setattr(timing, "measure", measure)
+    benchmark: Any = Benchmark()
+    entry.Entry(benchmark, max_time=2.0, min_rounds=3).pair("op", lambda: [1, 2, 8], "peer", lambda: [2, 8, 4])
+    assert benchmark.taken == pytest.approx([0] if disabled else [0.5, 0.25, 2])
+    assert asked == ([] if disabled else [2])
+    assert conftest.pytest_benchmark_scale_unit("seconds", [{"group": benchmark.group}]) == ("baseline", 1)
+    assert conftest.pytest_benchmark_scale_unit("seconds", [{"group": "op"}]) is None
+
+
 # ------------------------------------------------------------------ everything in one go
 
 
@@ -272,6 +400,15 @@ def test_steps_end_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - start < 20
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: "")
     assert ended("{sanitizer} true").startswith("not run")
+
+
+def test_results_of_a_gpu_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    folders = [gpu.default_folder(dry=False).resolve() for _ in range(2)]
+    assert folders == [tmp_path / "runs/bench/gpu", tmp_path / "runs/bench/gpu-2"]
+    monkeypatch.setenv("OUT", "asked")
+    assert gpu.default_folder(dry=False) == Path("asked")
+    assert gpu.default_folder(dry=True) == gpu.REPOSITORY / "build/gpu-dry-run"
 
 
 def test_no_step_prevents_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

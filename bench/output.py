@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,8 +38,14 @@ def prepare(given: Path | None, name: str) -> Path:
     except OSError as error:
         sys.exit(f"--output: cannot write to {path.parent}: {error.strerror}")
     replaced = given is not None and path.exists()
-    print(f"results go to {os.path.relpath(path)}{', which is replaced' if replaced else ''}", flush=True)
+    print(f"results go to {shown(path)}{', which is replaced' if replaced else ''}", flush=True)
     return path
+
+
+def shown(path: Path) -> Path:
+    """``path`` as one would type it here: relative, where that leads nowhere up."""
+    absolute, here = path.absolute(), Path.cwd()
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else absolute
 
 
 def unused(path: Path, create: Callable[[Path], None]) -> Path:

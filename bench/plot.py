@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = output.prepare(args.output, "pool_rows.png")
     chosen = f"D = {args.width or 'all'}, {args.dtype or 'all dtypes'}"
     draw(points, f"pool_rows, {chosen}\n{machine}", path)
-    print(f"wrote {path}")
+    print(f"wrote {output.shown(path)}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     points, title = read(args.table)
     path = output.prepare(args.output, "search-scaling.png")
     draw(points, title, path)
-    print(f"wrote {path}")
+    print(f"wrote {output.shown(path)}")
 
 
 if __name__ == "__main__":

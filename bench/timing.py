@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import patchkern as pk
+from bench import output
 
 COLUMNS = (
     *("provider", "mode", "metric", "unit", "p20", "p50", "p80", "config"),
@@ -178,7 +179,7 @@ class Table:
             writer.writeheader()
             writer.writerows(self.rows)
         temporary.replace(self.path)
-        print(f"wrote {os.path.relpath(self.path)}", flush=True)
+        print(f"wrote {output.shown(self.path)}", flush=True)
 
 
 def environment() -> dict[str, str]:

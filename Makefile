@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build quickstart test test-all lint format bench gpu sanitize clean
+.PHONY: help build quickstart test test-all lint format bench bench-quick gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,8 +41,12 @@ build: $(BUILT) ## create .venv and build the native module
 quickstart: $(BUILT) ## train, evaluate and recommend in minutes; DATA=folder for real data
 	$(BIN)/python recipes/quickstart.py $(if $(DATA),--data $(DATA))
 
-bench: $(BUILT) ## run every benchmark
+bench: $(BUILT) ## run every benchmark script; tables go to runs/bench
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit; done
+
+bench-quick: export OMP_NUM_THREADS = 1
+bench-quick: $(BUILT) ## run the small suites in two minutes; PYTEST_ARGS=--benchmark-save=NAME
+	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 
 # ------------------------------------------------------------------ checks
 

@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
-from bench import timing
+from bench import output, timing
 from patchkern.ops.span_attention import span_attention
 from patchkern.ops.span_attention_prefixed import reference
 
@@ -171,14 +171,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=1, help="divides lengths, for a quick look")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each case and mode")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--name", default="attention", help="of the CSV under bench/results (default: %(default)s)")
+    output.add_option(parser, "attention.csv")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     providers = arguments.providers
     measure = timing.measure if device.type == "cpu" else functools.partial(timing.measure_cuda, device=device)
-    table = timing.Table(arguments.name)
+    table = timing.Table(output.prepare(arguments.output, "attention.csv"))
     for name, case in cases(arguments.scale).items():
         rows = sum(case.lengths)
         print(f"\n{name}: {len(case.lengths)} spans, {rows} rows")

@@ -27,8 +27,9 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from bench import timing, workloads
-from bench.bench_pool_rows import index_bytes, kernels, transpose_of
+from bench import output, timing, workloads
+from bench import pool_rows_providers as providers
+from bench.pool_rows_providers import index_bytes, transpose_of
 
 POLICIES = ("text", "sessions")
 
@@ -82,7 +83,7 @@ def compare_on(
         ),
     }
     for mode, call_of in modes.items():
-        calls = {name: call_of(name) for name in kernels(weight.device, weight.dtype)}
+        calls = {name: call_of(name) for name in providers.kernels(weight.device, weight.dtype)}
         times = measure(calls, seconds=seconds)
         for name, call in calls.items():
             p20, p50, p80 = (1e6 * value for value in times.quantiles(name))
@@ -169,13 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[41, 64, 256, 1024, 2048, 4096, 8192])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.1, help="spent on each comparison")
+    output.add_option(parser, "dispatch.csv")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench_dispatch: nothing was run, torch sees no CUDA device on this machine")
         return
+    table = timing.Table(output.prepare(args.output, "dispatch.csv"))
     workload = workloads.ml1m()
-    table = timing.Table("dispatch")
     for batch in args.batches:
         for policy in POLICIES:
             transfer(table, workload, device, batch, policy, 3 * args.seconds)

@@ -2,7 +2,7 @@
 """What patchkern is worth around a model of the size of Llama-3.2-1B (random weights), on a GPU.
 
     python bench/bench_end_to_end.py                      # bfloat16, ml-1m if at hand: minutes
-    python bench/bench_end_to_end.py --parts passes --name end_to_end_passes
+    python bench/bench_end_to_end.py --parts passes --output runs/bench/end_to_end_passes.csv
     python bench/bench_end_to_end.py --device cpu --shape small --batches 4 --training_batches 2 --users 1 --seconds 0
 
 "share": `compress_batch` (plan the rows, send the layout, pool) as a fraction of the model's own forward pass on the
@@ -42,7 +42,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from bench.bench_training import (
+from bench import output
+from bench.timing import Table, Timing, measure, synchronize
+from bench.training_providers import (
     PASSES,
     patchkern_loss,
     reference_batch,
@@ -50,8 +52,7 @@ from bench.bench_training import (
     rows_per_target,
     whole_users,
 )
-from bench.bench_training import PROVIDERS as WAYS
-from bench.timing import Table, Timing, measure, synchronize
+from bench.training_providers import PROVIDERS as WAYS
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -315,16 +316,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=7, help="of inference, training and passes")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each share")
-    parser.add_argument("--name", default="end_to_end", help="of the CSV under bench/results (default: %(default)s)")
+    output.add_option(parser, "end_to_end.csv")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench_end_to_end: nothing was run, torch sees no CUDA device on this machine")
         return
+    table = Table(output.prepare(args.output, "end_to_end.csv"))
     workload = ml1m()
     models = Models(args.shape, getattr(torch, args.dtype), device, workload)
     config = {"data": workload.name, "shape": args.shape, "dtype": args.dtype, "device": device.type}
-    table = Table(args.name)
     for part, policy in itertools.product([part for part in PARTS if part in args.parts], args.policies):
         for batch in {"training": args.training_batches, "passes": [args.users]}.get(part, args.batches):
             if part == "share":

@@ -12,6 +12,7 @@ one thread, so that busy neighbours only cost cache.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from bench import timing, workloads
+from bench import output, timing, workloads
 from patchkern.batch import planner as chosen
 from patchkern.batch import planning, planning_native
 from patchkern.batch.policies import TrunkPolicy
@@ -40,6 +41,10 @@ def with_planner(planner: object, call: Callable[[], pk.PatchLayout]) -> Callabl
             chosen.active = before
 
     return run
+
+
+def by_planner(build: Callable[[], pk.PatchLayout]) -> dict[str, Callable[[], pk.PatchLayout]]:
+    return {"native": with_planner(planning_native, build), "numpy": with_planner(planning, build)}
 
 
 def equal(left: pk.PatchLayout, right: pk.PatchLayout) -> bool:
@@ -61,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 512], help="samples of `build_layout`")
     parser.add_argument("--passes", type=int, nargs="+", default=[8192, 32768], help="rows of a training pass")
     parser.add_argument("--seconds", type=float, default=2.0, help="spent on each batch and policy")
+    output.add_option(parser, "layout.csv")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    table = timing.Table(output.prepare(arguments.output, "layout.csv"))
     workload = workloads.ml1m()
-    table = timing.Table("layout")
     for name, policy in workloads.POLICIES.items():
         for size in arguments.batches:
             time_samples(table, workload, name, policy, size, arguments.seconds)
@@ -78,17 +84,13 @@ def time_samples(
 ) -> None:
     catalog, prompt = workload.catalog, workload.prompt
     histories, targets = workload.samples(size)
-
-    def build() -> pk.PatchLayout:
-        return pk.build_layout(catalog, histories, policy, prompt, targets)
-
+    build = functools.partial(pk.build_layout, catalog, histories, policy, prompt, targets)
     layout = agreed(build, name)
     kept = histories.latest(policy.max_items)
     index, levels, target_index = catalog.index_of(kept.items), policy.levels(kept), catalog.index_of(targets)
     rows = planning_native.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index)[:5]
     calls: dict[str, Callable[[], object]] = {
-        "native": with_planner(planning_native, build),
-        "numpy": with_planner(planning, build),
+        **by_planner(build),
         "plan": lambda: planning_native.plan_rows(catalog, index, kept.offsets, levels, prompt, target_index),
         "transpose": lambda: planning_native.transpose_rows(*rows),
     }
@@ -100,28 +102,29 @@ def time_samples(
 def time_pass(
     table: timing.Table, workload: workloads.Workload, name: str, policy: pk.Policy, rows: int, seconds: float
 ) -> None:
-    catalog, prompt = workload.catalog, workload.prompt
-    users = np.random.default_rng(0).permutation(len(workload.histories))[:1000]
-    histories = workload.histories.take(users)
-    ranges = np.stack([np.full(len(histories), 3), histories.lengths - 1], axis=1)
-    needed = pk.training_rows(catalog, histories, policy, prompt, ranges)
-    chosen = np.flatnonzero(needed <= rows)
-    chosen = chosen[np.cumsum(needed[chosen]) <= rows]
-    histories, ranges = histories.take(chosen), ranges[chosen]
-
-    def build() -> pk.PatchLayout:
-        return pk.build_training_layout(catalog, histories, policy, prompt, ranges)
-
+    histories, ranges = whole_users(workload, policy, rows)
+    build = functools.partial(pk.build_training_layout, workload.catalog, histories, policy, workload.prompt, ranges)
     layout = agreed(build, name)
-    calls = {"native": with_planner(planning_native, build), "numpy": with_planner(planning, build)}
+    calls = by_planner(build)
     config = {"data": workload.name, "pass": rows, "policy": name}
     amounts = {"targets": int((ranges[:, 1] - ranges[:, 0] + 1).clip(0).sum()), "rows": layout.num_rows}
     time_alone(table, "build_training_layout", calls, config, amounts, seconds)
 
 
+def whole_users(workload: workloads.Workload, policy: pk.Policy, rows: int) -> tuple[pk.Histories, np.ndarray]:
+    """As many users as a pass of ``rows`` holds, drawn at random, and the ranges of their targets."""
+    users = np.random.default_rng(0).permutation(len(workload.histories))[:1000]
+    histories = workload.histories.take(users)
+    ranges = np.stack([np.full(len(histories), 3), histories.lengths - 1], axis=1)
+    needed = pk.training_rows(workload.catalog, histories, policy, workload.prompt, ranges)
+    chosen = np.flatnonzero(needed <= rows)
+    chosen = chosen[np.cumsum(needed[chosen]) <= rows]
+    return histories.take(chosen), ranges[chosen]
+
+
 def agreed(build: Callable[[], pk.PatchLayout], name: str) -> pk.PatchLayout:
-    layout = with_planner(planning_native, build)()
-    if not equal(layout, with_planner(planning, build)()):
+    layout, other = (plan() for plan in by_planner(build).values())
+    if not equal(layout, other):
         sys.exit(f"{name}: the native and the NumPy planner disagree; nothing was timed")
     return layout
 

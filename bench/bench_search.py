@@ -26,7 +26,6 @@ stand out, which they do not here.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import sys
 import time
@@ -43,22 +42,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
+from bench import output
+from bench.search_peers import as_published, by_generate, plain_model, right_and_no_better, same_scores
 from bench.timing import Table, Timing, measure
 from bench.workloads import SHARED
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.search.prompts import Prompts
-from patchkern.search.recommend import DIVERSITY_PENALTY, generate_titles
+from patchkern.search.recommend import generate_titles
 from patchkern.search.trie import Trie
 
 PARTS = ("peers", "policies", "scaling", "extend")
-TOLERANCE = 1e-3
 
 
-def make_model(data: Interactions, args: argparse.Namespace, **config: Any) -> pk.PatchedCausalLM:
+def make_model(data: Interactions, shape: str, device: str) -> pk.PatchedCausalLM:
     tokenizer = fit_tokenizer(data.titles.values(), 4096)
-    if args.shape == "1b":
+    if shape == "1b":
         torch.manual_seed(0)
         llama = LlamaConfig(
             vocab_size=128_256,
@@ -70,11 +70,11 @@ def make_model(data: Interactions, args: argparse.Namespace, **config: Any) -> p
             max_position_embeddings=131_072,
             tie_word_embeddings=True,
         )
-        with torch.device(args.device):
+        with torch.device(device):
             hf_model: PreTrainedModel = LlamaForCausalLM(llama).bfloat16()
     else:
-        hf_model = scratch_model(tokenizer, args.shape, **config)
-        hf_model.to(torch.device(args.device))  # type: ignore[arg-type]
+        hf_model = scratch_model(tokenizer, shape)
+        hf_model.to(torch.device(device))  # type: ignore[arg-type]
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
     return pk.PatchedCausalLM(hf_model.eval(), catalog, scratch_prompt(tokenizer))
 
@@ -91,133 +91,10 @@ def dataset(name: str) -> Interactions:
 # ------------------------------------------------------------------ the peers
 
 
-class TokenTree:
-    """The titles as nested dictionaries, which is what ``prefix_allowed_tokens_fn`` usually walks."""
-
-    def __init__(self, model: pk.PatchedCausalLM) -> None:
-        self.root: dict[int, Any] = {}
-        self.depth = 0
-        for item in range(len(model.catalog)):
-            tokens = [*model.catalog.tokens(item).tolist(), *model.prompt.response_end]
-            self.depth = max(self.depth, len(tokens))
-            node = self.root
-            for token in tokens:
-                node = node.setdefault(token, {})
-
-    def follow(self, tokens: Sequence[int]) -> dict[int, Any]:
-        node = self.root
-        for token in tokens:
-            node = node.get(token, {})
-        return node
-
-
-def padded_prompts(model: pk.PatchedCausalLM, histories: pk.Histories, policy: pk.Policy) -> tuple[Tensor, Tensor]:
-    """(B, L, D) embeddings padded on the left, and their mask."""
-    layout = pk.build_layout(model.catalog, histories, policy, model.prompt)
-    rows = model.embed(layout.to(model.device)).split(layout.cu_seqlens.diff().tolist())
-    longest = max(map(len, rows))
-    embeds = torch.stack([torch.cat([row.new_zeros(longest - len(row), row.shape[1]), row]) for row in rows])
-    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
-    return embeds, mask.to(embeds.device)
-
-
-@torch.no_grad()
-def by_generate(
-    model: pk.PatchedCausalLM, plain: Any, histories: pk.Histories, policy: pk.Policy, width: int
-) -> list[list[float]]:
-    """Every user's scores, best first, from transformers' constrained beam search."""
-    embeds, mask = padded_prompts(model, histories, policy)
-    tree = TokenTree(model)
-    end = model.prompt.response_end[-1]
-
-    def allowed(user: int, tokens: Tensor) -> list[int]:
-        return list(tree.follow(tokens.tolist())) or [end]
-
-    output = plain.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        num_beams=width,
-        num_return_sequences=width,
-        do_sample=False,
-        max_new_tokens=tree.depth,
-        prefix_allowed_tokens_fn=allowed,
-        length_penalty=0.0,
-        early_stopping="never",
-        eos_token_id=end,
-        pad_token_id=end,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    scores: list[list[float]] = output.sequences_scores.view(-1, width).tolist()
-    return scores
-
-
-@torch.no_grad()
-def as_published(
-    model: pk.PatchedCausalLM, plain: Any, histories: pk.Histories, policy: pk.Policy, groups: int
-) -> list[list[float]]:
-    """Every user's log-probabilities as the authors decode: groups of one beam, no cache, copies of the prompt."""
-    embeds, mask = padded_prompts(model, histories, policy)
-    n_users = len(histories)
-    embeds, mask = embeds.repeat_interleave(groups, 0), mask.repeat_interleave(groups, 0)
-    tree, end = TokenTree(model), model.prompt.response_end[-1]
-    weight = plain.get_input_embeddings().weight
-    tokens: list[list[int]] = [[] for _ in range(n_users * groups)]
-    totals, penalised = [0.0] * len(tokens), [0.0] * len(tokens)
-    done = [False] * len(tokens)
-    while not all(done):
-        fed = torch.tensor(tokens, dtype=torch.int64, device=embeds.device)
-        inputs = torch.cat([embeds, weight[fed]], dim=1)
-        seen = torch.cat([mask, mask.new_ones(fed.shape)], dim=1)
-        logits = plain(inputs_embeds=inputs, attention_mask=seen, use_cache=False, logits_to_keep=1).logits[:, -1]
-        log_probs = logits.float().log_softmax(-1).cpu()
-        for user in range(n_users):
-            chosen: dict[int, int] = {}
-            for beam in range(user * groups, (user + 1) * groups):
-                if done[beam]:
-                    tokens[beam].append(end)
-                    continue
-                allowed = list(tree.follow(tokens[beam]))
-                gains = log_probs[beam, allowed]
-                counts = torch.tensor([chosen.get(token, 0) for token in allowed])
-                best = int((gains - DIVERSITY_PENALTY * counts).argmax())
-                token = allowed[best]
-                totals[beam] += float(gains[best])
-                penalised[beam] += float(gains[best] - DIVERSITY_PENALTY * counts[best])
-                tokens[beam].append(token)
-                done[beam] = token == end
-                if not done[beam]:
-                    chosen[token] = chosen.get(token, 0) + 1
-    return [sorted(totals[user * groups : (user + 1) * groups], reverse=True) for user in range(n_users)]
-
-
-def right_and_no_better(name: str, got: list[list[float]], ours: list[list[float]], every: np.ndarray) -> None:
-    """Refuse to time where scores are not those of titles, or a list is better than ours.
-
-    Equal lists cannot be asked for: transformers drops a title that ends below the best ``num_beams`` candidates of
-    its step, where we keep it.
-    """
-    for user, (one, two) in enumerate(zip(got, ours, strict=True)):
-        scores = np.array(one)
-        distance = np.abs(every[user] - scores[:, None]).min(axis=1)
-        wrong = (distance > TOLERANCE * np.abs(scores)).sum()
-        better = (scores > np.array(two) + TOLERANCE * np.abs(scores)).sum()
-        if wrong or better:
-            sys.exit(f"{name}: {wrong} scores of no title, {better} better than ours, user {user}; nothing was timed")
-
-
-def same_scores(name: str, got: list[list[float]], expected: list[list[float]]) -> None:
-    """Refuse to time what finds other titles; where two are as good, rounding may choose."""
-    agree = [np.allclose(one, two, rtol=TOLERANCE) for one, two in zip(got, expected, strict=True)]
-    if np.mean(agree) < 0.95:
-        sys.exit(f"{name}: {len(agree) - sum(agree)} of {len(agree)} users have other scores; nothing was timed")
-
-
 def peers(table: Table, args: argparse.Namespace) -> None:
     data = dataset("ml-100k")
-    model = make_model(data, args)
-    plain = copy.deepcopy(model.hf_model)
-    plain.set_attn_implementation("sdpa")
+    model = make_model(data, args.shape, args.device)
+    plain = plain_model(model)
     # a sample each of users from all over the split, fewer where it has fewer
     samples = data.samples("test")
     of_users = np.unique(samples.users, return_index=True)[1]
@@ -288,7 +165,7 @@ def policies(table: Table, args: argparse.Namespace) -> None:
     data = dataset("ml-1m")
     long = np.flatnonzero(data.histories.lengths > 500)[: args.long_users]
     histories = data.histories.take(long)
-    model = make_model(data, args)
+    model = make_model(data, args.shape, args.device)
     chosen: dict[str, pk.Policy] = {
         "text": pk.TextOnly(None),
         "items": pk.ItemPatches(20, None),
@@ -325,7 +202,7 @@ def policies(table: Table, args: argparse.Namespace) -> None:
 
 def scaling(table: Table, args: argparse.Namespace) -> None:
     data = dataset("ml-100k")
-    model = make_model(data, args)
+    model = make_model(data, args.shape, args.device)
     rng = np.random.default_rng(0)
     policy = pk.SessionPatches(20, None)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
@@ -370,7 +247,7 @@ def wait_for(device: torch.device) -> None:
 
 def extend(table: Table, args: argparse.Namespace) -> None:
     data = dataset("ml-100k")
-    model = make_model(data, args)
+    model = make_model(data, args.shape, args.device)
     rng = np.random.default_rng(0)
     cache = pk.UserCache(model, 1 << 28)
     for policy in (
@@ -422,10 +299,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scaling-items", type=int, nargs="+", default=[1_000, 3_000, 10_000, 30_000, 100_000])
     parser.add_argument("--extend-items", type=int, nargs="+", default=[200, 1_000, 5_000])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="search", help="of the CSV under bench/results (default: %(default)s)")
+    output.add_option(parser, "search.csv")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    table = Table(args.name)
+    table = Table(output.prepare(args.output, "search.csv"))
     parts = {"peers": peers, "policies": policies, "scaling": scaling, "extend": extend}
     for part in args.parts:
         parts[part](table, args)

@@ -3,10 +3,10 @@ r"""One optimisation step, written the obvious way and with patchkern: samples p
 
     python bench/bench_training.py                      # ml-1m and the Llama-3 tokenizer if at hand, else a stand-in
     python bench/bench_training.py --policies items --rounds 3
-    python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --name training-deep
-    python bench/bench_training.py --targets all --most_items 300 --rounds 5 --name training-passes-large-vocabulary
+    python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --output runs/bench/deep.csv
+    python bench/bench_training.py --targets all --most_items 300 --rounds 5 --output runs/bench/passes-128k.csv
     python bench/bench_training.py --targets all --vocab_size 4096 --hidden_size 128 --layers 2 --batch_size 32 \
-        --rows_per_pass 4096 --rounds 3 --name training-passes
+        --rows_per_pass 4096 --rounds 3 --output runs/bench/passes.csv
 
 "reference" is what a training script does without patchkern: a Python loop embeds item by item and pools the old ones,
 the sequences are padded on the right, and the model computes all logits under an attention mask and a cross-entropy.
@@ -37,7 +37,7 @@ import functools
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,178 +45,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
+from bench import output
 from bench.timing import Table, Timing
-from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
-from patchkern.batch.policies import Level
-from patchkern.training.passes import cut_to_passes
+from bench.training_providers import PASSES, PROVIDERS, TOLERANCE, make_model, rows_per_target, take_step, whole_users
+from bench.workloads import POLICIES, VOCABULARY, ml1m
 
-# --targets: the slow way and the fast one
-PROVIDERS = {"one": ("reference", "patchkern"), "all": ("one per pass", "all per pass")}
 # The largest powers of two with which the reference step stays below 8 GiB.
 BATCH_SIZES = {"text": 8, "items": 16, "sessions": 32}
-TOLERANCE = 1e-4
-
-
-# ------------------------------------------------------------------ the two ways to a loss
-
-
-def reference_batch(
-    model: LlamaForCausalLM,
-    workload: Workload,
-    histories: pk.Histories,
-    targets: np.ndarray | None,
-    policy: pk.Policy,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Item by item, padded on the right: embeddings (B, L, D), attention mask (B, L) and labels (B, L)."""
-    catalog, prompt = workload.catalog, workload.prompt
-    device = model.device
-    kept = histories.latest(policy.max_items)
-    levels = policy.levels(kept)
-    titles = [[catalog.tokens(item).tolist() for item in catalog.index_of(history).tolist()] for history in kept]
-    responses: list[list[int]] = [[] for _ in range(len(kept))]
-    if targets is not None:
-        answers_of = catalog.index_of(targets).tolist()
-        responses = [[*catalog.tokens(item).tolist(), *prompt.response_end] for item in answers_of]
-
-    # One look-up per batch: one per title would make the backward pass a dense (V, D) gradient for each of them.
-    runs: list[Sequence[int]] = [prompt.prefix, prompt.separator, prompt.suffix]
-    runs += [title for history in titles for title in history] + responses
-    ids = torch.tensor([token for run in runs for token in run], device=device)
-    embedded = iter(model.get_input_embeddings()(ids).split([len(run) for run in runs]))
-    prefix, separator, suffix = next(embedded), next(embedded), next(embedded)
-    rows = [[next(embedded) for _ in history] for history in titles]
-    answers = [next(embedded) for _ in responses]
-
-    sequences, labels = [], []
-    for user, history in enumerate(rows):
-        level = levels[kept.offsets[user] : kept.offsets[user + 1]]
-        parts = [prefix]
-        session: list[Tensor] = []
-        for i, title in enumerate(history):
-            last = i + 1 == len(history)
-            if level[i] == Level.TEXT:
-                parts.append(title)
-            else:
-                session.append(title.mean(dim=0))
-                if not last and level[i + 1] == Level.JOIN:
-                    continue
-                parts.append(torch.stack(session).mean(dim=0, keepdim=True))
-                session = []
-            if not last:
-                parts.append(separator)
-        sequences.append(torch.cat([*parts, suffix, answers[user]]))
-        unlabelled = len(sequences[-1]) - len(responses[user])
-        labels.append(torch.tensor([-100] * unlabelled + responses[user]))
-    inputs = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    wanted = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
-    return inputs, mask.to(device), wanted.to(device)
-
-
-def reference_loss(
-    model: LlamaForCausalLM, workload: Workload, histories: pk.Histories, targets: np.ndarray, policy: pk.Policy
-) -> Tensor:
-    """Padded, and all logits."""
-    inputs, mask, wanted = reference_batch(model, workload, histories, targets, policy)
-    logits = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100)
-
-
-def patchkern_loss(
-    model: pk.PatchedCausalLM, workload: Workload, histories: pk.Histories, targets: np.ndarray, policy: pk.Policy
-) -> Tensor:
-    return model(pk.build_layout(workload.catalog, histories, policy, workload.prompt, targets)).loss
-
-
-def whole_users(
-    workload: Workload, count: int, seed: int, most_items: int | None = None
-) -> tuple[pk.Histories, np.ndarray]:
-    """Random users and the range of their targets: every interaction with at least 3 before it."""
-    lengths = workload.histories.lengths
-    short = np.flatnonzero(lengths <= (lengths.max() if most_items is None else most_items))
-    histories = workload.histories.take(np.random.default_rng(seed).choice(short, count, replace=False))
-    return histories, np.stack([np.full(count, 3), histories.lengths - 1], axis=1)
-
-
-def every_sample(histories: pk.Histories, ranges: np.ndarray) -> tuple[pk.Histories, np.ndarray]:
-    """A sample for each target: the history before it, and the target."""
-    users, positions = every_target(ranges)
-    return histories.before(users, positions), histories.at(users, positions)
-
-
-def every_target(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Users and positions of the targets in these ranges, one range for each user."""
-    users = np.repeat(np.arange(len(ranges)), np.maximum(ranges[:, 1] - ranges[:, 0] + 1, 0))
-    return users, np.concatenate([np.arange(first, last + 1) for first, last in ranges])
-
-
-def sample_rows(
-    workload: Workload, histories: pk.Histories, targets: np.ndarray, policy: pk.Policy
-) -> tuple[np.ndarray, np.ndarray]:
-    """``(S,)`` rows of every sample, and those of them that are supervised."""
-    catalog, prompt = workload.catalog, workload.prompt
-    answers = catalog.lengths[catalog.index_of(targets)] + len(prompt.response_end)
-    return pk.row_counts(catalog, histories, policy, prompt) + answers, answers
-
-
-def in_passes(rows: np.ndarray, rows_per_pass: int) -> list[np.ndarray]:
-    """Consecutive samples or runs of about so many rows."""
-    return np.split(np.arange(rows.size), np.flatnonzero(np.diff(rows.cumsum() // rows_per_pass)) + 1)
-
-
-def one_per_pass(
-    model: pk.PatchedCausalLM,
-    workload: Workload,
-    histories: pk.Histories,
-    ranges: np.ndarray,
-    policy: pk.Policy,
-    rows_per_pass: int,
-) -> Iterator[Tensor]:
-    before, targets = every_sample(histories, ranges)
-    rows, answers = sample_rows(workload, before, targets, policy)
-    for part in in_passes(rows, rows_per_pass):
-        layout = pk.build_layout(workload.catalog, before.take(part), policy, workload.prompt, targets[part])
-        yield model(layout, num_items_in_batch=int(answers.sum())).loss
-
-
-def all_per_pass(
-    model: pk.PatchedCausalLM,
-    workload: Workload,
-    histories: pk.Histories,
-    ranges: np.ndarray,
-    policy: pk.Policy,
-    rows_per_pass: int,
-) -> Iterator[Tensor]:
-    catalog, prompt = workload.catalog, workload.prompt
-
-    def count_rows(users: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-        return pk.training_rows(catalog, histories.take(users), policy, prompt, ranges)
-
-    # as in training: the targets of a long user are several runs, each with a trunk of its own
-    users, positions = every_target(ranges)
-    supervised = catalog.lengths[catalog.index_of(histories.at(users, positions))] + len(prompt.response_end)
-    longest = int(count_rows(users, np.stack([positions, positions], axis=1)).max())
-    users, runs, rows = cut_to_passes(users, positions, count_rows, max(rows_per_pass, longest))
-    for part in in_passes(rows, rows_per_pass):
-        layout = pk.build_training_layout(catalog, histories.take(users[part]), policy, prompt, runs[part])
-        yield model(layout, num_items_in_batch=int(supervised.sum())).loss
-
-
-# Each yields shares of a step's loss, one for each pass.
-PASSES: dict[str, Callable[..., Iterator[Tensor]]] = {
-    "reference": lambda *batch, **_: iter([reference_loss(*batch)]),
-    "patchkern": lambda *batch, **_: iter([patchkern_loss(*batch)]),
-    "one per pass": one_per_pass,
-    "all per pass": all_per_pass,
-}
 
 
 class Turn(NamedTuple):
@@ -230,21 +69,6 @@ class Turn(NamedTuple):
 
 
 # ------------------------------------------------------------------ a provider in its own process
-
-
-def make_model(hidden_size: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden_size // 64),
-        num_key_value_heads=max(1, hidden_size // 256),
-        max_position_embeddings=131_072,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.Policy) -> None:
@@ -266,30 +90,13 @@ def work(pipe: Connection, provider: str, args: argparse.Namespace, policy: pk.P
     for number in iter(pipe.recv, None):
         batch = draw(args.batch_size, seed=number)
         wall, processor = time.perf_counter(), time.process_time()
-        losses = []
-        for loss in PASSES[provider](model, workload, *batch, policy, rows_per_pass=args.rows_per_pass):
-            loss.backward()
-            losses.append(loss.item())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
+        losses, norm = take_step(
+            model, optimizer, PASSES[provider](model, workload, *batch, policy, rows_per_pass=args.rows_per_pass)
+        )
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         n = len(batch[0]) if args.targets == "one" else int((batch[0].lengths - 3).sum())
-        pipe.send(Turn(wall / n, processor / n, sum(losses), norm.item(), n / len(losses)))
+        pipe.send(Turn(wall / n, processor / n, sum(losses), norm, n / len(losses)))
     pipe.send(resident("VmHWM") - before)
-
-
-def rows_per_target(workload: Workload, policy: pk.Policy) -> dict[str, float]:
-    """Of all users, none left out."""
-    histories = workload.histories
-    ranges = np.stack([np.full(len(histories), 3), histories.lengths - 1], axis=1)
-    together = pk.training_rows(workload.catalog, histories, policy, workload.prompt, ranges).sum()
-    alone = 0
-    for users in np.array_split(np.arange(len(histories)), 100):  # the samples of all would be gigabytes
-        samples = every_sample(histories.take(users), ranges[users])
-        alone += sample_rows(workload, *samples, policy)[0].sum()
-    count = np.maximum(histories.lengths - 3, 0).sum()
-    return {"one per pass": float(alone / count), "all per pass": float(together / count)}
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -348,11 +155,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--name", default="training", help="of the CSV under bench/results (default: %(default)s)")
+    output.add_option(parser, "training.csv")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
-    table = Table(args.name)
+    table = Table(output.prepare(args.output, "training.csv"))
     workload = ml1m(args.vocab_size)
     data = workload.name
     slow, fast = PROVIDERS[args.targets]

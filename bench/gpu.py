@@ -6,11 +6,12 @@
     python3 bench/gpu.py --minutes 9.5 --only build tests-pool-rows bench-pool-rows
     python3 bench/gpu.py --list
 
-Steps run in order of value, each under a limit of its own, and none prevents the next. Tables, plot and `gpu.log` go to
---out (default: $OUT, else bench/results). The last lines say how each step ended and which targets were met.
+Steps run in order of value, each under a limit of its own, and none prevents the next. Tables, plots and `gpu.log` go
+to the folder --output (default: $OUT, else runs/bench/gpu, numbered where there is one already). The last lines say how
+each step ended and which targets were met.
 
 On a machine without a CUDA device, and with --dry-run, the same steps run on the CPU with tiny sizes, so that no typing
-error waits for a GPU; that writes to build/gpu-dry-run.
+error waits for a GPU; what that measures means nothing and goes to build/gpu-dry-run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import output
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -63,46 +68,47 @@ STEPS = (
     Step(
         "bench-pool-rows",
         8,
-        "{python} bench/bench_pool_rows.py --device cuda --dtypes bfloat16 float32",
+        "{python} bench/bench_pool_rows.py --device cuda --dtypes bfloat16 float32 --output {out}/pool_rows_cuda.csv",
         "{python} bench/bench_pool_rows.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
-        "--policies items --compile eager --loop --peak_mib 1",
+        "--policies items --compile eager --loop --peak_mib 1 --output {out}/pool_rows_cuda.csv",
     ),
     Step(
         "bench-end-to-end",
         5,
-        "{python} bench/bench_end_to_end.py --parts share inference training",
+        "{python} bench/bench_end_to_end.py --parts share inference training --output {out}/end_to_end.csv",
         "{python} bench/bench_end_to_end.py --parts share inference training --device cpu --shape small "
-        "--policies items --batches 2 --training_batches 2 --seconds 0 --rounds 1",
+        "--policies items --batches 2 --training_batches 2 --seconds 0 --rounds 1 --output {out}/end_to_end.csv",
     ),
     Step("memcheck", 4, f"{SANITIZER} memcheck {ON_GPU}", ON_CPU),
     Step("tests", 6, PYTEST + " -n 4 -m gpu --ignore tests/ops/test_pool_rows.py", PYTEST + " -n 0 -m gpu"),
     Step(
         "bench-passes",
         4,
-        "{python} bench/bench_end_to_end.py --parts passes --rounds 5 --name end_to_end_passes",
-        "{python} bench/bench_end_to_end.py --parts passes --rounds 1 --name end_to_end_passes --device cpu "
-        "--shape small --policies items --users 1",
+        "{python} bench/bench_end_to_end.py --parts passes --rounds 5 --output {out}/end_to_end_passes.csv",
+        "{python} bench/bench_end_to_end.py --parts passes --rounds 1 --device cpu --shape small "
+        "--policies items --users 1 --output {out}/end_to_end_passes.csv",
     ),
     Step(
         "bench-attention",
         2,
-        "{python} bench/bench_attention.py --device cuda --dtype bfloat16 --name attention_cuda",
+        "{python} bench/bench_attention.py --device cuda --dtype bfloat16 --output {out}/attention_cuda.csv",
         "{python} bench/bench_attention.py --scale 20 --seconds 0 --providers patchkern 'sdpa per span' "
-        "--name attention_cuda",
+        "--output {out}/attention_cuda.csv",
     ),
     Step(
         "bench-dispatch",
         5,
-        "{python} bench/bench_dispatch.py",
-        "{python} bench/bench_dispatch.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0",
+        "{python} bench/bench_dispatch.py --output {out}/dispatch.csv",
+        "{python} bench/bench_dispatch.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
+        "--output {out}/dispatch.csv",
     ),
     Step(
         "bench-search",
         6,
         "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies peers scaling "
-        "--rounds 2 --long-batch 58 --name search_cuda",
+        "--rounds 2 --long-batch 58 --output {out}/search_cuda.csv",
         "{python} bench/bench_search.py --shape tiny --parts policies scaling --long-users 1 --long-rounds 1 "
-        "--scaling-items 200 400 --name search_cuda",
+        "--scaling-items 200 400 --output {out}/search_cuda.csv",
     ),
     Step(
         "long-history",
@@ -114,14 +120,14 @@ STEPS = (
     Step(
         "plot",
         1,
-        "{python} bench/plot.py --folder {out} --dtype bfloat16",
-        "{python} bench/plot.py --folder {out} --dtype bfloat16",
+        "{python} bench/plot.py {out}/pool_rows_cuda.csv --dtype bfloat16 --output {out}/pool_rows_cuda.png",
+        "{python} bench/plot.py {out}/pool_rows_cuda.csv --dtype bfloat16 --output {out}/pool_rows_cuda.png",
     ),
     Step(
         "plot-scaling",
         1,
-        "{python} bench/plot_scaling.py {out}/search_cuda.csv",
-        "{python} bench/plot_scaling.py {out}/search_cuda.csv",
+        "{python} bench/plot_scaling.py {out}/search_cuda.csv --output {out}/search_cuda-scaling.png",
+        "{python} bench/plot_scaling.py {out}/search_cuda.csv --output {out}/search_cuda-scaling.png",
     ),
 )
 
@@ -200,7 +206,7 @@ def perform(step: Step, dry: bool, out: Path, seconds: float) -> tuple[str, floa
     command, sanitizer = step.dry if dry else step.command, find_sanitizer()
     if "{sanitizer}" in command and not sanitizer:
         return "not run: there is no compute-sanitizer here", 0.0
-    environment = os.environ | {"PATCHKERN_BENCH_OUT": str(out), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     # what was built here, whatever is installed
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     if dry:
@@ -258,12 +264,26 @@ def targets(out: Path) -> list[str]:
     return lines
 
 
+def default_folder(dry: bool) -> Path:
+    """Where nothing is replaced that is worth keeping."""
+    if dry:
+        return REPOSITORY / "build/gpu-dry-run"
+    named = os.environ.get("OUT")
+    return Path(named) if named else output.unused(output.RUNS / "gpu", lambda path: path.mkdir(parents=True))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], default=None)
     parser.add_argument("--skip", nargs="+", choices=[step.name for step in STEPS], default=[])
     parser.add_argument("--minutes", type=float, default=25, help="for everything (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for tables and the log")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="of tables, plots and the log, which are replaced (default: $OUT, else runs/bench/gpu, numbered where "
+        "there is one already)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
     args = parser.parse_args(argv)
@@ -277,9 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not dry and not torch.cuda.is_available():
         print("gpu: torch sees no CUDA device on this machine; this is a dry run on the CPU")
         dry = True
-    default = REPOSITORY / "build/gpu-dry-run" if dry else Path(os.environ.get("OUT") or REPOSITORY / "bench/results")
-    out = (args.out or default).resolve()
+    out = (args.output or default_folder(dry)).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    print(f"results go to {out}", flush=True)
     (out / "gpu.log").unlink(missing_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     summary, failed = [], False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw how close `pool_rows` comes to the speed of memory, from the CSVs of bench_pool_rows.py.
+"""Draw how close `pool_rows` comes to the speed of memory, from a CSV of bench_pool_rows.py.
 
-    python bench/plot.py                                   # every bench/results/pool_rows*.csv -> .png beside it
-    python bench/plot.py bench/results/pool_rows_cuda.csv --width 2048 --dtype bfloat16
+    python bench/plot.py                                   # the published table
+    python bench/plot.py runs/bench/pool_rows_cuda.csv --width 2048 --dtype bfloat16
 
 Across: the least bytes a call could move (every row written once, every distinct embedding and the layout read once).
 Up: those bytes over the time it took. `copy` moves its bytes exactly once each way: nothing else can be much faster.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 
-RESULTS = Path(__file__).with_name("results")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import output
+
+PUBLISHED = Path(__file__).with_name("results") / "pool_rows.csv"
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 MARKERS = {"text": "o", "items": "s", "sessions": "^", "random": "D", "long": "v"}
 COPY = "copy"
@@ -123,21 +128,18 @@ def by_policy(points: Iterable[Point]) -> dict[str, list[Point]]:
     return groups
 
 
-def main(argv: Sequence[str] | None = None) -> list[Path]:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("tables", type=Path, nargs="*", help="default: every pool_rows*.csv of --folder")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the tables (default: bench/results)")
+    parser.add_argument("table", type=Path, nargs="?", default=PUBLISHED, help="default: bench/results/pool_rows.csv")
     parser.add_argument("--width", type=int, help="only this D; default: all of the table's")
     parser.add_argument("--dtype", choices=ELEMENT, help="only this one; default: all of the table's")
+    output.add_option(parser, "pool_rows.png")
     args = parser.parse_args(argv)
-    written = []
-    for table in args.tables or sorted(args.folder.glob("pool_rows*.csv")):
-        points, machine = read(table, args.width, args.dtype)
-        chosen = f"D = {args.width or 'all'}, {args.dtype or 'all dtypes'}"
-        written.append(table.with_suffix(".png"))
-        draw(points, f"pool_rows, {chosen}\n{machine}", written[-1])
-        print(f"wrote {written[-1]}")
-    return written
+    points, machine = read(args.table, args.width, args.dtype)
+    path = output.prepare(args.output, "pool_rows.png")
+    chosen = f"D = {args.width or 'all'}, {args.dtype or 'all dtypes'}"
+    draw(points, f"pool_rows, {chosen}\n{machine}", path)
+    print(f"wrote {output.shown(path)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw how a search grows with the history, from the table of bench_search.py.
 
-    python bench/plot_scaling.py                          # bench/results/search.csv -> search-scaling.png beside it
-    python bench/plot_scaling.py some/search_gpu.csv
+    python bench/plot_scaling.py                          # the published table
+    python bench/plot_scaling.py runs/bench/search.csv
 
 Across: rows of the prompt. Up: bytes of all keys and values with one hypothesis and with many, seconds to compute the
 prompt, seconds of one step. Thin lines grow in proportion to the rows.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,11 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).with_name("results")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import output
+
+PUBLISHED = Path(__file__).with_name("results") / "search.csv"
 # what a metric's name begins with -> its panel
 PANELS = {"keys and values": "keys and values, bytes", "prompt": "computing the prompt, s", "step": "one step, s"}
 
@@ -80,16 +85,15 @@ def draw(points: dict[str, list[Point]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> list[Path]:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("tables", type=Path, nargs="*", default=[RESULTS / "search.csv"])
-    written = []
-    for table in parser.parse_args(argv).tables:
-        points, title = read(table)
-        written.append(table.with_name(f"{table.stem}-scaling.png"))
-        draw(points, title, written[-1])
-        print(f"wrote {written[-1]}")
-    return written
+    parser.add_argument("table", type=Path, nargs="?", default=PUBLISHED, help="default: bench/results/search.csv")
+    output.add_option(parser, "search-scaling.png")
+    args = parser.parse_args(argv)
+    points, title = read(args.table)
+    path = output.prepare(args.output, "search-scaling.png")
+    draw(points, title, path)
+    print(f"wrote {output.shown(path)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timing for shared and noisy machines: every provider once per round, ratios taken within a round.
 
-Tables go to bench/results, or to the folder that PATCHKERN_BENCH_OUT names. PATCHKERN_COMMIT stands in for the commit
-where there is no git.
+PATCHKERN_COMMIT stands in for the commit where there is no git.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ import numpy as np
 import torch
 
 import patchkern as pk
+from bench import output
 from patchkern._build import origin
 
-RESULTS = Path(__file__).with_name("results")
 COLUMNS = (
     *("provider", "mode", "metric", "unit", "p20", "p50", "p80", "config"),
     *("machine", "cpu", "threads", "torch", "patchkern", "commit", "date"),
@@ -154,9 +153,9 @@ def _cache_bytes(device: torch.device) -> int:
 
 @dataclass
 class Table:
-    """Rows of a tidy CSV under bench/results, printed as they come."""
+    """Rows of a tidy CSV, printed as they come."""
 
-    name: str
+    path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -177,24 +176,15 @@ class Table:
         self.rows.append(row | {"config": json.dumps(dict(config)), "threads": torch.get_num_threads()} | environment())
         print(f"{provider:24} {mode:18} {metric:24} {p50:>10} {unit:10} [{p20} .. {p80}]", flush=True)
 
-    def write(self) -> Path:
+    def write(self) -> None:
         """Write all rows so far; after every configuration, so that an interrupted run leaves what it has measured."""
-        folder = results_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.csv"
-        temporary = path.with_suffix(".tmp")
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
-        temporary.replace(path)
-        print(f"wrote {os.path.relpath(path)}", flush=True)
-        return path
-
-
-def results_folder() -> Path:
-    """Where tables and plots go."""
-    return Path(os.environ.get("PATCHKERN_BENCH_OUT") or RESULTS)
+        temporary.replace(self.path)
+        print(f"wrote {output.shown(self.path)}", flush=True)
 
 
 def environment() -> dict[str, str]:
@@ -230,7 +220,7 @@ def _cpu() -> str:
 
 def _output(*command: str) -> str:
     try:
-        done = subprocess.run(command, cwd=RESULTS.parent, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip().partition("\n")[0]

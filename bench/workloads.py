@@ -62,7 +62,7 @@ def ml1m(vocab_size: int | None = None) -> Workload:
             print(f"ml-1m is at hand but cannot be read ({error}); running on a stand-in")
     elif given:
         raise FileNotFoundError(f"PATCHKERN_BENCH_DATA: expected ml-1m and llama3-tokenizer in {given}")
-    return _stand_in(vocab_size or VOCABULARY)
+    return stand_in(vocab_size or VOCABULARY)
 
 
 def _real(data: Path, vocab_size: int | None) -> Workload:
@@ -84,7 +84,7 @@ def _real(data: Path, vocab_size: int | None) -> Workload:
     return Workload("ml-1m", pk.Catalog.from_titles(titles, tokenizer), prompt, histories)
 
 
-def _stand_in(vocab_size: int = VOCABULARY) -> Workload:
+def stand_in(vocab_size: int = VOCABULARY) -> Workload:
     """6,038 users, 3,883 items, about 575,000 interactions, 3.9 tokens a title; popularity and words by Zipf."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.1, 0.95, 6038).astype(np.int64), 4, 1435)

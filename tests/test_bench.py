@@ -5,31 +5,35 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 import patchkern as pk
-from bench import bench_dispatch, bench_pool_rows, gpu, timing, workloads
+from bench import bench_dispatch, bench_pool_rows, gpu, output, pool_rows_providers, timing, workloads
 
 TINY = ["--device", "cpu", "--batches", "1", "--widths", "8", "--dtypes", "bfloat16", "--seconds", "0"]
+BENCH = Path(timing.__file__).parent
+SCRIPTS = [*(path.stem for path in sorted(BENCH.glob("bench_*.py"))), "gpu", "plot", "plot_scaling"]
 POOL_ROWS = [*TINY, "--policies", "items", "--compile", "eager", "--loop", "--peak_mib", "1"]
 
 
 @pytest.fixture(autouse=True)
 def a_small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Results go aside, data is made up, and interpreted kernels, which take minutes, are left to the other tests."""
-    workload = workloads._stand_in()
-    monkeypatch.setenv("PATCHKERN_BENCH_OUT", str(tmp_path))
-    for module in (bench_pool_rows, bench_dispatch):
-        monkeypatch.setattr(module, "kernels", lambda device, dtype: ["native"])
-        monkeypatch.setattr(module.workloads, "ml1m", lambda: workload)
+    workload = workloads.stand_in()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pool_rows_providers, "kernels", lambda device, dtype: ["native"])
+    monkeypatch.setattr(workloads, "ml1m", lambda: workload)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -92,7 +96,7 @@ def test_events_leave_out_the_sweep_and_the_warm_up(monkeypatch: pytest.MonkeyPa
 def test_tables_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHKERN_COMMIT", "abc1234")
     timing._software.cache_clear()
-    results = timing.Table("some")
+    results = timing.Table(tmp_path / "some.csv")
     results.add("provider", "mode", "time", "ms", (1.0, 2.0, 3.0), {"rows": 4})
     results.write()
     timing._software.cache_clear()
@@ -100,6 +104,51 @@ def test_tables_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.Mon
     assert tuple(row) == timing.COLUMNS
     assert (row["p50"], json.loads(row["config"]), row["commit"]) == ("2", {"rows": 4}, "abc1234")
     assert row["torch"] == torch.__version__ and bool(row["gpu"]) == torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------ where results go
+
+
+def test_a_result_replaces_only_what_is_named(tmp_path: Path, capsys: Any) -> None:
+    for name in ("some.csv", "some-2.csv", "some-3.csv"):
+        path = output.prepare(None, "some.csv")
+        assert path.resolve() == tmp_path / "runs/bench" / name
+        assert capsys.readouterr().out == f"results go to runs/bench/{name}\n"
+        path.write_text(name)
+    assert [path.read_text() for path in sorted(Path("runs/bench").iterdir())] == [
+        *("some-2.csv", "some-3.csv", "some.csv")
+    ]
+    named = Path("runs/bench/some.csv")
+    assert output.prepare(named, "other.csv") == named and named.read_text() == "some.csv"
+    assert capsys.readouterr().out.endswith("some.csv, which is replaced\n")
+    assert output.prepare(Path("new/one.csv"), "other.csv") == Path("new/one.csv")
+    assert capsys.readouterr().out == "results go to new/one.csv\n" and not list(Path("new").iterdir())
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--output: cannot write to file: "):
+        output.prepare(Path("file/some.csv"), "some.csv")
+    with pytest.raises(SystemExit, match="--output: expected a file, got the folder"):
+        output.prepare(tmp_path, "some.csv")
+
+
+def test_a_run_without_results_leaves_none() -> None:
+    empty, full = (output.prepare(None, name) for name in ("empty.csv", "full.csv"))
+    full.write_text("row")
+    output._remove_empty(empty)
+    output._remove_empty(full)
+    assert full.exists() and not empty.exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_where_its_results_go(script: str, capsys: Any) -> None:
+    module = pytest.importorskip(f"bench.{script}", exc_type=ImportError)
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    _, option, described = " ".join(capsys.readouterr().out.split()).rpartition("--output F")
+    assert option and "runs/bench/" in described.partition(")")[0] and "replaced" in described
 
 
 # ------------------------------------------------------------------ the scripts
@@ -120,7 +169,7 @@ MODES = {
 @pytest.mark.unpoisoned("tracing would record the filling")
 def test_pool_rows(tmp_path: Path) -> None:
     bench_pool_rows.main(POOL_ROWS)
-    rows = table(tmp_path / "pool_rows.csv")
+    rows = table(tmp_path / "runs/bench/pool_rows.csv")
     timed = {
         mode: {row["provider"] for row in rows if (row["mode"], row["metric"]) == (mode, "time")} for mode in MODES
     }
@@ -143,7 +192,7 @@ def test_least_bytes_by_hand() -> None:
     prompt = pk.Prompt(prefix=[9], separator=[], suffix=[9], response_end=[])
     layout = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=1), prompt)
     lo, hi, items, token_ids, offsets, title_index = 4, 4, 1, 2, 2, 1
-    assert bench_pool_rows.least_bytes(layout, row_bytes=100) == {
+    assert pool_rows_providers.least_bytes(layout, row_bytes=100) == {
         "least_bytes": 100 * (4 + 3) + 4 * (lo + hi + items + token_ids + offsets),
         "least_bytes_table": 100 * (4 + 2 + 1) + 4 * (lo + hi + items + title_index),
     }
@@ -153,21 +202,21 @@ def test_what_is_wrong_or_breaks_is_not_timed(tmp_path: Path, monkeypatch: pytes
     def breaks(self: Any, weight: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not on this device")
 
-    right = bench_pool_rows.Segments.index_add
-    monkeypatch.setattr(bench_pool_rows.Segments, "index_add", lambda self, weight: right(self, weight) * 1.1)
-    monkeypatch.setattr(bench_pool_rows.Loop, "pool", breaks)
+    right = pool_rows_providers.Segments.index_add
+    monkeypatch.setattr(pool_rows_providers.Segments, "index_add", lambda self, weight: right(self, weight) * 1.1)
+    monkeypatch.setattr(pool_rows_providers.Loop, "pool", breaks)
     with pytest.raises(SystemExit) as stopped:
         bench_pool_rows.main([*POOL_ROWS, "--compile", "off"])
     complaint = str(stopped.value)
     assert "index_add forward: wrong result" in complaint and "loop forward: RuntimeError: not on" in complaint
-    rows = table(tmp_path / "pool_rows.csv")
+    rows = table(tmp_path / "runs/bench/pool_rows.csv")
     assert not [row for row in rows if "index_add" in row["provider"] + row["metric"] or "loop" in row["provider"]]
     assert [row for row in rows if row["metric"] == "speed-up over embedding_bag"]
 
 
 def test_dispatch(tmp_path: Path) -> None:
     bench_dispatch.main(TINY)
-    modes = {row["mode"] for row in table(tmp_path / "dispatch.csv")}
+    modes = {row["mode"] for row in table(tmp_path / "runs/bench/dispatch.csv")}
     assert modes == {"transfer", "pool_rows", "pool_rows_grad"}
 
 
@@ -175,7 +224,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     from bench import bench_end_to_end
 
-    workload = workloads._stand_in()
+    workload = workloads.stand_in()
     short = np.flatnonzero(workload.histories.lengths < 30)[:100]
     workload = workload._replace(histories=workload.histories.take(short))
     monkeypatch.setattr(bench_end_to_end, "ml1m", lambda: workload)
@@ -187,7 +236,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--shape", "small", "--dtype", "float32", "--policies", "sessions", "--batches", "1", "--seconds", "0"]
     small += ["--training_batches", "1", "--users", "1", "--rounds", "1"]
     bench_end_to_end.main(["--device", "cpu", *small])
-    rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "end_to_end.csv")}
+    rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "runs/bench/end_to_end.csv")}
     assert ("compress_batch", "share", "fraction of forward") in rows
     assert ("patchkern", "inference", "speed-up") in rows and ("patchkern", "training", "speed-up") in rows
     assert ("all per pass", "passes", "arithmetic of a stage") in rows
@@ -198,7 +247,7 @@ def test_attention(tmp_path: Path) -> None:
     from bench import bench_attention
 
     tiny = ["--providers", "patchkern", "sdpa per span", "--scale", "100", "--seconds", "0"]
-    bench_attention.main([*tiny, "--name", "attention_tiny"])
+    bench_attention.main([*tiny, "--output", "attention_tiny.csv"])
     rows = [row for row in table(tmp_path / "attention_tiny.csv") if row["metric"] == "speed-up over sdpa per span"]
     assert [row["mode"] for row in rows] == 3 * ["forward", "forward+backward"]
 
@@ -208,7 +257,7 @@ def test_attention_against_a_compiled_mask(tmp_path: Path) -> None:
     from bench import bench_attention
 
     bench_attention.main(["--scale", "20", "--seconds", "0"])
-    modes = {(row["provider"], row["mode"]) for row in table(tmp_path / "attention.csv")}
+    modes = {(row["provider"], row["mode"]) for row in table(tmp_path / "runs/bench/attention.csv")}
     assert {("flex", "forward"), ("flex", "mask")} <= modes and ("flex", "forward+backward") not in modes
 
 
@@ -219,10 +268,10 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     def too_large(histories: Any, targets: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    results = timing.Table("oom")
+    results = timing.Table(tmp_path / "oom.csv")
     steps = {"reference": too_large, "patchkern": lambda histories, targets: torch.zeros(1)}
     config = {"device": "cpu", "batch": 2}
-    samples = workloads._stand_in().samples
+    samples = workloads.stand_in().samples
     bench_end_to_end.compare(results, "training", steps, lambda seed: samples(2, seed), "samples", 2, config)
     assert [(row["provider"], row["metric"]) for row in results.rows] == [
         ("reference", "out of memory"),
@@ -234,30 +283,106 @@ def test_plot_of_the_published_tables(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench import plot
 
-    for path in plot.RESULTS.glob("pool_rows*.csv"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-        written = plot.main([str(tmp_path / path.name), "--width", "2048", "--dtype", "bfloat16"])
-        assert [image.read_bytes()[:4] for image in written] == [b"\x89PNG"]
-    points, machine = plot.read(plot.RESULTS / "pool_rows.csv", 2048, "bfloat16")
+    for path in plot.PUBLISHED.parent.glob("pool_rows*.csv"):
+        plot.main([str(path), "--width", "2048", "--dtype", "bfloat16", "--output", f"{path.stem}.png"])
+        assert (tmp_path / f"{path.stem}.png").read_bytes()[:4] == b"\x89PNG"
+    points, machine = plot.read(plot.PUBLISHED, 2048, "bfloat16")
     copy = next(point for point in points if point.provider == "copy" and point.policy == "text")
     assert copy.megabytes == pytest.approx(2 * 24016 * 2048 * 2 / 1e6) and copy.low <= copy.rate <= copy.high
     assert "torch" in machine
     with pytest.raises(ValueError, match="width 3"):
-        plot.read(plot.RESULTS / "pool_rows.csv", 3, None)
+        plot.read(plot.PUBLISHED, 3, None)
 
 
 def test_plot_of_the_scaling(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench import plot_scaling
 
-    (tmp_path / "search.csv").write_bytes((plot_scaling.RESULTS / "search.csv").read_bytes())
-    (written,) = plot_scaling.main([str(tmp_path / "search.csv")])
-    assert written.name == "search-scaling.png" and written.read_bytes()[:4] == b"\x89PNG"
-    points, _ = plot_scaling.read(plot_scaling.RESULTS / "search.csv")
+    plot_scaling.main([])
+    assert (tmp_path / "runs/bench/search-scaling.png").read_bytes()[:4] == b"\x89PNG"
+    points, _ = plot_scaling.read(plot_scaling.PUBLISHED)
     assert {point.rows for point in points["prompt"]} == {point.rows for point in points["step, 20 beams"]}
     assert all(point.p20 <= point.p50 <= point.p80 for found in points.values() for point in found)
     with pytest.raises(ValueError, match="scaling"):
-        plot_scaling.read(plot_scaling.RESULTS / "search-peers.csv")
+        plot_scaling.read(plot_scaling.PUBLISHED.with_name("search-peers.csv"))
+
+
+# ------------------------------------------------------------------ the suites
+
+# beside test_pool_rows, each: test_NAME[provider] and test_paired
+SUITES = {"layout": "plan", "attention": "attention", "search": "search", "training": "step"}
+
+
+def run_suites(*options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """As from a command line: kernels are not interpreted, and no worker of this run is known."""
+    unset = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path and str(path), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/", *options]
+    return subprocess.run(command, cwd=gpu.REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def test_suites_run_and_what_is_wrong_fails(tmp_path: Path) -> None:
+    """Every entry once; and one provider is off by a tenth."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("transformers")
+    (tmp_path / "a_wrong_provider.py").write_text(
+        "from bench.pool_rows_providers import Segments\n"
+        "right = Segments.index_add\n"
+        "Segments.index_add = lambda self, weight: 1.1 * right(self, weight)\n"
+    )
+    report = tmp_path / "report.xml"
+    options = ("-p", "a_wrong_provider", "--benchmark-disable", f"--junitxml={report}")
+    done = run_suites(*options, path=tmp_path)
+    assert "index_add: wrong result" in done.stdout, done.stdout + done.stderr
+    cases = [*ElementTree.parse(report).iter("testcase")]
+    failed = {case.attrib["name"] for case in cases if len(case)}
+    assert failed == {f"test_forward[{case}-index_add]" for case in ("items-bfloat16", "sessions-float32")}
+    entries = {(case.attrib["classname"].rpartition(".")[2], case.attrib["name"].partition("[")[0]) for case in cases}
+    assert entries == {
+        *(("test_pool_rows", name) for name in ("test_forward", "test_backward", "test_paired")),
+        *((f"test_{suite}", f"test_{name}") for suite, name in SUITES.items()),
+        *((f"test_{suite}", "test_paired") for suite in SUITES),
+    }
+
+
+def test_suites_are_not_timed_under_xdist() -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run_suites("-n", "2")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "nothing can be timed under pytest-xdist" in done.stderr
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_paired_entries_count_baselines(monkeypatch: pytest.MonkeyPatch, disabled: bool) -> None:
+    from bench import conftest
+    from bench.suites import entry
+
+    class Benchmark:
+        """What `Entry` uses of pytest-benchmark's fixture, with the clock that `paired` gives it."""
+
+        def __init__(self) -> None:
+            self.disabled, self.group, self.taken = disabled, "", list[float]()
+
+        def pedantic(self, target: Callable[[], object], rounds: int = 1) -> None:
+            clock = entry.paired.mark.kwargs["timer"]
+            for _ in range(rounds):
+                before = clock()
+                target()
+                self.taken.append(clock() - before)
+
+    asked: list[float] = []
+
+    def measure(calls: timing.Calls, seconds: float, min_rounds: int, clock: Any = None) -> timing.Timing:
+        asked.append(seconds)
+        return timing.Timing({name: np.array(calls[name](), dtype=float) for name in calls})
+
+    monkeypatch.setattr(timing, "measure", measure)
+    benchmark: Any = Benchmark()
+    entry.Entry(benchmark, max_time=2.0, min_rounds=3).pair("op", lambda: [1, 2, 8], "peer", lambda: [2, 8, 4])
+    assert benchmark.taken == pytest.approx([0] if disabled else [0.5, 0.25, 2])
+    assert asked == ([] if disabled else [2])
+    assert conftest.pytest_benchmark_scale_unit("seconds", [{"group": benchmark.group}]) == ("baseline", 1)
+    assert conftest.pytest_benchmark_scale_unit("seconds", [{"group": "op"}]) is None
 
 
 # ------------------------------------------------------------------ everything in one go
@@ -267,7 +392,7 @@ def test_steps_end_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def ended(command: str, seconds: float = 20.0, minutes: float = 1.0) -> str:
         return gpu.perform(gpu.Step("step", minutes, command, ""), False, tmp_path, seconds)[0]
 
-    assert ended("{python} -c 'import os; print(os.environ[\"PATCHKERN_BENCH_OUT\"])'") == "ok"
+    assert ended("{python} -c 'print(\"{out}\")'") == "ok"
     assert str(tmp_path) in (tmp_path / "gpu.log").read_text()
     assert ended("{python} -c 'raise SystemExit(3)'") == "exit status 3"
     start = time.monotonic()
@@ -277,21 +402,30 @@ def test_steps_end_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert ended("{sanitizer} true").startswith("not run")
 
 
+def test_results_of_a_gpu_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    folders = [gpu.default_folder(dry=False).resolve() for _ in range(2)]
+    assert folders == [tmp_path / "runs/bench/gpu", tmp_path / "runs/bench/gpu-2"]
+    monkeypatch.setenv("OUT", "asked")
+    assert gpu.default_folder(dry=False) == Path("asked")
+    assert gpu.default_folder(dry=True) == gpu.REPOSITORY / "build/gpu-dry-run"
+
+
 def test_no_step_prevents_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     steps = tuple(
         gpu.Step(name, 1, "", f"{{python}} -c 'raise SystemExit({code})'") for name, code in (("a", 1), ("b", 0))
     )
     monkeypatch.setattr(gpu, "STEPS", steps)
-    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 1
     summary = capsys.readouterr().out.partition("=== summary")[2].splitlines()
     assert [line.split()[0] for line in summary[1:3]] == ["a", "b"]
     assert summary[1].endswith("exit status 1") and summary[2].endswith("ok")
-    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--only", "b"]) == 0
-    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--minutes", "0"]) == 1
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--only", "b"]) == 0
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--minutes", "0"]) == 1
 
 
 def test_targets_are_told_met_from_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = timing.Table("pool_rows_cuda")
+    results = timing.Table(tmp_path / "pool_rows_cuda.csv")
     for policy, value in (("text", 0.95), ("items", 0.5)):
         config = {"policy": policy, "batch": 64, "dtype": "bfloat16"}
         results.add("cuda", "forward", "fraction of peak", "ratio", (value,) * 3, config)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,10 +13,7 @@ from patchkern.batch.planning import Int32, Int64, RowPlan, Spans, TransposePlan
 from patchkern.batch.policies import Levels
 from patchkern.batch.prompt import Prompt
 
-if TYPE_CHECKING:
-    from patchkern import _native
-else:
-    _native = load("_native")
+_native = load("_native")
 
 # Status in csrc/pool_rows.h, where it is the caller's fault
 _OK, _TOO_MANY_ROWS, _LARGE_DIVISOR = 0, 16, 17

@@ -96,15 +96,19 @@ def of_object(name: str, described: Any, level: int = 3) -> Iterator[str]:
         line = f"{described.name}{annotated(described.annotation)}"
         value = f" = {described.value}"
         yield fenced(line + value if len(line + value) <= WIDTH else line)
+    elif described.is_class and (parameters := constructor(described)):
+        yield fenced(signature(described.name, parameters, ""))
     elif described.is_class:
-        yield fenced(signature(described.name, constructor(described), ""))
+        bases = ", ".join(str(base) for base in described.bases)
+        yield fenced(f"class {described.name}" + (f"({bases})" if bases else ""))
     elif described.is_function:
         yield fenced(signature(described.name, described.parameters, annotated(described.returns, " -> ")))
     yield from of_docstring(described)
     if not described.is_class:
         return
     members = [member for member in described.members.values() if is_public(member) and not member.is_alias]
-    listed = {argument.name for argument in documented(described, "attributes", "parameters")}
+    entries = documented(described, "attributes", "parameters")
+    listed = {name for entry in entries for name in names_of(entry).split(", ")}
     fields = [member for member in members if member.is_attribute and member.docstring and member.name not in listed]
     if fields:
         yield "\n".join(
@@ -147,13 +151,19 @@ def of_docstring(described: Any) -> Iterator[str]:
         elif kind in ("returns", "yields"):
             yield f"**{TITLES[kind]}** " + " ".join(prose(entry.description) for entry in section.value)
         elif kind in TITLES:
-            lines = [item(entry.name, "", entry.description) for entry in section.value]
+            lines = [item(names_of(entry), "", entry.description) for entry in section.value]
             yield "\n".join([f"**{TITLES[kind]}**", "", *lines])
         elif kind == "admonition":
             yield f"**{section.title}**"
             yield prose(section.value.description)
         else:
             raise ValueError(f"{described.path}: its docstring has a section {kind!r}, which this page cannot show")
+
+
+def names_of(entry: Any) -> str:
+    """Of two attributes that are described together griffe takes the second for the type of the first."""
+    together = entry.name.endswith(",")
+    return f"{entry.name} {str(entry.annotation).strip('()')}" if together else str(entry.name)
 
 
 def item(name: str, kind: str, description: str) -> str:

@@ -14,7 +14,7 @@ BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build quickstart test test-all lint format bench bench-quick gpu sanitize clean
+.PHONY: help build quickstart test test-all lint format docs bench bench-quick gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,6 +67,9 @@ lint: $(INSTALLED) ## check style and types
 format: $(INSTALLED) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## write docs/api.md from the docstrings
+	$(BIN)/python docs/generate_api.py
 
 # On a machine without a network: python3 bench/gpu.py, which builds and runs with the packages that Python has.
 gpu: $(BUILT) ## build, test, sanitize and measure on a GPU; without one a dry run on the CPU; GPU_ARGS=--list

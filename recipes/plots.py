@@ -70,8 +70,8 @@ def cost(points: Sequence[Point]) -> Figure:
     left, right = (_plain(axes) for axes in figure.subplots(1, 2, sharey=True))
     names = [point.name for point in points]
     rows = [float(point.rows.mean()) for point in points]
-    low, high = (np.percentile(np.stack([point.rows for point in points]), share, axis=1) for share in (10, 90))
-    ranges = [f"{mean:.0f} ({a:.0f} to {b:.0f})" for mean, a, b in zip(rows, low, high, strict=True)]
+    shares = [np.percentile(point.rows, (10, 90)) for point in points]
+    ranges = [f"{mean:.0f} ({low:.0f} to {high:.0f})" for mean, (low, high) in zip(rows, shares, strict=True)]
     speed = [point.users_per_second for point in points]
     _bars(left, names, rows, ranges, "rows that the model reads per user (shorter: cheaper)")
     _bars(right, names, speed, [f"{each:.0f}" for each in speed], "users recommended to per second (longer: faster)")

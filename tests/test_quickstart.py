@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import itertools
 import re
 import shlex
@@ -35,14 +37,22 @@ def ranks(*values: int) -> Evaluation:
 # ------------------------------------------------------------------ the run
 
 
-def test_quickstart_trains_recommends_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = quickstart.main([*SHORT, "--output", str(tmp_path), "--name", "short"])
-    printed, folder = capsys.readouterr().out, tmp_path / "short"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[reports.Report, Path, str]:
+    """A short run on synthetic users: what it returns, its folder, what it prints."""
+    folder, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        found = quickstart.main([*SHORT, "--output", str(folder), "--name", "short"])
+    return found, folder / "short", printed.getvalue()
+
+
+def test_quickstart_trains_recommends_and_reports(run: tuple[reports.Report, Path, str]) -> None:
+    found, folder, printed = run
     assert [model.name for model in found.models] == MODELS and list(found.yardsticks) == YARDSTICKS
     assert all(model.rows.size == 24 for model in found.models)
     means = [float(model.rows.mean()) for model in found.models]
     assert means[0] > means[1] > means[2]
-
+    assert all(model.lists != other.lists for model, other in itertools.combinations(found.models, 2))
     report = (folder / "report.md").read_text(encoding="utf-8")
     rows = [*YARDSTICKS, "text", "text + prior", "**item patches** + prior", "**session patches** + prior"]
     for row in rows:
@@ -50,20 +60,18 @@ def test_quickstart_trains_recommends_and_reports(tmp_path: Path, capsys: pytest
     for plot in ("accuracy.png", "cost.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG") and f"]({plot})" in report
     assert not list(folder.glob("*.part"))
-    # nothing that a reader would have to know already: a sentence follows each table and each command has a comment
     assert "fit_limit 24" in report and "HR@k: the share of" in report and "compression: title tokens per row" in report
 
 
-def test_the_examples_show_history_and_recommendations(tmp_path: Path) -> None:
-    found = quickstart.main([*SHORT, "--output", str(tmp_path)])
-    report = (tmp_path / "synthetic/report.md").read_text(encoding="utf-8")
+def test_the_examples_show_history_and_recommendations(run: tuple[reports.Report, Path, str]) -> None:
+    found, folder, _ = run
+    report, data = (folder / "report.md").read_text(encoding="utf-8"), found.data
     users = re.findall(r"### User (\d+), after (\d+) items", report)
     assert len(users) == len(set(users)) == 3
-    data = found.data
     for user, length in users:
         part = report.split(f"### User {user}, after {length} items")[1].split("###")[0]
         history = data.histories[int(user)].tolist()
-        assert f", {data.titles[history[int(length) - 1]]} (" in part
+        assert f" · {data.titles[history[int(length) - 1]]} (" in part
         assert f"Took next: **{data.titles[history[int(length)]]}**" in part
         sample = found.samples.users.tolist().index(int(user))
         first = [data.titles[model.lists[sample][0][0]] for model in found.models]
@@ -86,16 +94,17 @@ def test_tuning_sees_no_prior(tmp_path: Path) -> None:
 def test_the_report_of_real_data_repeats_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its commands and its Python, taken from the report as they stand; and no genres, which only synthetic items have."""
+    """Its commands and its Python as they stand; and no genres, which only synthetic items have."""
     folder = tmp_path / "two words"
     write_parquet(synthetic(60, 80, name="data"), folder)
     monkeypatch.chdir(tmp_path)
     found = quickstart.main([*EVERY_SAMPLE, "--threads", "1", "--data", "two words"])
-    report = (tmp_path / "runs/data/report.md").read_text(encoding="utf-8")
+    report = (tmp_path / "runs/two words/report.md").read_text(encoding="utf-8")
     assert "genre" not in report and "synthetic:" not in report
 
-    commands = [shlex.split(line) for line in report.split("```sh")[1].split("```")[0].splitlines()]
-    again, numbers = (command[2:] for command in commands if command[1].endswith(("quickstart.py", "evaluate.py")))
+    block = report.split("```sh\n")[1].split("```")[0].splitlines()
+    commands = {script: rest for _, script, *rest in (shlex.split(line) for line in block if not line.startswith("#"))}
+    again, numbers = commands["recipes/quickstart.py"], commands["recipes/evaluate.py"]
     assert quickstart.parse(again) == quickstart.parse([*EVERY_SAMPLE, "--threads", "1", "--data", "two words"])
     capsys.readouterr()
     evaluate.main(numbers)
@@ -103,7 +112,7 @@ def test_the_report_of_real_data_repeats_itself(
     assert last.with_prior is not None and last.fit is not None
     assert f"(weight {last.fit.weight:g})" in capsys.readouterr().out
     for name, expected in (("test-strict", last.alone), ("test-strict-transitions", last.with_prior)):
-        with (tmp_path / f"runs/data/session-patches/{name}.csv").open(encoding="utf-8") as file:
+        with (tmp_path / f"runs/two words/session-patches/{name}.csv").open(encoding="utf-8") as file:
             assert [int(row["rank"]) for row in csv.DictReader(file)] == expected.ranks.tolist()
 
     exec(report.split("```python")[1].split("```")[0], {})

@@ -73,8 +73,8 @@ def cost(points: Sequence[Point]) -> Figure:
     shares = [np.percentile(point.rows, (10, 90)) for point in points]
     ranges = [f"{mean:.0f} ({low:.0f} to {high:.0f})" for mean, (low, high) in zip(rows, shares, strict=True)]
     speed = [point.users_per_second for point in points]
-    _bars(left, names, rows, ranges, "rows that the model reads per user (shorter: cheaper)")
-    _bars(right, names, speed, [f"{each:.0f}" for each in speed], "users recommended to per second (longer: faster)")
+    _bars(left, names, rows, ranges, "rows per user (shorter: cheaper)")
+    _bars(right, names, speed, [f"{each:.0f}" for each in speed], "users per second (longer: faster)")
     left.invert_yaxis()
     return figure
 

@@ -117,7 +117,7 @@ class Report:
             "",
         ]
         for model in self.models:
-            after = f" Goes on from the trained {model.after}." if model.after else ""
+            after = f" Goes on from the trained {model.after}, so it has learned for longer." if model.after else ""
             lines.append(f"- {_bold(model)}: a language model that reads {model.reads}.{after}")
         if self.fitted_on:
             lines.append(
@@ -224,8 +224,8 @@ class Report:
             fits = [f"{model.name} {self.genre_fit(model.lists):.0%}" for model in self.models]
             lines += [
                 "The words of a title tell its genre. Of the ten best recommendations, so many are of a genre among "
-                f"the user's latest {LATEST} items: {', '.join(fits)}; of the ten most popular items "
-                f"{self.genre_fit(self.popular):.0%}.",
+                f"the user's latest {LATEST} items: {', '.join(fits)}; of the ten most popular "
+                f"items that the user has not taken {self.genre_fit(self.popular):.0%}.",
                 "",
             ]
         lines += ["Not picked, but evenly spread over the users. The item really taken next is in bold.", ""]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,17 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PrinterCallback, ProgressCallback
+
+# after everything else: an installed patchkern comes first
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
 from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
-from patchkern.evaluation import metrics, most_popular, transitions
+from patchkern.evaluation import Ranking, metrics, most_popular, transitions
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import SETTINGS, PatchTrainer
+from recipes.report import KS, Lists, Model, Report
 
-KS = (10, 20)
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit
 DEFAULTS = {
     "synthetic": {
@@ -63,30 +66,19 @@ class Stage:
     """One training run: the stage it goes on from, how histories are compressed, how often each target is seen."""
 
     name: str
+    reads: str
     after: str | None
     policy: pk.Policy
     epochs: float
     learning_rate: float
 
 
-@dataclass(frozen=True)
-class Result:
-    """One row of the table."""
-
-    name: str
-    evaluation: metrics.Evaluation
-    rows: NDArray[np.int64] | None = None
-    compression: float | None = None
-    seconds: float | None = None
-    targets_per_second: float | None = None
-    users_per_second: float | None = None
-
-
-def main(argv: Sequence[str] | None = None) -> list[Result]:
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None) -> Report:
+    command = sys.argv[1:] if argv is None else list(argv)
+    args = parse(command)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    data = synthetic(seed=args.seed) if args.data == "synthetic" else prepare(open_dataset(args.data))
+    data = synthetic() if args.data == "synthetic" else prepare(open_dataset(args.data))
     folder = Path(args.output) / (args.name or data.name)
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{data}\n{backend_line()}")
@@ -95,30 +87,40 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
     prior = pk.TransitionPrior(data, catalog)
     chosen = spread(data.samples(args.split), args.limit)
-    results = yardsticks(data, catalog, chosen)
-    recommended: dict[str, list[list[tuple[Any, float]]]] = {}
+    # the prior's weight is fitted on the validation split, and would flatter there
+    to_fit = spread(data.samples("val"), args.fit_limit) if args.split == "test" else None
+    popular, yardsticks = without_model(data, catalog, chosen, prior if to_fit else None)
+
+    models: list[Model] = []
     model = None
     for stage in plan(args):
         if model is None or stage.after is None:
             model = new_model(tokenizer, catalog, stage.policy, args)
         seconds, targets = train(model, data, stage, args, folder)
-        model.save_pretrained(folder / stage.name.replace(" ", "-"))
-        tokenizer.save_pretrained(folder / stage.name.replace(" ", "-"))
-        recommended[stage.name], result = evaluate(model, data, chosen, stage)
-        results.append(replace(result, seconds=seconds, targets_per_second=targets / seconds))
-        if args.split == "test":
-            weight = fitted_weight(model, data, stage, prior, args)
-            _, together = evaluate(model, data, chosen, stage, prior=prior, prior_weight=weight)
-            results.append(replace(together, name=f"{stage.name} + {weight:g} transitions"))
+        own = folder / stage.name.replace(" ", "-")
+        model.save_pretrained(own)
+        tokenizer.save_pretrained(own)
+        found = evaluate(model, data, chosen, stage, own, seconds, targets)
+        models.append(found if to_fit is None else with_prior(model, data, found, stage, chosen, to_fit, prior))
 
-    report = [f"# {data.name}", "", *table(results), ""]
-    say("\n" + "\n".join(report[2:]))
-    of_users = np.unique(chosen.users, return_index=True)[1][: args.examples]
-    examples = [line for sample in of_users for line in example(data, chosen, recommended, int(sample))]
-    say("\n".join(examples))
-    write_report(folder, report, results, examples, args)
-    say(f"report: {folder / 'report.md'}")
-    return results
+    report = Report(
+        data=data,
+        source=args.data,
+        samples=chosen,
+        split=args.split,
+        yardsticks=yardsticks,
+        popular=popular,
+        models=models,
+        fitted_on=0 if to_fit is None else to_fit.users.size,
+        num_examples=args.examples,
+        command=command,
+        settings=vars(args),
+        backend=backend_line(),
+        whole_split=chosen.users.size == data.samples(args.split).users.size,
+    )
+    say("\n".join(["", *report.summary()]))
+    say(f"report: {report.write(folder)}")
+    return report
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -157,13 +159,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> list[Stage]:
-    items = pk.ItemPatches(SETTINGS["scratch"].keep_text, max_items=None)
+    text, g = SETTINGS["scratch"].keep_text, args.group_size
+    items = pk.ItemPatches(text, max_items=None)
     # with borders that never move, a user's history is one trunk for all targets
-    sessions = pk.SessionPatches(args.group_size, max_items=None, align="start")
+    sessions = pk.SessionPatches(g, max_items=None, align="start")
+    latest = "the latest item" if text == 1 else f"the latest {text} items"
+    reads_items = (
+        f"{latest} as text and each older one as one row: the mean of its title's token embeddings plus an embedding "
+        "of its own"
+    )
+    reads_sessions = (
+        f"the latest {g} items as text, {g} to {2 * g - 1} before them as item patches, and every {g} older ones as "
+        "one row, the mean of their item patches"
+    )
     return [
-        Stage("text", None, pk.TextOnly(max_items=None), args.epochs, args.learning_rate),
-        Stage("item patches", None, items, args.epochs, args.learning_rate),
-        Stage("session patches", "item patches", sessions, args.session_epochs, args.learning_rate / 3),
+        Stage("text", "every title as text", None, pk.TextOnly(max_items=None), args.epochs, args.learning_rate),
+        Stage("item patches", reads_items, None, items, args.epochs, args.learning_rate),
+        Stage("session patches", reads_sessions, "item patches", sessions, args.session_epochs, args.learning_rate / 3),
     ]
 
 
@@ -217,157 +229,84 @@ def train(
 
 
 def evaluate(
-    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, stage: Stage, **options: Any
-) -> tuple[list[list[tuple[Any, float]]], Result]:
-    histories, targets = data.before(samples), data.targets(samples)
-    layout = pk.build_layout(model.catalog, histories, stage.policy, model.prompt)
-    started = time.perf_counter()
-    recommended = model.recommend(histories, stage.policy, k=max(KS), num_beams=max(KS), exclude_seen=True, **options)
-    speed = len(histories) / (time.perf_counter() - started)
-    evaluation = metrics.evaluate(recommended, targets, KS, catalog=model.catalog)
-    say(f"{stage.name}: {evaluation}")
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    samples: Samples,
+    stage: Stage,
+    folder: Path,
+    seconds: float,
+    targets: int,
+) -> Model:
+    layout = pk.build_layout(model.catalog, data.before(samples), stage.policy, model.prompt)
     rows = np.diff(layout.cu_seqlens.numpy()).astype(np.int64)
-    return recommended, Result(stage.name, evaluation, rows, layout.compression_ratio, users_per_second=speed)
-
-
-def fitted_weight(
-    model: pk.PatchedCausalLM, data: Interactions, stage: Stage, prior: Any, args: argparse.Namespace
-) -> float:
-    """The weight of a prior that ranks the targets of the validation split best."""
-    samples = spread(data.samples("val"), args.fit_limit)
-    fit = pk.fit_prior_weight(
-        model, data.before(samples), data.targets(samples), stage.policy, prior, k=max(KS), exclude_seen=True
+    started = time.perf_counter()
+    lists, alone = recommend(model, data, samples, stage)
+    speed = samples.users.size / (time.perf_counter() - started)
+    return Model(
+        stage.name,
+        folder,
+        stage.reads,
+        stage.after,
+        rows=rows,
+        compression=layout.compression_ratio,
+        seconds=seconds,
+        targets=targets,
+        users_per_second=speed,
+        lists=lists,
+        alone=alone,
     )
-    return fit.weight
 
 
-def yardsticks(data: Interactions, catalog: pk.Catalog, test: Samples) -> list[Result]:
+def with_prior(
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    found: Model,
+    stage: Stage,
+    samples: Samples,
+    to_fit: Samples,
+    prior: pk.TransitionPrior,
+) -> Model:
+    """The model's numbers with a prior too, whose weight ranks the targets of the validation split best."""
+    histories, targets = data.before(to_fit), data.targets(to_fit)
+    fit = pk.fit_prior_weight(model, histories, targets, stage.policy, prior, k=max(KS), exclude_seen=True)
+    _, together = recommend(model, data, samples, stage, prior=prior, prior_weight=fit.weight)
+    return replace(found, fit=fit, with_prior=together)
+
+
+def recommend(
+    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, stage: Stage, **options: Any
+) -> tuple[Lists, metrics.Evaluation]:
+    k = max(KS)
+    lists = model.recommend(data.before(samples), stage.policy, k=k, num_beams=k, exclude_seen=True, **options)
+    evaluation = metrics.evaluate(lists, data.targets(samples), KS, catalog=model.catalog)
+    say(f"{stage.name}{' + prior' if options else ''}: {evaluation}")
+    return lists, evaluation
+
+
+def without_model(
+    data: Interactions, catalog: pk.Catalog, samples: Samples, prior: pk.TransitionPrior | None
+) -> tuple[Lists, dict[str, metrics.Evaluation]]:
+    """What is most popular, and how good recommendations without a model are."""
     # As for the models, an item anywhere in the history is seen.
-    rankings = {
-        "most popular": most_popular(data, test, max(KS), unseen=True, max_items=None),
-        "transitions": transitions(data, test, max(KS), max_items=None),
-    }
-    targets = data.targets(test)
-    return [
-        Result(name, metrics.evaluate(ranking.as_lists(), targets, KS, catalog=catalog))
-        for name, ranking in rankings.items()
-    ]
+    popular = most_popular(data, samples, max(KS), unseen=True, max_items=None)
+    rankings = {"most popular": popular, "transitions": transitions(data, samples, max(KS), max_items=None)}
+    if prior is not None:
+        rankings["prior alone"] = likeliest(data, catalog, samples, prior)
+    targets = data.targets(samples)
+    found = {name: metrics.evaluate(each.as_lists(), targets, KS, catalog=catalog) for name, each in rankings.items()}
+    return popular.as_lists(), found
 
 
-# ------------------------------------------------------------------ the report
-
-
-def table(results: Sequence[Result]) -> list[str]:
-    """A Markdown table that is also readable in a terminal."""
-    measures = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
-    header = ["", "rows/user", "compression", "targets/s", "train s", "users/s", *measures]
-    lines = [header]
-    for result in results:
-        scores = result.evaluation.as_dict()
-        lines.append(
-            [
-                result.name,
-                number(None if result.rows is None else float(result.rows.mean()), 1),
-                number(result.compression, 2),
-                number(result.targets_per_second, 0),
-                number(result.seconds, 0),
-                number(result.users_per_second, 0),
-                *(f"{scores[measure]:.4f}" for measure in measures),
-            ]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return ["| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]]]
-
-
-def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def example(
-    data: Interactions, test: Samples, recommended: dict[str, list[list[tuple[Any, float]]]], sample: int
-) -> list[str]:
-    """What the user of one sample took, what came next, and what each model would have said."""
-    history = data.before(Samples(test.users[[sample]], test.positions[[sample]]))[0]
-    target = data.targets(test)[sample]
-    lines = [f"### User {data.user_ids[test.users[sample]]}", ""]
-    lines += ["- latest: " + ", ".join(data.titles[item] for item in history[-6:].tolist())]
-    lines += [f"- then took: {data.titles[target]}"]
-    for name, lists in recommended.items():
-        shown = [f"**{data.titles[item]}**" if item == target else data.titles[item] for item, _ in lists[sample][:6]]
-        lines += [f"- {name}: " + ", ".join(shown)]
-    return [*lines, ""]
-
-
-def write_report(
-    folder: Path, report: list[str], results: Sequence[Result], examples: Sequence[str], args: argparse.Namespace
-) -> None:
-    models = [result for result in results if result.seconds is not None]
-    plot_accuracy(folder / "accuracy.png", results)
-    plot_rows(folder / "rows.png", models)
-    settings = ", ".join(f"{name} {value}" for name, value in sorted(vars(args).items()) if value is not None)
-    lines = [
-        *report,
-        f"{results[0].evaluation.ranks.size:,} {args.split} samples, strict metric, items already seen left out.",
-        f"Standard error of the largest HR@20: {max(r.evaluation.as_dict()['HR@20 ±'] for r in results):.4f}.",
-        "",
-        "![Accuracy against rows](accuracy.png)",
-        "![Rows per user](rows.png)",
-        "",
-        "## Some users",
-        "",
-        *examples,
-        "## Settings",
-        "",
-        settings,
-        "",
-        backend_line(),
-    ]
-    unfinished = folder / "report.md.part"
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    unfinished.replace(folder / "report.md")
-
-
-def plot_accuracy(path: Path, results: Sequence[Result]) -> None:
-    figure, axes = canvas()
-    for result in results:
-        hr = result.evaluation.hr(20)
-        if result.rows is None:
-            axes.axhline(hr, linestyle="--", linewidth=1, color="0.5")
-            axes.annotate(
-                result.name, (0.99, hr), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4"
-            )
-        else:
-            error = metrics.standard_error(result.evaluation.hits(20))
-            marker = "x" if result.seconds is None else "o"
-            axes.errorbar(result.rows.mean(), hr, yerr=error, fmt=marker, capsize=3, label=result.name)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set(xlabel="rows per user", ylabel="HR@20", xlim=(0, None), ylim=(0, None), title="Accuracy against rows")
-    figure.savefig(path, dpi=120)
-
-
-def plot_rows(path: Path, results: Sequence[Result]) -> None:
-    figure, axes = canvas()
-    for result in results:
-        rows = np.sort(np.asarray(result.rows))
-        axes.plot(rows, np.arange(1, rows.size + 1) / rows.size, label=result.name)
-    axes.set(
-        xlabel="rows", ylabel="share of users with at most so many", xlim=(0, None), ylim=(0, 1), title="Rows per user"
-    )
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def canvas() -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def likeliest(data: Interactions, catalog: pk.Catalog, samples: Samples, prior: pk.TransitionPrior) -> Ranking:
+    """The unseen items that a prior gives the highest probability."""
+    best, scores = [], []
+    for begin in range(0, samples.users.size, 256):
+        past = data.before(Samples(*(column[begin : begin + 256] for column in samples)))
+        table = prior(past)
+        table[np.repeat(np.arange(len(past)), past.lengths), catalog.index_of(past.items)] = -np.inf
+        best.append(np.argsort(-table, axis=1, kind="stable")[:, : max(KS)])
+        scores.append(np.take_along_axis(table, best[-1], axis=1))
+    return Ranking(catalog.item_ids[np.concatenate(best)], np.concatenate(scores))
 
 
 def backend_line() -> str:

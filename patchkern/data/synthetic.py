@@ -8,26 +8,16 @@ from numpy.typing import NDArray
 
 from patchkern.data.interactions import Interactions
 from patchkern.data.splits import temporal_split
+from patchkern.data.synthetic_titles import GENRES, MAX_SERIES, titles_of
 
 SYSTEM = "You recommend stories."
 INSTRUCTION = "A user has enjoyed [HISTORY_SEQUENCE]. Name one story for this user to enjoy next: its title only."
 
-# fmt: off
-_ONSETS = ("b", "br", "c", "ch", "cl", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "ph", "qu",
-           "r", "s", "sh", "st", "t", "th", "tr", "v", "w", "y", "z")
-_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ie", "io", "ou")
-_CODAS = ("l", "ll", "m", "n", "nd", "ng", "r", "rd", "rn", "s", "sk", "st", "t", "th", "x")
-# fmt: on
-_PATTERNS = ("{} {}", "The {} {}", "{} of {}", "{} and {}", "The {} of the {}", "{}")
-_ROMAN = ("", " II", " III", " IV", " V", " VI")
-
-_MIN_WORDS_PER_GENRE = 40
 _GENRES_PER_USER = 3
 _DRIFT = 0.06  # probability, per item, that another liked genre comes on top
 _LOYALTY = 0.85  # probability that an item is of the genre on top, not of any liked one
 _RETRIES = 20
 _POPULARITY = -1.1  # of the item at rank r, (1 + r) to this power
-_MAX_SERIES = len(_ROMAN)
 _SERIES_SHARE = 0.35
 _DAY = 86_400
 _START = 946_684_800  # 2000-01-01
@@ -46,7 +36,8 @@ def synthetic(
 ) -> Interactions:
     """Generate users whose taste can be learnt from their histories and from titles. Equal arguments, equal data.
 
-    A title is made of invented words of the item's genre, so the title tells the genre. Some items form series
+    A title is made of ordinary words of the item's genre, so the title tells the genre: "The Dusty Saloon" is a
+    western (`patchkern.data.synthetic_titles.genre_of` says so). No two items share a title; some form series
     ("Title", "Title II", "Title III"). A user likes a few genres and drifts: the genre on top changes from time to
     time. The next item is, with probability ``sequel_rate``, the part that continues the last item; otherwise an
     unseen item of a liked genre, popular ones far more often (popularity falls as a power of the rank). Users
@@ -56,7 +47,7 @@ def synthetic(
         num_users: all of them have at least 12 interactions (fewer if there are fewer items).
         num_items: items in the catalogue, ids 0, 1, 2, ...
         seed: of the generator.
-        num_genres: at most ``num_items``.
+        num_genres: at most ``num_items`` and 16, the genres that there are words for.
         mean_length: mean interactions per user; lengths are spread widely around it.
         sequel_rate: probability to go on with a series where the last item has a next part.
 
@@ -64,20 +55,21 @@ def synthetic(
         Interactions with timestamps, titles and the temporal 48:1:1 split.
 
     Raises:
-        ValueError: a count below 1, ``num_genres`` above ``num_items``, ``sequel_rate`` outside 0..1.
+        ValueError: a count below 1, too many genres, ``sequel_rate`` outside 0..1.
     """
     for argument, value in (("num_users", num_users), ("num_items", num_items), ("num_genres", num_genres)):
         if value < 1:
             raise ValueError(f"{argument}: expected 1 or more, got {value}")
     if num_genres > num_items:
         raise ValueError(f"num_genres: expected at most num_items ({num_items}), got {num_genres}")
+    if num_genres > len(GENRES):
+        raise ValueError(f"num_genres: expected at most {len(GENRES)} (those with words), got {num_genres}")
     if not 0 <= sequel_rate <= 1:
         raise ValueError(f"sequel_rate: expected 0..1, got {sequel_rate}")
     if not mean_length > 0:
         raise ValueError(f"mean_length: expected above 0, got {mean_length}")
     random = np.random.default_rng(seed)
     genre, sequel = _series(random, num_items, num_genres)
-    titles = _titles(random, genre, sequel)
     popularity: NDArray[np.float64] = np.power(1.0 + random.permutation(num_items), _POPULARITY)
 
     lengths = random.lognormal(np.log(mean_length) - 0.18, 0.6, num_users).astype(np.int64)
@@ -91,6 +83,7 @@ def synthetic(
     for length, arrival in zip(lengths, arrivals, strict=True):
         items.append(_history(random, int(length), draw, everything, sequel, sequel_rate))
         times.append(_START + (arrival + np.cumsum(random.exponential(0.5 * _DAY, length))).astype(np.int64))
+    titles = titles_of(random, genre, sequel)
     data = Interactions.from_columns(
         np.repeat(np.arange(num_users), lengths),
         np.concatenate(items),
@@ -111,46 +104,12 @@ def _series(
     sequel = np.full(num_items, -1, np.int64)
     first = 0
     while first < num_items:
-        parts = int(random.integers(2, _MAX_SERIES + 1)) if random.random() < _SERIES_SHARE else 1
+        parts = int(random.integers(2, MAX_SERIES + 1)) if random.random() < _SERIES_SHARE else 1
         end = min(first + parts, num_items)
         genre[first:end] = random.integers(num_genres)
         sequel[first : end - 1] = np.arange(first + 1, end)
         first = end
     return genre, sequel
-
-
-def _titles(random: np.random.Generator, genre: NDArray[np.int64], sequel: NDArray[np.int64]) -> list[str]:
-    used: set[str] = set()
-
-    def new_word() -> str:
-        while True:
-            syllables = range(int(random.integers(1, 3)))
-            word = "".join(_pick(random, _ONSETS) + _pick(random, _VOWELS) for _ in syllables) + _pick(random, _CODAS)
-            if word not in used:
-                used.add(word)
-                return word.capitalize()
-
-    num_genres = int(genre.max()) + 1
-    per_genre = max(_MIN_WORDS_PER_GENRE, int(np.sqrt(genre.size / num_genres)) + 1)
-    words = [[new_word() for _ in range(per_genre)] for _ in range(num_genres)]
-    titles: list[str] = []
-    continued = np.zeros(genre.size, bool)
-    continued[sequel[sequel >= 0]] = True
-    stem, part = "", 0
-    for item in range(genre.size):
-        if continued[item]:
-            part += 1
-        else:
-            part = 0
-            while True:
-                pattern = _pick(random, _PATTERNS)
-                own = words[genre[item]]
-                stem = pattern.format(*(_pick(random, own) for _ in range(pattern.count("{}"))))
-                if stem not in used:
-                    used.add(stem)
-                    break
-        titles.append(stem + _ROMAN[part])
-    return titles
 
 
 class _Draw:
@@ -198,7 +157,3 @@ def _unseen(random: np.random.Generator, genre: _Draw, everything: _Draw, seen: 
                 return item
     left = np.setdiff1d(everything.items, np.fromiter(seen, np.int64, len(seen)))
     return int(left[random.integers(left.size)])
-
-
-def _pick(random: np.random.Generator, options: list[str] | tuple[str, ...]) -> str:
-    return options[int(random.integers(len(options)))]

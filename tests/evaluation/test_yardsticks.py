@@ -164,6 +164,7 @@ def test_tiny_synthetic(arguments: tuple[int, int]) -> None:
     [
         ({"num_users": 0}, "num_users: expected 1 or more, got 0"),
         ({"num_items": 5}, r"num_genres: expected at most num_items \(5\), got 12"),
+        ({"num_genres": 17}, r"num_genres: expected at most 16 \(those with words\), got 17"),
         ({"sequel_rate": 1.5}, r"sequel_rate: expected 0\.\.1, got 1\.5"),
         ({"mean_length": 0}, "mean_length: expected above 0, got 0"),
     ],

@@ -59,10 +59,11 @@ test-all: export OMP_NUM_THREADS = 1
 test-all: $(BUILT) ## run the slow tests too
 	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## check style and types
+lint: $(INSTALLED) ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

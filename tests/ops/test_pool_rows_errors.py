@@ -1,96 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every wrong argument is a TypeError or ValueError that names it, says what was expected and what came, and comes
-before anything is written."""
+"""What `pool_rows` and its gradient refuse: a TypeError or ValueError that names the argument, says what was
+expected and what came, and comes before anything is written."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import cases
 import numpy as np
-import oracle
 import pytest
 import torch
+from error_cases import (
+    CATALOG,
+    HISTORIES,
+    LAYOUT_ARGUMENTS,
+    PROMPT,
+    TARGETS,
+    TITLES,
+    VOCABULARY,
+    made_by_hand,
+    refused,
+    weight_of,
+)
 
 import patchkern as pk
-from patchkern.batch.policies import Level, policy_from_dict, policy_to_dict
-
-TITLES: dict[Any, oracle.Title] = {10: [1, 2], 20: [3], 30: [4, 5, 6]}
-CATALOG = cases.make_catalog(TITLES)
-PROMPT = cases.make_prompt(oracle.Parts([7], [8], [9], [10]))
-HISTORIES = [[10, 20, 30], [], [30]]
-TARGETS = [20, 10, 30]
-VOCABULARY = 11
-LAYOUT_ARGUMENTS: dict[str, Any] = {
-    "catalog": CATALOG,
-    "histories": HISTORIES,
-    "policy": pk.TextOnly(),
-    "prompt": PROMPT,
-    "targets": TARGETS,
-}
-
-
-def weight_of(**options: Any) -> torch.Tensor:
-    return torch.ones(VOCABULARY, 8, **options)
-
-
-def refused(call: Callable[..., Any], error: type[Exception], message: str, *arguments: Any, **options: Any) -> None:
-    with pytest.raises(error, match=message) as caught:
-        call(*arguments, **options)
-    assert type(caught.value) in (TypeError, ValueError)
-
-
-# ------------------------------------------------------------------ the promised lines
-
-
-def test_unknown_item_id() -> None:
-    refused(
-        pk.build_layout,
-        ValueError,
-        r"histories: expected item ids of the catalog, got 21 at position 1",
-        CATALOG,
-        [[10, 21]],
-        pk.TextOnly(),
-        PROMPT,
-    )
-    named = cases.make_catalog({"a": [1]})
-    refused(pk.build_layout, ValueError, r"histories: .*got 'b' at position 0", named, [["b"]], pk.TextOnly(), PROMPT)
-    refused(
-        pk.build_layout,
-        TypeError,
-        r"histories: expected integer item ids as in the catalog, got string ids",
-        CATALOG,
-        [["10"]],
-        pk.TextOnly(),
-        PROMPT,
-    )
-    refused(
-        pk.build_layout,
-        TypeError,
-        r"histories: expected string item ids as in the catalog, got integer ids",
-        named,
-        [[10]],
-        pk.TextOnly(),
-        PROMPT,
-    )
-
-
-def test_target_not_in_the_catalog() -> None:
-    refused(
-        pk.build_layout,
-        ValueError,
-        r"targets: expected item ids of the catalog, got 11 at position 2",
-        CATALOG,
-        HISTORIES,
-        pk.TextOnly(),
-        PROMPT,
-        [10, 20, 11],
-    )
 
 
 @pytest.mark.parametrize(
@@ -121,70 +56,6 @@ def test_token_id_outside_the_weight(backend: str, policy: Any, prompt: pk.Promp
     )
     assert (out == 777.0).all()
     assert pk.pool_rows(torch.ones(largest + 1, 8), layout, backend=backend).shape == (layout.num_rows, 8)
-
-
-def test_empty_title() -> None:
-    refused(
-        pk.Catalog.from_token_ids,
-        ValueError,
-        r"titles: expected at least one .*got none for item 20",
-        [1, 2],
-        [0, 1, 1, 2],
-        [10, 20, 30],
-    )
-    refused(
-        pk.Catalog.from_titles,
-        ValueError,
-        r"titles: expected at least one .*got none for item 'b'",
-        {"a": "x", "b": ""},
-        lambda title: [len(title)] * len(title),
-    )
-
-
-def test_offsets_that_fall() -> None:
-    refused(
-        pk.Catalog.from_token_ids,
-        ValueError,
-        r"offsets: expected non-decreasing offsets, got 2 then 1 at 1",
-        [1, 2, 3],
-        [0, 2, 1, 3],
-    )
-    refused(
-        pk.Histories,
-        ValueError,
-        r"offsets: expected non-decreasing offsets, got 2 then 1 at 1",
-        [1, 2, 3],
-        [0, 2, 1, 3],
-    )
-
-
-def test_nan_probability() -> None:
-    refused(pk.RandomItemPatches, ValueError, r"probability: expected a number in 0\.\.1, got nan", float("nan"))
-    refused(pk.RandomItemPatches, ValueError, r"probability: .*got nan", np.float32("nan"))
-
-
-def test_more_recommendations_than_items() -> None:
-    transformers = pytest.importorskip("transformers", reason="runs a transformers model")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    model = pk.PatchedCausalLM(transformers.LlamaForCausalLM(config), CATALOG, PROMPT)
-    refused(
-        model.recommend,
-        ValueError,
-        r"k: expected at most 3, the items of the catalog, got 4",
-        HISTORIES,
-        pk.TextOnly(),
-        k=4,
-        num_beams=4,
-    )
-    for k, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)):
-        refused(model.recommend, error, r"k: expected", HISTORIES, pk.TextOnly(), k=k)
 
 
 # ------------------------------------------------------------------ weight
@@ -334,121 +205,6 @@ def test_nothing_is_written_before_an_error(change: dict[str, Any], message: str
     with pytest.raises((TypeError, ValueError), match=message):
         pk.compress_batch(**(arguments | change))
     assert (arguments["out"] == 777.0).all()
-
-
-# ------------------------------------------------------------------ build_layout
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"catalog": None}, TypeError, r"catalog: expected a Catalog, got NoneType"),
-        ({"catalog": {10: "a"}}, TypeError, r"catalog: expected a Catalog, got dict"),
-        ({"histories": "abc"}, TypeError, r"histories: .*got str"),
-        ({"histories": None}, TypeError, r"histories: .*got NoneType"),
-        ({"histories": 5}, TypeError, r"histories: .*got int"),
-        ({"histories": [10, 20]}, TypeError, r"histories\[0\]: expected a sequence of item ids, got int"),
-        ({"histories": [[10], "20"]}, TypeError, r"histories\[1\]: expected a sequence of item ids, got str"),
-        ({"histories": [[10.5]]}, TypeError, r"histories.*float64"),
-        ({"histories": [[10], ["a"]]}, TypeError, r"histories: expected item ids of one kind"),
-        ({"histories": [[10, "a"]]}, TypeError, r"histories\[0\]: expected item ids of one kind, got str and int"),
-        ({"histories": [[[10, 20]]]}, ValueError, r"histories\[0\]: .*\(1, 2\)"),
-        ({"histories": [[None]]}, TypeError, r"histories: .*NoneType"),
-        ({"histories": {0: [10]}}, TypeError, r"histories: .*got dict"),
-        ({"policy": None}, TypeError, r"policy: expected a policy .*got NoneType"),
-        ({"policy": pk.TextOnly}, TypeError, r"policy: expected a policy .*got type"),
-        ({"policy": 5}, TypeError, r"policy: expected a policy .*got int"),
-        ({"prompt": None}, TypeError, r"prompt: expected a Prompt, got NoneType"),
-        ({"prompt": ([1], [2], [3], [4])}, TypeError, r"prompt: expected a Prompt, got tuple"),
-        ({"targets": 10}, TypeError, r"targets: expected one item id per user, got int"),
-        ({"targets": "abc"}, TypeError, r"targets: expected one item id per user, got str"),
-        ({"targets": {10, 20, 30}}, TypeError, r"targets: expected one item id per user, got set"),
-        ({"targets": []}, ValueError, r"targets: expected one item id per user \(3\), got 0"),
-        ({"targets": [10, 20]}, ValueError, r"targets: expected one item id per user \(3\), got 2"),
-        ({"targets": ["a", "b", "c"]}, TypeError, r"targets: expected integer item ids"),
-        ({"targets": [10.0, 20.0, 30.0]}, TypeError, r"targets: .*float"),
-        ({"targets": [10, 20, None]}, TypeError, r"targets: .*NoneType"),
-        ({"targets": [[10], [20], [30]]}, (TypeError, ValueError), r"targets: .*list"),
-        ({"targets": np.asarray([[10], [20], [30]])}, ValueError, r"targets: .*\(3, 1\)"),
-    ],
-)
-def test_build_layout_refuses(change: dict[str, Any], error: Any, message: str) -> None:
-    refused(pk.build_layout, error, message, **(LAYOUT_ARGUMENTS | change))
-
-
-class OwnPolicy:
-    max_items = None
-
-    def __init__(self, levels: Any) -> None:
-        self.made = levels
-
-    def levels(self, histories: pk.Histories) -> Any:
-        return self.made
-
-
-@pytest.mark.parametrize(
-    ("levels", "message"),
-    [
-        (None, r"policy: expected levels of dtype uint8 and shape \(4,\), got NoneType"),
-        ([0, 0, 0, 0], r"policy: .*got list"),
-        (np.zeros(4, np.int64), r"policy: expected levels of dtype uint8 .*, got int64 \(4,\)"),
-        (np.zeros(3, np.uint8), r"policy: .*got uint8 \(3,\)"),
-        (np.zeros((4, 1), np.uint8), r"policy: .*got uint8 \(4, 1\)"),
-        (np.asarray([0, 0, 0, 3], np.uint8), r"policy: expected levels 0, 1 and 2, got 3"),
-        (np.asarray([2, 0, 0, 0], np.uint8), r"policy: expected every JOIN to follow a patch"),
-        (np.asarray([0, 2, 0, 0], np.uint8), r"policy: expected every JOIN to follow a patch"),
-        (np.asarray([1, 1, 1, 2], np.uint8), r"policy: expected every JOIN to follow a patch item of the same user"),
-    ],
-)
-def test_own_policies_are_checked(levels: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        pk.build_layout(CATALOG, HISTORIES, OwnPolicy(levels), PROMPT)
-
-
-def test_own_policy_may_join_after_a_join() -> None:
-    levels = np.asarray([Level.PATCH, Level.JOIN, Level.JOIN, Level.PATCH], np.uint8)
-    assert pk.build_layout(CATALOG, HISTORIES, OwnPolicy(levels), pk.Prompt()).hi.tolist() == [3, 4]
-
-
-# ------------------------------------------------------------------ policies
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: pk.TextOnly(max_items=0), ValueError, r"max_items: .*got 0"),
-        (lambda: pk.TextOnly(max_items=-5), ValueError, r"max_items: .*got -5"),
-        (lambda: pk.TextOnly(max_items=1.5), TypeError, r"max_items: expected an integer, got float"),
-        (lambda: pk.TextOnly(max_items="all"), TypeError, r"max_items: expected an integer, got str"),
-        (lambda: pk.TextOnly(max_items=True), TypeError, r"max_items: expected an integer, got bool"),
-        (lambda: pk.TextOnly(max_items=10**30), ValueError, r"max_items: .*got 10{30}"),
-        (lambda: pk.ItemPatches(keep_text=-1), ValueError, r"keep_text: .*got -1"),
-        (lambda: pk.ItemPatches(keep_text=None), TypeError, r"keep_text: expected an integer, got NoneType"),
-        (lambda: pk.ItemPatches(keep_text=2.0), TypeError, r"keep_text: expected an integer, got float"),
-        (lambda: pk.ItemPatches(keep_text=10**30), ValueError, r"keep_text: .*got 10{30}"),
-        (lambda: pk.ItemPatches(max_items=0), ValueError, r"max_items: .*got 0"),
-        (lambda: pk.SessionPatches(group_size=0), ValueError, r"group_size: .*got 0"),
-        (lambda: pk.SessionPatches(group_size="5"), TypeError, r"group_size: expected an integer, got str"),
-        (lambda: pk.SessionPatches(group_size=10**30), ValueError, r"group_size: .*got 10{30}"),
-        (lambda: pk.SessionPatches(max_items=0), ValueError, r"max_items: .*got 0"),
-        (lambda: pk.SessionPatches(align="middle"), ValueError, r'align: expected "end" or "start", got \'middle\''),
-        (lambda: pk.SessionPatches(align=None), ValueError, r"align: .*got None"),
-        (lambda: pk.RandomItemPatches(probability=1.5), ValueError, r"probability: expected .* 0\.\.1, got 1.5"),
-        (lambda: pk.RandomItemPatches(probability=-0.1), ValueError, r"probability: .*got -0.1"),
-        (lambda: pk.RandomItemPatches(probability=float("inf")), ValueError, r"probability: .*got inf"),
-        (lambda: pk.RandomItemPatches(probability="half"), TypeError, r"probability: expected a number, got str"),
-        (lambda: pk.RandomItemPatches(probability=None), TypeError, r"probability: expected a number, got NoneType"),
-        (lambda: pk.RandomItemPatches(probability=True), TypeError, r"probability: expected a number, got bool"),
-        (lambda: pk.RandomItemPatches(seed=-1), ValueError, r"seed: .*got -1"),
-        (lambda: pk.RandomItemPatches(seed=0.5), TypeError, r"seed: expected an integer, got float"),
-        (lambda: policy_from_dict({"name": "Patches"}), ValueError, r"description: .* TextOnly.*, got 'Patches'"),
-        (lambda: policy_from_dict({}), ValueError, r"description: .*got None"),
-        (lambda: policy_from_dict({"name": "TextOnly", "keep": 5}), TypeError, r"keep"),
-        (lambda: policy_to_dict(OwnPolicy(None)), TypeError, r"policy: expected one of TextOnly.*, got OwnPolicy"),
-    ],
-)
-def test_policies_refuse(make: Callable[[], Any], error: type[Exception], message: str) -> None:
-    refused(make, error, message)
 
 
 # ------------------------------------------------------------------ backends
@@ -602,131 +358,6 @@ def test_wrong_gradient(backend: str) -> None:
         without,
         VOCABULARY,
     )
-
-
-def made_by_hand() -> pk.PatchLayout:
-    """Rows: literal 7, the patch of [1, 2], the session {[1, 2], [3]}, literal 9."""
-    layout = pk.PatchLayout(
-        lo=torch.tensor([-8, 0, 1, -10], dtype=torch.int32),
-        hi=torch.tensor([0, 1, 3, 0], dtype=torch.int32),
-        items=torch.tensor([0, 0, 1], dtype=torch.int32),
-        token_ids=torch.tensor([1, 2, 3], dtype=torch.int32),
-        offsets=torch.tensor([0, 2, 3], dtype=torch.int32),
-        title_index=torch.tensor([0, 1], dtype=torch.int32),
-        cu_seqlens=torch.tensor([0, 3, 4], dtype=torch.int32),
-        max_seqlen=3,
-        position_ids=torch.tensor([0, 1, 2, 0]),
-        labels=torch.tensor([-100, -100, -100, -100]),
-        logit_rows=torch.tensor([1]),
-        logit_labels=torch.tensor([5]),
-        history_tokens=5,
-        history_rows=2,
-        max_token_id=9,
-    )
-    return layout.with_transpose()
-
-
-def test_layouts_made_by_hand_work(backend: str) -> None:
-    rows = [[[7]], [[1, 2]], [[1, 2], [3]], [[9]]]
-    layout = made_by_hand()
-    weight = cases.make_weight(VOCABULARY, 8)
-    oracle.assert_pooled(pk.pool_rows(weight, layout, backend=backend), weight, rows)
-    grad = pk.pool_rows_grad(weight[:4], layout, VOCABULARY, backend=backend)
-    oracle.assert_gradient(grad, weight[:4], rows, VOCABULARY)
-
-
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"lo": [-8, 0, 1, -10]}, TypeError, r"lo: expected a tensor, got list"),
-        ({"lo": None}, TypeError, r"lo: expected a tensor, got NoneType"),
-        ({"lo": torch.tensor([-8, 0, 1, -10])}, TypeError, r"lo: expected dtype torch.int32, got torch.int64"),
-        ({"lo": int32(-8, 0, 1, -10).reshape(2, 2)}, ValueError, r"lo: expected a 1-D tensor, got shape \(2, 2\)"),
-        ({"lo": torch.zeros(8, dtype=torch.int32)[::2]}, ValueError, r"lo: expected a contiguous tensor, got stride"),
-        ({"lo": int32(-8, 0, 1)}, ValueError, r"hi: expected 3 entries .*, got 4"),
-        ({"lo": int32(-8, 0, 3, -10)}, ValueError, r"lo\[2\]: expected a value in .*\.\.2, got 3"),
-        ({"lo": int32(-(2**31), 0, 1, -10)}, ValueError, r"lo\[0\]: .*got -2147483648"),
-        ({"hi": int32(0, 1, 4, 0)}, ValueError, r"hi\[2\]: expected a value in 0\.\.3, got 4"),
-        ({"hi": int32(0, 0, 3, 0)}, ValueError, r"hi\[1\]: expected more than lo for a patch, got 0"),
-        ({"hi": int32(0, 1, 3, 2)}, ValueError, r"hi\[3\]: expected 0 for a literal, got 2"),
-        ({"hi": int32(0, 1, 3)}, ValueError, r"hi: expected 4 entries"),
-        ({"items": int32(0, 0, 2)}, ValueError, r"items\[2\]: expected a value in 0\.\.1, got 2"),
-        ({"items": int32(0, -1, 1)}, ValueError, r"items\[1\]: .*got -1"),
-        ({"token_ids": int32(1, -2, 3)}, ValueError, r"token_ids\[1\]: .*got -2"),
-        ({"token_ids": torch.ones(3)}, TypeError, r"token_ids: expected dtype torch.int32, got torch.float32"),
-        ({"offsets": int32(0, 3, 2)}, ValueError, r"offsets: expected offsets from 0 to 3, got \[0, 2\]"),
-        ({"offsets": int32(0, 4, 3)}, ValueError, r"offsets\[2\]: expected non-decreasing offsets"),
-        ({"offsets": int32(0, 3, 3)}, ValueError, r"offsets: expected at least one token per title, .* title 1"),
-        ({"offsets": int32(0, 3)}, ValueError, r"offsets: expected 3 entries .*, got 2"),
-        ({"title_index": int32(0)}, ValueError, r"offsets: expected 2 entries .*, got 3"),
-        ({"cu_seqlens": int32(0, 5, 4)}, ValueError, r"cu_seqlens\[2\]: expected non-decreasing offsets"),
-        ({"cu_seqlens": int32(1, 3, 4)}, ValueError, r"cu_seqlens: expected offsets from 0 to 4, got \[1, 4\]"),
-        ({"cu_seqlens": int32()}, ValueError, r"cu_seqlens: expected offsets from 0 to 4"),
-        ({"max_seqlen": 4}, ValueError, r"max_seqlen: expected the longest user's rows, 3, got 4"),
-        ({"max_seqlen": 3.0}, TypeError, r"max_seqlen: expected an integer, got float"),
-        ({"max_token_id": 8}, ValueError, r"max_token_id: expected the largest token id, 9, got 8"),
-        ({"max_token_id": True}, TypeError, r"max_token_id: expected an integer, got bool"),
-        ({"position_ids": torch.tensor([0, 1])}, ValueError, r"position_ids: expected 4 entries .*, got 2"),
-        ({"position_ids": int32(0, 1, 2, 0)}, TypeError, r"position_ids: expected dtype torch.int64"),
-        ({"labels": None}, ValueError, r"labels: expected labels, logit_rows and logit_labels together or none"),
-        ({"labels": torch.tensor([1])}, ValueError, r"labels: expected 4 entries .*, got 1"),
-        ({"logit_rows": torch.tensor([4])}, ValueError, r"logit_rows\[0\]: expected a value in 0\.\.3, got 4"),
-        ({"logit_rows": torch.tensor([-1])}, ValueError, r"logit_rows\[0\]: .*got -1"),
-        ({"logit_labels": torch.tensor([1, 2])}, ValueError, r"logit_labels: expected 1 entries .*, got 2"),
-        ({"history_rows": None}, TypeError, r"history_rows: expected an integer, got NoneType"),
-        ({"prefix": [[0, 0]]}, TypeError, r"prefix: expected a tensor, got list"),
-        ({"prefix": int32(0, 0)}, ValueError, r"prefix: expected shape \(2, 2\), one range per span .*, got \(2,\)"),
-        ({"prefix": torch.zeros(2, 2)}, TypeError, r"prefix: expected dtype torch.int32, got torch.float32"),
-        ({"prefix": int32(0, 0, 0, 0).reshape(2, 2).T}, ValueError, r"prefix: expected a contiguous tensor"),
-        ({"prefix": int32(0, 0, 2, 1).reshape(2, 2)}, ValueError, r"prefix\[1\]: expected a range .*, got \[2, 1\]"),
-        ({"prefix": int32(0, 0, -1, 1).reshape(2, 2)}, ValueError, r"prefix\[1\]: expected a range"),
-        ({"prefix": int32(0, 1, 0, 0).reshape(2, 2)}, ValueError, r"prefix\[0\]: .* before its span, in 0\.\.0, got"),
-        ({"prefix": int32(0, 0, 0, 1).reshape(2, 2)}, ValueError, r"max_prefix: expected .*, 1, got 0"),
-        ({"max_prefix": 2}, ValueError, r"max_prefix: expected the longest prefix's rows, 0, got 2"),
-        ({"lo": int32(-8, 0, 1, -10).to_sparse()}, ValueError, r"lo: expected a dense tensor .*torch.sparse_coo"),
-        ({"transpose": (1, 2)}, TypeError, r"transpose: expected a Transpose, got tuple"),
-        ({"title_index": int32(0, -1)}, ValueError, r"title_index\[1\]: expected a value in 0\.\..*, got -1"),
-        ({"catalog_fingerprint": 7}, TypeError, r"catalog_fingerprint: expected a string or None, got int"),
-        (
-            {"lo": int32(-8, 0, 1, -10).to("meta")},
-            ValueError,
-            r"lo: expected a dense tensor with values, got .* on meta",
-        ),
-    ],
-)
-def test_layouts_made_by_hand_are_checked(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    refused(dataclasses.replace, error, message, made_by_hand(), **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"tokens": [1]}, TypeError, r"transpose.tokens: expected a tensor, got list"),
-        ({"tokens": int32(1, 2, 3, 7, 10)}, ValueError, r"transpose.tokens\[4\]: expected a value in 0\.\.9, got 10"),
-        ({"tokens": int32(-1, 2, 3, 7, 9)}, ValueError, r"transpose.tokens\[0\]: .*got -1"),
-        ({"tokens": int32(1, 3, 2, 7, 9)}, ValueError, r"transpose.tokens: expected ascending token ids"),
-        ({"tokens": int32(1, 1, 2, 3, 7)}, ValueError, r"transpose.tokens: expected ascending token ids"),
-        ({"tokens": int32(1, 2)}, ValueError, r"transpose.offsets: expected 3 entries"),
-        ({"offsets": int32(0, 2, 1, 5, 6, 7)}, ValueError, r"transpose.offsets\[2\]: expected non-decreasing"),
-        (
-            {"offsets": int32(0, 2, 2, 5, 6, 7)},
-            ValueError,
-            r"transpose.offsets: expected at least one contribution per token",
-        ),
-        ({"rows": int32(1, 2, 1, 2, 2, 0, 4)}, ValueError, r"transpose.rows\[6\]: expected a value in 0\.\.3, got 4"),
-        ({"divisors": int32(2, 4, 2, 4, 0, 1, 1)}, ValueError, r"transpose.divisors\[4\]: .*got 0"),
-        ({"divisors": int32(2)}, ValueError, r"transpose.divisors: expected \d entries .*, got 1"),
-    ],
-)
-def test_transposes_made_by_hand_are_checked(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    layout = made_by_hand()
-    assert layout.transpose is not None
-    transpose = dataclasses.replace(layout.transpose, **change)
-    refused(dataclasses.replace, error, message, layout, transpose=transpose)
 
 
 def test_layouts_overwritten_later_are_refused() -> None:

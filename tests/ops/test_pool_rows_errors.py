@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -378,3 +379,62 @@ def test_layouts_overwritten_later_are_refused() -> None:
             out=out,
         )
         assert (out == 777.0).all()
+
+
+# ------------------------------------------------------------------ scale, and a gradient to add to
+
+
+WRONG_SCALES = {
+    "nan": (float("nan"), ValueError, "scale: expected a finite number, .*, got nan"),
+    "inf": (float("-inf"), ValueError, "scale: expected a finite number, .*, got -inf"),
+    "beyond float32": (
+        1e39,
+        ValueError,
+        r"scale: expected a finite number, at most 3.403e\+38 for torch.float32, got 1e\+39",
+    ),
+    "bool": (True, TypeError, "scale: expected a number, got bool"),
+    "string": ("2", TypeError, "scale: expected a number, got str"),
+    "none": (None, TypeError, "scale: expected a number, got NoneType"),
+    "tensor": (torch.tensor(2.0), TypeError, "scale: expected a number, got Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SCALES)
+def test_wrong_scale(name: str) -> None:
+    scale, error, message = WRONG_SCALES[name]
+    layout = cases.make_batch(pk.SessionPatches(3), [9]).layout()
+    weight = cases.make_weight(cases.VOCABULARY, 8)
+    with pytest.raises(error, match=message):
+        pk.pool_rows(weight, layout, scale=scale)
+    with pytest.raises(error, match=message):
+        pk.pool_rows_grad(weight[: layout.num_rows], layout, cases.VOCABULARY, scale=scale)
+    assert pk.pool_rows(weight.double(), layout, scale=1e39).isfinite().all()
+
+
+def test_wrong_gradient_to_add_to() -> None:
+    layout = cases.make_batch(pk.SessionPatches(3), [9]).layout()
+    grad_rows = cases.make_weight(layout.num_rows, 8)
+    count = cases.VOCABULARY
+    cut = torch.ones(layout.num_rows + count, 8)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        ([[0.0]], TypeError, "out: expected a tensor, got list"),
+        (torch.zeros(count, 7), ValueError, r"out: expected shape \(97, 8\), got \(97, 7\)"),
+        (torch.zeros(count - 1, 8), ValueError, r"out: expected shape \(97, 8\), got \(96, 8\)"),
+        (
+            torch.zeros(count, 8).double(),
+            TypeError,
+            "out: expected grad_rows's dtype, torch.float32, got torch.float64",
+        ),
+        (torch.zeros(count, 8, device="meta"), ValueError, "out: expected grad_rows's device, cpu, got meta"),
+        (torch.zeros(8, count).t(), ValueError, r"out: expected contiguous rows .* got stride \(1, 97\)"),
+        (torch.zeros(1, 8).expand(count, 8), ValueError, "out: expected rows that do not overlap"),
+        (torch.zeros(count, 8, requires_grad=True), ValueError, "out: expected a tensor that requires no gradient"),
+        (cut[layout.num_rows :], ValueError, "out: expected memory of its own, got grad_rows's"),
+    ]
+    for out, error, message in wrong:
+        given = cut[: layout.num_rows] if out is wrong[-1][0] else grad_rows
+        with pytest.raises(error, match=message):
+            pk.pool_rows_grad(given, layout, count, out=out)
+    assert cut.eq(1).all()
+    with pytest.raises(ValueError, match=r"out: expected None for a compact gradient \(dense=False\), got a tensor"):
+        pk.pool_rows_grad(grad_rows, layout, count, dense=False, out=torch.zeros(count, 8))

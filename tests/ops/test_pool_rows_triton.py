@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is particular to the Triton kernels: their machine code, how they cut the work, and when they are compiled.
 
-That they compute what every backend computes is tested in test_pool_rows.py.
+That they compute what every backend computes is tested in test_pool_rows.py and test_pool_rows_grad.py.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from span_cases import SPANS, Spans, expected, gradients, leaves, sdpa, visibility
 from torch import Tensor
 
 from patchkern.models.attention import span_attention
 from patchkern.ops import span_attention_prefixed as op
-from tests.ops.test_span_attention import SPANS, Spans, expected, gradients, leaves, sdpa, visibility
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import shutil
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import pybind11
 import pytest
 import torch
+from kept_builds import REPOSITORY, kept_build
 
 import patchkern as pk
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CSRC, SHIM = REPOSITORY / "csrc", REPOSITORY / "tests" / "cuda_host"
 
 
@@ -30,35 +30,39 @@ def command(*parts: str | Path, **options: Any) -> str:
     return done.stdout
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one of the test processes fills and all of them use."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            make(folder)
-            (folder / "made").touch()
-    return folder
+def kept_for_host(name: str, *sources: Path) -> Path:
+    """The module (or library) ``name``.so of these sources, compiled for the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    flags = os.environ.get("PATCHKERN_HOST_FLAGS", "")
+    read = [Path(__file__), *(path for folder in (CSRC, SHIM) for path in folder.iterdir() if path.is_file())]
+    versions = [flags, sys.version, pybind11.__version__, command("g++", "--version", env=without_preload())]
+    folder = kept_build(
+        name, [*read, Path(__file__)], versions, lambda folder: compile_for_host(folder / f"{name}.so", *sources)
+    )
+    return folder / f"{name}.so"
+
+
+def without_preload() -> dict[str, str]:
+    """The environment of a compiler: what is preloaded is for the tests."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def compile_for_host(target: Path, *sources: Path) -> None:
     flags = os.environ.get("PATCHKERN_HOST_FLAGS", "").split()
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     includes = [f"-I{path}" for path in (SHIM, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it is for the tests
 
     def compile_one(source: Path) -> Path:
         unit = target.with_name(f"{source.stem}.o")
         own = [] if source.name.startswith("bindings") else flags
         options = [*own, "-Wno-unknown-pragmas", *includes, "-x", "c++", "-c"]
-        command(*compiler, *options, source, "-o", unit, env=environment)
+        command(*compiler, *options, source, "-o", unit, env=without_preload())
         return unit
 
     with ThreadPoolExecutor() as pool:
         units = list(pool.map(compile_one, [*sources, SHIM / "runtime.cpp"]))
-    command("g++", "-shared", *flags, *units, "-o", target, env=environment)
+    command("g++", "-shared", *flags, *units, "-o", target, env=without_preload())
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

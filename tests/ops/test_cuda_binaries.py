@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cuda_cases import CSRC, command, made_once
+from cuda_cases import CSRC, command
+from kept_builds import kept_build
 
 ARCHS = ["80", "90", "100"]
 MOST_REGISTERS = {  # what the kernels' launch bounds leave a thread, so that as many warps as they count on fit an SM
@@ -50,7 +51,7 @@ def named(mangled: str) -> tuple[str, str, bool]:
 
 
 @pytest.fixture(scope="session", params=ARCHS, ids=lambda arch: f"sm_{arch}")
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
     """Every kernel, compiled for one kind of GPU."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -66,7 +67,8 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             cubin.with_suffix(".ptxas").write_text(command(nvcc, *options, source))
             cubin.with_suffix(".sass").write_text(command(disassembler, "-sass", cubin))
 
-    folder = made_once(tmp_path_factory, f"sm_{request.param}", compile_all)
+    read = [path for path in CSRC.iterdir() if path.is_file()]
+    folder = kept_build(f"sm_{request.param}", [*read, Path(__file__)], [command(nvcc, "--version")], compile_all)
     result = []
     for report in sorted(folder.glob("*.ptxas")):
         functions = re.split(r"\bFunction : (\S+)", report.with_suffix(".sass").read_text())

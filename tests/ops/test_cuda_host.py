@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cuda_cases import SHIM, compile_for_host, made_once
+from cuda_cases import SHIM, kept_for_host
 
 
 @pytest.fixture(scope="session")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, Any], bytes]:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = made_once(
-        tmp_path_factory, "faults", lambda folder: compile_for_host(folder / "faults.so", SHIM / "faults.cu")
-    )
-    launch = ctypes.CDLL(str(folder / "faults.so")).launch
+def faults() -> Callable[[int, int, Any], bytes]:
+    launch = ctypes.CDLL(str(kept_for_host("faults", SHIM / "faults.cu"))).launch
     launch.restype = ctypes.c_char_p
     return launch  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ import cases
 import oracle
 import pytest
 import torch
-from cuda_cases import CSRC, REPOSITORY, bits, columns, command, compile_for_host, made_once
+from cuda_cases import CSRC, REPOSITORY, bits, columns, command, kept_for_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,13 +36,10 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-f
 
 
 @pytest.fixture(scope="session")
-def host_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def host_module() -> Path:
     """The CUDA module, compiled for the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    sources = [CSRC / name for name in ("pool_rows_fwd.cu", "pool_rows_bwd.cu", "bindings_cuda.cpp")]
-    return (
-        made_once(tmp_path_factory, "host", lambda folder: compile_for_host(folder / "_cuda.so", *sources)) / "_cuda.so"
+    return kept_for_host(
+        "_cuda", *(CSRC / name for name in ("pool_rows_fwd.cu", "pool_rows_bwd.cu", "bindings_cuda.cpp"))
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_cases import HARD_LENGTHS, WIDTHS, assert_gradient, assert_pooled, by_dtype, by_policy, gradient, takers
+from pool_cases import WIDTHS, assert_gradient, assert_pooled, by_dtype, by_policy, gradient, hard_lengths, takers
 
 import patchkern as pk
 from patchkern.ops import backends
@@ -78,7 +78,7 @@ def test_a_session_is_a_mean_of_means(backend: str, device: torch.device) -> Non
 @by_dtype
 @by_policy
 def test_forward_of_every_policy(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
-    batch = cases.make_batch(cases.POLICIES[name], HARD_LENGTHS)
+    batch = cases.make_batch(cases.POLICIES[name], hard_lengths(backend, dtype))
     weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
     assert_pooled(backend, pk.pool_rows(weight, batch.layout(device), backend=backend), weight, batch.rows())
 

@@ -19,6 +19,7 @@ from patchkern.budget.live_bytes import LiveBytes, peak_memory
 from patchkern.budget.search import MemoryBytes, MemoryModel, SearchSize, UserTooLarge, longest_history, parse_bytes
 from patchkern.search import batching
 from patchkern.search.batching import is_out_of_memory
+from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles, score_items
 from patchkern.search.trie import Trie
 
@@ -367,7 +368,7 @@ FAILURES = {
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, most_users: int) -> list[int]:
     """Make every step with the prompts of more than ``most_users`` users fail; returns the users of all batches."""
     sizes: list[int] = []
-    original = pk.prompts.Prompts.step  # type: ignore[attr-defined]
+    original = Prompts.step
 
     def step(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         sizes.append(self.num_users)

@@ -87,7 +87,7 @@ sanitize: $(BUILT) ## run the tests of native code under ASan and UBSan
 	CXXFLAGS='$(SANITIZER_FLAGS)' PATCHKERN_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-	PYTHONPATH=$(SANITIZE)/lib $(BIN)/pytest -o pythonpath= --capture=sys -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	PYTHONPATH=$(SANITIZE)/lib:.:tests $(BIN)/pytest -o pythonpath= --capture=sys -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist patchkern.egg-info patchkern/_native.*.so patchkern/_cuda.*.so patchkern/_build_info.json $(BUILT)

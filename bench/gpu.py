@@ -42,9 +42,10 @@ SANITIZED = (
     "test_a_session_is_a_mean_of_means"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
+POOL_ROWS = [f"tests/ops/test_pool_rows{part}.py" for part in ("", "_grad", "_autograd")]
 SANITIZER = "{sanitizer} --target-processes all --error-exitcode 86 --tool"
-ON_GPU = PYTEST + f" -n 0 -m gpu -k '({SANITIZED}) and (cuda-gpu or triton-gpu)' tests/ops/test_pool_rows.py"
-ON_CPU = PYTEST + " -n 0 -m 'not gpu' -k '(test_by_hand or test_a_session) and triton' tests/ops/test_pool_rows.py"
+ON_GPU = PYTEST + f" -n 0 -m gpu -k '({SANITIZED}) and (cuda-gpu or triton-gpu)' {' '.join(POOL_ROWS)}"
+ON_CPU = PYTEST + " -n 0 -m 'not gpu' -k '(test_by_hand or test_a_session) and triton' " + POOL_ROWS[0]
 
 
 class Step(NamedTuple):
@@ -62,8 +63,8 @@ STEPS = (
     Step(
         "tests-pool-rows",
         5,
-        PYTEST + " -n 4 -m gpu tests/ops/test_pool_rows.py",
-        PYTEST + " -n 0 -m gpu tests/ops/test_pool_rows.py",
+        PYTEST + " -n 4 -m gpu " + " ".join(POOL_ROWS),
+        PYTEST + " -n 0 -m gpu " + " ".join(POOL_ROWS),
     ),
     Step(
         "bench-pool-rows",
@@ -80,7 +81,12 @@ STEPS = (
         "--policies items --batches 2 --training_batches 2 --seconds 0 --rounds 1 --output {out}/end_to_end.csv",
     ),
     Step("memcheck", 4, f"{SANITIZER} memcheck {ON_GPU}", ON_CPU),
-    Step("tests", 6, PYTEST + " -n 4 -m gpu --ignore tests/ops/test_pool_rows.py", PYTEST + " -n 0 -m gpu"),
+    Step(
+        "tests",
+        6,
+        PYTEST + " -n 4 -m gpu" + "".join(f" --ignore {file}" for file in POOL_ROWS),
+        PYTEST + " -n 0 -m gpu",
+    ),
     Step(
         "bench-passes",
         4,

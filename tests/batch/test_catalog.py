@@ -9,6 +9,7 @@ from typing import Any
 import cases
 import numpy as np
 import pytest
+from error_cases import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -307,3 +308,38 @@ def test_sequences_refuse(sequences: Any, error: type[Exception], message: str) 
 def test_samples_refuse(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(pk.Histories.from_sequences([[1, 2], [3]]))
+
+
+def test_empty_title() -> None:
+    refused(
+        pk.Catalog.from_token_ids,
+        ValueError,
+        r"titles: expected at least one .*got none for item 20",
+        [1, 2],
+        [0, 1, 1, 2],
+        [10, 20, 30],
+    )
+    refused(
+        pk.Catalog.from_titles,
+        ValueError,
+        r"titles: expected at least one .*got none for item 'b'",
+        {"a": "x", "b": ""},
+        lambda title: [len(title)] * len(title),
+    )
+
+
+def test_offsets_that_fall() -> None:
+    refused(
+        pk.Catalog.from_token_ids,
+        ValueError,
+        r"offsets: expected non-decreasing offsets, got 2 then 1 at 1",
+        [1, 2, 3],
+        [0, 2, 1, 3],
+    )
+    refused(
+        pk.Histories,
+        ValueError,
+        r"offsets: expected non-decreasing offsets, got 2 then 1 at 1",
+        [1, 2, 3],
+        [0, 2, 1, 3],
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
+from error_cases import OwnPolicy, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -298,3 +300,49 @@ def test_arguments_of_policies_for_long_histories(make: Any, error: type[Excepti
 def test_policies_for_long_histories_have_a_json_form() -> None:
     for policy in (pk.TimeSessions(60, 1, 2, 3, 4), pk.FitRows(100, 1, 2, None)):
         assert policy_from_dict(json.loads(json.dumps(policy_to_dict(policy)))) == policy
+
+
+# ------------------------------------------------------------------ wrong arguments
+
+
+def test_nan_probability() -> None:
+    refused(pk.RandomItemPatches, ValueError, r"probability: expected a number in 0\.\.1, got nan", float("nan"))
+    refused(pk.RandomItemPatches, ValueError, r"probability: .*got nan", np.float32("nan"))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: pk.TextOnly(max_items=0), ValueError, r"max_items: .*got 0"),
+        (lambda: pk.TextOnly(max_items=-5), ValueError, r"max_items: .*got -5"),
+        (lambda: pk.TextOnly(max_items=1.5), TypeError, r"max_items: expected an integer, got float"),
+        (lambda: pk.TextOnly(max_items="all"), TypeError, r"max_items: expected an integer, got str"),
+        (lambda: pk.TextOnly(max_items=True), TypeError, r"max_items: expected an integer, got bool"),
+        (lambda: pk.TextOnly(max_items=10**30), ValueError, r"max_items: .*got 10{30}"),
+        (lambda: pk.ItemPatches(keep_text=-1), ValueError, r"keep_text: .*got -1"),
+        (lambda: pk.ItemPatches(keep_text=None), TypeError, r"keep_text: expected an integer, got NoneType"),
+        (lambda: pk.ItemPatches(keep_text=2.0), TypeError, r"keep_text: expected an integer, got float"),
+        (lambda: pk.ItemPatches(keep_text=10**30), ValueError, r"keep_text: .*got 10{30}"),
+        (lambda: pk.ItemPatches(max_items=0), ValueError, r"max_items: .*got 0"),
+        (lambda: pk.SessionPatches(group_size=0), ValueError, r"group_size: .*got 0"),
+        (lambda: pk.SessionPatches(group_size="5"), TypeError, r"group_size: expected an integer, got str"),
+        (lambda: pk.SessionPatches(group_size=10**30), ValueError, r"group_size: .*got 10{30}"),
+        (lambda: pk.SessionPatches(max_items=0), ValueError, r"max_items: .*got 0"),
+        (lambda: pk.SessionPatches(align="middle"), ValueError, r'align: expected "end" or "start", got \'middle\''),
+        (lambda: pk.SessionPatches(align=None), ValueError, r"align: .*got None"),
+        (lambda: pk.RandomItemPatches(probability=1.5), ValueError, r"probability: expected .* 0\.\.1, got 1.5"),
+        (lambda: pk.RandomItemPatches(probability=-0.1), ValueError, r"probability: .*got -0.1"),
+        (lambda: pk.RandomItemPatches(probability=float("inf")), ValueError, r"probability: .*got inf"),
+        (lambda: pk.RandomItemPatches(probability="half"), TypeError, r"probability: expected a number, got str"),
+        (lambda: pk.RandomItemPatches(probability=None), TypeError, r"probability: expected a number, got NoneType"),
+        (lambda: pk.RandomItemPatches(probability=True), TypeError, r"probability: expected a number, got bool"),
+        (lambda: pk.RandomItemPatches(seed=-1), ValueError, r"seed: .*got -1"),
+        (lambda: pk.RandomItemPatches(seed=0.5), TypeError, r"seed: expected an integer, got float"),
+        (lambda: policy_from_dict({"name": "Patches"}), ValueError, r"description: .* TextOnly.*, got 'Patches'"),
+        (lambda: policy_from_dict({}), ValueError, r"description: .*got None"),
+        (lambda: policy_from_dict({"name": "TextOnly", "keep": 5}), TypeError, r"keep"),
+        (lambda: policy_to_dict(OwnPolicy(None)), TypeError, r"policy: expected one of TextOnly.*, got OwnPolicy"),
+    ],
+)
+def test_policies_refuse(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    refused(make, error, message)

@@ -3,26 +3,15 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import POLICIES, make_catalog, make_histories, make_prompt, make_titles
+from cases import POLICIES, make_prompt
 from cases import batches as random_batches
 from hypothesis import given, settings
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from memory_cases import PROMPT, hf_model, make_model, measured, users
 
 import patchkern as pk
 from patchkern.batch.row_counts import longest_history
@@ -34,33 +23,6 @@ from patchkern.search.batching import is_out_of_memory, size_of_beams
 from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles, score_items
 from patchkern.search.trie import Trie
-
-PROMPT = pk.Prompt(prefix=[990, 991], separator=[992], suffix=[993, 994], response_end=[996])
-SIZE = {"vocab_size": 8000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-@functools.cache
-def hf_model(family: str, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    rest = {"intermediate_size": 200, "max_position_embeddings": 20_000}
-    if family == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**SIZE, **rest, num_key_value_heads=2))
-    elif family == "qwen3":
-        config = Qwen3Config(**SIZE, **rest, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
-        model = Qwen3ForCausalLM(config)
-    elif family == "phi3":
-        model = Phi3ForCausalLM(Phi3Config(**SIZE, **rest, num_key_value_heads=2, resid_pdrop=0.1, pad_token_id=0))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=8000, n_positions=20_000, n_embd=64, n_layer=3, n_head=4))
-    return model.to(dtype).eval()
-
-
-def make_model(family: str = "llama", dtype: torch.dtype = torch.float32, n_items: int = 60) -> pk.PatchedCausalLM:
-    return pk.PatchedCausalLM(copy.deepcopy(hf_model(family, dtype)), make_catalog(make_titles(n_items)), PROMPT)
-
-
-def users(*lengths: int, n_items: int = 60) -> list[list[Any]]:
-    return make_histories(make_titles(n_items), lengths)
 
 
 @pytest.fixture
@@ -75,14 +37,6 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[memory.SearchPlan]:
 
     monkeypatch.setattr(SearchCost, "plan", plan)
     return made
-
-
-def measured(model: pk.PatchedCausalLM, histories: Any, policy: Any, width: int, **options: Any) -> int:
-    """Bytes that a search takes at most, the weights included."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    with peak_memory("cpu") as peak:
-        model.recommend(histories, policy, width, width, memory_budget="1GiB", **options)
-    return weights + peak.bytes
 
 
 # ------------------------------------------------------------------ predicted and measured

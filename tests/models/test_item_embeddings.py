@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import memory_cases
 import numpy as np
 import oracle
 import pytest
 import search_oracle
 import torch
+from prompt_cases import LONG, compute, computed_rows
 from torch import Tensor, nn
 
 import patchkern as pk
@@ -27,8 +29,6 @@ from patchkern.search.user_cache import UserCache
 from patchkern.training import SETTINGS, PatchTrainer
 from patchkern.training.collators import LayoutCollator, PassCollator
 from recipes import train
-from tests.budget import test_search as test_memory
-from tests.search.test_prompts import LONG, compute, computed_rows
 
 LENGTHS = [0, 1, 23, 2, 40, 7]
 TITLES = cases.make_titles(23)
@@ -387,10 +387,10 @@ def test_memory_counts_the_vectors() -> None:
 @pytest.mark.parametrize("policy", ["items-all", "sessions-end"])
 @pytest.mark.parametrize("chunk", [512, 4096])
 def test_memory_is_predicted(chunk: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_vectors(test_memory.make_model())
-    histories = test_memory.users(300, 10, 900, 300)
+    model = with_vectors(memory_cases.make_model())
+    histories = memory_cases.users(300, 10, 900, 300)
     monkeypatch.setattr(memory, "CHUNKS", (chunk,))
-    found = test_memory.measured(model, histories, cases.POLICIES[policy], 5)
+    found = memory_cases.measured(model, histories, cases.POLICIES[policy], 5)
     counts = pk.row_counts(model.catalog, histories, cases.POLICIES[policy], model.prompt)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end)
     size = SearchSize(5, trie.live_rows(5), 0, trie.num_bytes)

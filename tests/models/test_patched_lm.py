@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,13 @@ import peft
 import pytest
 import torch
 import transformers
+from model_cases import ADAPTERS, CATALOG, MODELS, PARTS, POLICIES, PROMPT, TITLES, VOCABULARY, batch_of, lora, tiny
 from torch import Tensor, nn
 
 import patchkern as pk
 from patchkern.models.attention import NAME
 from patchkern.models.patched_lm import PatchedCausalLM
 
-VOCABULARY = 83
-PROMPT = pk.Prompt(prefix=[3, 4, 5], separator=[6], suffix=[7, 8], response_end=[2])
-PARTS = oracle.Parts([3, 4, 5], [6], [7, 8], [2])
-TITLES = [np.random.default_rng(i).integers(9, VOCABULARY, 1 + i % 5).tolist() for i in range(40)]
-CATALOG = pk.Catalog.from_token_ids(np.concatenate(TITLES), np.cumsum([0, *map(len, TITLES)]))
-
-POLICIES = {
-    "text": pk.TextOnly(max_items=12),
-    "items": pk.ItemPatches(keep_text=3, max_items=None),
-    "sessions, end": pk.SessionPatches(group_size=3, max_items=20),
-    "sessions, start": pk.SessionPatches(group_size=3, max_items=None, align="start"),
-    "random": pk.RandomItemPatches(probability=0.5, max_items=15, seed=5),
-}
 COMPOSITIONS = {
     "one user": [17],
     "one empty history": [0],
@@ -39,52 +26,6 @@ COMPOSITIONS = {
     "equal lengths": [10, 10, 10],
     "many users": [4, 11, 2, 7, 19, 1, 6, 13],
 }
-MODELS = ["llama", "llama tied", "qwen2", "qwen3", "gpt2 tied", "gpt2 untied", "gemma", "gemma3"]
-
-
-def tiny(kind: str, **overrides: Any) -> transformers.PreTrainedModel:
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": kind.endswith(" tied") or kind in ("qwen3", "gemma", "gemma3"),
-    }
-    if kind.startswith("gpt2"):
-        shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-        shape |= {"tie_word_embeddings": kind == "gpt2 tied", "bos_token_id": 1, "eos_token_id": 2}
-        shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    if kind == "gemma3":
-        shape |= {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    configs = {
-        "llama": transformers.LlamaConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-        "gpt2": transformers.GPT2Config,
-        "gemma": transformers.GemmaConfig,
-        "gemma3": transformers.Gemma3TextConfig,
-    }
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(configs[kind.split()[0]](**shape | overrides))
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from the initial state, where biases and norms are 0 and 1
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.train()
-
-
-def batch_of(lengths: list[int], seed: int = 0) -> tuple[list[list[int]], list[int]]:
-    """Histories of these lengths, and targets."""
-    draw = np.random.default_rng(seed)
-    return [draw.integers(0, len(TITLES), n).tolist() for n in lengths], draw.integers(
-        0, len(TITLES), len(lengths)
-    ).tolist()
 
 
 # ------------------------------------------------------------------ the padded, masked, loop-built batch
@@ -274,25 +215,6 @@ def assert_isolated(kind: str, implementation: str, changed: int) -> None:
 # ------------------------------------------------------------------ embeddings that are more than their weight
 
 
-def lora(hf_model: transformers.PreTrainedModel, **arguments: Any) -> nn.Module:
-    model = peft.get_peft_model(hf_model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **arguments))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-            elif "trainable_tokens_delta" in name or "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
-    return model
-
-
-ADAPTERS = {
-    "q and v": {"target_modules": ["q_proj", "v_proj"]},
-    "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
-    "trainable tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 6, 7, 20, 30]},
-    "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-}
-
-
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
 @pytest.mark.parametrize("policy", ["text", "sessions, end"])
 def test_adapters(adapter: dict[str, Any], policy: str) -> None:
@@ -401,124 +323,6 @@ def test_sparse_embedding_gets_a_sparse_gradient() -> None:
     model(layout).loss.backward()
     assert dense.weight.grad.is_sparse
     torch.testing.assert_close(dense.weight.grad.to_dense(), expected)
-
-
-# ------------------------------------------------------------------ files
-
-
-def logits_of(model: PatchedCausalLM) -> Tensor:
-    layout = pk.build_layout(CATALOG, batch_of([25, 0, 6])[0], pk.SessionPatches(3), PROMPT)
-    with torch.no_grad():
-        return model.eval()(layout).logits
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_saved_model_loads_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    model = PatchedCausalLM(tiny(kind), CATALOG, PROMPT, pk.SessionPatches(3, align="start"))
-    model.save_pretrained(tmp_path / "deep" / "folder")
-    loaded = PatchedCausalLM.from_pretrained(tmp_path / "deep" / "folder", CATALOG)
-    assert torch.equal(logits_of(loaded), logits_of(model))
-    assert (loaded.prompt, loaded.policy) == (model.prompt, model.policy)
-    assert loaded.config._attn_implementation == NAME
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
-    description = json.loads((tmp_path / "deep" / "folder" / "patchkern.json").read_text())
-    assert description["format_version"] == 1
-    assert description["special_token_ids"] == {
-        "history_start": [5],
-        "history_separator": [6],
-        "history_end": [7],
-        "response_end": [2],
-    }
-
-
-def test_loading_takes_transformers_arguments(tmp_path: Path) -> None:
-    PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "m")
-    loaded = PatchedCausalLM.from_pretrained(tmp_path / "m", CATALOG, dtype=torch.bfloat16, attn_implementation="eager")
-    assert loaded.hf_model.dtype == torch.bfloat16
-    assert loaded.config._attn_implementation == "eager"
-    assert loaded.policy is None
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_saved_adapter_loads_bit_for_bit(name: str, tmp_path: Path) -> None:
-    tiny("llama").save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = PatchedCausalLM(lora(base, **ADAPTERS[name]), CATALOG, PROMPT, pk.TextOnly())
-    model.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    expected = logits_of(model)
-    by_name = PatchedCausalLM.from_pretrained(tmp_path / "adapter", CATALOG)
-    given = PatchedCausalLM.from_pretrained(tmp_path / "adapter", CATALOG, base_model=tiny("llama"))
-    for loaded in (by_name, given):
-        assert torch.equal(logits_of(loaded), expected)
-        assert loaded.policy == pk.TextOnly()
-
-
-def test_saving_over_an_earlier_model_leaves_none_of_its_weights(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    first, second = (PatchedCausalLM(tiny("llama"), CATALOG, PROMPT) for _ in range(2))
-    with torch.no_grad():
-        second.hf_model.lm_head.weight.mul_(2)
-    first.save_pretrained(folder)
-    second.save_pretrained(folder, max_shard_size="20KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert torch.equal(logits_of(PatchedCausalLM.from_pretrained(folder, CATALOG)), logits_of(second))
-    first.save_pretrained(folder)
-    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
-    assert torch.equal(logits_of(PatchedCausalLM.from_pretrained(folder, CATALOG)), logits_of(first))
-
-
-def test_failed_save_leaves_the_earlier_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "model"
-    model = PatchedCausalLM(tiny("llama"), CATALOG, PROMPT)
-    model.save_pretrained(folder)
-    expected = logits_of(model)
-
-    def half_written(aside: Path, **kwargs: Any) -> None:
-        (aside / "model.safetensors").write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(model.hf_model, "save_pretrained", half_written)
-    with pytest.raises(OSError, match="no space left"):
-        model.save_pretrained(folder)
-    assert torch.equal(logits_of(PatchedCausalLM.from_pretrained(folder, CATALOG)), expected)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_only_the_main_process_writes(tmp_path: Path) -> None:
-    PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "m", is_main_process=False)
-    assert not (tmp_path / "m").exists()
-
-
-def test_unreadable_descriptions(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected patchkern\.json in .*was it saved by patchkern"):
-        PatchedCausalLM.from_pretrained(tmp_path, CATALOG)
-    good = {"format_version": 1, "prompt": PROMPT.to_dict(), "policy": None}
-    for description, message in (
-        ("{", "not a description"),
-        ("[]", "not a description"),
-        (json.dumps(good | {"format_version": 2}), "format_version: expected 1, got 2"),
-        (json.dumps({"format_version": 1, "policy": None}), "prompt"),
-        (json.dumps(good | {"policy": {"name": "Magic"}}), "Magic"),
-    ):
-        (tmp_path / "patchkern.json").write_text(description)
-        with pytest.raises(ValueError, match=message):
-            PatchedCausalLM.from_pretrained(tmp_path, CATALOG)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2 tied"])
-def test_state_dict_names_each_tensor_once_and_loads_strictly(kind: str) -> None:
-    model = PatchedCausalLM(tiny(kind), CATALOG, PROMPT)
-    state = model.state_dict()
-    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
-    other = PatchedCausalLM(tiny(kind), CATALOG, PROMPT)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    other.load_state_dict(state)
-    assert torch.equal(logits_of(other), logits_of(model))
-    nested = nn.ModuleDict({"inside": other})  # as DistributedDataParallel nests it
-    nested.load_state_dict({f"inside.{name}": tensor for name, tensor in state.items()})
 
 
 # ------------------------------------------------------------------ transformers.Trainer

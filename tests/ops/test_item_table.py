@@ -12,6 +12,7 @@ import cases
 import oracle
 import pytest
 import torch
+from pool_cases import hard_lengths
 
 import patchkern as pk
 from patchkern.ops import item_table
@@ -86,7 +87,7 @@ def test_fingerprints_follow_the_titles() -> None:
 @pytest.mark.parametrize("name", cases.POLICIES)
 def test_pooling_with_a_table(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
     """Text and item patches bit for bit; sessions within one rounding of each item patch."""
-    batch = cases.make_batch(cases.POLICIES[name], LENGTHS)
+    batch = cases.make_batch(cases.POLICIES[name], hard_lengths(backend, dtype))
     weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
     layout = batch.layout(device)
     table = pk.item_table(batch.catalog, weight, backend=backend)

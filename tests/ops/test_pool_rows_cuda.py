@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels: their logic on the CPU, what nvcc makes of them, and, marked `gpu`, what only a GPU can show.
+"""The logic of the CUDA kernels on the CPU.
 
-For the first, g++ compiles the .cu files against tests/cuda_host, where every CUDA thread is a fiber, into a module
-that takes the place of patchkern._cuda. So the binding and patchkern/ops/cuda.py are tested, too.
+g++ compiles the .cu files against tests/cuda_host, where every CUDA thread is a fiber, into a module that takes the
+place of patchkern._cuda. So the binding and patchkern/ops/cuda.py are tested, too.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,70 +22,24 @@ import cases
 import oracle
 import pytest
 import torch
+from cuda_cases import CSRC, REPOSITORY, bits, columns, command, kept_for_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patchkern as pk
 from patchkern.ops import cuda
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CSRC, SHIM = REPOSITORY / "csrc", REPOSITORY / "tests" / "cuda_host"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 41, 64, 1000, 2048, 4096]
 LENGTHS = [0, 1, 5, 23, 60]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 
 
-def command(*parts: str | Path, **options: Any) -> str:
-    done = subprocess.run(
-        [str(part) for part in parts], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one of the test processes fills and all of them use."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            make(folder)
-            (folder / "made").touch()
-    return folder
-
-
-# ------------------------------------------------------------------ on the CPU
-
-
-def compile_for_host(target: Path, *sources: Path) -> None:
-    flags = os.environ.get("PATCHKERN_HOST_FLAGS", "").split()
-    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    includes = [f"-I{path}" for path in (SHIM, CSRC, sysconfig.get_path("include"))]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it is for the tests
-
-    def compile_one(source: Path) -> Path:
-        unit = target.with_name(f"{source.stem}.o")
-        own = [] if source.name.startswith("bindings") else flags
-        options = [*own, "-Wno-unknown-pragmas", *includes, "-x", "c++", "-c"]
-        command(*compiler, *options, source, "-o", unit, env=environment)
-        return unit
-
-    with ThreadPoolExecutor() as pool:
-        units = list(pool.map(compile_one, [*sources, SHIM / "runtime.cpp"]))
-    command("g++", "-shared", *flags, *units, "-o", target, env=environment)
-
-
 @pytest.fixture(scope="session")
-def host_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def host_module() -> Path:
     """The CUDA module, compiled for the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    sources = [CSRC / name for name in ("pool_rows_fwd.cu", "pool_rows_bwd.cu", "bindings_cuda.cpp")]
-    return (
-        made_once(tmp_path_factory, "host", lambda folder: compile_for_host(folder / "_cuda.so", *sources)) / "_cuda.so"
+    return kept_for_host(
+        "_cuda", *(CSRC / name for name in ("pool_rows_fwd.cu", "pool_rows_bwd.cu", "bindings_cuda.cpp"))
     )
 
 
@@ -115,11 +65,6 @@ def set_order(host_module: Path) -> Iterator[Callable[[int], None]]:
     order = ctypes.CDLL(str(host_module)).cuda_host_order
     yield order
     order(0)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bit patterns, in which NaN equals itself and -0.0 is not 0.0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 class Guarded(NamedTuple):
@@ -167,12 +112,6 @@ def pool_grad(
         out.matrix.copy_(accumulate_on)
     cuda.pool_rows_grad(grad_rows, *transpose, scale, out.matrix, scatter, accumulate_on is not None)
     return out.check()
-
-
-def columns(layout: pk.PatchLayout) -> tuple[torch.Tensor, ...]:
-    transpose = layout.with_transpose().transpose
-    assert transpose is not None
-    return transpose.tokens, transpose.offsets, transpose.rows, transpose.divisors
 
 
 def check_batch(batch: cases.Batch, width: int, dtype: torch.dtype, strided: bool = False) -> None:
@@ -429,115 +368,6 @@ class TestOnHost:
             pool(torch.ones(cases.VOCABULARY, 4), layout)
 
 
-# ------------------------------------------------------------------ when it can be used
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Pretend: which CUDA the driver serves, what the device is, what was built."""
-
-    def pretend(
-        driver: int = 13020, capability: tuple[int, int] = (9, 0), archs: tuple[str, ...] = ("80", "90")
-    ) -> None:
-        module = ModuleType("_cuda")
-        vars(module).update(runtime_version=lambda: 13000, driver_version=lambda: driver)
-        monkeypatch.setattr(cuda, "_cuda", module)
-        monkeypatch.setattr(cuda, "build_info", lambda: {"archs": list(archs)})
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-
-    for forget in (cuda._no_cuda, cuda._no_kernel):
-        forget.cache_clear()
-    yield pretend
-    for forget in (cuda._no_cuda, cuda._no_kernel):
-        forget.cache_clear()
-
-
-def test_module_that_was_not_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_cuda", None)
-    monkeypatch.setattr(cuda, "_missing", "the package was built with PATCHKERN_CUDA=0")
-    assert cuda.unusable_reason() == "the package was built with PATCHKERN_CUDA=0"
-    assert pk.backends()["cuda"] == (False, "the package was built with PATCHKERN_CUDA=0")
-    with pytest.raises(ValueError, match="got 'cuda': the package was built with PATCHKERN_CUDA=0"):
-        pk.pool_rows(torch.ones(97, 4), cases.make_batch(pk.TextOnly(max_items=None), [3]).layout(), backend="cuda")
-
-
-def test_no_device(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    machine()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.unusable_reason() == "torch sees no CUDA device"
-
-
-@pytest.mark.parametrize(
-    ("driver", "usable"), [(13000, True), (13020, True), (14000, True), (12080, False), (0, False)]
-)
-def test_driver_must_serve_the_runtime(machine: Callable[..., None], driver: int, usable: bool) -> None:
-    machine(driver=driver)
-    served = f"{driver // 1000}.{driver % 1000 // 10}"
-    reason = f"it was built for CUDA 13.0, but the driver serves CUDA {served}"
-    assert cuda.unusable_reason() == (None if usable else reason)
-
-
-@pytest.mark.parametrize(
-    ("capability", "archs", "usable"),
-    [
-        ((8, 0), ("80", "90"), True),
-        ((8, 9), ("80", "90"), True),  # the same family, newer
-        ((9, 0), ("80", "90"), True),
-        ((12, 0), ("80", "90"), True),  # from the PTX of 90
-        ((7, 5), ("80", "90"), False),
-        ((8, 0), ("86", "90"), False),
-        ((8, 9), ("100",), False),
-        ((10, 3), ("90", "100"), True),
-    ],
-)
-def test_kernels_must_run_on_the_device(
-    machine: Callable[..., None], capability: tuple[int, int], archs: tuple[str, ...], usable: bool
-) -> None:
-    machine(capability=capability, archs=archs)
-    built = ", ".join(f"sm_{arch}" for arch in archs)
-    reason = f"it was built for {built}, but cuda:0 is sm_{capability[0]}{capability[1]}"
-    assert cuda.unusable_reason() == (None if usable else reason)
-
-
-# ------------------------------------------------------------------ the runtime of the CPU, itself
-
-
-@pytest.fixture(scope="session")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, Any], bytes]:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = made_once(
-        tmp_path_factory, "faults", lambda folder: compile_for_host(folder / "faults.so", SHIM / "faults.cu")
-    )
-    launch = ctypes.CDLL(str(folder / "faults.so")).launch
-    launch.restype = ctypes.c_char_p
-    return launch  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "message"),
-    [
-        (0, "divergent warp: thread 0 at __ballot_sync, line 11, thread 5 at __shfl_sync, line 13"),
-        (1, "divergent warp: thread 32 at __shfl_up_sync, line 19, thread 40 at its end"),
-        (2, "divergent block: thread 0 at __syncthreads, line 24, thread 32 at __syncthreads, line 26"),
-        (3, "divergent block: thread 0 at its end, thread 32 at __syncthreads, line 32"),
-    ],
-)
-def test_host_runtime_detects_divergence(faults: Callable[..., bytes], kernel: int, message: str) -> None:
-    assert faults(kernel, 64, None).decode() == message
-    out = (ctypes.c_int * 64)()
-    assert faults(4, 64, out) == b"no error"  # and goes on working
-    assert list(out) == [(i + 1) % 64 + 100 * (i - (i % 32 != 0)) for i in range(64)]
-
-
-def test_host_runtime_refuses_impossible_launches(faults: Callable[..., bytes]) -> None:
-    for threads in (0, 31, 1025, 2048):
-        assert faults(4, threads, None) == b"invalid configuration argument"
-
-
 SANITIZED = "(widths and not 2048 and not 4096) or (long_sessions and float32) or cross_tiles or table or nothing_to_do"
 
 
@@ -559,280 +389,3 @@ def test_on_host_under_sanitizers(tmp_path: Path) -> None:
         cwd=REPOSITORY,
     )
     assert re.search(r"\d+ passed", said) and "skipped" not in said, said
-
-
-# ------------------------------------------------------------------ what nvcc makes of the kernels
-
-ARCHS = ["80", "90", "100"]
-MOST_REGISTERS = {  # what the kernels' launch bounds leave a thread, so that as many warps as they count on fit an SM
-    "pool_rows_kernel": 64,
-    "pool_rows_grad_tiles": 80,
-    "pool_rows_grad_borders": 64,
-}
-
-
-class Kernel(NamedTuple):
-    """What ptxas and the disassembler say about a kernel."""
-
-    name: str
-    element: str
-    vector: bool
-    registers: int
-    memory: str  # ptxas on the stack frame and spills
-    code: str  # SASS
-
-
-def tool(name: str) -> str:
-    """A program of the CUDA toolkit, or the one that came with Triton."""
-    found = shutil.which(name)
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        found = shutil.which(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name)
-    if found is None:
-        pytest.skip(f"{name} is in neither the CUDA toolkit nor Triton")
-    return found
-
-
-def named(mangled: str) -> tuple[str, str, bool]:
-    found = re.search(r"\d(pool_rows_[a-z_]+)INS\d_\d+(Float32|BFloat16|Float16)ELb([01])E", mangled)
-    assert found is not None, mangled
-    return found[1], found[2], found[3] == "1"
-
-
-@pytest.fixture(scope="session", params=ARCHS, ids=lambda arch: f"sm_{arch}")
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    """Every kernel, compiled for one kind of GPU."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    if f"compute_{request.param}" not in command(nvcc, "--list-gpu-arch").split():
-        pytest.skip(f"nvcc does not know sm_{request.param}")
-    disassembler = tool("cuobjdump")
-
-    def compile_all(folder: Path) -> None:
-        for source in sorted(CSRC.glob("*.cu")):
-            cubin = folder / f"{source.stem}.cubin"
-            options = ["-std=c++17", "-O3", f"-arch=sm_{request.param}", "-Xptxas", "-v", "-cubin", "-o", cubin]
-            cubin.with_suffix(".ptxas").write_text(command(nvcc, *options, source))
-            cubin.with_suffix(".sass").write_text(command(disassembler, "-sass", cubin))
-
-    folder = made_once(tmp_path_factory, f"sm_{request.param}", compile_all)
-    result = []
-    for report in sorted(folder.glob("*.ptxas")):
-        functions = re.split(r"\bFunction : (\S+)", report.with_suffix(".sass").read_text())
-        code = dict(zip(functions[1::2], functions[2::2], strict=True))
-        for entry in report.read_text().split("Compiling entry function '")[1:]:
-            mangled = entry.partition("'")[0]
-            registers, memory = re.search(r"Used (\d+) registers", entry), re.search(r"\d+ bytes stack.*", entry)
-            assert registers is not None and memory is not None, entry
-            result.append(Kernel(*named(mangled), int(registers[1]), memory[0], code[mangled]))
-    return result
-
-
-def test_every_kernel_is_compiled(kernels: list[Kernel]) -> None:
-    assert sorted({kernel.name for kernel in kernels}) == sorted(MOST_REGISTERS)
-    assert len(kernels) == len(MOST_REGISTERS) * 3 * 2  # element types, accesses
-
-
-def test_registers_suffice(kernels: list[Kernel], record_property: Callable[[str, object], None]) -> None:
-    for kernel in kernels:
-        record_property(f"{kernel.name} {kernel.element} {'vector' if kernel.vector else 'single'}", kernel.registers)
-        assert kernel.registers <= MOST_REGISTERS[kernel.name], kernel[:4]
-        assert kernel.memory == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", kernel[:4]
-        assert re.findall(r"\b(?:LDL|STL)\b", kernel.code) == [], kernel[:4]
-
-
-def test_vector_kernels_move_16_bytes(kernels: list[Kernel]) -> None:
-    for kernel in kernels:
-        loads, stores = (re.findall(rf"\b{op}\.E[\w.]*\.128\b", kernel.code) for op in ("LDG", "STG"))
-        assert bool(loads) == bool(stores) == kernel.vector, kernel[:4]
-        if kernel.vector and kernel.name != "pool_rows_grad_borders":
-            in_flight = {"pool_rows_kernel": 4, "pool_rows_grad_tiles": 8}[kernel.name]
-            assert longest_run(kernel.code) >= in_flight, kernel[:4]
-
-
-def longest_run(code: str) -> int:
-    """The most 16-byte loads that are issued without an arithmetic instruction or a store among them."""
-    longest = run = 0
-    for operation in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_.]*)", code):
-        if re.match(r"LDG\.E[\w.]*\.128", operation):
-            run += 1
-            longest = max(longest, run)
-        elif re.match(r"FFMA|FADD|FMUL|HADD2|STG", operation):
-            run = 0
-    return longest
-
-
-def test_no_kernel_has_an_atomic(kernels: list[Kernel]) -> None:
-    for kernel in kernels:
-        assert re.findall(r"\b(?:RED|ATOM|ATOMG|ATOMS)\b", kernel.code) == [], kernel[:4]
-
-
-# ------------------------------------------------------------------ on a GPU
-
-
-def on_gpu(test: Callable[..., Any]) -> Callable[..., Any]:
-    """For a test that needs the CUDA backend on a device."""
-    reason = cuda.unusable_reason() if torch.cuda.is_available() else None
-    return pytest.mark.gpu(pytest.mark.skipif(reason is not None, reason=str(reason))(test))
-
-
-class Call(NamedTuple):
-    """A batch on a device and outputs to write into: nothing is allocated or checked any more."""
-
-    weight: torch.Tensor
-    grad_rows: torch.Tensor
-    layout: pk.PatchLayout
-    rows: torch.Tensor
-    grad: torch.Tensor
-
-    def forward(self) -> None:
-        arrays = (self.layout.lo, self.layout.hi, self.layout.items, self.layout.token_ids, self.layout.offsets)
-        cuda.pool_rows(self.weight, *arrays, None, None, 1.0, self.rows)
-
-    def backward(self) -> None:
-        cuda.pool_rows_grad(self.grad_rows, *columns(self.layout), 1.0, self.grad, True, False)
-
-    def both(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bits of a fresh forward and backward."""
-        self.rows.fill_(float("nan"))
-        self.grad.zero_()
-        self.forward()
-        self.backward()
-        return bits(self.rows).clone(), bits(self.grad).clone()
-
-
-def gpu_call(device: str = "cuda", width: int = 512) -> tuple[Call, tuple[torch.Tensor, torch.Tensor]]:
-    """A batch with long sessions and frequent tokens, and the results on `device`, held against the oracle's."""
-    batch = cases.make_batch(pk.SessionPatches(group_size=50, max_items=None), [5, 23, 60, 400] * 4)
-    layout = batch.layout().with_transpose()
-    weight = cases.make_weight(cases.VOCABULARY, width, torch.bfloat16)
-    grad_rows = cases.make_weight(layout.num_rows, width, torch.bfloat16, seed=1)
-    call = Call(
-        weight.to(device),
-        grad_rows.to(device),
-        layout.to(device),
-        torch.empty(layout.num_rows, width, dtype=torch.bfloat16, device=device),
-        torch.empty(cases.VOCABULARY, width, dtype=torch.bfloat16, device=device),
-    )
-    expected = call.both()
-    oracle.assert_pooled(call.rows.cpu(), weight, batch.rows())
-    oracle.assert_gradient(call.grad.cpu(), grad_rows, batch.rows(), cases.VOCABULARY)
-    return call, expected
-
-
-def assert_same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one, other)
-
-
-@on_gpu
-def test_same_bits_in_ten_runs() -> None:
-    call, expected = gpu_call()
-    for _ in range(10):
-        assert_same(call.both(), expected)
-
-
-@on_gpu
-def test_side_stream() -> None:
-    """The kernels' own CUDA runtime works on a stream of torch's: in its order, and without waiting for it."""
-    call, expected = gpu_call()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what comes before on the stream
-        weight = call.weight.clone()
-        call.weight.zero_()
-        call.forward()
-        zeros = call.rows.clone()
-        call.weight.copy_(weight)
-        assert not stream.query(), "a launch waited for the stream"
-        got = call.both()
-    torch.cuda.current_stream().wait_stream(stream)
-    assert not zeros.any()
-    assert_same(got, expected)
-
-
-@on_gpu
-def test_other_device() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("there is one CUDA device")
-    assert torch.cuda.current_device() == 0
-    _, expected = gpu_call("cuda:0")
-    _, got = gpu_call("cuda:1")
-    assert_same(tuple(part.cpu() for part in got), tuple(part.cpu() for part in expected))
-    assert torch.cuda.current_device() == 0
-    again, _ = gpu_call("cuda:0")  # after it, torch still works on the first
-    with torch.cuda.device(1):
-        assert_same(again.both(), expected)
-        assert torch.cuda.current_device() == 1
-        assert torch.ones(3, device="cuda").device.index == 1
-
-
-@on_gpu
-def test_cuda_graph_replays_on_changed_contents() -> None:
-    call, expected = gpu_call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call.both()
-    weight, grad_rows = call.weight.clone(), call.grad_rows.clone()
-    call.weight.mul_(2)
-    call.grad_rows.mul_(4)
-    graph.replay()
-    doubled, quadrupled = call.rows / 2, call.grad / 4
-    assert_same((bits(doubled), bits(quadrupled)), expected)
-    call.weight.copy_(weight)
-    call.grad_rows.copy_(grad_rows)
-    graph.replay()
-    assert_same((bits(call.rows), bits(call.grad)), expected)
-
-
-@on_gpu
-@pytest.mark.unpoisoned(reason="filling memory would be more to allocate and to launch")
-def test_no_wait_for_the_device_and_no_allocation_but_the_workspace() -> None:
-    call, _ = gpu_call()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        call.forward()
-        forward = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-        call.backward()
-        backward = torch.cuda.memory_stats()["allocation.all.allocated"] - before - forward
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert (forward, backward) == (0, 2)
-
-
-@on_gpu
-def test_more_than_2_to_the_31_elements() -> None:
-    """In the table, in the rows, and in both gradients."""
-    width, count = 2048, 2**20 + 40
-    free, _ = torch.cuda.mem_get_info()
-    if free < 4 * width * count * 2 + 2**30:
-        pytest.skip(f"needs 18 GiB of device memory, {free / 2**30:.0f} GiB are free")
-    weight = torch.randint(-50, 50, (count, width), dtype=torch.int8, device="cuda").to(torch.bfloat16)
-    tokens = torch.randperm(count, device="cuda").to(torch.int32)
-    none, offsets = torch.zeros(0, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(weight)
-    cuda.pool_rows(weight, -1 - tokens, torch.zeros_like(tokens), none, none, offsets, None, None, 1.0, out)
-    for part in torch.arange(count, device="cuda").split(2**16):
-        assert torch.equal(out[part], weight[tokens[part].long()])
-    # the gradient of a permutation is the inverse permutation: back to where it came from
-    contributing = torch.argsort(tokens).to(torch.int32)
-    every = torch.arange(count, dtype=torch.int32, device="cuda")
-    ends = torch.arange(count + 1, dtype=torch.int32, device="cuda")
-    grad = torch.zeros_like(weight)
-    cuda.pool_rows_grad(out, every, ends, contributing, torch.ones_like(every), 1.0, grad, True, False)
-    assert torch.equal(grad, weight)
-
-
-@on_gpu
-def test_literals_are_copied_bit_for_bit_on_a_device() -> None:
-    """The bits of NaN, too, which no arithmetic keeps."""
-    weight = torch.randint(-(2**15), 2**15, (50, 512), dtype=torch.int16).view(torch.bfloat16).cuda()
-    tokens = torch.randint(0, 50, (1000,), dtype=torch.int32).cuda()
-    none, offsets = torch.zeros(0, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-    out = torch.empty(1000, 512, dtype=torch.bfloat16, device="cuda")
-    cuda.pool_rows(weight, -1 - tokens, torch.zeros_like(tokens), none, none, offsets, None, None, 1.0, out)
-    assert torch.equal(bits(out), bits(weight[tokens.long()]))

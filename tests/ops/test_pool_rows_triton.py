@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is particular to the Triton kernels: their machine code, how they cut the work, and when they are compiled.
 
-That they compute what every backend computes is tested in test_pool_rows.py.
+That they compute what every backend computes is tested in test_pool_rows.py and test_pool_rows_grad.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept_builds import kept_build
 
 import patchkern as pk
 
+triton = pytest.importorskip("triton")
 tk = pytest.importorskip("patchkern.ops.triton_kernels", reason="needs triton")
 
 interpreted = pytest.mark.skipif(
@@ -43,9 +46,18 @@ def python(*arguments: str, **variables: str) -> str:
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def compiled(architectures: str, dtypes: str, names: str, cache: Path) -> dict[str, Any]:
-    script = str(Path(__file__).parents[1] / "compile_triton.py")
-    report: dict[str, Any] = json.loads(python(script, architectures, dtypes, names, TRITON_CACHE_DIR=str(cache)))
+def compiled(architectures: str, dtypes: str, names: str) -> dict[str, Any]:
+    script = Path(__file__).parents[1] / "compile_triton.py"
+    sources = [script, *Path(tk.__file__).parent.glob("*.py")]
+    arguments = [architectures, dtypes, names]
+
+    def compile_all(folder: Path) -> None:
+        report = python(str(script), *arguments, TRITON_CACHE_DIR=str(folder / "cache"))
+        (folder / "report.json").write_text(report)
+        shutil.rmtree(folder / "cache")
+
+    folder = kept_build("triton", sources, [*arguments, triton.__version__, torch.__version__], compile_all)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report
 
 
@@ -82,12 +94,12 @@ def check(kernel: dict[str, Any]) -> None:
             assert kernel["registers"] <= registers, label
 
 
-def test_compiled_for_every_architecture(tmp_path: Path) -> None:
+def test_compiled_for_every_architecture() -> None:
     """No spills, no local memory, no atomics, 64-bit addresses; 128-bit loads and stores where rows are aligned.
 
     And one kernel serves batches of every size and alignment.
     """
-    report = compiled("80,90,100", "bfloat16", "vector,vector-table,fallback", tmp_path)
+    report = compiled("80,90,100", "bfloat16", "vector,vector-table,fallback")
     assert len(report["kernels"]) == 3 * 3 * 3
     for kernel in report["kernels"]:
         check(kernel)
@@ -95,9 +107,9 @@ def test_compiled_for_every_architecture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_for_every_case(tmp_path: Path) -> None:
+def test_compiled_for_every_case() -> None:
     names = "vector,vector-table,vector-1000,narrow-64,fallback,fallback-41,fallback-1"
-    report = compiled("80,90,100", "float32,float16,bfloat16", names, tmp_path)
+    report = compiled("80,90,100", "float32,float16,bfloat16", names)
     assert len(report["kernels"]) == 3 * 3 * 7 * 3
     for kernel in report["kernels"]:
         check(kernel)

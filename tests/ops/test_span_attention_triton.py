@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from kept_builds import kept_build
+from span_cases import SPANS, Spans, expected, gradients, leaves, sdpa, visibility
 from torch import Tensor
 
 from patchkern.ops import span_attention_prefixed as op
 from patchkern.ops.span_attention import span_attention
-from tests.ops.test_span_attention import SPANS, Spans, expected, gradients, leaves, sdpa, visibility
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,20 +152,20 @@ def test_never_waits_for_the_device() -> None:
 # ------------------------------------------------------------------ compiled
 
 COMPILE = """
-import json, sys
+import itertools, json, sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from patchkern.ops import span_attention_triton as kernels
 
-arch, width, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+folder, machines = sys.argv[1], [tuple(map(int, machine.split("-"))) for machine in sys.argv[2:]]
 integers, floats = {"p_rows", "p_cu_seqlens", "p_prefix"}, {"p_lse", "p_balance"}
-for kernel, table, flags in (
+for (arch, width), (kernel, table, flags) in itertools.product(machines, (
     (kernels._rows_kernel, None, {}),
     (kernels._forward_kernel, kernels._forward_blocks, {}),
     (kernels._query_gradient_kernel, kernels._query_gradient_blocks, {}),
     (kernels._key_gradient_kernel, kernels._key_gradient_blocks, {"OWN": True, "PREFIX": True}),
-):
+)):
     constants, options = {"BLOCK": 256}, {}
     if table is not None:
         blocks = table(width, 2)
@@ -182,9 +184,10 @@ for kernel, table, flags in (
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with open(f"{folder}/{kernel.__name__}.cubin", "wb") as file:
+    name = f"{arch}-{width}-{kernel.__name__}"
+    with open(f"{folder}/{name}.cubin", "wb") as file:
         file.write(built.asm["cubin"])
-    print(json.dumps([kernel.__name__, built.metadata.shared]))
+    print(json.dumps([arch, width, kernel.__name__, built.metadata.shared]))
 """
 
 
@@ -192,18 +195,34 @@ PRODUCTS = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 USUAL, SLOW = [(80, 64), (90, 128), (100, 64)], [(80, 128), (90, 64), (100, 128)]
 
 
+def compiled(machines: list[tuple[int, int]]) -> Path:
+    """The folder of every kernel for these architectures and head widths: one process compiles them all."""
+
+    def compile_all(folder: Path) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+        arguments = [f"{arch}-{width}" for arch, width in machines]
+        command = [sys.executable, "-c", COMPILE, str(folder), *arguments]
+        built = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stderr
+        (folder / "report").write_text(built.stdout)
+        shutil.rmtree(folder / "cache")
+
+    sources = [Path(__file__), *Path(op.__file__).parent.glob("*.py")]
+    return kept_build("span-attention", sources, [str(machines), triton.__version__, torch.__version__], compile_all)
+
+
 @pytest.mark.parametrize(
     ("arch", "width"), [*USUAL, *(pytest.param(*machine, marks=pytest.mark.slow) for machine in SLOW)]
 )
-def test_compiles_for(arch: int, width: int, tmp_path: Path) -> None:
+def test_compiles_for(arch: int, width: int) -> None:
     """bfloat16: nothing spilled, matrix products on the tensor cores, loads of 16 bytes, shared memory that any has."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", COMPILE, str(arch), str(width), str(tmp_path)]
-    built = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
+    folder = compiled(USUAL if (arch, width) in USUAL else SLOW)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for name, shared in map(json.loads, built.stdout.splitlines()):
-        cubin = tmp_path / f"{name}.cubin"
+    reports = map(json.loads, (folder / "report").read_text().splitlines())
+    found = [(name, shared) for *machine, name, shared in reports if machine == [arch, width]]
+    assert len(found) == 4
+    for name, shared in found:
+        cubin = folder / f"{arch}-{width}-{name}.cubin"
         dump = [str(cuobjdump), "--dump-resource-usage", "--dump-sass", str(cubin)]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         assert re.search(r"STACK:0 .*LOCAL:0 ", text), name

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import patchkern as pk
-from bench.bench_training import make_model, patchkern_loss, reference_loss
-from bench.workloads import POLICIES, _stand_in
+from bench.training_providers import make_model, patchkern_loss, reference_loss
+from bench.workloads import POLICIES, stand_in
 from patchkern.batch.prompt import MARKERS
 from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate as count
@@ -346,7 +346,7 @@ def test_tokenizer_without_template_and_markers_gets_markers(folder: str, tmp_pa
 
 @pytest.mark.parametrize("mode", ["text", "items", "sessions"])
 def test_benchmarked_losses_agree(mode: str) -> None:
-    workload = _stand_in()
+    workload = stand_in()
     batch = workload.samples(3, seed=1)
     hf_model = make_model(16, 1, 128_256)
     losses, gradients = [], []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches with a prior against brute force over the catalogue; ready-made priors by loops; fitting the weight."""
+"""Searches with a prior against brute force over the catalogue; how a prior is asked, and what it may be."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prior_cases import Lookup, random_prior, table_with, toy
 from search_oracle import HF_MODELS, PROMPT, Titles, forced_scores, make_model, with_length_penalty
 from torch import Tensor
 
 import patchkern as pk
 from patchkern.budget import search as memory
 from patchkern.budget.live_bytes import peak_memory
-from patchkern.data import Interactions, leave_one_out, synthetic
-from patchkern.evaluation.metrics import evaluate
-from patchkern.search import prior as prior_module
 from patchkern.search.recommend import UnprovenSearchWarning
 from patchkern.search.results import read_recommendations, recommend_to_disk
 from patchkern.search.trie import Trie
@@ -60,22 +58,6 @@ def best(scores: dict[Any, float], titles: Titles, k: int, allowed: Any) -> list
     first = {tuple(title): place[item] for item, title in reversed(titles.items())}
     items = [item for item in scores if item in allowed]
     return sorted(items, key=lambda item: (-scores[item], first[tuple(titles[item])], place[item]))[:k]
-
-
-def random_prior(n_users: int, n_items: int, scale: float = 3.0, seed: int = 0) -> np.ndarray:
-    return scale * np.random.default_rng(seed).standard_normal((n_users, n_items))
-
-
-class Lookup:
-    """A prior of the user's own making: knows histories by their content, and notes how it is asked."""
-
-    def __init__(self, histories: Any, table: Any) -> None:
-        self.rows = {tuple(history): row for history, row in zip(histories, table, strict=True)}
-        self.asked: list[list[tuple[Any, ...]]] = []
-
-    def __call__(self, histories: pk.Histories) -> np.ndarray:
-        self.asked.append([tuple(history.tolist()) for history in histories])
-        return np.stack([self.rows[history] for history in self.asked[-1]])
 
 
 # ------------------------------------------------------------------ the k best of all
@@ -287,12 +269,6 @@ def test_one_item() -> None:
         assert row[0][0] == "only" and row[0][1] == pytest.approx(plain[0][1] + 6.0, abs=1e-12)
 
 
-def table_with(value: float) -> np.ndarray:
-    table = np.zeros((2, 9))
-    table[1, 4] = value
-    return table
-
-
 ERRORS: list[tuple[Any, type[Exception], str]] = [
     (table_with(math.nan), ValueError, "prior: expected -inf, or numbers .* got nan for user 1 and item 4"),
     (table_with(math.inf), ValueError, "prior: expected -inf, or numbers .* got inf for user 1 and item 4"),
@@ -428,182 +404,3 @@ def test_a_run_on_disk_knows_its_prior(tmp_path: Path) -> None:
     for other in (pk.TransitionPrior(data, catalog, recent=2), pk.PopularityPrior(data, catalog), np.zeros(8), len):
         with pytest.raises(ValueError, match="got another arguments"):
             recommend_to_disk(model, [[0], [1]], tmp_path, prior=other, **options)
-
-
-# ------------------------------------------------------------------ ready-made
-
-
-def toy(histories: list[list[int]], order: Any = range(8)) -> tuple[Interactions, pk.Catalog]:
-    """Training interactions (all but two of each user), and a catalogue in some order of its own."""
-    rows = [(user, item, time) for user, items in enumerate(histories) for time, item in enumerate(items)]
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    data = leave_one_out(
-        Interactions.from_columns(table[:, 0], table[:, 1], table[:, 2], {item: f"Title {item}" for item in range(8)})
-    )
-    return data, make_catalog({item: [item + 1] for item in order})
-
-
-def by_loop(data: Interactions, items: list[int], past: list[int], recent: int, popularity: float) -> list[float]:
-    trained = [data.histories[u][: data.ranges["train"][u, 1]].tolist() for u in range(data.num_users)]
-    count = Counter(item for history in trained for item in history)
-    share = {item: (count[item] + 1) / (count.total() + len(items)) for item in items}
-    follows: Counter[tuple[int, int]] = Counter()
-    for history in trained:
-        for later in range(len(history)):
-            follows.update((history[earlier], history[later]) for earlier in range(max(later - recent, 0), later))
-    scores = dict.fromkeys(items, 0.0)
-    for age, before in enumerate(reversed(past[-recent:]), 1):
-        for item in items:
-            if follows[before, item]:
-                scores[item] += follows[before, item] / math.sqrt(count[before] * count[item]) / age
-    total = sum(scores.values())
-    mixed = {i: (1 - popularity) * scores[i] / total + popularity * share[i] if total else share[i] for i in items}
-    return [math.log(mixed[item]) for item in items]
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 7), max_size=12), min_size=1, max_size=6),
-    st.permutations(range(10)),
-    st.integers(1, 4),
-    st.sampled_from([0.05, 0.5, 1.0]),
-)
-def test_ready_made_priors_are_their_definitions(
-    histories: list[list[int]], order: list[int], recent: int, popularity: float
-) -> None:
-    """In the order of the catalogue, which has two items that are not in the data; probabilities, none of them 0."""
-    data, catalog = toy(histories, order)
-    asked = [[], [7], [0, 1, 2, 0, 3], [9], *histories]
-    prior = pk.TransitionPrior(data, catalog, recent, popularity)
-    table = prior(pk.Histories.from_sequences(asked))
-    for row, past in zip(table, asked, strict=True):
-        np.testing.assert_allclose(row, by_loop(data, order, past, recent, popularity), rtol=1e-10)
-    popular = pk.PopularityPrior(data, catalog)(pk.Histories.from_sequences(asked))
-    np.testing.assert_allclose(popular[-1], by_loop(data, order, [], recent, 1.0), rtol=1e-12)
-    for found in (table, popular):
-        assert found.shape == (len(asked), 10) and np.isfinite(found).all()
-        np.testing.assert_allclose(np.exp(found).sum(axis=1), 1.0, rtol=1e-12)
-
-
-def test_ready_made_priors_travel_and_are_used() -> None:
-    data, catalog = toy([[0, 1, 2, 3, 4], [3, 2, 1, 0, 5]], order=[5, 4, 3, 2, 1, 0, 6, 7])
-    model = pk.PatchedCausalLM(copy.deepcopy(HF_MODELS["llama"]), catalog, PROMPT)
-    for kind in (pk.PopularityPrior, pk.TransitionPrior):
-        prior = kind(data, catalog)
-        same = pickle.loads(pickle.dumps(prior))
-        histories = pk.Histories.from_sequences([[0, 1], []])
-        assert np.array_equal(prior(histories), same(histories)) and prior.fingerprint == same.fingerprint
-        rows = model.recommend(histories, POLICIES["text"], 8, 8, "exact", prior=same, prior_weight=1e4)
-        order = np.argsort(-prior(histories), axis=1, kind="stable")
-        levels = np.sort(-prior(histories), axis=1)
-        for row, expected, level in zip(rows, order, levels, strict=True):
-            found = catalog.index_of([item for item, _ in row])
-            for value in np.unique(level):  # equal values are left to the model
-                assert set(found[level == value]) == set(expected[level == value])
-
-
-def test_ready_made_priors_refuse_by_name() -> None:
-    data, catalog = toy([[0, 1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="interactions: expected item ids of the catalog, got 0"):
-        pk.PopularityPrior(data, make_catalog({item: [3] for item in range(1, 5)}))
-    with pytest.raises(TypeError, match="interactions: expected Interactions, got list"):
-        pk.TransitionPrior([[0]], catalog)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="catalog: expected a Catalog, got dict"):
-        pk.PopularityPrior(data, {})  # type: ignore[arg-type]
-    for share in (0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="popularity: expected above 0 and at most 1"):
-            pk.TransitionPrior(data, catalog, popularity=share)
-    with pytest.raises(ValueError, match="recent: expected an integer in 1"):
-        pk.TransitionPrior(data, catalog, recent=0)
-    with pytest.raises(ValueError, match="histories: expected item ids of the catalog, got 77"):
-        pk.TransitionPrior(data, catalog)(pk.Histories([77], [0, 1]))
-    unsplit = Interactions(data.user_ids, data.histories, data.titles)
-    with pytest.raises(ValueError, match="split: expected one of the data set's splits"):
-        pk.PopularityPrior(unsplit, catalog)
-
-
-# ------------------------------------------------------------------ the weight
-
-
-@pytest.mark.parametrize("planted", [0.0, 0.3, 1.5])
-@pytest.mark.parametrize("candidates", [20, 100])
-def test_a_planted_weight_is_recovered(planted: float, candidates: int) -> None:
-    titles = make_titles(60)
-    model = make_model(titles)
-    histories = make_histories(titles, range(40))
-    prior = random_prior(40, 60, scale=6.0)
-    targets = (model.score_items(histories, POLICIES["text"]) + planted * prior).argmax(axis=1)
-    fit = pk.fit_prior_weight(model, histories, targets, POLICIES["text"], prior, candidates=candidates)
-    assert fit.weight == planted
-    assert list(fit.curve) == sorted(prior_module.WEIGHTS)
-    gains = [found.ndcg(20) for found in fit.curve.values()]
-    assert gains[-1] < 0.9 and sorted(gains)[-2] < max(gains)
-    if candidates >= 60:  # a beam of 20 may lose a target
-        assert max(gains) == 1.0
-
-
-def test_the_curve_is_what_recommend_gives() -> None:
-    """With titles that are shared, items that are seen, allowed or left out, and a length penalty."""
-    titles = {**make_titles(24), **{24 + i: title for i, title in enumerate(list(make_titles(24).values())[:6])}}
-    model = make_model(titles)
-    histories = make_histories(titles, [3, 9, 0, 14, 5, 7, 2, 11])
-    table = random_prior(8, 30)
-    table[np.random.default_rng(1).random(table.shape) < 0.1] = -math.inf
-    targets = np.random.default_rng(2).integers(0, 30, 8)
-    common: dict[str, Any] = {"exclude_seen": True, "allowed_items": range(2, 30), "length_penalty": 0.5}
-    weights = (1, 0, 0.25)
-    fit = pk.fit_prior_weight(
-        model, histories, targets, POLICIES["items"], Lookup(histories, table), weights=weights, k=6, **common
-    )
-    assert list(fit.curve) == [0.0, 0.25, 1.0]
-    for weight, found in fit.curve.items():
-        rows = model.recommend(histories, POLICIES["items"], 6, 30, prior=table, prior_weight=weight, **common)
-        assert found.ranks.tolist() == evaluate(rows, targets, [6], catalog=model.catalog).ranks.tolist()
-    assert len({tuple(found.ranks.tolist()) for found in fit.curve.values()}) == 3
-    assert fit.weight == max(fit.curve, key=lambda weight: fit.curve[weight].ndcg(6))
-
-
-def test_a_prior_that_tells_nothing_gets_no_weight() -> None:
-    titles = make_titles(30)
-    model = make_model(titles)
-    histories = make_histories(titles, range(10))
-    fit = pk.fit_prior_weight(model, histories, [0] * 10, POLICIES["text"], np.zeros(30), k=5)
-    assert fit.weight == 0.0 and len({found.ndcg(5) for found in fit.curve.values()}) == 1
-
-
-def test_the_weight_is_found_on_data() -> None:
-    """A model that knows nothing leaves it all to the transitions."""
-    data = synthetic(150, 200, seed=0)
-    model = make_model({item: [item % 30, 30 + item // 30] for item in data.titles})
-    with torch.no_grad():
-        model.hf_model.lm_head.weight.zero_()
-    samples = data.samples("val")
-    fit = pk.fit_prior_weight(
-        model, data.before(samples), data.targets(samples), pk.ItemPatches(2), pk.TransitionPrior(data, model.catalog),
-        exclude_seen=True,
-    )  # fmt: skip
-    assert fit.weight > 0 and fit.curve[fit.weight].hr(20) > 2 * fit.curve[0.0].hr(20)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"targets": [0]}, ValueError, r"targets: expected one per user \(2\) and at least one, got shape \(1,\)"),
-        ({"targets": [0, 77]}, ValueError, "targets: expected item ids of the catalog, got 77"),
-        ({"histories": [], "targets": []}, ValueError, r"targets: expected one per user \(0\) and at least one"),
-        ({"weights": []}, TypeError, r"weights: expected a sequence of numbers, got \[\]"),
-        ({"weights": 1.0}, TypeError, "weights: expected a sequence of numbers, got 1.0"),
-        ({"weights": [1, -1]}, ValueError, r"weights: expected finite numbers of at least 0, got \[1, -1\]"),
-        ({"weights": [math.nan]}, ValueError, "weights: expected finite numbers of at least 0"),
-        ({"k": 0}, ValueError, "k: expected an integer in 1"),
-        ({"k": 8, "exclude_seen": True}, ValueError, "k: expected at most 7, .* user 1 has not seen, got 8"),
-        ({"candidates": 2}, ValueError, "candidates: expected an integer in 3"),
-        ({"prior": None}, TypeError, "prior: expected an array or a tensor, .* got NoneType"),
-        ({"prior": table_with(math.nan)}, ValueError, "prior: expected -inf, or numbers .* got nan"),
-        ({"policy": None}, ValueError, "policy: expected one"),
-    ],
-)
-def test_fitting_names_the_argument(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = make_model(make_titles(9))
-    given = {"histories": [[5], [0, 1]], "targets": [3, 4], "policy": POLICIES["text"], "prior": np.zeros(9), "k": 3}
-    with pytest.raises(error, match=message):
-        pk.fit_prior_weight(model, **{**given, **arguments})

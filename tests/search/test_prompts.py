@@ -13,27 +13,18 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_cases import LONG, compute, computed_rows
 from search_oracle import HF_MODELS, VOCABULARY, make_hf_model, make_model
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import patchkern as pk
-from patchkern.search import prefill, prompts
+from patchkern.search import prefill
 from patchkern.search.prefill import plan_passes, shared_literals
 from patchkern.search.prefix_cache import PrefixCache
-from patchkern.search.prompts import Prompts
 
 TITLES = make_titles(23)
 HISTORIES = make_histories(TITLES, [9, 1, 40, 0, 17])
-LONG = pk.Prompt(prefix=range(60, 90), separator=[92], suffix=[93, 94], response_end=[96])
-
-
-def compute(
-    model: pk.PatchedCausalLM, histories: Any, policy: Any, max_rows: int = 0, **options: Any
-) -> tuple[Prompts, pk.PatchLayout]:
-    layout = pk.build_layout(model.catalog, histories, policy, model.prompt)
-    with model.searching():
-        return Prompts(model, layout, max_rows, **options), layout
 
 
 def plain_logits(
@@ -51,19 +42,6 @@ def plain_logits(
                 plain(inputs_embeds=torch.cat([prompt, weight[list(following)]])[None], use_cache=False).logits[0, -1]
             )
     return torch.stack(rows)
-
-
-def computed_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every pass over prompts from now on."""
-    rows: list[int] = []
-    original = prompts._packed
-
-    def spy(layout: pk.PatchLayout, spans: Any) -> pk.PatchLayout:
-        rows.append(len(spans.rows))
-        return original(layout, spans)
-
-    monkeypatch.setattr(prompts, "_packed", spy)
-    return rows
 
 
 # ------------------------------------------------------------------ results

@@ -329,3 +329,12 @@ def test_a_user_without_rows() -> None:
     model = make_model(make_titles(4), prompt=pk.Prompt(prefix=[], separator=[], suffix=[], response_end=[96]))
     with pytest.raises(ValueError, match="histories: expected at least one row per user to predict from"):
         model.recommend([[0], []], POLICIES["text"], 1, 1)
+
+
+def test_more_recommendations_than_items() -> None:
+    model = make_model(make_titles(3))
+    with pytest.raises(ValueError, match=r"k: expected at most 3, the items of the catalog, got 4"):
+        model.recommend([[0]], POLICIES["text"], k=4, num_beams=4)
+    for k, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match=r"k: expected"):
+            model.recommend([[0]], POLICIES["text"], k=k)

@@ -12,12 +12,12 @@ import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_cases import LONG, compute, computed_rows
 from search_oracle import HF_MODELS, make_hf_model, make_model
 
 import patchkern as pk
 from patchkern.search.prompts import Prompts
 from patchkern.search.user_cache import UserCache
-from tests.search.test_prompts import LONG, compute, computed_rows
 
 TITLES = make_titles(23)
 POLICY = POLICIES["sessions-start"]  # groups of 5, borders that never move

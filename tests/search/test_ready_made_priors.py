@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The priors that come with the library, against their definitions written as loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from cases import POLICIES, make_catalog
+from hypothesis import given
+from hypothesis import strategies as st
+from prior_cases import toy
+from search_oracle import HF_MODELS, PROMPT
+
+import patchkern as pk
+from patchkern.data import Interactions
+
+pytestmark = pytest.mark.filterwarnings("error::patchkern.search.recommend.UnprovenSearchWarning")
+
+
+def by_loop(data: Interactions, items: list[int], past: list[int], recent: int, popularity: float) -> list[float]:
+    trained = [data.histories[u][: data.ranges["train"][u, 1]].tolist() for u in range(data.num_users)]
+    count = Counter(item for history in trained for item in history)
+    share = {item: (count[item] + 1) / (count.total() + len(items)) for item in items}
+    follows: Counter[tuple[int, int]] = Counter()
+    for history in trained:
+        for later in range(len(history)):
+            follows.update((history[earlier], history[later]) for earlier in range(max(later - recent, 0), later))
+    scores = dict.fromkeys(items, 0.0)
+    for age, before in enumerate(reversed(past[-recent:]), 1):
+        for item in items:
+            if follows[before, item]:
+                scores[item] += follows[before, item] / math.sqrt(count[before] * count[item]) / age
+    total = sum(scores.values())
+    mixed = {i: (1 - popularity) * scores[i] / total + popularity * share[i] if total else share[i] for i in items}
+    return [math.log(mixed[item]) for item in items]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 7), max_size=12), min_size=1, max_size=6),
+    st.permutations(range(10)),
+    st.integers(1, 4),
+    st.sampled_from([0.05, 0.5, 1.0]),
+)
+def test_ready_made_priors_are_their_definitions(
+    histories: list[list[int]], order: list[int], recent: int, popularity: float
+) -> None:
+    """In the order of the catalogue, which has two items that are not in the data; probabilities, none of them 0."""
+    data, catalog = toy(histories, order)
+    asked = [[], [7], [0, 1, 2, 0, 3], [9], *histories]
+    prior = pk.TransitionPrior(data, catalog, recent, popularity)
+    table = prior(pk.Histories.from_sequences(asked))
+    for row, past in zip(table, asked, strict=True):
+        np.testing.assert_allclose(row, by_loop(data, order, past, recent, popularity), rtol=1e-10)
+    popular = pk.PopularityPrior(data, catalog)(pk.Histories.from_sequences(asked))
+    np.testing.assert_allclose(popular[-1], by_loop(data, order, [], recent, 1.0), rtol=1e-12)
+    for found in (table, popular):
+        assert found.shape == (len(asked), 10) and np.isfinite(found).all()
+        np.testing.assert_allclose(np.exp(found).sum(axis=1), 1.0, rtol=1e-12)
+
+
+def test_ready_made_priors_travel_and_are_used() -> None:
+    data, catalog = toy([[0, 1, 2, 3, 4], [3, 2, 1, 0, 5]], order=[5, 4, 3, 2, 1, 0, 6, 7])
+    model = pk.PatchedCausalLM(copy.deepcopy(HF_MODELS["llama"]), catalog, PROMPT)
+    for kind in (pk.PopularityPrior, pk.TransitionPrior):
+        prior = kind(data, catalog)
+        same = pickle.loads(pickle.dumps(prior))
+        histories = pk.Histories.from_sequences([[0, 1], []])
+        assert np.array_equal(prior(histories), same(histories)) and prior.fingerprint == same.fingerprint
+        rows = model.recommend(histories, POLICIES["text"], 8, 8, "exact", prior=same, prior_weight=1e4)
+        order = np.argsort(-prior(histories), axis=1, kind="stable")
+        levels = np.sort(-prior(histories), axis=1)
+        for row, expected, level in zip(rows, order, levels, strict=True):
+            found = catalog.index_of([item for item, _ in row])
+            for value in np.unique(level):  # equal values are left to the model
+                assert set(found[level == value]) == set(expected[level == value])
+
+
+def test_ready_made_priors_refuse_by_name() -> None:
+    data, catalog = toy([[0, 1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="interactions: expected item ids of the catalog, got 0"):
+        pk.PopularityPrior(data, make_catalog({item: [3] for item in range(1, 5)}))
+    with pytest.raises(TypeError, match="interactions: expected Interactions, got list"):
+        pk.TransitionPrior([[0]], catalog)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="catalog: expected a Catalog, got dict"):
+        pk.PopularityPrior(data, {})  # type: ignore[arg-type]
+    for share in (0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="popularity: expected above 0 and at most 1"):
+            pk.TransitionPrior(data, catalog, popularity=share)
+    with pytest.raises(ValueError, match="recent: expected an integer in 1"):
+        pk.TransitionPrior(data, catalog, recent=0)
+    with pytest.raises(ValueError, match="histories: expected item ids of the catalog, got 77"):
+        pk.TransitionPrior(data, catalog)(pk.Histories([77], [0, 1]))
+    unsplit = Interactions(data.user_ids, data.histories, data.titles)
+    with pytest.raises(ValueError, match="split: expected one of the data set's splits"):
+        pk.PopularityPrior(unsplit, catalog)

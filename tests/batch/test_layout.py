@@ -555,3 +555,17 @@ def test_the_papers_compression_ratios_on_its_titles(
         layout = pk.build_layout(catalog, users, policy, pk.Prompt(separator=[1]))  # type: ignore[arg-type]
         # The paper divides a mean length that was rounded to two digits: 0.01 for that.
         assert abs(layout.compression_ratio - expected) <= 0.01
+
+
+def test_layouts_pickled_before_the_wings_load() -> None:
+    """Their classes were in patchkern.layout."""
+    layout = cases.make_batch(pk.SessionPatches(5), [9, 0, 23]).layout(transpose=True).with_identities()
+    written = pickle.dumps(layout, protocol=2)
+    before = written.replace(b"cpatchkern.batch.layout\n", b"cpatchkern.layout\n")
+    assert before.count(b"cpatchkern.layout\n") == 3  # the layout, its transpose and its identities
+    assert b"patchkern.batch.layout" not in before
+    loaded = pickle.loads(before)
+    assert type(loaded) is pk.PatchLayout and type(loaded.identities.layout) is pk.PatchLayout
+    for name, value in vars(layout).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(loaded, name), value), name

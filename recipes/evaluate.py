@@ -33,7 +33,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 
 import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
-from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
+from patchkern.data import Interactions, Samples, samples_of
+from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import most_popular, transitions
 from patchkern.evaluation.metrics import METRICS, Evaluation, evaluate
 from patchkern.ops.backends import describe as describe_backend
@@ -48,8 +49,8 @@ PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior}
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     args = parse(argv)
     folder = find_model(args.checkpoint, "checkpoint")
-    data = synthetic() if args.data == "synthetic" else prepare(open_dataset(args.data))
-    samples = Samples(*(column[: args.limit] for column in data.samples(args.split)))
+    data = load(args)
+    samples = Samples(*(column[: args.limit] for column in samples_of(data, args.split)))
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run of recipes/train.py, or one of its checkpoints")
-    parser.add_argument("--data", required=True, help='"synthetic" or a path that patchkern.data.open_dataset reads')
+    add_arguments(parser)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--limit", type=int, help="the first so many samples only")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')

@@ -44,7 +44,8 @@ import patchkern as pk
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.budget.search import SearchCost, UserTooLarge, parse_bytes
-from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
+from patchkern.data import Interactions, Samples
+from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="synthetic", help='"synthetic" or a path that open_dataset reads')
+    add_arguments(parser, default="synthetic")
     parser.add_argument("--min_items", type=int, default=500, help="users with more interactions than this")
     parser.add_argument("--users", type=int, help="the first so many of them")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
@@ -171,11 +172,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_data(args: argparse.Namespace) -> Interactions:
-    if args.data != "synthetic":
-        return prepare(open_dataset(args.data))
     if args.checkpoint is not None:
-        return synthetic()  # what the other recipes train on
-    return synthetic(num_users=40, num_items=2000, mean_length=900.0)
+        return load(args)  # synthetic users are then those that the other recipes train on
+    return load(args, num_users=40, num_items=2000, mean_length=900.0)
 
 
 def long_users(data: Interactions, args: argparse.Namespace) -> NDArray[np.int64]:

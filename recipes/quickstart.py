@@ -31,7 +31,8 @@ from transformers import PrinterCallback, ProgressCallback
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
-from patchkern.data import Interactions, Samples, open_dataset, prepare, synthetic
+from patchkern.data import Interactions, Samples
+from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import Ranking, metrics, most_popular, transitions
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     args = parse(command)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    data = synthetic() if args.data == "synthetic" else prepare(open_dataset(args.data))
+    data = load(args)
     folder = Path(args.output) / (args.name or data.name)
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{data}\n{backend_line()}")
@@ -126,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", default="synthetic", help='"synthetic" or a folder that patchkern.data.open_dataset reads'
-    )
+    add_arguments(data, default="synthetic")
     data.add_argument("--split", default="test", choices=["val", "test"], help="val is the one to tune on")
     data.add_argument("--limit", type=int, help="evaluate on so many of the samples only")
     data.add_argument(

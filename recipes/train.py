@@ -55,7 +55,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 
 import patchkern as pk
 from patchkern.batch.prompt import MARKERS
-from patchkern.data import Interactions, open_dataset, prepare, synthetic
+from patchkern.data import Interactions, samples_of
+from patchkern.data.preparation import add_arguments, load
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
@@ -81,7 +82,7 @@ EARLY_STOPPING = {
 
 def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     args, rest = parse(argv)
-    data = load_data(args.data)
+    data = load(args)
     name, settings = choose_settings(args, data)
     parser = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
     parser.set_defaults(**settings.defaults(args.stage), **({} if args.early_stopping is None else EARLY_STOPPING))
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         model,
         arguments,
         data.histories,
-        data.samples("train"),
+        samples_of(data, "train"),
         settings.policy(args.stage, args.max_items),
         pretrain=args.stage == "pretrain",
         supervise_history=args.supervise_history,
@@ -127,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--stage", required=True, choices=STAGES)
-    parser.add_argument("--data", required=True, help='"synthetic" or a path that patchkern.data.open_dataset reads')
+    add_arguments(parser)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=f"{', '.join(SIZES)} (from scratch), or the folder of a transformers model")
     model.add_argument("--from", dest="checkpoint", help="a run of this recipe, or one of its checkpoints")
@@ -165,10 +166,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.no_separator and args.model not in SIZES:
         parser.error(f"--no-separator: expected only with --model {' or '.join(SIZES)}; other models keep their prompt")
     return args, rest
-
-
-def load_data(path: str) -> Interactions:
-    return synthetic() if path == "synthetic" else prepare(open_dataset(path))
 
 
 def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, Settings]:

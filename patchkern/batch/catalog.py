@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from patchkern.batch.histories import check_offsets, flat_array, is_sequence
+from patchkern.batch.columns import flat_array, id_array, is_sequence, title_mapping
+from patchkern.batch.histories import check_offsets
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
 # An id table of this many entries per item is still smaller than the sorted search it replaces is slow.
@@ -69,15 +70,15 @@ class Catalog:
         """Tokenise ``{item_id: title}`` on its own, without special tokens.
 
         Args:
-            titles: one title per item id; the catalogue keeps this order.
+            titles: one title per item id, as a mapping or a pandas Series indexed by item id; the catalogue keeps this
+                order.
             tokenizer: a transformers tokenizer, or any callable from a title to its token ids.
 
         Raises:
             TypeError: ``titles`` is not a mapping to strings, or ``tokenizer`` is not callable.
             ValueError: a title without tokens.
         """
-        if not isinstance(titles, Mapping):
-            raise TypeError(f"titles: expected a mapping of item id to title, got {type(titles).__name__}")
+        titles = title_mapping(titles)
         if not callable(tokenizer):
             raise TypeError(f"tokenizer: expected a tokenizer or a callable, got {type(tokenizer).__name__}")
         texts = list(titles.values())
@@ -95,7 +96,7 @@ class Catalog:
         np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
         filled = [flat_array("tokenizer", ids) for ids in tokens if len(ids)]
         flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
-        return cls(flat, offsets, _id_array(list(titles), "item_ids"), texts)
+        return cls(flat, offsets, id_array(list(titles), "item_ids"), texts)
 
     @classmethod
     def from_token_ids(
@@ -137,7 +138,7 @@ class Catalog:
         Raises:
             ValueError: an id that the catalogue does not hold; the message names ``argument``.
         """
-        ids = _id_array(item_ids, argument)
+        ids = id_array(item_ids, argument)
         if ids.size == 0:
             return np.zeros(ids.shape, np.int32)
         if ids.dtype.kind != self.item_ids.dtype.kind:
@@ -189,34 +190,10 @@ def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _id_array(ids: Any, argument: str) -> NDArray[Any]:
-    """Item ids as int64 or string array; anything else is refused, not converted."""
-    if not isinstance(ids, np.ndarray):
-        if not is_sequence(ids):
-            raise TypeError(f"{argument}: expected a sequence of item ids, got {type(ids).__name__}")
-        ids = np.fromiter(ids, object)
-    if ids.dtype.kind == "O":
-        kinds = {type(item) for item in ids.ravel().tolist()}
-        if all(issubclass(kind, (int, np.integer)) and not issubclass(kind, bool) for kind in kinds):
-            try:
-                return ids.astype(np.int64)
-            except OverflowError as error:
-                raise ValueError(f"{argument}: expected integers that fit in int64") from error
-        if all(issubclass(kind, str) for kind in kinds):
-            return ids.astype(np.str_)
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise TypeError(f"{argument}: expected all integers or all strings, got {names}")
-    if ids.dtype.kind == "u" and ids.size and int(ids.max()) > np.iinfo(np.int64).max:
-        raise ValueError(f"{argument}: expected integers that fit in int64, got {int(ids.max())}")
-    if ids.dtype.kind not in "iuU" and ids.size:
-        raise TypeError(f"{argument}: expected integer or string item ids, got dtype {ids.dtype}")
-    return ids if ids.dtype.kind == "U" else ids.astype(np.int64, copy=False)
-
-
 def _item_ids(item_ids: ArrayLike | None, n_items: int) -> NDArray[Any]:
     if item_ids is None:
         return np.arange(n_items, dtype=np.int64)
-    ids = _id_array(item_ids, "item_ids")
+    ids = id_array(item_ids, "item_ids")
     if ids.shape != (n_items,):
         raise ValueError(f"item_ids: expected one per title ({n_items}), got shape {ids.shape}")
     return ids

@@ -3,31 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-HistoriesLike = Union["Histories", Sequence[Sequence[Any]]]
+from patchkern.batch.arrow import arrow_lists
+from patchkern.batch.columns import as_array, flat_array, id_array, is_sequence
+from patchkern.batch.instants import instants
 
-
-def is_sequence(values: Any) -> bool:
-    """Whether ``values`` has a length and an order: a list, a tuple, an array, but no text."""
-    if isinstance(values, np.ndarray):
-        return values.ndim > 0
-    return isinstance(values, Sequence) and not isinstance(values, (str, bytes))
-
-
-def flat_array(name: str, values: ArrayLike) -> NDArray[Any]:
-    """``values`` as a 1-D array."""
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected a 1-D array, got {type(values).__name__} that makes none") from error
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected a 1-D array, got {array.ndim} dimensions of shape {array.shape}")
-    return array
+# Or a column of lists (arrow, pandas, polars), or a 2-D or nested tensor: see `Histories.coerce`.
+HistoriesLike = Union["Histories", Sequence[Sequence[Any]], Mapping[Any, Sequence[Any]], NDArray[Any]]
 
 
 def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
@@ -38,24 +25,28 @@ def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
 
 
 def _sequence_array(user: int, sequence: Any) -> NDArray[Any]:
+    name = f"histories[{user}]"
     if not is_sequence(sequence):
-        raise TypeError(f"histories[{user}]: expected a sequence of item ids, got {type(sequence).__name__}")
-    array = flat_array(f"histories[{user}]", sequence)
+        raise TypeError(f"{name}: expected a sequence of item ids, got {type(sequence).__name__}")
+    array = flat_array(name, sequence)
     if array.size and array.dtype.kind not in "iuUO":
-        raise TypeError(f"histories[{user}]: expected integer or string item ids, got dtype {array.dtype}")
-    if array.dtype.kind == "U" and not isinstance(sequence, np.ndarray):
-        # NumPy would turn numbers among strings into strings.
-        other = [type(item).__name__ for item in sequence if not isinstance(item, str)]
-        if other:
-            raise TypeError(f"histories[{user}]: expected item ids of one kind, got str and {other[0]}")
-    return array
+        raise TypeError(f"{name}: expected integer or string item ids, got dtype {array.dtype}")
+    if isinstance(sequence, (list, tuple)):
+        # NumPy would turn numbers among strings into strings, and booleans among numbers into numbers.
+        kinds = set(map(type, sequence))
+        if len(kinds) > 1 and (array.dtype.kind == "U" or bool in kinds):
+            names = " and ".join(sorted((kind.__name__ for kind in kinds), key=lambda kind: kind != "str"))
+            raise TypeError(f"{name}: expected item ids of one kind, got {names}")
+    return id_array(array, name) if array.dtype.kind == "O" else array
 
 
 def _item_array(items: ArrayLike) -> NDArray[Any]:
     array = flat_array("items", items)
     if array.size == 0 and array.dtype.kind == "f":
         return array.astype(np.int64)
-    if array.dtype.kind not in "iuUO":
+    if array.dtype.kind == "O":
+        return id_array(array, "items")
+    if array.dtype.kind not in "iuU":
         raise TypeError(f"items: expected integer or string item ids, got dtype {array.dtype}")
     return array
 
@@ -93,7 +84,10 @@ class Histories:
     Args:
         items: ``(N,)`` item ids of all users one after the other, integers or strings.
         offsets: ``(B + 1,)`` integers; user ``b`` owns ``items[offsets[b]:offsets[b + 1]]``.
-        timestamps: ``(N,)`` integers, seconds, or None.
+        timestamps: ``(N,)`` seconds, whole or not, or datetimes (without a time zone: UTC), or None. Kept in seconds,
+            as int64 where all are whole, else float64.
+
+    Each may be a NumPy array, a list, a tensor, or a column of arrow, pandas or polars.
 
     Raises:
         TypeError: a wrong dtype.
@@ -104,13 +98,13 @@ class Histories:
 
     items: NDArray[Any]
     offsets: NDArray[np.int64]
-    timestamps: NDArray[np.int64] | None
+    timestamps: NDArray[Any] | None
 
     def __init__(self, items: ArrayLike, offsets: ArrayLike, timestamps: ArrayLike | None = None) -> None:
         self.items = _item_array(items)
         self.offsets = _integers("offsets", offsets)
         check_offsets("offsets", self.offsets, self.items.size)
-        self.timestamps = None if timestamps is None else _integers("timestamps", timestamps)
+        self.timestamps = None if timestamps is None else instants("timestamps", timestamps, "s").seconds()
         if self.timestamps is not None and self.timestamps.size != self.items.size:
             raise ValueError(f"timestamps: expected one per item ({self.items.size}), got {self.timestamps.size}")
 
@@ -125,15 +119,65 @@ class Histories:
         offsets = np.zeros(len(arrays) + 1, np.int64)
         np.cumsum([array.size for array in arrays], out=offsets[1:])
         filled = [array for array in arrays if array.size]
-        kinds = {"text" if array.dtype.kind in "UO" else "number" for array in filled}
+        kinds = {"text" if array.dtype.kind == "U" else "number" for array in filled}
         if len(kinds) > 1:
             raise TypeError("histories: expected item ids of one kind, got integers and strings")
         return cls(np.concatenate(filled) if filled else np.zeros(0, np.int64), offsets)
 
     @classmethod
+    def from_arrow(cls, items: Any, timestamps: Any = None) -> Histories:
+        """Build from an arrow column of lists, one per user; integers are shared with arrow, not copied.
+
+        Args:
+            items: a ``pyarrow`` array of lists (list, large list, fixed size list or list view), whole or in chunks, or
+                any object with the arrow C interface, such as a column of polars. Only chunks are copied together.
+            timestamps: lists of as many numbers (seconds) or arrow timestamps, or None.
+
+        Raises:
+            ImportError: pyarrow is missing.
+            TypeError: a column of something else.
+            ValueError: a missing list, id or time, or other lengths of ``timestamps``.
+        """
+        values, offsets = arrow_lists("histories", items)
+        items = as_array("histories", values)
+        if timestamps is None:
+            return cls(items, offsets)
+        times, others = arrow_lists("timestamps", timestamps)
+        if not np.array_equal(offsets, others):
+            users = min(offsets.size, others.size) - 1
+            differing = np.flatnonzero(np.diff(offsets)[:users] != np.diff(others)[:users])
+            user = int(differing[0]) if differing.size else users
+            raise ValueError(f"timestamps[{user}]: expected as many as items, one list per user")
+        return cls(items, offsets, times)
+
+    @classmethod
     def coerce(cls, histories: HistoriesLike) -> Histories:
-        """Return ``histories`` itself if it is a `Histories`, else build one from sequences."""
-        return histories if isinstance(histories, cls) else cls.from_sequences(histories)  # type: ignore[arg-type]
+        """Histories of what callers bring.
+
+        Args:
+            histories: a `Histories`, returned as it is; one sequence of item ids per user, in a list, an object array
+                or a column of pandas; a mapping of users to such sequences, in its order; an arrow column of lists (see
+                `from_arrow`); a 2-D array or tensor, one row per user, every entry an item; a nested tensor.
+
+        Raises:
+            TypeError, ValueError: naming the user by position, what was expected and what came.
+        """
+        given: Any = histories
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_sequences(list(given.values()))
+        if getattr(given, "is_nested", False):
+            return cls.from_sequences(list(given.unbind()))
+        is_arrow = hasattr(given, "__arrow_c_array__") or hasattr(given, "__arrow_c_stream__")
+        # pandas offers to make arrow of its objects; they are sequences already
+        if is_arrow and getattr(given, "dtype", None) != np.dtype(object):
+            return cls.from_arrow(given)
+        if not isinstance(given, Sequence) and is_sequence(given):
+            given = as_array("histories", given)
+            if given.ndim == 2 and given.dtype.kind in "iuU":
+                return cls(given.reshape(-1), np.arange(len(given) + 1) * given.shape[1])
+        return cls.from_sequences(given)
 
     def __len__(self) -> int:
         return self.offsets.size - 1

@@ -15,8 +15,9 @@ import numpy as np
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories
 from patchkern.batch.policies import ItemPatches, Level, Policy, SessionPatches
-from patchkern.data import Interactions, open_dataset, prepare
+from patchkern.data import Interactions, open_dataset
 from patchkern.data.interactions import positions_of
+from patchkern.data.preparation import add_filters, prepared
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep-text", type=int, default=5, help="of item patches (default: %(default)s)")
     parser.add_argument("--group-size", type=int, nargs="+", default=[5, 20], help="of session patches (default: 5 20)")
     parser.add_argument("--max-items", type=int, default=100, help="latest items of a history (default: %(default)s)")
+    add_filters(parser)
     arguments = parser.parse_args(argv)
 
     data = open_dataset(arguments.path)
     if not data.ranges:
         print(f"raw data: {data.num_users:,} users, {data.num_items:,} items, {data.num_interactions:,} interactions")
-        print("prepared: rating > 3, then users with more than 20 of those, then split 48:1:1 by time")
-        data = prepare(data)
+    data = prepared(data, arguments)
     taken = np.unique(positions_of(data.item_ids, data.histories.items)).size
     print(f"{data.name}")
     print(f"  users            {data.num_users:>10,}")

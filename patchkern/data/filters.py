@@ -21,6 +21,17 @@ def rating_above(interactions: Interactions, threshold: float) -> Interactions:
     return interactions.keep(interactions.ratings > threshold)
 
 
+def rating_at_least(interactions: Interactions, minimum: float) -> Interactions:
+    """Interactions rated ``minimum`` or better; the catalogue stays whole.
+
+    Raises:
+        ValueError: a data set without ratings.
+    """
+    if interactions.ratings is None:
+        raise ValueError(f"interactions: expected ratings to filter by, got none in {interactions.name!r}")
+    return interactions.keep(interactions.ratings >= minimum)
+
+
 def min_interactions(interactions: Interactions, count: int) -> Interactions:
     """Users with at least ``count`` interactions; the catalogue stays whole."""
     lengths = interactions.histories.lengths

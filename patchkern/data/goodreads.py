@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from patchkern.data._files import logger, malformed, one_file, read_lines
+from patchkern.batch.columns import id_array
+from patchkern.data._tables import Titles, check_id, log_left_out
+from patchkern.data._text import malformed, one_file, read_lines
 from patchkern.data.interactions import Interactions
 
 SYSTEM = "You recommend books."
@@ -24,7 +27,9 @@ INSTRUCTION = (
 INTERACTIONS_FILES = ("goodreads_interactions*.json", "goodreads_interactions*.json.gz")
 BOOKS_FILES = ("goodreads_books*.json", "goodreads_books*.json.gz")
 
-_DATE = re.compile(r"\w{3} (\w{3}) (\d\d) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d) (\d{4})")
+# as it would be written again: "007" and 7 are not the same id
+_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
+_DATE = re.compile(r"\w{3} (\w{3}) (\d\d) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d) (\d{4})", re.ASCII)
 _MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTHS = {name: month for month, name in enumerate(_MONTH_NAMES, 1)}
 
@@ -36,12 +41,13 @@ def read_goodreads(
     rating_above: float | None = None,
     time_field: str = "date_added",
     title_field: str = "title",
+    tie_seed: int | None = 0,
 ) -> Interactions:
     """Read interactions and the titles of the books in them.
 
     Both files are streamed: memory holds some 24 bytes per kept interaction, the user ids and the titles of the books
-    that occur. Book ids become integers. Interactions whose time is empty, and those with a book that has no title, are
-    left out; how many is logged.
+    that occur. Book ids become integers. Interactions whose time is empty, and those with a book that has no title
+    (none at all, empty, or no text), are left out; how many is logged.
 
     Args:
         path: a folder with one ``goodreads_interactions*.json[.gz]`` and one ``goodreads_books*.json[.gz]``, or the
@@ -50,22 +56,31 @@ def read_goodreads(
         rating_above: keep only interactions rated strictly above it (0 is "not rated"), while streaming.
         time_field: ``date_added``, ``date_updated``, ``read_at`` or ``started_at``.
         title_field: ``title``, or ``title_without_series``.
+        tie_seed: of the order within one instant, see `Interactions.from_columns`.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a malformed line, with its file and number; several files that match.
     """
     interactions_file, books_file = _files(Path(path), books)
-    user_index: dict[str, int] = {}
+    user_index: dict[str | int, int] = {}
     users, items, times, ratings = array("q"), array("q"), array("q"), array("d")
     undated = 0
-    for number, record in _records(interactions_file):
+    expected = f"an object with user_id, integer book_id, rating and {time_field}"
+    kind = None
+    for number, record in _records(interactions_file, ("user_id", "book_id", "rating", time_field)):
         try:
-            user, time = str(record["user_id"]), record[time_field]
-            item, rating = int(record["book_id"]), float(record["rating"])
-        except (KeyError, TypeError, ValueError) as error:
-            expected = f"an object with user_id, integer book_id, rating and {time_field}"
+            user, time = record["user_id"], record[time_field]
+            item, rating = _book(record["book_id"]), _rating(record["rating"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             malformed(interactions_file, number, expected, f"{type(error).__name__}: {error}")
+        kind = type(user) if kind is None else kind
+        if type(user) is not kind or kind not in (str, int):
+            malformed(interactions_file, number, "a user_id that is text or an integer in all lines", repr(user))
+        if isinstance(user, str):
+            check_id(interactions_file, number, "user_id", user)
+        if not (time is None or isinstance(time, str)):
+            malformed(interactions_file, number, f"text as {time_field}", repr(time))
         if rating_above is not None and not rating > rating_above:
             continue
         if not time:
@@ -77,30 +92,28 @@ def read_goodreads(
         ratings.append(rating)
 
     taken = set(items)
-    titles: dict[int, str] = {}
-    for number, record in _records(books_file):
+    titles = Titles(books_file)
+    for number, record in _records(books_file, ("book_id", title_field)):
         try:
-            book, title = int(record["book_id"]), str(record[title_field])
-        except (KeyError, TypeError, ValueError) as error:
+            book, title = _book(record["book_id"]), record[title_field]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             expected = f"an object with integer book_id and {title_field}"
             malformed(books_file, number, expected, f"{type(error).__name__}: {error}")
-        if book in taken and title.strip():
-            titles[book] = title.strip()
+        if book in taken:
+            titles.add(number, book, title.strip() if isinstance(title, str) else "")
 
     item_ids = np.frombuffer(items, np.int64) if items else np.zeros(0, np.int64)
-    titled = np.isin(item_ids, np.fromiter(titles, np.int64, len(titles)))
-    if undated or not titled.all():
-        logger.warning(
-            "%s: %d interactions without %s and %d with a book without title left out",
-            interactions_file, undated, time_field, int((~titled).sum()),
-        )  # fmt: skip
-    names = np.array(list(user_index), str)
+    titled = np.isin(item_ids, np.fromiter(titles.of, np.int64, len(titles.of)))
+    untitled = int((~titled).sum())
+    log_left_out(interactions_file, {f"without {time_field}": undated, "with a book without title": untitled})
+    names = id_array(list(user_index), "user_id")
     return Interactions.from_columns(
-        names[np.array(users, np.int64)[titled]] if names.size else np.zeros(0, np.int64),
+        names[np.array(users, np.int64)[titled]],
         item_ids[titled],
         np.array(times, np.int64)[titled],
-        titles,
+        titles.of,
         np.array(ratings, np.float64)[titled],
+        tie_seed=tie_seed,
         name=interactions_file.name.partition(".")[0],
         system=SYSTEM,
         instruction=INSTRUCTION,
@@ -118,15 +131,42 @@ def _files(path: Path, books: str | PathLike[str] | None) -> tuple[Path, Path]:
     return interactions_file, books_file
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    names = [f'"{field}"' for field in fields]
     for number, line in read_lines(path):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # a number of thousands of digits, brackets in brackets in brackets
             record = None
         if not isinstance(record, dict):
             malformed(path, number, "one JSON object", line)
+        if any(line.count(name) > 1 for name in names):
+            pairs = json.loads(line, object_pairs_hook=_Pairs)
+            twice = [field for field in fields if [key for key, _ in pairs].count(field) > 1]
+            if twice:
+                malformed(path, number, f"one {twice[0]}", line)
         yield number, record
+
+
+class _Pairs(list[Any]):
+    """The members of a JSON object, those of the same name too."""
+
+
+def _book(value: Any) -> int:
+    """A book's id: an integer, or the text of one."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"book_id {value!r}")
+    if not _INTEGER.fullmatch(str(value)):
+        raise ValueError(f"book_id {value!r}")
+    return int(value)
+
+
+def _rating(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"rating {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"rating {value!r}")
+    return float(value)
 
 
 def _seconds(path: Path, line: int, text: Any) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,10 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.columns import id_array, number_array
 from patchkern.batch.histories import Histories
+from patchkern.batch.instants import instants
+
+logger = logging.getLogger("patchkern.data")
 
 SPLITS = ("train", "val", "test")
 MIN_HISTORY = 3
+
+# A tie here and there is chance; times of which so many are shared were not recorded one by one.
+_MANY_TIES = 0.01
 
 
 class Samples(NamedTuple):
@@ -37,7 +45,7 @@ class Interactions:
         user_ids: ``(U,)`` distinct ids, integers or strings.
         histories: one history per user, oldest first; its items are keys of ``titles``.
         titles: ``{item id: title}`` of the whole catalogue, in catalogue order.
-        ratings: ``(N,)`` float, one per interaction, or None.
+        ratings: ``(N,)`` finite float, one per interaction, or None.
         ranges: ``{split: (U, 2) int64}``; the targets of user ``u`` in a split are the positions
             ``ranges[split][u, 0] <= position < ranges[split][u, 1]``. Splits never overlap.
         name: what reports call the data set.
@@ -65,14 +73,14 @@ class Interactions:
         _check_titles(self.titles)
         _check_items(self.histories.items, self.titles)
         _check_times(self.histories)
-        user_ids = np.asarray(self.user_ids)
+        user_ids = id_array(self.user_ids, "user_ids")
         if user_ids.shape != (len(self.histories),):
             raise ValueError(f"user_ids: expected one per history ({len(self.histories)}), got shape {user_ids.shape}")
         if np.unique(user_ids).size != user_ids.size:
             raise ValueError("user_ids: expected distinct ids, got one twice")
         ratings = self.ratings
         if ratings is not None:
-            ratings = np.asarray(ratings, np.float64)
+            ratings = number_array("ratings", ratings)
             if ratings.shape != self.histories.items.shape:
                 raise ValueError(
                     f"ratings: expected one per interaction ({self.histories.items.size}), got shape {ratings.shape}"
@@ -94,32 +102,58 @@ class Interactions:
     @classmethod
     def from_columns(
         cls,
-        users: ArrayLike,
-        items: ArrayLike,
-        timestamps: ArrayLike | None,
+        users: Any,
+        items: Any,
+        timestamps: Any,
         titles: Mapping[Any, str],
-        ratings: ArrayLike | None = None,
+        ratings: Any = None,
+        *,
+        time_unit: str | None = None,
+        tie_seed: int | None = 0,
         **about: Any,
     ) -> Interactions:
         """Build from one row per interaction, in any order.
 
-        Users are sorted by id, each history by time; interactions of one instant keep the order they came in.
+        Users are sorted by id, each history by time. Where a user's interactions share their instant, no order is
+        known, and that of the rows is often one of item ids, which a model would learn: it is drawn, the same whatever
+        the order of the rows, and the share of such interactions is logged. Columns are lists, NumPy arrays, tensors,
+        or columns of arrow, pandas or polars; their types are checked, not converted.
 
         Args:
-            users, items: ``(N,)`` ids.
-            timestamps: ``(N,)`` seconds, or None: rows are then taken to be in order.
+            users, items: ``(N,)`` ids, integers or strings.
+            timestamps: ``(N,)`` numbers or datetimes (without a time zone: UTC), or None: rows are then taken to be in
+                order. They are sorted as exact as they come and kept in seconds.
             titles: as for the class; ``about`` takes its other fields.
             ratings: ``(N,)`` or None.
+            time_unit: of numbers: ``s``, ``ms``, ``us`` or ``ns``; None: by their size, and a warning where these are
+                no seconds.
+            tie_seed: of the drawn order; None keeps that of the rows.
         """
-        user_ids, user_index = np.unique(np.asarray(users), return_inverse=True)
-        times = None if timestamps is None else np.asarray(timestamps)
-        order = np.argsort(user_index, kind="stable") if times is None else np.lexsort((times, user_index))
+        users, items = id_array(users, "users"), id_array(items, "items")
+        times = None if timestamps is None else instants("timestamps", timestamps, time_unit)
+        ratings = None if ratings is None else number_array("ratings", ratings)
+        columns = {"items": items, "timestamps": None if times is None else times.ticks, "ratings": ratings}
+        for name, column in columns.items():
+            if column is not None and column.shape != users.shape:
+                raise ValueError(f"{name}: expected one per interaction ({users.size}), got shape {column.shape}")
+        user_ids, user_index = np.unique(users, return_inverse=True)
+        if times is None:
+            order = np.argsort(user_index, kind="stable")
+        else:
+            order = np.lexsort((times.ticks, user_index))
+            together = _same(user_index[order]) & _same(times.ticks[order])
+            _draw_ties(order, together, items, tie_seed, str(about.get("name", "interactions")))
+            times = times._replace(ticks=times.ticks[order])
         offsets = np.zeros(user_ids.size + 1, np.int64)
         np.cumsum(np.bincount(user_index, minlength=user_ids.size), out=offsets[1:])
-        histories = Histories(np.asarray(items)[order], offsets, None if times is None else times[order])
-        return cls(
-            user_ids, histories, titles, None if ratings is None else np.asarray(ratings, np.float64)[order], **about
-        )
+        histories = Histories(items[order], offsets, None if times is None else times.seconds())
+        return cls(user_ids, histories, titles, None if ratings is None else ratings[order], **about)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As its fields: a read-only mapping cannot be pickled, and a copy is checked and read-only again."""
+        ranges = dict(self.ranges)
+        fields = (self.user_ids, self.histories, dict(self.titles), self.ratings, ranges, self.name, self.system)
+        return type(self), (*fields, self.instruction)
 
     def __repr__(self) -> str:
         splits = ", ".join(self.ranges) or "none"
@@ -212,6 +246,33 @@ class Interactions:
         return self.ranges[split]
 
 
+def _same(ordered: NDArray[Any]) -> NDArray[np.bool_]:
+    """``(N,)`` is an entry equal to the one before it?"""
+    return np.concatenate([np.zeros(min(ordered.size, 1), bool), ordered[1:] == ordered[:-1]])
+
+
+def _draw_ties(
+    order: NDArray[np.int64], together: NDArray[np.bool_], items: NDArray[Any], seed: int | None, name: str
+) -> None:
+    """Draw anew, in place, the order of interactions that are ``together`` ``(N,)`` with the one before them."""
+    tied = together.copy()
+    tied[:-1] |= together[1:]
+    share = float(tied.mean()) if tied.size else 0.0
+    if not share:
+        return
+    done = "their order is that of the rows" if seed is None else f"their order is drawn (tie_seed={seed})"
+    logger.log(
+        logging.WARNING if share >= _MANY_TIES else logging.INFO,
+        "%s: %.1f%% of interactions share their instant with another of the same user; %s", name, 100 * share, done,
+    )  # fmt: skip
+    if seed is None:
+        return
+    rows, run = order[tied], np.cumsum(~together)[tied]
+    known = np.lexsort((rows, items[rows], run))  # whatever the order they came in
+    key = np.random.default_rng(seed).random(rows.size)
+    order[tied] = rows[known][np.lexsort((key, run[known]))]
+
+
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
@@ -244,9 +305,10 @@ def _check_titles(titles: Mapping[Any, str]) -> None:
 
 
 def _check_items(items: NDArray[Any], titles: Mapping[Any, str]) -> None:
-    for item in np.unique(items).tolist():
-        if item not in titles:
-            raise ValueError(f"histories: expected items with a title, got {item!r} without one")
+    missing = [item for item in np.unique(items).tolist() if item not in titles]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"histories: expected items with a title, got {missing[0]!r}{more} without one")
 
 
 def _check_times(histories: Histories) -> None:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from patchkern.data._files import as_integers, guess_encoding, malformed, read_lines, read_numbers
+from patchkern.data._tables import ID, Titles, columns_of, equally_long, read_numbers, read_plain, read_quoted
+from patchkern.data._text import malformed, read_lines
 from patchkern.data.interactions import Interactions
 
 SYSTEM = "You recommend movies."
@@ -17,9 +17,10 @@ INSTRUCTION = (
     "A user has watched [HISTORY_SEQUENCE]. Name one movie for this user to watch next: its title only, no explanation."
 )
 
-# ratings file -> (titles file, separator of the ratings, header lines)
-FILES = {"u.data": ("u.item", "\t", 0), "ratings.dat": ("movies.dat", "::", 0), "ratings.csv": ("movies.csv", ",", 1)}
+# ratings file -> (titles file, separator of the ratings)
+FILES = {"u.data": ("u.item", "\t"), "ratings.dat": ("movies.dat", "::"), "ratings.csv": ("movies.csv", ",")}
 
+_ID = re.compile(ID)
 _COLUMNS = ("userId", "movieId", "rating", "timestamp")
 _TRAILING_GROUPS = re.compile(r"(?<=\S)(\s*\([^()]*\))+\s*$")
 _YEAR = re.compile(r"\((\d{4})[^()]*\)\s*(\([^()]*\)\s*)*$")
@@ -46,42 +47,47 @@ def clean_title(title: str, keep_year: bool = False, move_article: bool = True) 
 
 
 def read_movielens(
-    path: str | PathLike[str], *, raw_titles: bool = False, keep_year: bool = False, move_article: bool = True
+    path: str | PathLike[str],
+    *,
+    raw_titles: bool = False,
+    keep_year: bool = False,
+    move_article: bool = True,
+    tie_seed: int | None = 0,
 ) -> Interactions:
     """Read a MovieLens folder, or its ratings file with the titles file beside it.
 
-    Ids are MovieLens's own. The catalogue is the whole titles file in its order. Titles may repeat.
+    Ids are MovieLens's own. The catalogue is the whole titles file in its order. Titles may repeat. The columns of the
+    newer files are found by the names in their header. Titles that are not UTF-8 are latin-1, as in the older files.
 
     Args:
         path: a folder that holds ``u.data`` and ``u.item``, or ``ratings.dat`` and ``movies.dat``, or ``ratings.csv``
             and ``movies.csv``; or that ratings file.
         raw_titles: leave titles exactly as they are in the file.
         keep_year, move_article: see `clean_title`.
+        tie_seed: of the order within one instant, see `Interactions.from_columns`.
 
     Raises:
         FileNotFoundError: neither pair of files is there.
-        ValueError: a malformed line, with its file and number; a rated movie without title.
+        ValueError: a malformed line, with its file and number; a rated movie without title; several ratings files.
     """
     ratings_file = _ratings_file(Path(path))
-    titles_name, separator, skip = FILES[ratings_file.name]
+    titles_name, separator = FILES[ratings_file.name]
     titles_file = ratings_file.with_name(titles_name)
     if not titles_file.is_file():
         raise FileNotFoundError(f"{titles_file}: expected the titles beside {ratings_file.name}, found no such file")
-    titles: dict[int, str] = {}
+    titles = Titles(titles_file)
     for number, item, title in _TITLE_READERS[titles_name](titles_file):
-        if not (item.isascii() and item.isdigit()) or not title.strip():
+        if not _ID.fullmatch(item) or not title.strip():
             malformed(titles_file, number, "an integer id and a title", f"{item} {title}")
-        if int(item) in titles:
-            malformed(titles_file, number, "an id that no line before has", item)
-        titles[int(item)] = title if raw_titles else clean_title(title, keep_year, move_article)
-    columns = read_numbers(ratings_file, separator, _COLUMNS, skip)
-    users, items, timestamps = (as_integers(ratings_file, c, columns[c]) for c in ("userId", "movieId", "timestamp"))
+        titles.add(number, int(item), title if raw_titles else clean_title(title, keep_year, move_article))
+    columns = read_numbers(ratings_file, separator, _COLUMNS, _COLUMNS[:2], header=separator == ",")
     return Interactions.from_columns(
-        users,
-        items,
-        timestamps,
-        titles,
+        columns["userId"],
+        columns["movieId"],
+        columns["timestamp"],
+        titles.of,
         columns["rating"],
+        tie_seed=tie_seed,
         name=ratings_file.parent.resolve().name,
         system=SYSTEM,
         instruction=INSTRUCTION,
@@ -91,22 +97,23 @@ def read_movielens(
 def _ratings_file(path: Path) -> Path:
     if path.is_file() and path.name in FILES:
         return path
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    raise FileNotFoundError(f"{path}: expected a folder with {', '.join(FILES)}, found none of them")
+    found = [name for name in FILES if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path}: expected a folder with {', '.join(FILES)}, found none of them")
+    if len(found) > 1:
+        raise ValueError(f"{path}: expected one file of ratings, got {', '.join(found)}; give the path of one")
+    return path / found[0]
 
 
 def _u_item(path: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in read_lines(path, guess_encoding(path)):
-        fields = line.split("|")
+    for number, fields in equally_long(path, read_plain(path, "|", latin1=True), separator="|"):
         if len(fields) < 2:
-            malformed(path, number, "an id and a title separated by '|'", line)
+            malformed(path, number, "an id and a title separated by '|'", fields[0])
         yield number, fields[0], fields[1]
 
 
 def _movies_dat(path: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in read_lines(path, guess_encoding(path)):
+    for number, line in read_lines(path, latin1=True):
         # The title is all between the first and the last separator, so it may itself hold one.
         item, first, rest = line.partition("::")
         title, last, _ = rest.rpartition("::")
@@ -116,18 +123,14 @@ def _movies_dat(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _movies_csv(path: Path) -> Iterator[tuple[int, str, str]]:
-    with open(path, encoding=guess_encoding(path), newline="") as stream:
-        reader = csv.reader(stream, strict=True)
-        try:
-            header = next(reader, [])
-            if header[:2] != ["movieId", "title"]:
-                malformed(path, 1, "the header movieId,title,...", ",".join(header))
-            for fields in reader:
-                if len(fields) < 2:
-                    malformed(path, reader.line_num, "an id and a title separated by ','", ",".join(fields))
-                yield reader.line_num, fields[0], fields[1]
-        except csv.Error as error:
-            malformed(path, reader.line_num, "a line of comma-separated values", str(error))
+    rows = read_quoted(path, ",", latin1=True)
+    number, header = next(rows, (1, []))
+    if not {"movieId", "title"} <= set(header):
+        malformed(path, number, "a header with movieId and title", ",".join(header))
+    item, title = header.index("movieId"), header.index("title")
+    columns_of(path, header, ("movieId", "title"), ())
+    for number, fields in equally_long(path, rows, len(header)):
+        yield number, fields[item], fields[title]
 
 
 _TITLE_READERS = {"u.item": _u_item, "movies.dat": _movies_dat, "movies.csv": _movies_csv}

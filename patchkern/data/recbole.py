@@ -1,21 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RecBole's atomic files: tab-separated ``NAME.inter`` and ``NAME.item`` with typed headers (``user_id:token``)."""
+"""RecBole's atomic files: tab-separated ``NAME.inter`` and ``NAME.item`` with typed headers (``user_id:token``).
+
+RecBole reads them with pandas, so that is the dialect: a value in quotes may hold tabs and line ends, and words such as
+"nan", "NA" or "None" are missing values.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
-from patchkern.data._files import canonical_ids, logger, malformed, one_file, read_lines
+from patchkern.data._tables import (
+    Titles,
+    canonical_ids,
+    check_id,
+    columns_of,
+    equally_long,
+    log_left_out,
+    number_column,
+    number_of,
+    read_quoted,
+)
+from patchkern.data._text import logger, malformed, one_file
 from patchkern.data.interactions import Interactions
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 _TITLE_FIELDS = ("title", "movie_title", "book_title", "item_title", "name", "item_name")
+# what pandas takes for a missing value
+_MISSING = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+     "NULL", "NaN", "None", "n/a", "nan", "null"]
+)  # fmt: skip
 
 
 def read_recbole(
@@ -26,6 +44,8 @@ def read_recbole(
     time_field: str = "timestamp",
     rating_field: str = "rating",
     title_field: str | None = None,
+    time_unit: str | None = None,
+    tie_seed: int | None = 0,
 ) -> Interactions:
     """Read a folder with one ``.inter`` and its ``.item`` file, or that ``.inter`` file.
 
@@ -37,46 +57,57 @@ def read_recbole(
         user_field, item_field, time_field, rating_field: columns of ``.inter``; the last two may be missing from it.
         title_field: column of ``.item``; None: the first there is of title, movie_title, book_title, item_title, name,
             item_name.
+        time_unit, tie_seed: see `Interactions.from_columns`.
 
     Raises:
         FileNotFoundError: no ``.inter`` or no ``.item`` file.
-        ValueError: a malformed line, with its file and number; a missing column.
+        ValueError: a malformed line, with its file and number; a column that is missing, there twice or of another
+            type.
     """
     inter_file = _inter_file(Path(path))
     item_file = inter_file.with_suffix(".item")
     if not item_file.is_file():
         raise FileNotFoundError(f"{item_file}: expected the titles beside {inter_file.name}, found no such file")
-    titles = dict(_titles(item_file, item_field, title_field))
+    titles = _titles(item_file, item_field, title_field)
 
     users: list[str] = []
     items: list[str] = []
-    times: list[int] = []
-    ratings: list[float] = []
-    untitled = 0
-    rows = _rows(inter_file, {user_field: True, item_field: True, time_field: False, rating_field: False})
+    times: list[int | float] = []
+    ratings: list[int | float] = []
+    left_out = dict.fromkeys(("with an item without title", "with an item that the .item file lacks"), 0)
+    untitled, unknown = left_out
+    kinds = {user_field: ("token",), item_field: ("token",), time_field: ("float",), rating_field: ("float",)}
+    rows = _rows(inter_file, kinds, (user_field, item_field))
     for number, (user, item, time, rating) in rows:
-        if not user or not item:
-            malformed(inter_file, number, f"a {user_field} and a {item_field}", f"{user}\t{item}")
-        if item not in titles:
-            untitled += 1
+        for name, value in ((user_field, user), (item_field, item)):
+            if value in _MISSING:
+                malformed(
+                    inter_file, number, f"a {user_field} and a {item_field}, no missing {name}", f"{user}\t{item}"
+                )
+            check_id(inter_file, number, name, str(value))
+        if item not in titles.of:
+            left_out[untitled if item in titles.missing else unknown] += 1
             continue
-        users.append(user)
-        items.append(item)
+        users.append(str(user))
+        items.append(str(item))
         if time is not None:
-            times.append(math.floor(_number(inter_file, number, time_field, time)))
+            times.append(number_of(inter_file, number, time_field, time))
         if rating is not None:
-            ratings.append(_number(inter_file, number, rating_field, rating))
-    if untitled:
-        logger.warning("%s: %d interactions left out, their items have no title", inter_file, untitled)
+            ratings.append(number_of(inter_file, number, rating_field, rating))
+    log_left_out(inter_file, left_out)
+    if users and not times:
+        logger.warning("%s: no column %s, the rows are taken to be in order of time", inter_file, time_field)
 
-    integer_ids = canonical_ids(list(titles))
+    integer_ids = canonical_ids(list(titles.of))
     integer_users = canonical_ids(users)
     return Interactions.from_columns(
         np.array(users, str) if integer_users is None else integer_users,
         np.array(items, str) if integer_ids is None else np.array(items, np.int64),
-        times if times or not users else None,
-        titles if integer_ids is None else dict(zip(integer_ids.tolist(), titles.values(), strict=True)),
-        ratings if ratings or not users else None,
+        number_column(times) if times or not users else None,
+        titles.of if integer_ids is None else dict(zip(integer_ids.tolist(), titles.of.values(), strict=True)),
+        number_column(ratings) if ratings or not users else None,
+        time_unit=time_unit,
+        tie_seed=tie_seed,
         name=inter_file.stem,
     )
 
@@ -88,52 +119,51 @@ def _inter_file(path: Path) -> Path:
     return found
 
 
-def _titles(path: Path, item_field: str, title_field: str | None) -> Iterator[tuple[str, str]]:
+def _titles(path: Path, item_field: str, title_field: str | None) -> Titles:
     if title_field is None:
-        columns = _header(path)
+        columns = [name for name, _ in _header(path, next(_lines(path), (1, [""])))]
         title_field = next((name for name in _TITLE_FIELDS if name in columns), None)
         if title_field is None:
             wanted = ", ".join(_TITLE_FIELDS)
             raise ValueError(f"{path}: expected a column of titles ({wanted}), got {', '.join(columns)}")
-    seen: set[str] = set()
-    for number, (item, title) in _rows(path, {item_field: True, title_field: True}):
-        if not item or item in seen:
-            malformed(path, number, "an id that no line before has", str(item))
-        seen.add(item)
-        if title and title.strip():
-            yield item, title.strip()
+    titles = Titles(path)
+    kinds = {item_field: ("token",), title_field: ("token", "token_seq")}
+    for number, (item, title) in _rows(path, kinds, (item_field, title_field)):
+        if item in _MISSING:
+            malformed(path, number, f"a {item_field}", str(item))
+        titles.add(
+            number, check_id(path, number, item_field, str(item)), "" if title in _MISSING else str(title).strip()
+        )
+    return titles
 
 
-def _header(path: Path) -> list[str]:
-    number, line = next(read_lines(path), (1, ""))
-    names = []
-    for column in line.split("\t"):
-        name, _, kind = column.strip().rpartition(":")
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    # what RecBole's own converters write, which know no quotes, has titles with quotes around a part
+    return read_quoted(path, "\t", lenient=True)
+
+
+def _header(path: Path, line: tuple[int, list[str]]) -> list[tuple[str, str]]:
+    """Names and types of the columns."""
+    number, values = line
+    columns = []
+    for value in values:
+        name, _, kind = value.strip().rpartition(":")
         if not name or kind not in _TYPES:
-            malformed(path, number, f"a header of name:type columns, type one of {', '.join(_TYPES)}", line)
-        names.append(name)
-    return names
+            expected = f"a header of name:type columns, type one of {', '.join(_TYPES)}"
+            malformed(path, number, expected, "\t".join(values))
+        columns.append((name, kind))
+    return columns
 
 
-def _rows(path: Path, fields: dict[str, bool]) -> Iterator[tuple[int, list[str | None]]]:
+def _rows(
+    path: Path, kinds: Mapping[str, tuple[str, ...]], needed: tuple[str, ...]
+) -> Iterator[tuple[int, list[str | None]]]:
     """The line number and the wanted fields of each row; None for an optional field that the file lacks."""
-    header = _header(path)
-    for name, needed in fields.items():
-        if needed and name not in header:
-            raise ValueError(f"{path}: expected a column {name!r}, got {', '.join(header)}")
-    columns = [header.index(name) if name in header else None for name in fields]
-    for number, line in islice(read_lines(path), 1, None):
-        values = line.split("\t")
-        if len(values) != len(header):
-            malformed(path, number, f"{len(header)} values separated by tabs", line)
+    rows = _lines(path)
+    header = _header(path, next(rows, (1, [""])))
+    columns = columns_of(path, [name for name, _ in header], kinds, needed)
+    for (name, types), column in zip(kinds.items(), columns, strict=True):
+        if column is not None and header[column][1] not in types:
+            raise ValueError(f"{path}: expected column {name!r} of type {' or '.join(types)}, got {header[column][1]}")
+    for number, values in equally_long(path, rows, len(header), "\t"):
         yield number, [None if column is None else values[column] for column in columns]
-
-
-def _number(path: Path, line: int, name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        malformed(path, line, f"a number as {name}", text)
-    return value

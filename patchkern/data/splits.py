@@ -32,7 +32,7 @@ def temporal_split(interactions: Interactions, ratio: Sequence[float] = (48, 1, 
         raise ValueError(f"ratio: expected three shares >= 0 with a training share above 0, got {tuple(ratio)}")
     ordered = np.sort(times)
     ends = [times.size * sum(shares[: i + 1]) // sum(shares) for i in range(2)]
-    borders = [int(ordered[end - 1]) if end else int(np.iinfo(np.int64).min) for end in ends]
+    borders = [ordered[end - 1] if end else -np.inf for end in ends]
     # A history is in order of time, so each split is one run of positions; count how many are up to each border.
     reached = [np.concatenate([[0], np.cumsum(times <= border)])[interactions.histories.offsets] for border in borders]
     train_end, val_end = (np.diff(count) for count in reached)

@@ -262,7 +262,7 @@ def test_samples(data: st.DataObject, sequences: list[list[int]], max_items: int
         (([1.0, 2.0], [0, 2]), TypeError, r"items: .*got dtype float64"),
         (([True, False], [0, 2]), TypeError, r"items: .*got dtype bool"),
         (([1, 2], [0, 2], [7]), ValueError, r"timestamps: expected one per item \(2\), got 1"),
-        (([1, 2], [0, 2], [1.5, 2.5]), TypeError, r"timestamps: expected integers"),
+        (([1, 2], [0, 2], ["a", "b"]), TypeError, r"timestamps: expected numbers or datetimes"),
     ],
 )
 def test_histories_refuse(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -20,7 +23,6 @@ from patchkern.data import (
     leave_one_out,
     min_interactions,
     most_frequent_items,
-    prepare,
     rating_above,
     temporal_split,
 )
@@ -39,14 +41,106 @@ random_rows = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9), st.intege
 # ------------------------------------------------------------------ the type
 
 
-def test_from_columns_sorts_by_user_and_time_and_keeps_ties_in_order() -> None:
-    data = interactions([(5, 1, 9), (2, 7, 4), (5, 3, 2), (5, 0, 9), (5, 2, 9), (2, 6, 4)])
+def test_from_columns_sorts_by_user_and_time() -> None:
+    rows = [(5, 1, 9), (2, 7, 4), (5, 3, 2), (5, 0, 9), (5, 2, 9), (2, 6, 4)]
+    data = interactions(rows, tie_seed=None)
     assert data.user_ids.tolist() == [2, 5]
     assert [history.tolist() for history in data.histories] == [[7, 6], [3, 1, 0, 2]]
     assert data.user_index.tolist() == [0, 0, 1, 1, 1, 1]
     assert data.positions.tolist() == [0, 1, 0, 1, 2, 3]
     assert (data.num_users, data.num_items, data.num_interactions) == (2, 10, 6)
     assert "2 users, 10 items, 6 interactions, splits: none" in repr(data)
+
+
+def test_the_order_within_one_instant_is_drawn_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Not that of the rows, which is often one of ids: the same whatever that is, another for another user or seed."""
+    rows = [(user, item, 7) for user in range(200) for item in range(9)] + [(user, 9, 8) for user in range(200)]
+    with caplog.at_level(logging.WARNING, logger="patchkern.data"):
+        data = interactions(rows, name="toy")
+    assert "toy: 90.0% of interactions share their instant with another of the same user; their order is drawn" in (
+        caplog.text
+    )
+    histories = [history.tolist() for history in data.histories]
+    assert all(sorted(history) == list(range(10)) and history[-1] == 9 for history in histories)
+    assert len(set(map(tuple, histories))) > 195
+    # each item is as likely at each place: 200 draws of one in nine
+    first = np.bincount([history[0] for history in histories], minlength=9)
+    assert first.min() > 8 and first.max() < 40
+    shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
+    assert [history.tolist() for history in interactions(shuffled).histories] == histories
+    assert [history.tolist() for history in interactions(rows, tie_seed=1).histories] != histories
+    kept = interactions(rows, tie_seed=None)
+    assert all(history.tolist() == list(range(10)) for history in kept.histories)
+
+
+def test_a_tie_here_and_there_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(0, item % 10, item) for item in range(500)] + [(0, 0, 499), (0, 1, 499)]
+    with caplog.at_level(logging.INFO, logger="patchkern.data"):
+        data = interactions(rows)
+    assert [record.levelname for record in caplog.records] == ["INFO"] and "0.6% of interactions" in caplog.text
+    assert sorted(data.histories[0][-3:].tolist()) == [0, 1, 9]
+    with caplog.at_level(logging.INFO, logger="patchkern.data"):
+        caplog.clear()
+        interactions([(user, 0, 5) for user in range(9)])  # one instant, but each its own user
+    assert not caplog.records
+
+
+def test_ratings_go_with_their_interactions_through_ties() -> None:
+    rows = [(user, item, item // 5) for user in range(20) for item in range(10)]
+    data = interactions(rows, [10 * user + item for user, item, _ in rows])
+    assert data.ratings is not None
+    assert data.ratings.tolist() == (10 * data.user_index + data.histories.items).tolist()
+
+
+def test_text_ids_and_exact_times() -> None:
+    titles = {"007": "Bond", "7": "Seven", "x": "X"}
+    data = Interactions.from_columns(["1", "01", "1"], ["7", "007", "x"], [0.5, 1, 0.25], titles)
+    assert data.user_ids.tolist() == ["01", "1"]
+    assert [history.tolist() for history in data.histories] == [["007"], ["x", "7"]]
+    assert data.histories.timestamps is not None and data.histories.timestamps.tolist() == [1, 0.25, 0.5]
+    split = temporal_split(data, (1, 1, 1))
+    assert [split.ranges[name].tolist() for name in split.ranges] == [
+        [[0, 0], [0, 1]],
+        [[0, 0], [1, 2]],
+        [[0, 1], [2, 2]],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"users": [1.0, 2.0]}, TypeError, "users: expected all integers or all strings, got float"),
+        ({"users": [1, "a"]}, TypeError, "users: expected all integers or all strings, got int, str"),
+        ({"items": np.array([1.0, 2.0])}, TypeError, "items: expected integer or string item ids, got dtype float64"),
+        ({"timestamps": ["5", "6"]}, TypeError, "timestamps: expected numbers or datetimes"),
+        ({"timestamps": [5, float("nan")]}, ValueError, r"timestamps\[1\]: expected a time, got nan"),
+        ({"timestamps": [5]}, ValueError, r"timestamps: expected one per interaction \(2\), got shape \(1,\)"),
+        ({"items": [1, 2, 1]}, ValueError, r"items: expected one per interaction \(2\), got shape \(3,\)"),
+        ({"ratings": [5, float("nan")]}, ValueError, r"ratings\[1\]: expected a finite number, got nan"),
+        ({"ratings": ["5", "4"]}, TypeError, "ratings: expected numbers"),
+        ({"items": ["1", "2"]}, ValueError, "histories: expected items with a title, got '1' and 1 more without one"),
+    ],
+)
+def test_columns_are_checked_not_converted(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {"users": [1, 1], "items": [1, 2], "timestamps": [5, 6], "titles": {1: "A", 2: "B"}}
+    Interactions.from_columns(**good)
+    with pytest.raises(error, match=message):
+        Interactions.from_columns(**{**good, **change})
+
+
+@pytest.mark.parametrize("copied", [lambda data: pickle.loads(pickle.dumps(data)), copy.deepcopy, copy.copy])
+def test_copies_are_equal_and_read_only(copied: Any) -> None:
+    data = leave_one_out(interactions([(0, item, item) for item in range(5)], [1.5] * 5, name="toy", system="Be kind."))
+    again = copied(data)
+    assert (again.name, again.system, again.instruction) == ("toy", "Be kind.", None)
+    assert again.titles == data.titles and again.user_ids.tolist() == [0]
+    assert again.ratings.tolist() == data.ratings.tolist()
+    for name in ("items", "offsets", "timestamps"):
+        array = getattr(again.histories, name)
+        assert np.array_equal(array, getattr(data.histories, name)) and not array.flags.writeable
+    assert {name: bounds.tolist() for name, bounds in again.ranges.items()} == {
+        name: bounds.tolist() for name, bounds in data.ranges.items()
+    }
 
 
 def test_samples_history_and_targets() -> None:
@@ -246,10 +340,3 @@ def test_k_core_equals_the_loop(rows: list[tuple[int, int, int]], k: int, item_k
     got = list(zip(core.user_ids[core.user_index].tolist(), core.histories.items.tolist(), strict=True))
     assert sorted(got) == sorted(expected)
     assert sorted(core.titles) == sorted({item for _, item in expected})
-
-
-def test_prepare_is_the_papers() -> None:
-    rows = [(0, item % 10, item) for item in range(40)] + [(1, 1, time) for time in range(20)]
-    data = prepare(interactions(rows, [4] * 40 + [5] * 20))
-    assert data.user_ids.tolist() == [0] and set(data.ranges) == {"train", "val", "test"}
-    assert prepare(interactions(rows, [3] * 60)).num_users == 0

@@ -6,11 +6,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from patchkern.data import (
@@ -20,10 +18,7 @@ from patchkern.data import (
     prepare,
     read_goodreads,
     read_movielens,
-    read_parquet,
     read_recbole,
-    synthetic,
-    write_parquet,
 )
 
 
@@ -38,7 +33,7 @@ def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:
 MOVIELENS = {
     "100k": {
         "u.data": "7\t3\t4\t200\n7\t1\t5\t100\n9\t3\t2\t50\n7\t8\t1\t200\n",
-        "u.item": "1|Misérables, Les (1995)|01-Jan-1995||u|0|1\n3|Usual Suspects, The (1995)|x\n8|unknown||\n",
+        "u.item": "1|Misérables, Les (1995)|01-Jan-1995||u|0|1\n3|Usual Suspects, The (1995)|||u|1|0\n8|unknown|||||\n",
     },
     "1m": {
         "ratings.dat": "7::3::4::200\n7::1::5::100\n9::3::2::50\n7::8::1::200\n",
@@ -60,11 +55,13 @@ def test_movielens(tmp_path: Path, version: str, encoding: str) -> None:
     data = open_dataset(tmp_path)
     assert data.titles == {1: "Misérables, Les", 3: "The Usual Suspects", 8: "unknown"}
     assert data.user_ids.tolist() == [7, 9]
-    # 3 and 8 share an instant and stay in the order of the file
-    assert [history.tolist() for history in data.histories] == [[1, 3, 8], [3]]
     assert data.histories.timestamps is not None and data.ratings is not None
     assert data.histories.timestamps.tolist() == [100, 200, 200, 50]
-    assert data.ratings.tolist() == [5, 4, 1, 2]
+    # 3 and 8 share an instant: their order is drawn, and their ratings go along
+    assert [history.tolist() for history in data.histories] in ([[1, 3, 8], [3]], [[1, 8, 3], [3]])
+    assert dict(zip(data.histories[0].tolist(), data.ratings.tolist(), strict=False)) == {1: 5, 3: 4, 8: 1}
+    kept = open_dataset(tmp_path, tie_seed=None)
+    assert [history.tolist() for history in kept.histories] == [[1, 3, 8], [3]]
     assert data.ranges == {} and data.name == tmp_path.name
     assert data.instruction is not None and "[HISTORY_SEQUENCE]" in data.instruction
     ratings_file = next(tmp_path / name for name in MOVIELENS[version] if "data" in name or "ratings" in name)
@@ -135,13 +132,25 @@ def test_duplicate_titles_and_gaps_in_ids_are_kept(tmp_path: Path) -> None:
         ("u.data", "1\t1\t5\t1\n\n1\tx\t5\t3\n", r"u\.data, line 3: .* got '1\\tx\\t5\\t3'"),
         ("u.data", "1\t1\t5\t1\t0\n" * 3, r"u\.data, line 1: expected 4 numbers"),
         ("u.data", "1\t1\tnan\t1\n", r"u\.data, line 1: expected 4 numbers"),
-        ("u.data", "1\t1.5\t3\t1\n", r"u\.data, row 1: expected a whole number as movieId, got 1\.5"),
-        ("u.data", "1\t1\t5\t1\n1\t2\t5\té\n", r"u\.data, line 2: expected ascii text"),
+        (
+            "u.data",
+            "1\t1.5\t3\t1\n",
+            r"u\.data, line 1: expected 4 .* userId and movieId without sign, point or leading",
+        ),
+        ("u.data", "1\t1\t5\t1\n1\t007\t5\t1\n", r"u\.data, line 2: expected 4 numbers"),
+        ("u.data", "1\t-1\t5\t1\n", r"u\.data, line 1: expected 4 numbers"),
+        ("u.data", "1\t1\t5\t1_0\n", r"u\.data, line 1: expected 4 numbers"),
+        ("u.data", "1\t1\t\t1\n", r"u\.data, line 1: expected 4 numbers"),
+        ("u.data", "\t\t\t\n", r"u\.data, line 1: expected 4 numbers"),
+        ("u.data", "1\t1\t5\t9" + "9" * 400 + "\n", r"u\.data, line 1: expected 4 numbers"),
+        ("u.data", "1\t1\t5\t1\n1\t2\t5\té\n", r"u\.data, line 2: expected 4 numbers"),
         ("u.data", "1\t77\t5\t1\n", r"histories: expected items with a title, got 77 without one"),
-        ("u.item", "1|A|\nTwo\n", r"u\.item, line 2: expected an id and a title separated by '\|', got 'Two'"),
+        ("u.item", "Two\n", r"u\.item, line 1: expected an id and a title separated by '\|', got 'Two'"),
+        ("u.item", "1|A|\nTwo\n", r"u\.item, line 2: expected 3 values separated by '\|', got 'Two'"),
+        ("u.item", "1|A|x\n2|Either|Or|x\n", r"u\.item, line 2: expected 3 values separated by '\|'"),
         ("u.item", "1|A|\nx|B|\n", r"u\.item, line 2: expected an integer id and a title, got 'x B'"),
         ("u.item", "1|A|\n2| |\n", r"u\.item, line 2: expected an integer id and a title"),
-        ("u.item", "1|A|\n1|B|\n", r"u\.item, line 2: expected an id that no line before has, got '1'"),
+        ("u.item", "1|A|\n1|B|\n", r"u\.item, line 2: expected one title for each id, 'A' for 1, got 'B'"),
     ],
 )
 def test_malformed_movielens(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -155,9 +164,13 @@ def test_malformed_movielens(tmp_path: Path, name: str, text: str, message: str)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,name\n", r"movies\.csv, line 1: expected the header movieId,title"),
-        ("movieId,title,genres\n1,A,x\n7\n", r"movies\.csv, line 3: expected an id and a title"),
-        ('movieId,title,genres\n1,"A,x\n', r"movies\.csv, line 2: expected a line of comma-separated values"),
+        ("id,name\n", r"movies\.csv, line 1: expected a header with movieId and title"),
+        ("1,A,x\n", r"movies\.csv, line 1: expected a header with movieId and title, got '1,A,x'"),
+        ("movieId,title,title\n", r"movies\.csv: expected one column 'title', got movieId, title, title"),
+        ("movieId,title,genres\n1,A,x\n7\n", r"movies\.csv, line 3: expected 3 values separated by ','"),
+        ("movieId,title,genres\n1,A, the film,x\n", r"movies\.csv, line 2: expected 3 values"),
+        ("movieId,title,genres\n007,A,x\n", r"movies\.csv, line 2: expected an integer id and a title"),
+        ('movieId,title,genres\n1,"A,x\n', r"movies\.csv, line 2: expected a closing quote for each"),
     ],
 )
 def test_malformed_movies_csv(tmp_path: Path, text: str, message: str) -> None:
@@ -229,7 +242,7 @@ def test_goodreads_leaves_out_what_has_no_title_or_date(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING, logger="patchkern.data"):
         data = read_goodreads(goodreads(tmp_path, rows, books, False))
     assert data.num_interactions == 4 and data.user_ids.tolist() == ["a", "b"]
-    assert "1 interactions without date_added and 1 with a book without title left out" in caplog.text
+    assert "interactions left out: 1 without date_added, 1 with a book without title" in caplog.text
 
 
 def test_goodreads_without_anything(tmp_path: Path) -> None:
@@ -295,7 +308,9 @@ def test_recbole(tmp_path: Path) -> None:
     assert data.name == "toy"
     assert data.titles == {7: "Émile the Cat", 12: "Dog"}
     assert data.user_ids.tolist() == ["u1", "u2"]
-    assert [history.tolist() for history in data.histories] == [[7], [7, 12]]
+    # by tenths of a second, not in the order of the file
+    assert [history.tolist() for history in data.histories] == [[7], [12, 7]]
+    assert data.histories.timestamps is not None and data.histories.timestamps.tolist() == [5, 20.1, 20.9]
     assert open_dataset(tmp_path / "toy.inter").histories.items.tolist() == data.histories.items.tolist()
 
 
@@ -304,18 +319,19 @@ def test_recbole_string_ids_no_times_and_items_without_title(tmp_path: Path, cap
     write(tmp_path, "toy.item", "item_id:token\ttitle:token_seq\n007\tBond\nb\tBee\nzz\t\n")
     with caplog.at_level(logging.WARNING, logger="patchkern.data"):
         data = read_recbole(tmp_path)
-    assert "1 interactions left out, their items have no title" in caplog.text
+    assert "interactions left out: 1 with an item without title" in caplog.text
+    assert "no column timestamp, the rows are taken to be in order of time" in caplog.text
     assert data.titles == {"007": "Bond", "b": "Bee"}
     assert data.user_ids.tolist() == [1, 2]
     assert [history.tolist() for history in data.histories] == [["b"], ["b", "007"]]
     assert data.histories.timestamps is None and data.ratings is None
-    assert prepare(data, min_length=1).ranges["train"].tolist() == leave_one_out(data).ranges["train"].tolist()
+    assert prepare(data, min_interactions=1).ranges["train"].tolist() == leave_one_out(data).ranges["train"].tolist()
 
 
 @pytest.mark.parametrize(
     ("inter", "item", "message"),
     [
-        (INTER + "1\t2\t3\n", None, r"toy\.inter, line 2: expected 4 values separated by tabs"),
+        (INTER + "1\t2\t3\n", None, r"toy\.inter, line 2: expected 4 values separated by '\\t'"),
         (INTER + "1\t2\tx\t5\n", None, r"toy\.inter, line 2: expected a number as rating, got 'x'"),
         (INTER + "1\t2\t3\tinf\n", None, r"toy\.inter, line 2: expected a number as timestamp, got 'inf'"),
         (INTER + "1\t\t3\t5\n", None, r"toy\.inter, line 2: expected a user_id and a item_id"),
@@ -325,7 +341,7 @@ def test_recbole_string_ids_no_times_and_items_without_title(tmp_path: Path, cap
         (
             INTER,
             "item_id:token\ttitle:token\n2\tA\n2\tB\n",
-            r"toy\.item, line 3: expected an id that no line before has",
+            r"toy\.item, line 3: expected one title for each id, 'A' for '2', got 'B'",
         ),
     ],
 )
@@ -342,118 +358,11 @@ def test_recbole_without_items(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
-# ------------------------------------------------------------------ parquet
-
-
-def parquet(folder: Path, rows: dict[str, list[Any]], items: dict[str, list[Any]]) -> None:
-    pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(rows), folder / "histories.parquet")
-    pq.write_table(pa.table(items), folder / "items.parquet")
-
-
-GOOD_ROWS: dict[str, list[Any]] = {
-    "user": [4, 2],
-    "items": [[10, 30, 10], [30]],
-    "train_first": [0, None],
-    "train_last": [1, None],
-    "test_first": [2, 0],
-    "test_last": [2, 0],
-}
-GOOD_ITEMS: dict[str, list[Any]] = {"item": [30, 10], "title": ["A", "B"]}
-
-
-def test_parquet(tmp_path: Path) -> None:
-    parquet(tmp_path, GOOD_ROWS, GOOD_ITEMS)
-    write(tmp_path, "prompt.txt", "Be kind.\nSeen: [HISTORY_SEQUENCE]. Next?\n")
-    data = open_dataset(tmp_path)
-    assert data.user_ids.tolist() == [4, 2]
-    assert [history.tolist() for history in data.histories] == [[10, 30, 10], [30]]
-    assert {split: bounds.tolist() for split, bounds in data.ranges.items()} == {
-        "train": [[0, 2], [0, 0]],
-        "test": [[2, 3], [0, 1]],
-    }
-    assert (data.system, data.instruction) == ("Be kind.", "Seen: [HISTORY_SEQUENCE]. Next?")
-    assert list(data.titles) == [30, 10]
-    assert prepare(data) is data
-    assert open_dataset(tmp_path / "histories.parquet").num_users == 2
-
-
-@pytest.mark.parametrize("ids", ["integers", "strings"])
-def test_parquet_round_trip(tmp_path: Path, ids: str) -> None:
-    pytest.importorskip("pyarrow", reason="needs pyarrow")
-    data = synthetic(20, 60, seed=3, num_genres=4, mean_length=20)
-    if ids == "strings":
-        write(tmp_path, "toy.inter", INTER + "ua\tix\t4\t2\nub\tiy\t3\t5\nua\tiy\t5\t20\n")
-        write(tmp_path, "toy.item", "item_id:token\ttitle:token\nix\tÉx\niy\tY\n")
-        data = leave_one_out(read_recbole(tmp_path))
-    write_parquet(data, tmp_path / "out")
-    again = read_parquet(tmp_path / "out")
-    assert again.titles == data.titles and again.user_ids.tolist() == data.user_ids.tolist()
-    assert np.array_equal(again.histories.items, data.histories.items)
-    assert np.array_equal(again.histories.offsets, data.histories.offsets)
-    assert again.histories.timestamps is not None and data.histories.timestamps is not None
-    assert np.array_equal(again.histories.timestamps, data.histories.timestamps)
-    assert (again.system, again.instruction) == (data.system, data.instruction)
-    for split in data.ranges:
-        for mine, theirs in zip(again.samples(split, 0), data.samples(split, 0), strict=True):
-            assert np.array_equal(mine, theirs)
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
-        ["histories.parquet", "items.parquet"] + ["prompt.txt"] * (data.system is not None)
-    )
-
-
-@pytest.mark.parametrize(
-    ("rows", "items", "message"),
-    [
-        ({"user": [1]}, GOOD_ITEMS, "expected a column 'items', got user"),
-        ({"user": [1], "items": [3]}, GOOD_ITEMS, "expected lists in column 'items', got int64"),
-        ({"user": [1], "items": [[10, None]]}, GOOD_ITEMS, "expected no null inside column 'items', got 1"),
-        ({"user": [1], "items": [None]}, GOOD_ITEMS, "expected no null in column 'items', got 1"),
-        ({"user": [1, 1], "items": [[10], [30]]}, GOOD_ITEMS, "user_ids: expected distinct ids"),
-        ({"user": [1], "items": [[10]], "train_first": [0]}, GOOD_ITEMS, "expected a column 'train_last'"),
-        (
-            {**GOOD_ROWS, "train_last": [5, None]},
-            GOOD_ITEMS,
-            r"ranges\['train'\]\[0\]: expected 0 <= begin <= end <= 3",
-        ),
-        ({**GOOD_ROWS, "train_last": [1, 0]}, GOOD_ITEMS, "to be null in the same rows"),
-        ({**GOOD_ROWS, "test_first": [1, 0]}, GOOD_ITEMS, "expected disjoint splits"),
-        (GOOD_ROWS, {"item": [30, 30], "title": ["A", "B"]}, "expected distinct items, got 1 more than once"),
-        (GOOD_ROWS, {"item": [30], "title": ["A"]}, "expected items with a title, got 10 without one"),
-        (GOOD_ROWS, {"item": [30, 10], "title": ["A", None]}, "expected no null in column 'title'"),
-    ],
-)
-def test_malformed_parquet(tmp_path: Path, rows: dict[str, Any], items: dict[str, Any], message: str) -> None:
-    parquet(tmp_path, rows, items)
-    with pytest.raises(ValueError, match=message):
-        read_parquet(tmp_path)
-
-
-def test_parquet_that_is_none(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason="needs pyarrow")
-    write(tmp_path, "histories.parquet", "not parquet")
-    write(tmp_path, "items.parquet", "not parquet")
-    with pytest.raises(ValueError, match=r"histories\.parquet: expected a parquet file"):
-        open_dataset(tmp_path)
-
-
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    write(tmp_path, "histories.parquet", "")
-    write(tmp_path, "items.parquet", "")
-    with pytest.raises(
-        ImportError, match=r"parquet needs pyarrow, which is not installed: pip install 'patchkern\[data\]'"
-    ):
-        open_dataset(tmp_path)
-
-
 # ------------------------------------------------------------------ sniffing
 
 
 def test_open_dataset_says_what_it_looked_for(tmp_path: Path) -> None:
-    looked_for = r"found none of: histories\.parquet .*u\.data, ratings\.dat, ratings\.csv .*\.inter .*goodreads_inter"
+    looked_for = r"none of: histories\.parquet .*interactions\.parquet .*u\.data, ratings\.dat, .*\.inter .*goodreads_"
     write(tmp_path, "seq.df", "a pickle, never opened")
     with pytest.raises(ValueError, match=looked_for):
         open_dataset(tmp_path)

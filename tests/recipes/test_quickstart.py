@@ -96,7 +96,7 @@ def test_the_report_of_real_data_repeats_itself(
 ) -> None:
     """Its commands and its Python as they stand; and no genres, which only synthetic items have."""
     folder = tmp_path / "two words"
-    write_parquet(synthetic(60, 80, name="data"), folder)
+    write_parquet(synthetic(60, 80, name="two words"), folder)
     monkeypatch.chdir(tmp_path)
     found = quickstart.main([*EVERY_SAMPLE, "--threads", "1", "--data", "two words"])
     report = (tmp_path / "runs/two words/report.md").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,41 @@ def test_wrong_flags_are_named_before_anything_is_written(
     with pytest.raises(error, match=message):
         _train("sft", folder, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_filters_that_take_everything_are_named_before_anything_is_written(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    likes = tmp_path / "likes"  # implicit feedback, all ratings 1
+    data = open_dataset(folder)
+    write_parquet(replace(data, ratings=np.ones(data.num_interactions), ranges={}), likes)
+    output = tmp_path / "run"
+    for flags, message in (
+        ((), r"no interaction is left of 'synthetic': rated above 3: 0 of .*\(--min_rating\) keeps more"),
+        (
+            ("--min_rating", "1", "--min_interactions", "999"),
+            r"0 of 60 users kept \(min_interactions\)\. The most of a",
+        ),
+        (("--min_rating", "1", "--k_core", "999"), r"items with 999 interactions: 0 of .*\(--k_core\) keeps more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _train("sft", str(likes), output, "--model", "tiny", *flags)
+    assert not output.exists()
+    trainer = _train("sft", str(likes), output, "--model", "tiny", "--min_rating", "1", "--max_steps", "1")
+    assert "rated 1 or better" in capsys.readouterr().out and trainer.state.global_step == 1
+    with pytest.raises(ValueError, match="rated above 3: 0 of"):
+        evaluate.main([str(output), "--data", str(likes)])
+    short = ["--data", str(likes), "--min_rating", "1", "--split", "val", "--limit", "2", "--prior", "none"]
+    assert "this model" in evaluate.main([str(output), *short])
+
+
+def test_a_split_without_samples_is_named(folder: str, tmp_path: Path) -> None:
+    data = open_dataset(folder)
+    write_parquet(replace(data, ranges={"train": np.stack([0 * data.histories.lengths, data.histories.lengths], 1),
+                                        "test": np.zeros((data.num_users, 2), int)}), tmp_path / "data")  # fmt: skip
+    _train("sft", str(tmp_path / "data"), tmp_path / "run", "--model", "tiny", "--max_steps", "1")
+    with pytest.raises(ValueError, match=r"samples: expected some in the test split of 'synthetic', got none"):
+        evaluate.main([str(tmp_path / "run"), "--data", str(tmp_path / "data")])
 
 
 def test_paper_metric_refuses_what_its_protocol_lacks(capsys: pytest.CaptureFixture[str]) -> None:

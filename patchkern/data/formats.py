@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which reader a data set is for, recognised by its file names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from patchkern.data import goodreads, movielens, parquet, tables
+from patchkern.data._text import one_file
+from patchkern.data.interactions import Interactions
+from patchkern.data.recbole import read_recbole
+
+
+def open_dataset(path: str | PathLike[str], **options: Any) -> Interactions:
+    """Read a data set of any supported format, recognised by its file names.
+
+    Args:
+        path: a folder, or the file of interactions in it.
+        options: keyword arguments of the format's reader.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: no known format, or several in one folder; the message says what was looked for. Or what the reader
+            raises.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"path: expected a folder or file of data, found nothing at {path}")
+    folder = path if path.is_dir() else path.parent
+
+    def holds(*names: str) -> bool:
+        return path.name in names if path.is_file() else any((path / name).is_file() for name in names)
+
+    known: dict[str, tuple[Any, Callable[..., Interactions], Path]] = {
+        "parquet": (holds(parquet.HISTORIES), parquet.read_parquet, folder),
+        "two tables": (holds(tables.INTERACTIONS), tables.read_tables, folder),
+        "MovieLens": (holds(*movielens.FILES), movielens.read_movielens, path),
+        "RecBole": (path.suffix == ".inter" or (path.is_dir() and one_file(path, ["*.inter"])), read_recbole, path),
+        "Goodreads": (_is_goodreads(path), goodreads.read_goodreads, path),
+    }
+    found = {name: (read, where) for name, (there, read, where) in known.items() if there}
+    if len(found) > 1:
+        raise ValueError(f"path: expected one data set in {path}, found {' and '.join(found)}; give the path of a file")
+    if not found:
+        raise ValueError(
+            f"path: expected a data set in {path}, found none of: {parquet.HISTORIES} (parquet), "
+            f"{tables.INTERACTIONS} (two tables), {', '.join(movielens.FILES)} (MovieLens), *.inter (RecBole), "
+            f"{goodreads.INTERACTIONS_FILES[0]}[.gz] (Goodreads)"
+        )
+    ((read, where),) = found.values()
+    return read(where, **options)
+
+
+def _is_goodreads(path: Path) -> bool:
+    if path.is_dir():
+        return one_file(path, goodreads.INTERACTIONS_FILES) is not None
+    return any(path.match(pattern) for pattern in goodreads.INTERACTIONS_FILES)

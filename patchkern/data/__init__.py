@@ -12,9 +12,6 @@ Nothing is ever downloaded or unpickled.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from patchkern.data.filters import k_core, latest, min_interactions, most_frequent_items, rating_above, rating_at_least
 from patchkern.data.formats import open_dataset
 from patchkern.data.goodreads import read_goodreads
@@ -53,10 +50,3 @@ __all__ = [
     "temporal_split",
     "write_parquet",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """The yardsticks, which are in `patchkern.evaluation`, also under the names they had here."""
-    if name in ("Ranking", "most_popular", "transitions"):
-        return getattr(importlib.import_module("patchkern.evaluation"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

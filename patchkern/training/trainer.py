@@ -114,6 +114,8 @@ class PatchTrainer(Trainer):
         # A layout cannot be scattered over GPUs by DataParallel; several of them need torchrun.
         args._n_gpu = min(args.n_gpu, 1)
         args.remove_unused_columns = False
+        # Pinned memory is for copies to a device; without one torch warns of it.
+        args.dataloader_pin_memory &= args.device.type != "cpu"
         if args.ddp_find_unused_parameters is None:
             # Trainer's own choice for a module it does not know is True, which is slow and breaks recomputation.
             args.ddp_find_unused_parameters = False

@@ -147,6 +147,16 @@ def test_epochs_count_passes_over_the_samples(tmp_path: Path) -> None:
     assert make_trainer(tmp_path, max_steps=7, num_train_epochs=2).args.max_steps == 7
 
 
+@pytest.mark.filterwarnings("error:.*pin_memory:UserWarning")
+def test_memory_is_pinned_for_devices_only(tmp_path: Path) -> None:
+    plain = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", disable_tqdm=True, save_strategy="no")
+    histories, samples = make_data()
+    trainer = PatchTrainer(make_model()[0], plain, histories, samples, pk.TextOnly())
+    trainer.train()
+    assert plain.dataloader_pin_memory
+    assert trainer.args.dataloader_pin_memory == (plain.device.type != "cpu")
+
+
 def _pieces(folder: Path) -> dict[str, Any]:
     histories, samples = make_data()
     arguments = SETTINGS["scratch"].arguments("items", folder, use_cpu=True)

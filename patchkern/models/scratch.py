@@ -6,7 +6,7 @@ All of it is ordinary transformers: saved with ``save_pretrained``, a model of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from patchkern.batch.catalog import Catalog
 from patchkern.batch.prompt import MARKERS, Prompt
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
@@ -32,6 +33,40 @@ SIZES: dict[str, dict[str, int]] = {
 }
 # Rotary positions cost nothing: long enough for a history of 10,000 items with titles of several tokens.
 _MAX_POSITIONS = 131_072
+
+
+def from_scratch(
+    titles: Mapping[Any, str], size: str = "tiny", *, vocab_size: int = 2048, separator: bool = True, **model: Any
+) -> tuple[PreTrainedModel, Catalog, Prompt]:
+    """What a `PatchedCausalLM` is made of, from nothing but titles: `fit_tokenizer`, `scratch_model`, `scratch_prompt`.
+
+    Args:
+        titles: ``{item_id: title}``, as of `patchkern.Catalog.from_titles`.
+        size: as of `scratch_model`.
+        vocab_size: as of `fit_tokenizer`.
+        separator: as of `scratch_prompt`.
+        model: further arguments of `scratch_model`, such as ``seed``, ``dropout`` and ``hidden_size``.
+
+    Returns:
+        The model with random weights, the catalogue and the prompt. The tokenizer is not among them: a saved
+        `PatchedCausalLM` needs none, its catalogue holds the titles and their tokens.
+
+    Raises:
+        TypeError, ValueError: as of the functions above.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> from patchkern.models.scratch import from_scratch
+        >>> parts = from_scratch({7: "Alien", 8: "Aliens"}, hidden_size=16, intermediate_size=32)
+        >>> model = pk.PatchedCausalLM(*parts, pk.ItemPatches(keep_text=1))
+        >>> model.catalog
+        Catalog(2 items, 2 tokens, with titles)
+    """
+    if not isinstance(titles, Mapping):
+        raise TypeError(f"titles: expected a mapping of item id to title, got {type(titles).__name__}")
+    tokenizer = fit_tokenizer(titles.values(), vocab_size)
+    catalog = Catalog.from_titles(titles, tokenizer)
+    return scratch_model(tokenizer, size, **model), catalog, scratch_prompt(tokenizer, separator)
 
 
 def fit_tokenizer(titles: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import patchkern as pk
 from patchkern import Catalog
 from patchkern.batch.prompt import MARKERS
-from patchkern.models.scratch import SPECIAL_TOKENS, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.scratch import SPECIAL_TOKENS, fit_tokenizer, from_scratch, scratch_model, scratch_prompt
 
 TITLES = [f"The {colour} {thing} {part}" for colour in ("Red", "Grey") for thing in ("Ship", "Ark") for part in "12345"]
 TITLES += ["Amélie", "七人の侍", "8 1/2"]
@@ -87,6 +87,26 @@ def test_unknown_size_is_refused() -> None:
 def test_dropout_is_a_probability(dropout: float) -> None:
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got"):
         scratch_model(fit_tokenizer(TITLES, 300), dropout=dropout)
+
+
+@pytest.mark.parametrize("separator", [True, False])
+def test_from_scratch_is_all_three(separator: bool) -> None:
+    titles = dict(enumerate(TITLES, start=7))
+    tokenizer = fit_tokenizer(TITLES, 300)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "seed": 5, "dropout": 0.1}
+    hf_model, catalog, prompt = from_scratch(titles, "small", vocab_size=300, separator=separator, **shape)
+    expected = scratch_model(tokenizer, "small", **shape)
+    assert hf_model.config.to_dict() == expected.config.to_dict()
+    for got, want in zip(hf_model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(got, want)
+    assert catalog.fingerprint == Catalog.from_titles(titles, tokenizer).fingerprint
+    assert catalog.item_ids.tolist() == list(titles) and list(catalog.titles or ()) == TITLES
+    assert prompt == scratch_prompt(tokenizer, separator)
+
+
+def test_titles_without_ids_are_refused() -> None:
+    with pytest.raises(TypeError, match="titles: expected a mapping of item id to title, got list"):
+        from_scratch(TITLES)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ dropout

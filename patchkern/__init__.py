@@ -3,6 +3,21 @@
 
 Old items become patches, the mean of their titles' token embeddings; fused kernels pool them and write the packed
 batch that variable-length attention takes.
+
+    >>> import torch, patchkern as pk
+    >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man", 10: "Brazil"}
+    >>> catalog = pk.Catalog.from_titles(titles, lambda title: list(title.encode()))  # or a transformers tokenizer
+    >>> prompt = pk.Prompt(prefix=[256], separator=[257], suffix=[258], response_end=[259])
+    >>> policy = pk.ItemPatches(keep_text=1)  # the latest item as text, one row for each of the others
+    >>> weight = torch.randn(260, 64)  # a model's input embeddings
+    >>> pk.compress_batch(weight, catalog, [[8, 9, 10, 7], [9, 10]], policy, prompt, targets=[9, 8])
+    PackedBatch((44, 64) float32 of
+      PatchLayout(2 users, 44 rows, longest 27, 4 items in patches, compression 3.27, 21 labels, on cpu))
+
+`PatchedCausalLM` wraps a language model of transformers, which then learns from histories and recommends;
+`patchkern.training.PatchTrainer` trains it, `patchkern.data` reads data sets, `patchkern.evaluation` measures. A policy
+(`TextOnly`, `ItemPatches`, `SessionPatches`, `TimeSessions`, `FitRows`) decides which items become what.
+`python -m patchkern` prints versions and backends.
 """
 
 import importlib

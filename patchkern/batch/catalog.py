@@ -77,6 +77,16 @@ class Catalog:
         Raises:
             TypeError: ``titles`` is not a mapping to strings, or ``tokenizer`` is not callable.
             ValueError: a title without tokens.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> words = ["alien", "aliens", "the", "third", "man"]
+            >>> tokenizer = lambda title: [words.index(word) for word in title.lower().split()]
+            >>> catalog = pk.Catalog.from_titles({7: "Aliens", 9: "The Third Man"}, tokenizer)
+            >>> catalog
+            Catalog(2 items, 4 tokens, with titles)
+            >>> catalog.tokens(1).tolist()
+            [2, 3, 4]
         """
         titles = title_mapping(titles)
         if not callable(tokenizer):
@@ -106,14 +116,24 @@ class Catalog:
         item_ids: ArrayLike | None = None,
         titles: Sequence[str] | None = None,
     ) -> Catalog:
-        """Build from CSR arrays, ``token_ids`` (nnz,) and ``offsets`` (n_items + 1,); ids default to 0, 1, ..."""
+        """Build from CSR arrays, ``token_ids`` (nnz,) and ``offsets`` (n_items + 1,); ids default to 0, 1, ...
+
+        Examples:
+            >>> import patchkern as pk
+            >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5], item_ids=["tt1", "tt2"])
+            >>> catalog.tokens(0).tolist(), catalog.tokens(1).tolist()
+            ([5, 6], [7, 8, 9])
+            >>> catalog.index_of(["tt2", "tt1"]).tolist()
+            [1, 0]
+        """
         return cls(token_ids, offsets, item_ids, titles)
 
     def __len__(self) -> int:
         return self.offsets.size - 1
 
     def __repr__(self) -> str:
-        return f"Catalog(items={len(self)}, tokens={self.token_ids.size})"
+        titles = "" if self.titles is None else ", with titles"
+        return f"Catalog({len(self):,} items, {self.token_ids.size:,} tokens{titles})"
 
     @property
     def lengths(self) -> NDArray[np.int32]:

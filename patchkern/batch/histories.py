@@ -110,7 +110,16 @@ class Histories:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[Any]]) -> Histories:
-        """Build from one sequence of item ids per user."""
+        """Build from one sequence of item ids per user.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> histories = pk.Histories.from_sequences([[7, 9, 7], [9]])
+            >>> histories
+            Histories(2 users, 4 items)
+            >>> histories[0].tolist(), histories.latest(2)[0].tolist()
+            ([7, 9, 7], [9, 7])
+        """
         if not is_sequence(sequences):
             raise TypeError(
                 f"histories: expected Histories or a list of item-id sequences, got {type(sequences).__name__}"
@@ -192,7 +201,8 @@ class Histories:
         return (self[user] for user in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Histories(users={len(self)}, items={self.items.size}, timestamps={self.timestamps is not None})"
+        times = "" if self.timestamps is None else ", with timestamps"
+        return f"Histories({len(self):,} users, {self.items.size:,} items{times})"
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -45,6 +45,9 @@ class Transpose:
     rows: Tensor
     divisors: Tensor
 
+    def __repr__(self) -> str:
+        return f"Transpose({self.tokens.shape[0]:,} tokens, {self.rows.shape[0]:,} contributions)"
+
 
 @dataclass(frozen=True, eq=False)
 class Identities:
@@ -58,6 +61,9 @@ class Identities:
 
     rows: Tensor
     layout: PatchLayout
+
+    def __repr__(self) -> str:
+        return f"Identities({self.rows.shape[0]:,} patches)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +141,18 @@ class PatchLayout:
         layout = object.__new__(cls)
         layout.__dict__.update(values)
         return layout
+
+    def __repr__(self) -> str:
+        """Shapes and what is known without reading a tensor, which may be on a device."""
+        facts = [f"{self.num_users:,} {'users' if self.prefix is None else 'spans'}", f"{self.num_rows:,} rows"]
+        facts.append(f"longest {self.max_seqlen:,}")
+        if self.prefix is not None:
+            facts.append(f"longest prefix {self.max_prefix:,}")
+        facts.append(f"{self.items.shape[0]:,} items in patches")
+        facts.append(f"compression {self.compression_ratio:.2f}")
+        if self.logit_rows is not None:
+            facts.append(f"{self.logit_rows.shape[0]:,} labels")
+        return f"PatchLayout({', '.join(facts)}, on {self.device})"
 
     @property
     def num_rows(self) -> int:

@@ -82,7 +82,14 @@ def check_policy(policy: Any) -> None:
 
 @dataclass(frozen=True)
 class TextOnly:
-    """Every item as text (the paper's "Vanilla")."""
+    """Every item as text (the paper's "Vanilla").
+
+    Examples:
+        >>> import patchkern as pk
+        >>> histories = pk.Histories.from_sequences([range(6)])
+        >>> "".join(pk.Level(level).name[0] for level in pk.TextOnly().levels(histories))
+        'TTTTTT'
+    """
 
     max_items: int | None = 100
 
@@ -98,7 +105,14 @@ class TextOnly:
 
 @dataclass(frozen=True)
 class ItemPatches:
-    """The latest ``keep_text`` items as text, all earlier ones as item patches (the paper's PFT-I)."""
+    """The latest ``keep_text`` items as text, all earlier ones as item patches (the paper's PFT-I).
+
+    Examples:
+        >>> import patchkern as pk
+        >>> histories = pk.Histories.from_sequences([range(6)])
+        >>> "".join(pk.Level(level).name[0] for level in pk.ItemPatches(keep_text=2).levels(histories))
+        'PPPPTT'
+    """
 
     keep_text: int = 5
     max_items: int | None = 100
@@ -124,6 +138,16 @@ class SessionPatches:
     ``align="start"`` counts complete groups from the first item: their borders never move while a history grows
     (with ``max_items=None``), so that a user's successive prompts share a growing prefix; between ``group_size`` and
     ``2 * group_size - 1`` items stand as item patches.
+
+    Examples:
+        A P starts a patch, the items J after it join it; here of a history of 11 items.
+
+        >>> import patchkern as pk
+        >>> histories = pk.Histories.from_sequences([range(11)])
+        >>> "".join(pk.Level(level).name[0] for level in pk.SessionPatches(3).levels(histories))
+        'PJPJJPPPTTT'
+        >>> "".join(pk.Level(level).name[0] for level in pk.SessionPatches(3, align="start").levels(histories))
+        'PJJPPPPPTTT'
     """
 
     group_size: int = 5
@@ -195,6 +219,15 @@ class TimeSessions:
     an item joins the session of the item before it where at most ``gap`` seconds lie between them, up to ``max_size``
     items a session (None: any number). While a history grows (with ``max_items=None``), only its youngest session
     changes.
+
+    Examples:
+        A P starts a patch, the items J after it join it: two evenings, then the latest two items.
+
+        >>> import patchkern as pk
+        >>> histories = pk.Histories(range(7), [0, 7], timestamps=[0, 600, 1200, 90000, 90600, 180000, 180600])
+        >>> policy = pk.TimeSessions(gap=3600, keep_text=1, keep_items=1)
+        >>> "".join(pk.Level(level).name[0] for level in policy.levels(histories))
+        'PJJPJPT'
     """
 
     gap: int = 3600
@@ -245,6 +278,16 @@ class FitRows:
     fits stays text. Else the fewest oldest items that make it fit become item patches. If that is not enough even for
     all but the latest ``keep_text``, the fewest oldest groups of ``group_size`` become sessions; if all groups are not
     enough, the size of a group doubles, until one session holds everything but the text.
+
+    Examples:
+        A history of 10 titles, of 3 tokens each, in ever less room: 41 rows are its text.
+
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7], [0, 3])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3])
+        >>> policies = [pk.FitRows(max_rows, keep_text=2, group_size=4) for max_rows in (41, 30, 20, 12)]
+        >>> [int(pk.row_counts(catalog, [[0] * 10], policy, prompt)[0]) for policy in policies]
+        [41, 29, 19, 11]
     """
 
     max_rows: int

@@ -24,6 +24,11 @@ class Prompt:
 
     One ``separator`` stands between two history entries, the ``suffix`` after the last one. ``response_end`` closes
     the target title. Each part is a sequence of token ids and may be empty.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[0])
+        Prompt(prefix=(1,), separator=(2,), suffix=(3,), response_end=(0,))
     """
 
     prefix: tuple[int, ...] = ()
@@ -52,6 +57,17 @@ class Prompt:
         Raises:
             TypeError: ``tokenizer`` has no chat template method, or a text is not a string.
             ValueError: no chat template, no end-of-sequence token, or not exactly one history mark.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> from patchkern.models.scratch import fit_tokenizer  # or AutoTokenizer.from_pretrained(...)
+            >>> tokenizer = fit_tokenizer(["Alien", "Aliens"])
+            >>> tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant: "
+            >>> prompt = pk.Prompt.from_chat_template(tokenizer, "You know films.", "After [HISTORY_SEQUENCE], what?")
+            >>> tokenizer.decode(prompt.prefix)
+            'system: You know films. user: After <|history_start|>'
+            >>> tokenizer.decode(prompt.suffix)
+            '<|history_end|>, what? assistant: '
         """
         if not hasattr(tokenizer, "apply_chat_template"):
             raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")

@@ -21,6 +21,15 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
 
     Args:
         catalog, histories, policy, prompt: as in `patchkern.build_layout`.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3])
+        >>> pk.row_counts(catalog, [[0, 1, 1], [0]], pk.TextOnly(), prompt).tolist()
+        [12, 4]
+        >>> pk.row_counts(catalog, [[0, 1, 1], [0]], pk.ItemPatches(keep_text=1), prompt).tolist()
+        [9, 4]
     """
     check_policy(policy)
     kept = Histories.coerce(histories).latest(policy.max_items)

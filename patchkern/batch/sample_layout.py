@@ -43,6 +43,17 @@ def build_layout(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
+        >>> policy = pk.ItemPatches(keep_text=1)
+        >>> layout = pk.build_layout(catalog, [[0, 1, 1], [0]], policy, prompt, targets=[0, 1])
+        >>> layout
+        PatchLayout(2 users, 20 rows, longest 12, 2 items in patches, compression 1.43, 7 labels, on cpu)
+        >>> layout.cu_seqlens.tolist()
+        [0, 12, 20]
     """
     check_inputs(catalog, policy, prompt)
     if not (transpose is None or isinstance(transpose, bool)):

@@ -73,6 +73,19 @@ def build_training_layout(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        A user's last three items as targets: one trunk and three branches, instead of the history three times.
+
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
+        >>> policy = pk.ItemPatches(keep_text=1)
+        >>> history = [0, 1] * 20
+        >>> together = pk.build_training_layout(catalog, [history], policy, prompt, [[37, 39]])
+        >>> apart = pk.build_layout(catalog, [history[:end] for end in (37, 38, 39)], policy, prompt, history[37:])
+        >>> together.num_rows, apart.num_rows
+        (100, 246)
     """
     if max_rows is not None:
         check_count("max_rows", max_rows, minimum=1)

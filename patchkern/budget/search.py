@@ -73,6 +73,11 @@ def parse_bytes(name: str, value: int | str) -> int:
     return int(value)
 
 
+def _in_units(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 class UserTooLarge(ValueError):
     """One user alone needs more than the budget.
 
@@ -130,6 +135,10 @@ class MicroBatch:
     chunk_rows: int | None
     needed: SearchBytes
 
+    def __repr__(self) -> str:
+        chunks = "" if self.chunk_rows is None else f" in chunks of {self.chunk_rows:,} rows"
+        return f"MicroBatch({self.users.size:,} users{chunks}, peak {_in_units(self.needed.peak)})"
+
 
 @dataclass(frozen=True)
 class SearchPlan:
@@ -144,6 +153,12 @@ class SearchPlan:
     batches: tuple[MicroBatch, ...]
     budget: int | None
     policy: AnyPolicy | None = None
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self.batches):,} batches of up to {self.users_per_batch:,} users"]
+        facts.append(f"peak {_in_units(self.peak)}")
+        facts.append("no budget" if self.budget is None else f"budget {_in_units(self.budget)}")
+        return f"SearchPlan({', '.join(facts if self.policy is None else [*facts, repr(self.policy)])})"
 
     @property
     def users_per_batch(self) -> int:

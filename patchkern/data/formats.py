@@ -25,6 +25,12 @@ def open_dataset(path: str | PathLike[str], **options: Any) -> Interactions:
         FileNotFoundError: the path does not exist.
         ValueError: no known format, or several in one folder; the message says what was looked for. Or what the reader
             raises.
+
+    Examples:
+        >>> from patchkern.data import open_dataset, synthetic, write_parquet
+        >>> write_parquet(synthetic(num_users=50, num_items=40, num_genres=4), "users")
+        >>> open_dataset("users").num_users
+        50
     """
     path = Path(path)
     if not path.exists():

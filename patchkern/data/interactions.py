@@ -36,6 +36,9 @@ class Samples(NamedTuple):
     users: NDArray[np.int64]
     positions: NDArray[np.int64]
 
+    def __repr__(self) -> str:
+        return f"Samples({self.users.size:,} targets)"
+
 
 @dataclass(frozen=True, eq=False)
 class Interactions:

@@ -56,6 +56,16 @@ def synthetic(
 
     Raises:
         ValueError: a count below 1, too many genres, ``sequel_rate`` outside 0..1.
+
+    Examples:
+        >>> from patchkern.data import synthetic
+        >>> data = synthetic(num_users=50, num_items=40, num_genres=4)
+        >>> data.num_users, data.num_items, list(data.ranges)
+        (50, 40, ['train', 'val', 'test'])
+        >>> test = data.samples("test")
+        >>> histories, targets = data.before(test), data.targets(test)
+        >>> len(histories) == len(targets) > 0
+        True
     """
     for argument, value in (("num_users", num_users), ("num_items", num_items), ("num_genres", num_genres)):
         if value < 1:

@@ -202,8 +202,10 @@ def titles_of(random: np.random.Generator, genre: NDArray[np.int64], sequel: NDA
 def genre_of(title: str) -> str | None:
     """The genre whose words a title is made of; None if no word is of any.
 
-    >>> genre_of("The Dusty Saloon II")
-    'western'
+    Examples:
+        >>> from patchkern.data.synthetic_titles import genre_of
+        >>> genre_of("The Dusty Saloon II")
+        'western'
     """
     return next((_GENRE_OF[word] for word in title.replace(":", "").split() if word in _GENRE_OF), None)
 

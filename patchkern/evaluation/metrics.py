@@ -64,7 +64,7 @@ class Evaluation:
     def __str__(self) -> str:
         row = self.as_dict()
         numbers = "  ".join(f"{name} {row[name]:.4f} ± {row[name + ' ±']:.4f}" for name in row if "±" not in name)
-        return f"{numbers}  ({self.metric}, {self.ranks.size} users, {self.num_ambiguous} with a shared title)"
+        return f"{numbers}  ({self.metric}, {self.ranks.size} samples, {self.num_ambiguous} with a shared title)"
 
 
 def evaluate(
@@ -95,6 +95,16 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> from patchkern.evaluation import evaluate
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7], [0, 1, 2, 3], item_ids=["a", "b", "c"])
+        >>> result = evaluate([["c", "a"], ["a", "b"]], targets=["c", "b"], ks=[1, 2], catalog=catalog)
+        >>> result.ranks.tolist()
+        [1, 2]
+        >>> result.hr(1), round(result.ndcg(2), 3)
+        (0.5, 0.815)
     """
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")

@@ -57,6 +57,18 @@ class PatchedCausalLM(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> from patchkern.models.scratch import from_scratch  # or AutoModelForCausalLM.from_pretrained(...)
+        >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man"}
+        >>> hf_model, catalog, prompt = from_scratch(titles, hidden_size=16, intermediate_size=32)
+        >>> model = pk.PatchedCausalLM(hf_model, catalog, prompt, pk.ItemPatches(keep_text=1))
+        >>> layout = pk.build_layout(catalog, [[7, 8], [9]], model.policy, prompt, targets=[9, 7])
+        >>> output = model(layout)
+        >>> output.logits.shape[0] == len(layout.logit_labels)
+        True
+        >>> output.loss.backward()
     """
 
     item_embedding: nn.Parameter | None
@@ -278,6 +290,15 @@ class PatchedCausalLM(nn.Module):
         Args:
             options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``prior``,
                 ``prior_weight``, ``max_expansions``, ``user_cache``, ``user_ids``, ``progress``.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> from patchkern.models.scratch import from_scratch
+            >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man"}
+            >>> model = pk.PatchedCausalLM(*from_scratch(titles, hidden_size=16, intermediate_size=32), pk.TextOnly())
+            >>> lists = model.recommend([[7, 8], [9, 7]], k=1, exclude_seen=True)
+            >>> [[titles[item] for item, score in user] for user in lists]
+            [['The Third Man'], ['Aliens']]
         """
         return recommend(
             self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size, **options

@@ -39,7 +39,13 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Each backend by name, fastest first: usable or not, and why."""
+    """Each backend by name, fastest first: usable or not, and why.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> pk.backends()["reference"]
+        BackendStatus(usable=True, reason='PyTorch, on any device')
+    """
     return {name: _status(name) for name in _MODULES}
 
 

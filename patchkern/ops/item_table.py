@@ -36,6 +36,11 @@ class ItemTable:
     source: Tensor
     version: int
 
+    def __repr__(self) -> str:
+        items, width = self.rows.shape
+        dtype = str(self.rows.dtype).removeprefix("torch.")
+        return f"ItemTable({items:,} items, width {width:,}, {dtype} on {self.rows.device})"
+
     def check(self, weight: Tensor, layout: PatchLayout) -> None:
         """See that the table says what pooling ``layout`` from ``weight`` would.
 
@@ -82,6 +87,19 @@ def item_table(catalog: Catalog, weight: Tensor, backend: str = "auto") -> ItemT
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import torch, patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> weight = torch.arange(10.0)[:, None]  # the embedding of token t is the number t
+        >>> table = pk.item_table(catalog, weight)
+        >>> table
+        ItemTable(2 items, width 1, float32 on cpu)
+        >>> table.rows.flatten().tolist()
+        [5.5, 8.0]
+        >>> layout = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=0), pk.Prompt(separator=[2]))
+        >>> pk.pool_rows(weight, layout, table=table).flatten().tolist()
+        [5.5, 2.0, 8.0]
     """
     if not isinstance(catalog, Catalog):
         raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")

@@ -33,6 +33,10 @@ class PackedBatch:
     inputs_embeds: Tensor
     layout: PatchLayout
 
+    def __repr__(self) -> str:
+        shape, dtype = tuple(self.inputs_embeds.shape), str(self.inputs_embeds.dtype).removeprefix("torch.")
+        return f"PackedBatch({shape} {dtype} of\n  {self.layout})"
+
     @property
     def cu_seqlens(self) -> Tensor:
         """``(B + 1,)`` int32, where each user's rows begin."""
@@ -111,6 +115,19 @@ def compress_batch(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; nothing has been written then.
+
+    Examples:
+        >>> import torch, patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
+        >>> weight = torch.arange(10.0)[:, None]  # the embedding of token t is the number t
+        >>> batch = pk.compress_batch(weight, catalog, [[0, 1], [0]], pk.ItemPatches(1), prompt, targets=[0, 1])
+        >>> batch.inputs_embeds.flatten().tolist()
+        [1.0, 5.5, 2.0, 7.0, 8.0, 9.0, 3.0, 5.0, 6.0, 4.0, 1.0, 5.0, 6.0, 3.0, 7.0, 8.0, 9.0, 4.0]
+        >>> batch.labels.tolist()
+        [-100, -100, -100, -100, -100, -100, -100, 5, 6, 4, -100, -100, -100, -100, 7, 8, 9, 4]
+        >>> batch.cu_seqlens.tolist()
+        [0, 10, 18]
     """
     check_weight(weight)
     layout = build_layout(catalog, histories, policy, prompt, targets, transpose=weight.requires_grad)

@@ -97,6 +97,17 @@ def pool_rows(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; nothing has been written then.
+
+    Examples:
+        An item patch, a separator, and a title of three tokens as text, between prefix and suffix.
+
+        >>> import torch, patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3])
+        >>> layout = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=1), prompt)
+        >>> weight = torch.arange(10.0)[:, None]  # the embedding of token t is the number t
+        >>> pk.pool_rows(weight, layout).flatten().tolist()
+        [1.0, 5.5, 2.0, 7.0, 8.0, 9.0, 3.0]
     """
     check_weight(weight)
     if not isinstance(layout, PatchLayout):

@@ -176,6 +176,15 @@ def plan_memory(
 
     Raises:
         TypeError, ValueError: naming the argument; a user who does not fit alone, with what would be needed.
+
+    Examples:
+        A model in the shape of Llama-7B, on a card of 80 GB, and 500 users whose prompts take 900 rows each.
+
+        >>> import torch, patchkern as pk
+        >>> from transformers import LlamaConfig
+        >>> plan = pk.plan_memory(LlamaConfig(), [900] * 500, "70GiB", dtype=torch.bfloat16, device="cuda")
+        >>> plan  # doctest: +ELLIPSIS
+        SearchPlan(7 batches of up to ... users, peak 6... GiB, budget 70.00 GiB)
     """
     budget = None if budget is None else parse_bytes("budget", budget)
     check_count("num_beams", num_beams, minimum=1)

@@ -80,6 +80,19 @@ class TransitionPrior:
 
     Raises:
         TypeError, ValueError: naming the argument; an item in training that the catalogue does not hold.
+
+    Examples:
+        Two users went from "Alien" to "Aliens", and a third to another film.
+
+        >>> import patchkern as pk
+        >>> from patchkern.data import Interactions, leave_one_out
+        >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man"}
+        >>> users, items = [1, 1, 2, 2, 3, 3], [7, 8, 7, 8, 7, 9]
+        >>> data = leave_one_out(Interactions.from_columns(users, items, None, titles))
+        >>> catalog = pk.Catalog.from_titles(titles, lambda title: list(title.encode()))
+        >>> prior = pk.TransitionPrior(data, catalog)
+        >>> prior(pk.Histories([7], [0, 1])).argmax(axis=1).tolist()  # in catalogue order
+        [1]
     """
 
     def __init__(self, interactions: Interactions, catalog: Catalog, recent: int = 10, popularity: float = 0.2) -> None:

@@ -67,6 +67,16 @@ def recommend_to_disk(
     Raises:
         ImportError: pyarrow is missing.
         TypeError, ValueError: as of `PatchedCausalLM.recommend`; or the folder holds another run, and what differs.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> from patchkern.models.scratch import from_scratch
+        >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man"}
+        >>> model = pk.PatchedCausalLM(*from_scratch(titles, hidden_size=16, intermediate_size=32), pk.TextOnly())
+        >>> folder = pk.recommend_to_disk(model, [[7, 8], [9, 7]], "lists", user_ids=["eve", "bob"], k=2)
+        >>> users, lists = pk.read_recommendations(folder)
+        >>> [(user, len(found)) for user, found in zip(users.tolist(), lists)]
+        [('eve', 2), ('bob', 2)]
     """
     pa, pq = import_pyarrow()
     check_count("users_per_part", users_per_part, minimum=1)

@@ -119,6 +119,13 @@ def test_empty_catalog() -> None:
             catalog.index_of([0])
 
 
+def test_a_line_says_what_they_are() -> None:
+    assert repr(pk.Catalog.from_titles({7: "a b", 9: "c"}, words)) == "Catalog(2 items, 3 tokens, with titles)"
+    assert repr(pk.Catalog.from_token_ids(range(2500), [0, 2500])) == "Catalog(1 items, 2,500 tokens)"
+    assert repr(pk.Histories([7, 9, 7], [0, 2, 3])) == "Histories(2 users, 3 items)"
+    assert repr(pk.Histories([], [0], timestamps=[])) == "Histories(0 users, 0 items, with timestamps)"
+
+
 def test_catalog_pickles() -> None:
     catalog = cases.make_catalog(cases.make_titles(20, ids="str"))
     copy = pickle.loads(pickle.dumps(catalog))

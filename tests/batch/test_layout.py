@@ -466,6 +466,25 @@ def test_to_a_device_moves_every_tensor() -> None:
     assert layout.transpose is not None and layout.transpose.rows.device.type == "meta"
 
 
+def test_a_line_says_what_it_is_and_reads_no_tensor() -> None:
+    """On the meta device a tensor has no values: whoever asks for one, which on a GPU is to wait for it, fails."""
+    batch = cases.make_batch(pk.ItemPatches(2), [0, 20, 5])
+    layout = batch.layout().with_identities()
+    labels = layout.logit_labels
+    assert labels is not None
+    facts = f"3 users, {layout.num_rows} rows, longest {layout.max_seqlen}, 21 items in patches, compression "
+    facts += f"{layout.history_tokens / layout.history_rows:.2f}, {len(labels)} labels, on "
+    assert repr(layout) == f"PatchLayout({facts}cpu)"
+    moved = layout.to("meta")
+    assert repr(moved) == f"PatchLayout({facts}meta)"
+    assert moved.transpose is not None
+    tokens, contributions = moved.transpose.tokens.numel(), moved.transpose.rows.numel()
+    assert repr(moved.transpose) == f"Transpose({tokens} tokens, {contributions} contributions)"
+    assert repr(moved.identities) == "Identities(21 patches)"
+    untaught = pk.build_layout(batch.catalog, [[]], pk.TextOnly(), pk.Prompt(prefix=[1]))
+    assert repr(untaught) == "PatchLayout(1 users, 1 rows, longest 1, 0 items in patches, compression 1.00, on cpu)"
+
+
 def test_pin_memory() -> None:
     if not torch.cuda.is_available():
         pytest.skip("page-locked memory needs CUDA, none here")

@@ -170,6 +170,17 @@ def test_random_patches_are_drawn_once_per_trunk() -> None:
     assert 0 < (layout.lo[: int(layout.cu_seqlens[1])] >= 0).sum() < 30
 
 
+def test_a_line_says_that_spans_have_prefixes() -> None:
+    catalog = pk.Catalog.from_token_ids([5, 6], [0, 1, 2])
+    prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
+    layout = build_training_layout(catalog, [[0, 1, 1, 0]], pk.TextOnly(), prompt, [[1, 3]])
+    # a trunk of the prompt's prefix and three items, and three branches of suffix, target and response end
+    assert repr(layout) == (
+        "PatchLayout(4 spans, 15 rows, longest 6, longest prefix 6, 0 items in patches, compression 1.00, 6 labels, "
+        "on cpu)"
+    )
+
+
 def test_fewer_rows_than_samples_of_their_own() -> None:
     batch = cases.make_batch(pk.ItemPatches(3, None), [100], with_targets=False)
     assert plan(batch, [[3, 99]]).num_rows * 3 < samples_of(batch, [[3, 99]]).num_rows

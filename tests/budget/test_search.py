@@ -270,6 +270,19 @@ def test_row_counts_that_are_none(counts: Any) -> None:
         pk.plan_memory(hf_model("llama", torch.float32), counts, None)
 
 
+def test_a_line_says_what_is_planned() -> None:
+    needed = SearchBytes(weights=1 << 30, store=1 << 29, prefill=0, decode=0, logits=0)
+    batches = [memory.MicroBatch(np.arange(count), chunk, needed) for count, chunk in ((2, None), (3, 256))]
+    assert [repr(batch) for batch in batches] == [
+        "MicroBatch(2 users, peak 1.50 GiB)",
+        "MicroBatch(3 users in chunks of 256 rows, peak 1.50 GiB)",
+    ]
+    plan = memory.SearchPlan(tuple(batches), 3 << 30)
+    assert repr(plan) == "SearchPlan(2 batches of up to 3 users, peak 1.50 GiB, budget 3.00 GiB)"
+    nothing = memory.SearchPlan((), None, pk.TextOnly(5))
+    assert repr(nothing) == "SearchPlan(0 batches of up to 0 users, peak 0.0 MiB, no budget, TextOnly(max_items=5))"
+
+
 def test_a_plan_for_nobody() -> None:
     plan = pk.plan_memory(hf_model("llama", torch.float32), np.zeros(0, np.int64), 10**9)
     assert plan.batches == () and plan.peak == plan.users_per_batch == 0

@@ -147,6 +147,7 @@ def test_samples_history_and_targets() -> None:
     data = interactions([(0, item, item) for item in range(6)] + [(1, 9, 0), (1, 8, 100)])
     data = leave_one_out(data)
     train, test = data.samples("train"), data.samples("test")
+    assert repr(train) == "Samples(1 targets)"
     assert list(zip(*train, strict=True)) == [(0, 3)]
     assert data.targets(train).tolist() == [3]
     assert data.before(train)[0].tolist() == [0, 1, 2]

@@ -68,6 +68,12 @@ def test_empty_and_tiny_catalogues() -> None:
     assert torch.equal(pk.item_table(pk.Catalog.from_token_ids([4], [0, 1]), weight).rows, weight[4:])
 
 
+def test_a_line_says_what_it_is() -> None:
+    catalog = cases.make_catalog(cases.make_titles(23))
+    table = pk.item_table(catalog, cases.make_weight(cases.VOCABULARY, 1024, torch.bfloat16))
+    assert repr(table) == "ItemTable(23 items, width 1,024, bfloat16 on cpu)"
+
+
 def test_fingerprints_follow_the_titles() -> None:
     titles = cases.make_titles(23)
     catalog = cases.make_catalog(titles)

@@ -63,6 +63,12 @@ def test_out(backend: str) -> None:
     assert packed.inputs_embeds is out and torch.equal(out, expected)
 
 
+def test_two_lines_say_what_it_is() -> None:
+    layout = cases.make_batch(pk.ItemPatches(2), [0, 20, 5]).layout().to("meta")
+    rows = torch.empty(layout.num_rows, 64, dtype=torch.bfloat16, device="meta")
+    assert repr(pk.PackedBatch(rows, layout)) == f"PackedBatch(({layout.num_rows}, 64) bfloat16 of\n  {layout!r})"
+
+
 def test_a_module_parameter_is_a_weight() -> None:
     batch = cases.make_batch(pk.SessionPatches(3), [0, 17, 1])
     embedding = torch.nn.Embedding(cases.VOCABULARY, 16)

@@ -4,7 +4,8 @@
 Old items become patches, the mean of their titles' token embeddings; fused kernels pool them and write the packed
 batch that variable-length attention takes.
 
-    >>> import torch, patchkern as pk
+    >>> import torch
+    >>> import patchkern as pk
     >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man", 10: "Brazil"}
     >>> catalog = pk.Catalog.from_titles(titles, lambda title: list(title.encode()))  # or a transformers tokenizer
     >>> prompt = pk.Prompt(prefix=[256], separator=[257], suffix=[258], response_end=[259])

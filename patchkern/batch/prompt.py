@@ -26,9 +26,14 @@ class Prompt:
     the target title. Each part is a sequence of token ids and may be empty.
 
     Examples:
+        Two titles of a history and one that follows, as token ids, with the prompt around them.
+
         >>> import patchkern as pk
-        >>> pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[0])
-        Prompt(prefix=(1,), separator=(2,), suffix=(3,), response_end=(0,))
+        >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
+        >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
+        >>> layout = pk.build_layout(catalog, [[0, 1]], pk.TextOnly(), prompt, targets=[0])
+        >>> (-1 - layout.lo).tolist()
+        [1, 5, 6, 2, 7, 8, 9, 3, 5, 6, 4]
     """
 
     prefix: tuple[int, ...] = ()

@@ -61,6 +61,9 @@ class Evaluation:
                 row[f"{name}@{k} ±"] = standard_error(per_user(k))
         return row
 
+    def __repr__(self) -> str:
+        return f"Evaluation({self})"
+
     def __str__(self) -> str:
         row = self.as_dict()
         numbers = "  ".join(f"{name} {row[name]:.4f} ± {row[name + ' ±']:.4f}" for name in row if "±" not in name)

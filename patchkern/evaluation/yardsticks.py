@@ -29,6 +29,10 @@ class Ranking(NamedTuple):
     items: NDArray[Any]
     scores: NDArray[np.float64]
 
+    def __repr__(self) -> str:
+        samples, k = self.items.shape
+        return f"Ranking({samples:,} samples, {k:,} items each)"
+
     def as_lists(self) -> list[list[tuple[Any, float]]]:
         """The form of `PatchedCausalLM.recommend`: per sample, ``[(item id, score), ...]``."""
         rows = zip(self.items.tolist(), self.scores.tolist(), strict=True)

@@ -60,7 +60,7 @@ class PatchedCausalLM(nn.Module):
 
     Examples:
         >>> import patchkern as pk
-        >>> from patchkern.models.scratch import from_scratch  # or AutoModelForCausalLM.from_pretrained(...)
+        >>> from patchkern.models.scratch import from_scratch
         >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man"}
         >>> hf_model, catalog, prompt = from_scratch(titles, hidden_size=16, intermediate_size=32)
         >>> model = pk.PatchedCausalLM(hf_model, catalog, prompt, pk.ItemPatches(keep_text=1))

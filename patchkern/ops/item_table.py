@@ -89,7 +89,8 @@ def item_table(catalog: Catalog, weight: Tensor, backend: str = "auto") -> ItemT
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Examples:
-        >>> import torch, patchkern as pk
+        >>> import torch
+        >>> import patchkern as pk
         >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
         >>> weight = torch.arange(10.0)[:, None]  # the embedding of token t is the number t
         >>> table = pk.item_table(catalog, weight)

@@ -117,7 +117,8 @@ def compress_batch(
         TypeError, ValueError: naming the argument, what was expected and what came; nothing has been written then.
 
     Examples:
-        >>> import torch, patchkern as pk
+        >>> import torch
+        >>> import patchkern as pk
         >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
         >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
         >>> weight = torch.arange(10.0)[:, None]  # the embedding of token t is the number t

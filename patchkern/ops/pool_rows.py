@@ -101,7 +101,8 @@ def pool_rows(
     Examples:
         An item patch, a separator, and a title of three tokens as text, between prefix and suffix.
 
-        >>> import torch, patchkern as pk
+        >>> import torch
+        >>> import patchkern as pk
         >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
         >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3])
         >>> layout = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=1), prompt)

@@ -180,7 +180,8 @@ def plan_memory(
     Examples:
         A model in the shape of Llama-7B, on a card of 80 GB, and 500 users whose prompts take 900 rows each.
 
-        >>> import torch, patchkern as pk
+        >>> import torch
+        >>> import patchkern as pk
         >>> from transformers import LlamaConfig
         >>> plan = pk.plan_memory(LlamaConfig(), [900] * 500, "70GiB", dtype=torch.bfloat16, device="cuda")
         >>> plan  # doctest: +ELLIPSIS

@@ -58,6 +58,7 @@ def test_table_by_hand() -> None:
     # hits 1 1 0 1: variance 0.25 with three degrees of freedom, over four users
     assert row["HR@3 ±"] == pytest.approx(math.sqrt(0.25 / 4))
     assert "HR@3 0.7500" in str(result) and str(result).endswith("(strict, 4 samples, 1 with a shared title)")
+    assert repr(result) == f"Evaluation({result})"
 
 
 def test_no_users() -> None:

@@ -74,6 +74,7 @@ def test_most_popular_by_hand() -> None:
     ranking = most_popular(data, test, k=5)
     assert ranking.items.tolist() == [[5, 3, 1, 2, 0]] * 2
     assert ranking.scores.tolist() == [[3, 2, 1, 1, 0]] * 2
+    assert repr(ranking) == "Ranking(2 samples, 5 items each)"
     # The first user has seen 3 5 1 0, the second 5 3 2 0.
     assert most_popular(data, test, k=3, unseen=True).items.tolist() == [[2, 4, 6], [1, 4, 6]]
     assert most_popular(data, test, k=2, unseen=True, max_items=2).items.tolist() == [[5, 3], [5, 3]]

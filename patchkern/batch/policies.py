@@ -85,6 +85,8 @@ class TextOnly:
     """Every item as text (the paper's "Vanilla").
 
     Examples:
+        A T is an item as text.
+
         >>> import patchkern as pk
         >>> histories = pk.Histories.from_sequences([range(6)])
         >>> "".join(pk.Level(level).name[0] for level in pk.TextOnly().levels(histories))
@@ -108,6 +110,8 @@ class ItemPatches:
     """The latest ``keep_text`` items as text, all earlier ones as item patches (the paper's PFT-I).
 
     Examples:
+        A P is an item as a patch, a T one as text.
+
         >>> import patchkern as pk
         >>> histories = pk.Histories.from_sequences([range(6)])
         >>> "".join(pk.Level(level).name[0] for level in pk.ItemPatches(keep_text=2).levels(histories))
@@ -140,7 +144,7 @@ class SessionPatches:
     ``2 * group_size - 1`` items stand as item patches.
 
     Examples:
-        A P starts a patch, the items J after it join it; here of a history of 11 items.
+        A P starts a patch, the items J after it join it, a T is an item as text.
 
         >>> import patchkern as pk
         >>> histories = pk.Histories.from_sequences([range(11)])
@@ -221,7 +225,7 @@ class TimeSessions:
     changes.
 
     Examples:
-        A P starts a patch, the items J after it join it: two evenings, then the latest two items.
+        A P starts a patch, the items J after it join it: two evenings, and then the latest two items.
 
         >>> import patchkern as pk
         >>> histories = pk.Histories(range(7), [0, 7], timestamps=[0, 600, 1200, 90000, 90600, 180000, 180600])

@@ -285,7 +285,7 @@ class PatchedCausalLM(nn.Module):
         batch_size: int = 64,
         **options: Any,
     ) -> list[list[tuple[Any, float]]]:
-        """Per user the ``k`` best ``(item_id, log-probability)``, best first; see `patchkern.search.recommend`.
+        """Per user ``(item_id, log-probability)``, the ``k`` best first; see `patchkern.search.recommend.recommend`.
 
         Args:
             options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``prior``,
@@ -307,7 +307,7 @@ class PatchedCausalLM(nn.Module):
     def score_items(
         self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
     ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.score_items`."""
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.recommend.score_items`."""
         return score_items(self, histories, policy, items, **options)
 
     # ------------------------------------------------------------------ what a search asks of a model

@@ -67,7 +67,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
-        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+        "rope_parameters": dict.fromkeys(["full_attention", "sliding_attention"], _ROPE | {"mrope_section": [1, 1, 2]}),
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},

@@ -172,35 +172,37 @@ class Isolation:
 def _set_attention(hf_model: PreTrainedModel, name: str) -> None:
     kept = implementation_of(hf_model)
     reason = f"{type(base_of(hf_model)).__name__} keeps {kept!r}"
+    cause: Exception | None = None
     try:
         hf_model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:  # the model's own refusal
+        cause = error
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
     if implementation_of(hf_model) != name:
         advice = "" if _why_wait(hf_model, hf_model.device) else _advice(hf_model, hf_model.device, refused=name)
-        raise ValueError(f"attn_implementation: expected one that the model takes, got {name!r}: {reason}{advice}")
+        message = f"attn_implementation: expected one that the model takes, got {name!r}: {reason}{advice}"
+        raise ValueError(message) from cause
 
 
 def _advice(hf_model: PreTrainedModel, device: torch.device, refused: str | None = None) -> str:
     """The end of a refusal: with which attention implementations the model keeps users apart, each tried."""
     now = implementation_of(hf_model)
-    works = []
-    for name in EVERYWHERE:
-        if name == (refused or now):
-            continue
+    others = [name for name in EVERYWHERE if name != (refused or now)]
+    works: dict[str, bool] = {}  # whether also with branches
+    for name in others:
         try:
             hf_model.set_attn_implementation(name)
             if implementation_of(hf_model) == name:
-                probe(hf_model, device)
-                works.append(name)
+                works[name] = probe(hf_model, device) is None and name == attention.NAME
         except (Refused, NotYet, ValueError, ImportError):
             continue
         finally:
             hf_model.set_attn_implementation(now)
     if not works:
-        return ", nor with another; docs/models.md lists the model families that do"
-    less = "" if attention.NAME in works else ", without branches and without searches"
-    return f"; attn_implementation={' or '.join(map(repr, works))} keeps them apart{less}"
+        names = " or ".join(map(repr, others))
+        return f"; with {names} users are not kept apart; docs/models.md lists the model families where they are"
+    less = "" if any(works.values()) else ", without branches and without searches"
+    return f"; attn_implementation={' or '.join(map(repr, works))} keeps users apart{less}"
 
 
 # ------------------------------------------------------------------ what a model is

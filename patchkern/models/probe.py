@@ -120,13 +120,13 @@ def probe(hf_model: PreTrainedModel, device: torch.device) -> str | None:
 def _try(hf_model: PreTrainedModel, spans: _Spans, device: torch.device) -> None:
     try:
         _compare(hf_model, spans, device)
-    except (Refused, NotYet):
+    except (Refused, NotYet, torch.OutOfMemoryError):
         raise
     except Exception as error:
         try:  # weights of several dtypes run under autocast only, and so does flash attention on float32
             with torch.autocast(device.type, torch.bfloat16):
                 _compare(hf_model, spans, device)
-        except (Refused, NotYet):
+        except (Refused, NotYet, torch.OutOfMemoryError):
             raise
         except Exception:
             text = str(error).strip().partition("\n")[0]
@@ -141,19 +141,19 @@ def _compare(hf_model: PreTrainedModel, spans: _Spans, device: torch.device) -> 
     scale = float(tokens.float().std().nan_to_num()) or 1.0
     shape = (2, sum(spans.lengths), tokens.shape[-1])
     rows, others = (torch.randn(shape, generator=generator) * scale).to(device, tokens.dtype)
-    of_span = torch.repeat_interleave(torch.arange(len(spans.lengths)), torch.tensor(spans.lengths)).to(device)
+    of_span = torch.repeat_interleave(torch.arange(len(spans.lengths)), torch.tensor(spans.lengths))
     changes = (of_span == 0) | (of_span == len(spans.lengths) - 1)
 
     last = set() if is_sharded(hf_model) else _kinds_of_layers(base_of(hf_model))
     kwargs = spans.kwargs(device)
     samples = _run(hf_model, last, spans.samples(rows), use_cache=False)
     packed = _run(hf_model, last, rows[None], **kwargs)[0]
-    changed = _run(hf_model, last, torch.where(changes[:, None], others, rows)[None], **kwargs)[0]
+    changed = _run(hf_model, last, torch.where(changes[:, None].to(device), others, rows)[None], **kwargs)[0]
     alone = torch.cat([s[p : p + n] for s, n, p in zip(samples, spans.lengths, spans.prefixes, strict=True)])
     if not bool(packed.isfinite().all() & alone.isfinite().all()):
         raise NotYet("its weights give numbers that are not finite")
 
-    tolerance = _tolerance(hf_model, packed)
+    tolerance = _tolerance(hf_model, device, packed.dtype)
     stateful = _stateful(text_part)
     because = "" if stateful is None else f" ({stateful} carries rows of one user into the next)"
     # how many rows an expert computes at a time depends on the other users, and so does its rounding
@@ -174,20 +174,19 @@ def _distance(rows: Tensor, others: Tensor) -> Tensor:
     return difference.norm(dim=1) / others.norm(dim=1).clamp_min(torch.finfo(others.dtype).tiny)
 
 
-def _tolerance(hf_model: PreTrainedModel, rows: Tensor) -> float:
-    device = rows.device.type
-    dtypes = [rows.dtype, hf_model.dtype]
-    if torch.is_autocast_enabled(device):
-        dtypes.append(torch.get_autocast_dtype(device))
+def _tolerance(hf_model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> float:
+    dtypes = [dtype, hf_model.dtype]
+    if torch.is_autocast_enabled(device.type):
+        dtypes.append(torch.get_autocast_dtype(device.type))
     if getattr(base_of(hf_model), "is_quantized", False):
         dtypes.append(torch.bfloat16)
-    if device != "cpu" and torch.float32 in dtypes:
+    if device.type != "cpu" and torch.float32 in dtypes:
         dtypes.append(torch.float16)  # TensorFloat-32 rounds as coarsely
     return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]) for dtype in dtypes)
 
 
 def _run(hf_model: PreTrainedModel, last: Set[nn.Module], rows: Tensor, **kwargs: Any) -> Tensor:
-    """(B, n, ...) what the model makes of (B, n, D) rows: hidden states once all of ``last`` have run, or logits."""
+    """(B, n, ...) on the CPU, what the model makes of (B, n, D): hidden states once ``last`` have run, else logits."""
     waiting = set(last)
 
     def stop(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -202,8 +201,8 @@ def _run(hf_model: PreTrainedModel, last: Set[nn.Module], rows: Tensor, **kwargs
         try:
             logits: Tensor = hf_model(inputs_embeds=rows.clone(), **kwargs).logits
         except _Enough as enough:
-            return enough.rows
-    return logits
+            return enough.rows.cpu()
+    return logits.cpu()
 
 
 def _kinds_of_layers(base: PreTrainedModel) -> set[nn.Module]:

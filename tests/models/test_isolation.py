@@ -20,9 +20,11 @@ import model_families as families
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from model_families import CATALOG, PROMPT, TITLES
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import patchkern as pk
 from patchkern.models.attention import NAME
@@ -277,7 +279,7 @@ def test_nothing_is_disturbed() -> None:
 def test_a_refused_model_is_left_as_it_was() -> None:
     model = families.tiny_model("opt").train()
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=f"{REFUSED}.*attn_implementation='patchkern_varlen' keeps them apart$"):
+    with pytest.raises(ValueError, match=f"{REFUSED}.*attn_implementation='patchkern_varlen' keeps users apart$"):
         wrap(model, attn_implementation="eager")
     assert model.training and model.config._attn_implementation == "sdpa"
 
@@ -318,6 +320,31 @@ def test_a_model_without_weights_is_asked_at_its_first_forward() -> None:
                 model(some_layout())
         else:
             assert model(some_layout()).logits.isfinite().all()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
+def test_a_sharded_model_is_asked_at_its_first_forward() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for kind, refused in (("llama", False), ("mamba2", True)):
+            hf_model = families.tiny_model(kind)
+            expected = None if refused else wrap(families.tiny_model(kind))(some_layout())
+            layers = hf_model.model.layers if kind == "llama" else hf_model.backbone.layers
+            for layer in layers:
+                fully_shard(layer)
+            with pytest.warns(UserWarning, match="apart is asked at its first forward: its parameters are sharded"):
+                model = fully_shard(wrap(hf_model)).train()
+            if refused:
+                with pytest.raises(ValueError, match=REFUSED):
+                    model(some_layout())
+                continue
+            for _ in range(2):  # the second asks no more
+                output = model(some_layout())
+                torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+                output.loss.backward()
+            assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_weights_that_are_no_numbers_yet() -> None:
@@ -434,17 +461,17 @@ def test_dynamic_rope_never_leaves_its_length() -> None:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("gpt_oss", r"does not implement `s_aux`.*, nor with another; docs/models\.md lists"),
-        ("gemma2", r"`softcap`.*; attn_implementation=.*'eager' keeps them apart, without branches and without searches"),
-        ("gptj", r"GPTJForCausalLM keeps 'eager'; attn_implementation='eager' keeps them apart, without branches"),
-        ("bloom", r"BloomForCausalLM keeps 'eager', nor with another"),
-        ("mamba", r"\(MambaMixer carries rows of one user into the next\), nor with another"),
+        ("gpt_oss", r"does not implement `s_aux`.*; with 'sdpa' or 'eager' users are not kept apart; docs/models\.md"),
+        (
+            "gemma2",
+            r"`softcap`.*; attn_implementation=.*'eager' keeps users apart, without branches and without searches",
+        ),
+        ("gptj", r"GPTJForCausalLM keeps 'eager'; attn_implementation='eager' keeps users apart, without branches"),
+        ("bloom", r"BloomForCausalLM keeps 'eager'; with 'sdpa' or 'eager' users are not"),
+        ("mamba", r"\(MambaMixer carries rows of one user into the next\); with 'sdpa' or 'eager' users are not"),
         ("doge", r"got DogeForCausalLM with keep_window_size, .*depends on its place in the batch"),
         ("roberta", r"a user differs from the same user alone"),
-        (
-            "llama4_text",
-            r"with attn_temperature_tuning, chunked_attention, where what a row sees depends",
-        ),
+        ("llama4_text", r"with attn_temperature_tuning, chunked_attention, where what a row sees depends"),
     ],
 )
 def test_a_refusal_says_why_and_what_works(name: str, advice: str) -> None:

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import patchkern as pk
+from patchkern.models import isolation
 from patchkern.models.attention import NAME
 from patchkern.models.isolation import EVERYWHERE
 from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.models.probe import probe
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 PAGE_VERSION = re.search(r"^transformers (\S+):", PAGE, re.M)[1]
@@ -366,6 +368,25 @@ def test_another_attention_is_asked_again() -> None:
     model.hf_model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="OPTForCausalLM with 'sdpa' attention does not: other users' rows change"):
         model(some_layout())
+
+
+def test_another_dtype_is_asked_again_also_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(isolation, "probe", lambda *arguments: asked.append(arguments) or probe(*arguments))
+    model = wrap(llama(attention_dropout=0.3)).train()
+    model(some_layout()).loss.backward()
+    model.zero_grad()
+    assert len(asked) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        model.to(torch.float16)
+        random = torch.get_rng_state()
+        model._isolation.check(model.hf_model, model.device)
+        assert len(asked) == 2 and torch.equal(torch.get_rng_state(), random)
+        model(some_layout()).loss.backward()
+    assert len(asked) == 2 and model.hf_model.training
+    leak_between_rows(model.hf_model.model.layers[0])
+    with pytest.raises(ValueError, match=REFUSED):
+        model.to(torch.bfloat16)(some_layout())
 
 
 def test_a_search_asks_for_its_own_attention() -> None:

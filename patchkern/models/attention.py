@@ -27,6 +27,9 @@ from patchkern.search.protocol import SpanCache
 
 NAME = "patchkern_varlen"
 
+# what some models hand to attention, and would change its result
+_NOT_IMPLEMENTED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
 
 class DeferredMask:
     """The arguments of a mask that span attention does without; `build` makes it, once, for ordinary SDPA."""
@@ -82,12 +85,9 @@ def attention(
     ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, Lkv, d). Returns the output (B, L, H, d) and no weights.
     ``span_prefix`` and ``max_span_prefix`` are the ``prefix`` and ``max_prefix`` of `span_attention`.
     """
-    for name in ("softcap", "s_aux"):
+    for name in _NOT_IMPLEMENTED:
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{NAME} attention does not implement `{name}`, which {type(module).__name__} uses; "
-                'choose another attn_implementation, such as "eager" or "flash_attention_2"'
-            )
+            raise ValueError(f"{NAME} attention does not implement `{name}`, which {type(module).__name__} uses")
     if span_cache is not None:
         return span_cache.attend(module, query, key, value, scaling), None
     if cu_seq_lens_q is None:
@@ -150,7 +150,7 @@ def _check_packed(
     if mask is not None and (mask.is_custom or mask.local_size not in (None, sliding_window)):
         raise ValueError(
             f"{NAME} attention knows causal and sliding-window spans; {type(module).__name__} asks for another pattern "
-            '(chunked or overlaid); choose attn_implementation="sdpa"'
+            "(chunked or overlaid)"
         )
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{NAME} attention is causal within a span, but {type(module).__name__} is bidirectional")

@@ -25,7 +25,8 @@ from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import attention, files
 from patchkern.models.embedding import EmbeddingScale
-from patchkern.models.searching import attention_for_search, check_spans
+from patchkern.models.isolation import Isolation
+from patchkern.models.searching import attention_for_search
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
@@ -109,8 +110,7 @@ class PatchedCausalLM(nn.Module):
             weight: Any = self.get_input_embeddings().weight
             self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
             self._items_of = catalog.fingerprint
-        if attn_implementation is not None:
-            _set_attention(hf_model, attn_implementation)
+        self._isolation = Isolation(hf_model, attn_implementation)
         self.register_state_dict_post_hook(files.drop_tied)
         self.register_load_state_dict_pre_hook(files.restore_tied)
 
@@ -144,12 +144,8 @@ class PatchedCausalLM(nn.Module):
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
         self._check_length(layout.max_seqlen + layout.max_prefix)
-        if layout.prefix is not None and self._text_config._attn_implementation != attention.NAME:
-            raise ValueError(
-                f"layout: expected spans without prefixes for {self._text_config._attn_implementation!r} attention, "
-                f"which would not see them; choose attn_implementation={attention.NAME!r}"
-            )
         rows = self.embed(layout)
+        self._isolation.check_layout(self.hf_model, layout, rows)
         layout = layout.to(rows.device, non_blocking=True)
         if layout.num_rows == 0:
             loss = None if layout.labels is None else rows.sum()
@@ -323,7 +319,7 @@ class PatchedCausalLM(nn.Module):
 
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """See `patchkern.search.protocol.SearchModel`."""
-        check_spans(self.config, layout, depth)
+        self._isolation.check_search(self.hf_model, layout, depth)
 
     def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
@@ -460,15 +456,6 @@ def _smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, num_items_i
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
-
-
-def _set_attention(hf_model: PreTrainedModel, name: str) -> None:
-    hf_model.set_attn_implementation(name)
-    got = hf_model.config._attn_implementation
-    if got != name:
-        raise ValueError(
-            f"attn_implementation: expected one that {type(hf_model).__name__} takes, got {name!r} (it keeps {got!r})"
-        )
 
 
 def _checkpointing(hf_model: PreTrainedModel, switch: str) -> Callable[..., None]:

@@ -98,9 +98,9 @@ def stand_in(vocab_size: int = VOCABULARY) -> Workload:
         np.minimum(rng.zipf(1.3, title_offsets[-1]), min(20_000, vocab_size - 257))
     ]
     prompt = pk.Prompt(
-        prefix=tuple(range(100, 133)),
+        prefix=(*range(100, 132), vocab_size - 254),
         separator=(vocab_size - 253,),
-        suffix=tuple(range(200, 232)),
+        suffix=(vocab_size - 252, *range(201, 232)),
         response_end=(vocab_size - 247,),
     )
     catalog = pk.Catalog.from_token_ids(words.astype(np.int32), title_offsets.astype(np.int32))

@@ -54,7 +54,7 @@ from transformers import (
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from patchkern.batch.prompt import MARKERS
+from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import Interactions, samples_of
 from patchkern.data.preparation import add_arguments, load
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt

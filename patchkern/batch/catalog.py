@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.columns import flat_array, id_array, is_sequence, title_mapping
+from patchkern.batch.control_tokens import control_tokens, encode_titles, first_control_token, is_tokenizer
 from patchkern.batch.histories import check_offsets
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
@@ -69,14 +70,19 @@ class Catalog:
     def from_titles(cls, titles: Mapping[Any, str], tokenizer: Any) -> Catalog:
         """Tokenise ``{item_id: title}`` on its own, without special tokens.
 
+        Titles are text: one that spells a control token, such as ``<|eot_id|>``, gets the ordinary tokens of its
+        letters, with a warning, and is refused where the tokenizer makes a control token of it all the same.
+
         Args:
             titles: one title per item id, as a mapping or a pandas Series indexed by item id; the catalogue keeps this
                 order.
-            tokenizer: a transformers tokenizer, or any callable from a title to its token ids.
+            tokenizer: of transformers or tokenizers, or any callable from a title to its token ids. Of a callable only
+                a method of a tokenizer is known to have control tokens; titles of others are held against the prompt's
+                when the two meet.
 
         Raises:
             TypeError: ``titles`` is not a mapping to strings, or ``tokenizer`` is not callable.
-            ValueError: a title without tokens.
+            ValueError: a title without tokens or of white space alone, or one that holds a control token.
 
         Examples:
             >>> import patchkern as pk
@@ -89,16 +95,19 @@ class Catalog:
             [2, 3, 4]
         """
         titles = title_mapping(titles)
-        if not callable(tokenizer):
+        if not (callable(tokenizer) or is_tokenizer(tokenizer)):
             raise TypeError(f"tokenizer: expected a tokenizer or a callable, got {type(tokenizer).__name__}")
         texts = list(titles.values())
         for item_id, title in titles.items():
             if not isinstance(title, str):
                 raise TypeError(f"titles[{item_id!r}]: expected a string, got {type(title).__name__}")
-        if hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "convert_tokens_to_ids"):
-            tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        else:
-            tokens = [tokenizer(text) for text in texts]
+            if _is_blank(title):
+                raise ValueError(
+                    f"titles: expected at least one token per item, got none for item {item_id!r}, whose title "
+                    f"{title!r} is blank"
+                )
+        control = control_tokens(tokenizer)
+        tokens = encode_titles(texts, tokenizer, control)
         for item_id, ids in zip(titles, tokens, strict=True):
             if not is_sequence(ids):
                 raise TypeError(f"tokenizer: expected token ids for item {item_id!r}, got {type(ids).__name__}")
@@ -106,6 +115,13 @@ class Catalog:
         np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
         filled = [flat_array("tokenizer", ids) for ids in tokens if len(ids)]
         flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
+        at = first_control_token(flat, control)
+        if at is not None:
+            item = int(np.searchsorted(offsets, at, side="right")) - 1
+            raise ValueError(
+                f"titles[{list(titles)[item]!r}]: expected text that makes ordinary tokens, got the control token "
+                f"{control[int(flat[at])]!r} ({flat[at]}) from {texts[item]!r}"
+            )
         return cls(flat, offsets, id_array(list(titles), "item_ids"), texts)
 
     @classmethod
@@ -139,6 +155,11 @@ class Catalog:
     def lengths(self) -> NDArray[np.int32]:
         """``(n_items,)`` int32, tokens per title."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def distinct_tokens(self) -> frozenset[int]:
+        """The token ids that occur in any title."""
+        return frozenset(np.unique(self.token_ids).tolist())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,6 +220,13 @@ class Catalog:
             _, first = np.unique(ids, return_index=True)
             repeated = np.setdiff1d(np.arange(ids.size), first)
             raise ValueError(f"item_ids: expected distinct ids, got {ids.item(repeated[0])!r} more than once")
+
+
+def _is_blank(title: str) -> bool:
+    """Whether there is nothing to see: white space, control and format characters alone."""
+    if title.isprintable():
+        return not title.strip()
+    return not any(letter.isprintable() and not letter.isspace() for letter in title)
 
 
 def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:

@@ -21,6 +21,10 @@ from patchkern.batch.prompt import Prompt
 
 Levels = NDArray[np.uint8]
 
+# As seconds the year 5138, as milliseconds 1973: no timestamp of a user is as large, unless it counts smaller units.
+_FIRST_IN_MS = 10**11
+_UNITS = ((10**9, "nanoseconds"), (10**6, "microseconds"), (1000, "milliseconds"))
+
 
 class Level(IntEnum):
     """How one history item enters the batch."""
@@ -249,9 +253,10 @@ class TimeSessions:
         check_max_items(self.max_items)
 
     def levels(self, histories: Histories) -> Levels:
-        """Raises a ``ValueError`` for histories without timestamps, or with some that fall."""
+        """Raises a ``ValueError`` for histories without timestamps, with some that fall or that are not in seconds."""
         if histories.timestamps is None:
             raise ValueError("histories: expected timestamps, which TimeSessions goes by, got none")
+        _check_seconds(histories.timestamps)
         waits = np.diff(histories.timestamps, prepend=0)
         starts = histories.offsets[:-1][histories.lengths > 0]
         waits[starts] = 0
@@ -366,6 +371,15 @@ def policy_from_dict(description: Mapping[str, Any]) -> AnyPolicy:
         raise ValueError(f"description: expected a name among {', '.join(_POLICIES)}, got {name!r}")
     policy: AnyPolicy = _POLICIES[name](**arguments)
     return policy
+
+
+def _check_seconds(timestamps: NDArray[np.int64]) -> None:
+    latest = int(timestamps.max(initial=0))
+    if latest >= _FIRST_IN_MS:
+        factor, unit = next((f, u) for f, u in _UNITS if latest >= _FIRST_IN_MS * f // 1000)
+        raise ValueError(
+            f"histories: expected timestamps in seconds, got {latest}, which looks like {unit}; divide by {factor:,}"
+        )
 
 
 def _set_latest(levels: Levels, histories: Histories, count: int, level: Level) -> None:

@@ -6,14 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from patchkern.batch.control_tokens import MARKERS, control_tokens
 from patchkern.batch.histories import is_sequence
 
 HISTORY_MARK = "[HISTORY_SEQUENCE]"
-MARKERS = ("<|history_start|>", "<|history_separator|>", "<|history_end|>")
 _RESERVED = re.compile(r"reserved_special_token_(\d+)")
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
@@ -24,6 +25,9 @@ class Prompt:
 
     One ``separator`` stands between two history entries, the ``suffix`` after the last one. ``response_end`` closes
     the target title. Each part is a sequence of token ids and may be empty.
+
+    Some of these tokens steer the model: separator and ``response_end``, the last of the prefix and the first of the
+    suffix, which frame the history, and those in ``control``. No title may hold one of them.
 
     Examples:
         Two titles of a history and one that follows, as token ids, with the prompt around them.
@@ -40,6 +44,8 @@ class Prompt:
     separator: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     response_end: tuple[int, ...] = ()
+    control: tuple[int, ...] = ()
+    """control tokens of a chat template that stand elsewhere in the prompt"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,8 +56,17 @@ class Prompt:
         """The largest token id of any part, -1 if all are empty."""
         return max((*self.prefix, *self.separator, *self.suffix, *self.response_end), default=-1)
 
+    @cached_property
+    def control_ids(self) -> dict[int, str]:
+        """The token ids that no title may hold, and what each is for."""
+        roles = dict.fromkeys(self.control, "a control token of the prompt")
+        roles |= dict.fromkeys(self.prefix[-1:], "which starts the history in the prompt")
+        roles |= dict.fromkeys(self.suffix[:1], "which ends the history in the prompt")
+        roles |= dict.fromkeys(self.response_end, "the prompt's response_end")
+        return roles | dict.fromkeys(self.separator, "the prompt's separator")
+
     @classmethod
-    def from_chat_template(cls, tokenizer: Any, system: str, instruction: str) -> Prompt:
+    def from_chat_template(cls, tokenizer: Any, system: str | None, instruction: str) -> Prompt:
         """Build the paper's chat prompt from a tokenizer with a chat template.
 
         ``instruction`` contains ``[HISTORY_SEQUENCE]`` once. Three marker tokens frame the history: start ends the
@@ -59,9 +74,13 @@ class Prompt:
         special tokens; a tokenizer with fewer than three gets new ones added, after which the model needs
         ``resize_token_embeddings(len(tokenizer))``. ``response_end`` is the tokenizer's end-of-sequence token.
 
+        ``system`` is None for a template that knows no system message; some templates then write one of their own.
+        Control tokens come from the template: a text that spells one is refused.
+
         Raises:
             TypeError: ``tokenizer`` has no chat template method, or a text is not a string.
-            ValueError: no chat template, no end-of-sequence token, or not exactly one history mark.
+            ValueError: no chat template, no end-of-sequence token, not exactly one history mark, a text that spells a
+                control token, or a template that refuses or drops a message.
 
         Examples:
             >>> import patchkern as pk
@@ -76,7 +95,8 @@ class Prompt:
         """
         if not hasattr(tokenizer, "apply_chat_template"):
             raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
-        for name, text in (("system", system), ("instruction", instruction)):
+        texts = {"instruction": instruction} if system is None else {"system": system, "instruction": instruction}
+        for name, text in texts.items():
             if not isinstance(text, str):
                 raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
         if not getattr(tokenizer, "chat_template", None):
@@ -87,28 +107,38 @@ class Prompt:
             raise ValueError(
                 f"instruction: expected {HISTORY_MARK} exactly once, got it {instruction.count(HISTORY_MARK)} times"
             )
-        if HISTORY_MARK in system:
+        if system is not None and HISTORY_MARK in system:
             raise ValueError(f"system: expected no {HISTORY_MARK}, which belongs in the instruction")
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": instruction}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, found, after = text.partition(HISTORY_MARK)
+        for name, text in texts.items():
+            _check_text(tokenizer, name, text)
+        rendered = _render(tokenizer, system, instruction)
+        if system is not None and system.strip() and rendered == _render(tokenizer, f"{system}.", instruction):
+            raise ValueError(
+                "system: the tokenizer's chat template drops it; pass None and put the text into the instruction"
+            )
+        before, found, after = rendered.partition(HISTORY_MARK)
         if not found:
             raise ValueError(f"tokenizer: its chat template dropped {HISTORY_MARK} from the instruction")
+        if HISTORY_MARK in after:
+            raise ValueError(f"tokenizer: its chat template repeats {HISTORY_MARK} of the instruction")
         start, separator, end = _marker_ids(tokenizer)
 
         def ids(part: str) -> list[int]:
             return list(tokenizer(part, add_special_tokens=False)["input_ids"])
 
+        prefix, suffix = ids(before), ids(after)
+        known = control_tokens(tokenizer)
         return cls(
-            prefix=(*ids(before), start),
+            prefix=(*prefix, start),
             separator=(separator,),
-            suffix=(end, *ids(after)),
+            suffix=(end, *suffix),
             response_end=(tokenizer.eos_token_id,),
+            control=tuple(sorted(known.keys() & {*prefix, *suffix})),
         )
 
     def to_dict(self) -> dict[str, list[int]]:
-        """The four parts as JSON-ready lists."""
-        return {name: list(ids) for name, ids in asdict(self).items()}
+        """The parts as JSON-ready lists; ``control`` only where there is some."""
+        return {name: list(ids) for name, ids in asdict(self).items() if ids or name != "control"}
 
     @classmethod
     def from_dict(cls, parts: Mapping[str, Any]) -> Prompt:
@@ -117,8 +147,38 @@ class Prompt:
             raise TypeError(f"parts: expected a mapping, got {type(parts).__name__}")
         unknown = sorted(set(parts) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"parts: expected prefix, separator, suffix and response_end, got {unknown}")
+            raise ValueError(f"parts: expected {', '.join(field.name for field in fields(cls))}, got {unknown}")
         return cls(**parts)
+
+
+def _render(tokenizer: Any, system: str | None, instruction: str) -> str:
+    """What the chat template makes of the texts; its own errors as a ValueError that names the argument."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": instruction})
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+    except Exception as error:  # templates are programs that raise whatever they like
+        if system is None:
+            raise ValueError(f"tokenizer: its chat template refuses the instruction: {error}") from error
+        _render(tokenizer, None, instruction)
+        raise ValueError(
+            f"system: the tokenizer's chat template refuses it ({error}); pass None and put the text into the "
+            "instruction"
+        ) from error
+
+
+def _check_text(tokenizer: Any, name: str, text: str) -> None:
+    """Refuse a text that spells a control token, which only the template may write."""
+    control = control_tokens(tokenizer)
+    parts = text.split(HISTORY_MARK)
+    ids = [token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    spelled = [control[token] for token in ids if token in control]
+    spelled += [marker for marker in MARKERS if marker in text]  # which the tokenizer may learn only now
+    if spelled:
+        raise ValueError(
+            f"{name}: expected text without control tokens, which are the chat template's to write, got {spelled[0]!r}"
+        )
 
 
 def _token_tuple(name: str, ids: Sequence[int]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch import planner
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.control_tokens import first_control_token
 from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Int32, RowPlan, Spans
@@ -77,6 +78,34 @@ def check_inputs(catalog: Any, policy: Any, prompt: Any) -> None:
     check_policy(policy)
     if not isinstance(prompt, Prompt):
         raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
+    check_titles(catalog, prompt)
+
+
+def check_titles(catalog: Catalog, prompt: Prompt) -> None:
+    """Raise a ValueError if a title holds one of the prompt's `control_ids`: its end could be anywhere.
+
+    The time is that of a few look-ups; a catalogue collects its tokens once.
+    """
+    found = title_with(catalog, prompt.control_ids)
+    if found is not None:
+        token, title = found
+        raise ValueError(
+            f"catalog: expected titles without token {token}, {prompt.control_ids[token]}, got it in {title}; no title "
+            "may write a control token, and a prompt's separator, response_end and markers must be tokens that no "
+            "title needs"
+        )
+
+
+def title_with(catalog: Catalog, control: Mapping[int, str]) -> tuple[int, str] | None:
+    """The first token of any title that is in ``control``, and a name for the title; None without one."""
+    if control.keys().isdisjoint(catalog.distinct_tokens):
+        return None
+    at = first_control_token(catalog.token_ids, control)
+    if at is None:
+        return None
+    item = int(np.searchsorted(catalog.offsets, at, side="right")) - 1
+    title = f"item {catalog.item_ids.item(item)!r}"
+    return int(catalog.token_ids[at]), title if catalog.titles is None else f"{title}, {catalog.titles[item]!r}"
 
 
 def plan_layout(

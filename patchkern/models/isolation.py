@@ -126,7 +126,7 @@ class Isolation:
             ValueError: naming what of the model or the prompts is in the way.
         """
         config = base_of(hf_model).config.get_text_config()
-        if layout.num_rows and int(layout.cu_seqlens.diff().min()) == 0:
+        if layout.num_users and int(layout.cu_seqlens.diff().min()) == 0:
             raise ValueError("histories: expected at least one row per user to predict from, got a user without rows")
         longest = layout.max_seqlen + depth - 1  # nothing follows the last token, so it is never fed
         limit = getattr(config, "max_position_embeddings", None)

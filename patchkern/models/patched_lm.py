@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,10 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.sample_layout import check_titles, title_with
 from patchkern.models import attention, files
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
@@ -103,8 +106,10 @@ class PatchedCausalLM(nn.Module):
         self.policy = policy
         for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
             self._check_token_ids(name, largest)
+        check_titles(catalog, prompt)
+        _warn_of_special_tokens(hf_model, catalog)
         fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end)
-        self._scale = EmbeddingScale(frozenset(catalog.token_ids.tolist()).union(*fixed))
+        self._scale = EmbeddingScale(catalog.distinct_tokens.union(*fixed))
         self.register_parameter("item_embedding", None)
         if item_embeddings:
             weight: Any = self.get_input_embeddings().weight
@@ -147,12 +152,13 @@ class PatchedCausalLM(nn.Module):
         rows = self.embed(layout)
         self._isolation.check_layout(self.hf_model, layout, rows)
         layout = layout.to(rows.device, non_blocking=True)
-        if layout.num_rows == 0:
-            loss = None if layout.labels is None else rows.sum()
+        last = self._last_rows(layout) if layout.logit_rows is None else None
+        if layout.num_rows == 0 or (layout.logit_rows is not None and layout.logit_rows.shape[0] == 0):
+            loss = None if layout.labels is None else 0 * rows.sum()
             return CausalLMOutput(loss=loss, logits=rows.new_zeros(0, self._text_config.vocab_size))
         kwargs = packed_kwargs(layout)
-        if layout.logit_rows is None:
-            kwargs["logits_to_keep"] = self._last_rows(layout)
+        if last is not None:
+            kwargs["logits_to_keep"] = last
         elif smoothing:
             del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
         elif num_items_in_batch is not None:
@@ -445,6 +451,19 @@ def _check_model(hf_model: Any) -> None:
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         raise ValueError(
             f"hf_model: expected a causal LM whose forward takes logits_to_keep, got {type(base).__name__}"
+        )
+
+
+def _warn_of_special_tokens(hf_model: Any, catalog: Catalog) -> None:
+    """Not an error: configurations of models from scratch name ids by default, which mean nothing there."""
+    named = configured_tokens(hf_model)
+    found = title_with(catalog, named)
+    if found is not None:
+        token, title = found
+        warnings.warn(
+            f"catalog: expected no title with a special token of the model, got {token}, its {named[token]}, in "
+            f"{title}; if it is an ordinary token, say so: hf_model.config.{named[token]} = None",
+            stacklevel=3,
         )
 
 

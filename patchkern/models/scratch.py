@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.prompt import MARKERS, Prompt
+from patchkern.batch.control_tokens import MARKERS
+from patchkern.batch.prompt import Prompt
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, *MARKERS)

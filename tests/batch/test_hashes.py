@@ -15,7 +15,7 @@ from hypothesis import given
 import patchkern as pk
 from patchkern.batch.hashes import row_hashes
 
-PROMPT = pk.Prompt(prefix=[1, 2], separator=[3], suffix=[4], response_end=[5])
+PROMPT = pk.Prompt(prefix=[91, 92], separator=[93], suffix=[94], response_end=[95])
 
 
 def contents(layout: pk.PatchLayout) -> list[Any]:

@@ -211,6 +211,14 @@ def test_time_sessions_need_rising_timestamps() -> None:
         pk.TimeSessions().levels(timed([7, 5 + 2], [9, 8]))
 
 
+@pytest.mark.parametrize(("factor", "unit"), [(1000, "milliseconds"), (10**6, "microseconds"), (10**9, "nanoseconds")])
+def test_time_sessions_notice_other_units_than_seconds(factor: int, unit: str) -> None:
+    seconds = [978_300_019, 978_300_055, 4_102_444_800]  # of 2001 and of 2100
+    assert pk.TimeSessions(keep_text=0, keep_items=0).levels(timed(seconds)).tolist() == [1, 2, 1]
+    with pytest.raises(ValueError, match=rf"timestamps in seconds, got \d+, .* like {unit}; divide by {factor:,}"):
+        pk.TimeSessions().levels(timed([factor * t for t in seconds]))
+
+
 # ------------------------------------------------------------------ a budget of rows
 
 

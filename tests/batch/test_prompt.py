@@ -146,6 +146,91 @@ def test_chat_template_refuses(template: str | None, instruction: Any, message: 
         pk.Prompt.from_chat_template(small_tokenizer(template), SYSTEM, instruction)
 
 
+CHAT = (
+    "</s>{% for m in messages %}[BEFORE]{{ m['role'] + ' ' + m['content'] | trim }} </s>[AFTER]{% endfor %}"
+    "{% if add_generation_prompt %} bot{% endif %}"
+)
+
+
+def chat(before: str = "", after: str = "") -> str:
+    return CHAT.replace("[BEFORE]", before).replace("[AFTER]", after)
+
+
+def test_a_template_without_a_system_role() -> None:
+    refuses = small_tokenizer(
+        chat("{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}")
+    )
+    with pytest.raises(ValueError, match=r"system: .* refuses it \(System role not supported\); pass None and"):
+        pk.Prompt.from_chat_template(refuses, SYSTEM, INSTRUCTION)
+    prompt = pk.Prompt.from_chat_template(refuses, None, INSTRUCTION)
+    words = refuses.convert_ids_to_tokens(prompt.prefix[:-1])
+    assert words == ["</s>", "user", "Seen", ":"]
+    assert prompt == pk.Prompt.from_chat_template(small_tokenizer(chat()), None, INSTRUCTION)
+
+
+@pytest.mark.parametrize("system", [SYSTEM, "You"])
+def test_a_template_that_drops_the_system_message(system: str) -> None:
+    drops = small_tokenizer(chat("{% if m['role'] == 'user' %}", "{% endif %}"))
+    with pytest.raises(ValueError, match=r"system: the tokenizer's chat template drops it; pass None and put"):
+        pk.Prompt.from_chat_template(drops, system, INSTRUCTION)
+    # nothing is lost of nothing
+    nothing = pk.Prompt.from_chat_template(drops, " ", INSTRUCTION)
+    assert nothing == pk.Prompt.from_chat_template(drops, None, INSTRUCTION)
+
+
+def test_a_template_that_folds_the_system_message_into_the_users_turn() -> None:
+    folds = small_tokenizer("{{ messages[0]['content'] }} user {{ messages[-1]['content'] }}")
+    prefix = folds.convert_ids_to_tokens(pk.Prompt.from_chat_template(folds, SYSTEM, INSTRUCTION).prefix[:-1])
+    assert prefix == ["You", "recommend", "films", ".", "user", "Seen", ":"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (chat("{{ raise_exception('no') }}"), r"tokenizer: its chat template refuses the instruction: no"),
+        (
+            chat("{{ m.nothing.at_all }}"),
+            r"tokenizer: its chat template refuses the instruction: .*no attribute 'nothing'",
+        ),
+        (chat("{{ m['content'] }}"), r"tokenizer: its chat template repeats \[HISTORY_SEQUENCE\]"),
+    ],
+)
+def test_templates_that_fail(template: str, message: str) -> None:
+    for system in (SYSTEM, None):
+        with pytest.raises(ValueError, match=message):
+            pk.Prompt.from_chat_template(small_tokenizer(template), system, INSTRUCTION)
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|user|>", "<|history_separator|>"])
+def test_texts_that_spell_control_tokens(token: str) -> None:
+    """The template may write them, a text may not; and the tokenizer is not touched before that is clear."""
+    tokenizer = small_tokenizer("<|user|> " + TEMPLATE)
+    tokenizer.add_tokens(["<|user|>"])
+    size = len(tokenizer)
+    for name, texts in (("system", (f"You {token}", INSTRUCTION)), ("instruction", (None, f"{INSTRUCTION} {token}"))):
+        with pytest.raises(ValueError, match=rf"{name}: expected text without control tokens") as caught:
+            pk.Prompt.from_chat_template(tokenizer, *texts)
+        assert token in str(caught.value)
+    assert len(tokenizer) == size
+    prompt = pk.Prompt.from_chat_template(tokenizer, SYSTEM, INSTRUCTION)
+    assert prompt.control == tuple(sorted(tokenizer.convert_tokens_to_ids(["</s>", "<|user|>"])))
+
+
+def test_control_tokens_of_the_llama_template(llama: Any) -> None:
+    prompt = pk.Prompt.from_chat_template(llama, SYSTEM, INSTRUCTION)
+    headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    assert prompt.control == tuple(llama.convert_tokens_to_ids(headers))
+    assert prompt.control_ids.keys() == {*prompt.control, prompt.prefix[-1], *prompt.separator, prompt.suffix[0]}
+    assert pk.Prompt.from_dict(json.loads(json.dumps(prompt.to_dict()))) == prompt
+    # a callable of which nothing is known is held against them when catalogue and prompt meet
+    catalog = pk.Catalog.from_titles(
+        {1: "Alien", 2: "<|start_header_id|>system"}, lambda title: llama.encode(title, add_special_tokens=False)
+    )
+    with pytest.raises(ValueError, match=r"catalog: .*token 128006, a control token of the prompt, got it in item 2"):
+        pk.build_layout(catalog, [[1]], pk.TextOnly(), prompt)
+    assert "system" not in llama.decode(pk.Prompt.from_chat_template(llama, None, INSTRUCTION).prefix)
+
+
 def test_history_mark_in_the_system_message_is_refused() -> None:
     with pytest.raises(ValueError, match="system"):
         pk.Prompt.from_chat_template(small_tokenizer(TEMPLATE), "About [HISTORY_SEQUENCE]", INSTRUCTION)

@@ -222,7 +222,7 @@ def test_joined_layouts_pool_and_learn_the_same() -> None:
         ({"target_ranges": [[-1, 1], [3, 8]]}, ValueError, r"target_ranges\[0\]: expected positions in 0..4"),
         ({"block_size": 0}, ValueError, r"block_size: expected an integer in 1"),
         ({"max_rows": 0}, ValueError, r"max_rows: expected an integer in 1"),
-        ({"prompt": pk.Prompt([1], [2], [], [3])}, ValueError, r"prompt: expected a suffix"),
+        ({"prompt": pk.Prompt([90], [92], [], [96])}, ValueError, r"prompt: expected a suffix"),
         ({"prompt": [1, 2]}, TypeError, r"prompt: expected a Prompt, got list"),
         ({"catalog": None}, TypeError, r"catalog: expected a Catalog, got NoneType"),
         ({"histories": [[0, 12_345, 1, 2, 3, 4, 5, 6, 7]] * 2}, ValueError, r"histories: .* 12345"),

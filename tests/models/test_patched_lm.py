@@ -445,6 +445,15 @@ def test_user_without_rows_has_nothing_to_predict_from() -> None:
     model = PatchedCausalLM(tiny("llama"), CATALOG, bare)
     with pytest.raises(ValueError, match="got a user without rows"):
         model(pk.build_layout(CATALOG, [[1], [], [2]], pk.TextOnly(), bare))
+    for lone in ([[]], [[], []]):
+        with pytest.raises(ValueError, match="got a user without rows"):
+            model(pk.build_layout(CATALOG, lone, pk.TextOnly(), bare))
+    assert model(pk.build_layout(CATALOG, [], pk.TextOnly(), bare)).logits.shape == (0, VOCABULARY)
+    # a title of one token and nothing before it or after: there is nothing to learn, and no NaN
+    alone = next(item for item, title in enumerate(TITLES) if len(title) == 1)
+    output = model(pk.build_layout(CATALOG, [[]], pk.TextOnly(), bare, [alone]))
+    assert output.loss.item() == 0 and output.logits.shape == (0, VOCABULARY)
+    output.loss.backward()
     assert model(pk.build_layout(CATALOG, [[1], [2]], pk.TextOnly(), bare)).logits.shape == (2, VOCABULARY)
 
 

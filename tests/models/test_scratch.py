@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchkern as pk
 from patchkern import Catalog
-from patchkern.batch.prompt import MARKERS
+from patchkern.batch.control_tokens import MARKERS
 from patchkern.models.scratch import SPECIAL_TOKENS, fit_tokenizer, from_scratch, scratch_model, scratch_prompt
 
 TITLES = [f"The {colour} {thing} {part}" for colour in ("Red", "Grey") for thing in ("Ship", "Ark") for part in "12345"]

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import patchkern as pk
 from bench.training_providers import make_model, patchkern_loss, reference_loss
 from bench.workloads import POLICIES, stand_in
-from patchkern.batch.prompt import MARKERS
+from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate as count
 from patchkern.training import SETTINGS, checkpoints

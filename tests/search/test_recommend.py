@@ -327,8 +327,13 @@ def test_errors_name_the_argument(arguments: dict[str, Any], error: type[Excepti
 
 def test_a_user_without_rows() -> None:
     model = make_model(make_titles(4), prompt=pk.Prompt(prefix=[], separator=[], suffix=[], response_end=[96]))
-    with pytest.raises(ValueError, match="histories: expected at least one row per user to predict from"):
-        model.recommend([[0], []], POLICIES["text"], 1, 1)
+    for histories in ([[0], []], [[]], [[], []]):
+        for search in ("beam", "exact", "diverse"):
+            with pytest.raises(ValueError, match="histories: expected at least one row per user to predict from"):
+                model.recommend(histories, POLICIES["text"], 1, 1, search=search)
+        with pytest.raises(ValueError, match="histories: expected at least one row per user to predict from"):
+            model.score_items(histories, POLICIES["text"])
+    assert model.recommend([], POLICIES["text"], 1, 1) == []
 
 
 def test_more_recommendations_than_items() -> None:

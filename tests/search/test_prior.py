@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("error::patchkern.search.recommend.Unpro
 
 # few tokens, so that titles begin each other, share their beginnings and are equal
 catalogues = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=16)
-ends = st.lists(st.integers(0, 2), max_size=2)
+ends = st.lists(st.integers(95, 97), max_size=2)  # which no title may hold
 values = st.sampled_from([-math.inf, -3.0, -1.0, -0.25, 0.0, 0.0, 0.5, 2.0, 40.0])
 WEIGHTS = [0.0, 0.3, 1.0, 1e4]
 
@@ -106,7 +106,7 @@ def test_brute_force(
 
 
 @settings(max_examples=60)
-@given(catalogues, ends, st.integers(1, 3), st.data())
+@given(catalogues, st.lists(st.integers(0, 2), max_size=2), st.integers(1, 3), st.data())
 def test_best_values_of_the_tree(sequences: list[list[int]], end: list[int], n_users: int, data: st.DataObject) -> None:
     trie = Trie.from_catalog(make_catalog(dict(enumerate(sequences))), end)
     table = torch.tensor(

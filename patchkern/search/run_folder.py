@@ -134,9 +134,7 @@ def read_stamp(part: Part, run_hash: str) -> Stamp:
     try:
         metadata = pq.read_metadata(part.path).metadata or {}
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{part.path}: expected a parquet file, which can be removed and is written anew: {error}"
-        ) from error
+        raise ValueError(f"{part.path}: expected a parquet file; removed, it is computed anew: {error}") from error
     if _METADATA not in metadata:
         raise ValueError(f"{part.path}: expected a part written by recommend_to_disk, got one without a run's hash")
     content = _parsed(part.path, metadata[_METADATA])

@@ -108,7 +108,7 @@ class ItemFilter:
                 whose = f"{whose} ({allowed[user]}) {unseen}"
             raise ValueError(
                 f"k: expected at most {left[user]}, {whose}, got {k}; {short.size} of {self._n_users} users have fewer "
-                'than that left, short="allow" gives them what there is'
+                f'than {k} left, and short="allow" gives them what there is'
             )
 
     def _counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

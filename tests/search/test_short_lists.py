@@ -188,6 +188,14 @@ def test_strings_name_items_and_users() -> None:
         assert [item for item, _ in row] == ranked(table, titles, 6)
 
 
+def test_the_keys_of_a_mapping_are_names(model: pk.PatchedCausalLM) -> None:
+    given = {"ada": [1, 2], "bob": list(range(12))}
+    with pytest.raises(ValueError, match="that user 'bob' has not seen, got 3"):
+        model.recommend(given, POLICIES["text"], 3, 3, exclude_seen=True)
+    lists, summary = counted(model, given, k=3, num_beams=12, exclude_seen=True, short="allow")
+    assert [len(user) for user in lists] == [3, 0] and summary.short_examples == ("bob",)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

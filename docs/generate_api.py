@@ -146,8 +146,10 @@ def of_docstring(described: Any) -> Iterator[str]:
         elif kind == "examples":
             yield "**Example**"
             yield from (prose(text) for _, text in section.value)
-        elif kind == "raises":
-            yield "\n".join(["**Raises**", ""] + [item(str(e.annotation), "", e.description) for e in section.value])
+        elif kind in ("raises", "warns"):
+            yield "\n".join(
+                [f"**{kind.title()}**", ""] + [item(str(e.annotation), "", e.description) for e in section.value]
+            )
         elif kind in ("returns", "yields"):
             yield f"**{TITLES[kind]}** " + " ".join(prose(entry.description) for entry in section.value)
         elif kind in TITLES:

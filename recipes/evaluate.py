@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,6 +51,8 @@ PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior}
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     args = parse(argv)
     folder = find_model(args.checkpoint, "checkpoint")
+    path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
+    check_writable(path)
     data = load(args)
     samples = Samples(*(column[: args.limit] for column in samples_of(data, args.split)))
 
@@ -69,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     found = recommend(model, data, samples, policy, args)
     seconds = time.perf_counter() - started
     results = {"this model": found}
-    path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
+    say(results)
     write_csv(path, data, samples, found)
     if args.prior != "none":
         prior = PRIORS[args.prior](data, catalog)
         weight = fitted_weight(model, data, policy, prior, args) if args.prior_weight is None else args.prior_weight
         found = recommend(model, data, samples, policy, args, prior=prior, prior_weight=weight)
         results[f"+ {args.prior} (weight {weight:g})"] = found
+        say(results)
         write_csv(path.with_name(f"{path.stem}-{args.prior}{path.suffix}"), data, samples, found)
     results |= yardsticks(data, samples, catalog, None if args.exclude_seen else 100)
 
@@ -84,6 +89,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     ambiguous = found[-1].num_ambiguous
     print(f"\n{ambiguous:,} samples whose target shares its title with another item; per user: {path}", flush=True)
     return results
+
+
+def say(results: dict[str, list[Evaluation]]) -> None:
+    """The latest result, before it is written: a failing write must not take it along."""
+    name, found = list(results.items())[-1]
+    print(f"{name}: {'; '.join(map(str, found))}", flush=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError where the file could not be written, which is better known before the search."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        message = f"--output: expected a place for {path.name} that can be written, got {os.fspath(path.parent)!r}"
+        raise type(error)(error.errno, f"{message}: {error.strerror}") from error
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,6 +132,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     check_prior(parser, args)
+    if args.num_beams < max(KS):
+        parser.error(f"--num_beams: expected at least {max(KS)}, the length of the lists, got {args.num_beams}")
     if args.metric == "paper" and (args.exclude_seen or args.num_beams != max(KS)):
         parser.error(
             "--metric paper: expected neither --exclude_seen nor --num_beams, which its protocol does not have"

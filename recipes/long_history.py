@@ -168,6 +168,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least 1, got {value}")
     args.budget = parse_bytes("--budget", args.budget)
     args.policies = list(dict.fromkeys(args.policies))
+    if args.num_beams < args.k:
+        parser.error(
+            f"--num_beams: expected at least k={args.k}, or lists are too short to count, got {args.num_beams}"
+        )
     return args
 
 

@@ -179,6 +179,15 @@ class Catalog:
         Raises:
             ValueError: an id that the catalogue does not hold; the message names ``argument``.
         """
+        index = self.find(item_ids, argument)
+        if index.size and index.min() < 0:
+            at = int(np.flatnonzero(index.ravel() < 0)[0])
+            got = id_array(item_ids, argument).item(at)
+            raise ValueError(f"{argument}: expected item ids of the catalog, got {got!r} at position {at}")
+        return index
+
+    def find(self, item_ids: ArrayLike, argument: str = "item_ids") -> NDArray[np.int32]:
+        """As `index_of`, with -1 for ids that the catalogue does not hold."""
         ids = id_array(item_ids, argument)
         if ids.size == 0:
             return np.zeros(ids.shape, np.int32)
@@ -188,16 +197,11 @@ class Catalog:
             raise TypeError(f"{argument}: expected {expected} item ids as in the catalog, got {got} ids")
         if self._positions is not None:
             index = np.fromiter((self._positions.get(i, -1) for i in ids.ravel().tolist()), np.int32, ids.size)
-            index = index.reshape(ids.shape)
-        else:
-            shifted = ids - self._first_id
-            # One unsigned comparison catches ids on both sides of the table.
-            inside = shifted.view(np.uint64) < self._table.size
-            index = self._table[shifted] if inside.all() else self._table[np.where(inside, shifted, self._hole)]
-        if index.min() < 0:
-            at = int(np.flatnonzero(index.ravel() < 0)[0])
-            raise ValueError(f"{argument}: expected item ids of the catalog, got {ids.item(at)!r} at position {at}")
-        return index
+            return index.reshape(ids.shape)
+        shifted = ids - self._first_id
+        # One unsigned comparison catches ids on both sides of the table.
+        inside = shifted.view(np.uint64) < self._table.size
+        return self._table[shifted] if inside.all() else self._table[np.where(inside, shifted, self._hole)]
 
     def _build_lookup(self) -> None:
         """Integer ids of a bounded range get a table, all others a dict."""

@@ -234,6 +234,14 @@ class Histories:
         index = self._users(users)
         return self._gather(self.offsets[index], self.lengths[index])
 
+    def keep(self, mask: NDArray[np.bool_]) -> Histories:
+        """The same users with those items alone for which ``mask``, ``(N,)`` in the order of ``items``, is true."""
+        kept = object.__new__(Histories)
+        kept.items = self.items[mask]
+        kept.offsets = np.append(0, np.cumsum(mask))[self.offsets]
+        kept.timestamps = None if self.timestamps is None else self.timestamps[mask]
+        return kept
+
     def before(self, users: ArrayLike, positions: ArrayLike, max_items: int | None = None) -> Histories:
         """For each sample, the items of ``users[s]`` before ``positions[s]``, cut to the latest ``max_items``."""
         check_max_items(max_items)

@@ -291,7 +291,8 @@ class PatchedCausalLM(nn.Module):
 
         Args:
             options: its other arguments: ``allowed_items``, ``length_penalty``, ``normalize``, ``prior``,
-                ``prior_weight``, ``max_expansions``, ``user_cache``, ``user_ids``, ``progress``.
+                ``prior_weight``, ``max_expansions``, ``user_cache``, ``user_ids``, ``short``, ``unknown`` and
+                ``progress``.
 
         Examples:
             >>> import patchkern as pk

@@ -4,34 +4,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
+from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, is_sequence
 from patchkern.budget.search import parse_bytes
 from patchkern.search.user_cache import UserCache
 
 SEARCHES = ("beam", "exact", "diverse")
 NORMALIZATIONS = ("titles", "items")
+SHORT = ("error", "allow")
+UNKNOWN = ("error", "drop")
 
 
-def cache_names(histories: Histories, user_cache: Any, user_ids: Any) -> list[Hashable]:
-    """What the users are called in the cache; nothing without one."""
-    if user_cache is None:
-        if user_ids is not None:
-            raise ValueError("user_ids: expected None without a user_cache")
-        return []
-    if not isinstance(user_cache, UserCache):
-        raise TypeError(f"user_cache: expected a UserCache or None, got {type(user_cache).__name__}")
+def users_named(given: Any, n_users: int, user_ids: Any) -> list[Hashable]:
+    """What the caller calls the users: ``user_ids``, else the keys of a mapping, else 0, 1, 2, ..."""
     if user_ids is None:
-        return list(range(len(histories)))
+        return list(given) if isinstance(given, Mapping) else list(range(n_users))
     if not is_sequence(user_ids):
         raise TypeError(f"user_ids: expected a sequence of names, got {type(user_ids).__name__}")
-    if len(user_ids) != len(histories):
-        raise ValueError(f"user_ids: expected one per user ({len(histories)}), got {len(user_ids)}")
-    return list(user_ids)
+    if len(user_ids) != n_users:
+        raise ValueError(f"user_ids: expected one per user ({n_users}), got {len(user_ids)}")
+    names: list[Hashable] = user_ids.tolist() if isinstance(user_ids, np.ndarray) else list(user_ids)
+    for place, name in enumerate(names):
+        if not isinstance(name, Hashable):
+            raise TypeError(f"user_ids[{place}]: expected something hashable, got {type(name).__name__}")
+    return names
+
+
+def check_cache(user_cache: Any) -> None:
+    if user_cache is not None and not isinstance(user_cache, UserCache):
+        raise TypeError(f"user_cache: expected a UserCache or None, got {type(user_cache).__name__}")
+
+
+def check_leniency(short: Any, unknown: Any) -> None:
+    for name, value, kinds in (("short", short, SHORT), ("unknown", unknown, UNKNOWN)):
+        if value not in kinds:
+            raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {value!r}")
+
+
+def known_histories(
+    catalog: Catalog, histories: Histories, unknown: str, names: Sequence[Hashable]
+) -> tuple[Histories, NDArray[np.int64]]:
+    """The histories without the items that the catalogue does not hold, and how many those were, ``(B,)``.
+
+    Raises:
+        ValueError: there are some, and ``unknown`` is ``"error"``.
+    """
+    is_known = catalog.find(histories.items, "histories") >= 0
+    counts = np.diff(np.append(0, np.cumsum(~is_known))[histories.offsets])
+    if not counts.any():
+        return histories, counts
+    if unknown == "error":
+        user, at = int(np.flatnonzero(counts)[0]), int(np.flatnonzero(~is_known)[0])
+        got, position = histories.items[at : at + 1].tolist()[0], at - int(histories.offsets[user])
+        raise ValueError(
+            f"histories: expected item ids of the catalog, got {got!r} at position {position} of user {names[user]!r}; "
+            f'{counts.sum()} of {np.count_nonzero(counts)} users are unknown, which unknown="drop" leaves out'
+        )
+    return histories.keep(is_known), counts
+
+
+def of_users(name: str, value: Any, users: NDArray[np.int64], n_users: int) -> Any:
+    """The part of an argument that is about some users; what is about all of them stays."""
+    is_array = isinstance(value, (np.ndarray, Tensor))
+    if value.ndim != 2 if is_array else not (is_sequence(value) and len(value) and is_sequence(value[0])):
+        return value
+    if len(value) != n_users:
+        raise ValueError(f"{name}: expected one row per user ({n_users}), got {len(value)}")
+    return value[users] if is_array else [value[user] for user in users.tolist()]
 
 
 def check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ def in_batches(
     memory_budget: int | str | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    names: Sequence[Hashable] | None = None,
 ) -> Iterator[tuple[Users, T]]:
     """Run ``compute`` on users of about equal length together, the longest first.
 
@@ -51,24 +52,23 @@ def in_batches(
         compute: called with the users of a batch, their prompts, and the rows of a prompt to compute at once. It is
             called again, with fewer users, where memory did not suffice; so it must leave nothing behind but what it
             returns.
+        names: what the users are called in errors; 0, 1, 2, ... where not given.
 
     Returns:
         The users of each batch, as indices into ``histories``, and what ``compute`` returned for them: every user once.
 
     Raises:
-        ValueError: a user who does not fit into the budget; it says how many items would, under which policy.
+        ValueError: a user whose prompt the model does not take, or who does not fit into the budget; it says how many
+            items would, under which policy.
     """
-    counts = row_counts(model.catalog, histories, policy, model.prompt)
-    if memory_budget is None:
-        cost, budget = None, 0
+    names = range(len(histories)) if names is None else names
+    budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
+    cost = None if budget is None else SearchCost(model, size)
+    counts, plan = plan_users(model, histories, policy, depth, names, cost, budget, batch_size)
+    if plan is None:
         order = np.argsort(-counts, kind="stable")
         waiting: Waiting = deque((order[i : i + batch_size], None) for i in range(0, order.size, batch_size))
     else:
-        cost, budget = SearchCost(model, size), parse_bytes("memory_budget", memory_budget)
-        try:
-            plan = cost.plan(counts, budget, batch_size)
-        except UserTooLarge as error:
-            raise _with_advice(error, model, histories) from None
         waiting = deque((batch.users, batch.chunk_rows) for batch in plan.batches)
     most = batch_size
     with tqdm(total=len(histories), unit="user", disable=not progress) as bar:
@@ -79,7 +79,7 @@ def in_batches(
                 continue
             layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
             model.check_search(layout, depth)
-            if cost is not None and users.size > 1:
+            if cost is not None and budget is not None and users.size > 1:
                 # a policy that draws at random may have drawn other rows than were planned for
                 needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
                 if needed.peak > budget:
@@ -92,7 +92,7 @@ def in_batches(
                 if not is_out_of_memory(error):
                     raise
                 if users.size == 1:
-                    raise _alone(error, users, layout, chunk_rows) from error
+                    raise _alone(error, names[users[0]], layout, chunk_rows) from error
                 failure = str(error).partition("\n")[0]
             if failure is None:
                 yield users, found
@@ -105,6 +105,37 @@ def in_batches(
                 f"out of memory with {users.size} users at once, going on with {most}: {failure}", stacklevel=3
             )
             waiting.appendleft((users, chunk_rows))
+
+
+def plan_users(
+    model: SearchModel,
+    histories: Histories,
+    policy: AnyPolicy,
+    depth: int,
+    names: Sequence[Hashable],
+    cost: SearchCost | None,
+    memory_budget: int | str | None,
+    batch_size: int,
+) -> tuple[NDArray[np.int64], SearchPlan | None]:
+    """``(B,)`` rows of every user's prompt; and with a ``cost`` the batches that fit into the budget.
+
+    Raises:
+        ValueError: naming the user whose prompt the model does not take, or who does not fit into the budget.
+    """
+    counts = row_counts(model.catalog, histories, policy, model.prompt)
+    # what a model does not take is too long or empty
+    for user in sorted({int(counts.argmax()), int(counts.argmin())}) if counts.size else ():
+        layout = build_layout(model.catalog, histories.take([user]), policy, model.prompt)
+        try:
+            model.check_search(layout, depth)
+        except ValueError as error:
+            raise ValueError(f"{error} (user {names[user]!r})") from None
+    if cost is None or memory_budget is None:
+        return counts, None
+    try:
+        return counts, cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size)
+    except UserTooLarge as error:
+        raise _with_advice(error, model, histories, names) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -121,26 +152,29 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _alone(error: Exception, users: Users, layout: PatchLayout, chunk_rows: int | None) -> Exception:
+def _alone(error: Exception, name: Hashable, layout: PatchLayout, chunk_rows: int | None) -> Exception:
     chunk = f", computed {chunk_rows} at a time" if chunk_rows is not None else ""
     message = (
-        f"out of memory with user {users[0]} alone, whose prompt has {layout.num_rows} rows{chunk}; keep fewer items "
+        f"out of memory with user {name!r} alone, whose prompt has {layout.num_rows} rows{chunk}; keep fewer items "
         f"(max_items) or compress them more: {error}"
     )
     return type(error)(message) if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else RuntimeError(message)
 
 
-def _with_advice(error: UserTooLarge, model: SearchModel, histories: Histories) -> UserTooLarge:
+def _with_advice(
+    error: UserTooLarge, model: SearchModel, histories: Histories, names: Sequence[Hashable]
+) -> UserTooLarge:
     """Say what this user could have instead."""
     history = histories[error.user]
-    names: dict[str, AnyPolicy] = {"as text": TextOnly(None), "under ItemPatches(20)": ItemPatches(20, None)}
-    names["under SessionPatches(20)"] = SessionPatches(20, None)
+    policies: dict[str, AnyPolicy] = {"as text": TextOnly(None), "under ItemPatches(20)": ItemPatches(20, None)}
+    policies["under SessionPatches(20)"] = SessionPatches(20, None)
     fitting = {
         name: longest_history(model.catalog, history, policy, model.prompt, error.max_rows)
-        for name, policy in names.items()
+        for name, policy in policies.items()
     }
     counts = ", ".join(f"{count} {name}" for name, count in fitting.items())
-    message = f"{error}. Of this user's {len(history)} items the latest {counts} would fit (max_items)"
+    needs = str(error).replace(f"of user {error.user},", f"of user {names[error.user]!r},", 1)
+    message = f"{needs}. Of this user's {len(history)} items the latest {counts} would fit (max_items)"
     return UserTooLarge(message, error.user, error.needed, error.max_rows)
 
 

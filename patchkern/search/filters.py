@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,26 @@ class ItemFilter:
         allowed_items: None for every item, one sequence of item ids for all users, one sequence per user, or booleans
             in catalogue order: ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor.
         exclude_seen: leave out the items of a user's history.
+        names: what the users are called in errors; 0, 1, 2, ... where not given.
+        drop_unknown: leave out ids of ``allowed_items`` that the catalogue does not hold, and count them.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, catalog: Catalog, histories: Histories, allowed_items: Any, exclude_seen: bool) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        histories: Histories,
+        allowed_items: Any,
+        exclude_seen: bool,
+        names: Sequence[Hashable] | None = None,
+        drop_unknown: bool = False,
+    ) -> None:
         self._n_users, self._n_items = len(histories), len(catalog)
+        self.names: Sequence[Hashable] = range(self._n_users) if names is None else names
+        self.num_unknown = 0
+        self._drop_unknown = drop_unknown
         self._mask: NDArray[np.bool_] | None = None  # (1 or B, n_items)
         self._listed: Histories | None = None  # distinct catalogue indices of every user
         self._has_allowed = allowed_items is not None
@@ -57,13 +71,24 @@ class ItemFilter:
             raise TypeError(f"allowed_items: expected item ids, one sequence per user or None, got {given!r}")
         if not (len(given) and is_sequence(given[0])):
             self._mask = np.zeros((1, self._n_items), bool)
-            self._mask[0, catalog.index_of(given, "allowed_items")] = True
+            self._mask[0, self._index(catalog, given, "allowed_items")] = True
             return
         if len(given) != self._n_users:
             raise ValueError(f"allowed_items: expected one sequence per user ({self._n_users}), got {len(given)}")
-        indices = [catalog.index_of(items, f"allowed_items[{user}]") for user, items in enumerate(given)]
+        indices = [
+            self._index(catalog, items, f"allowed_items[{name!r}]")
+            for name, items in zip(self.names, given, strict=True)
+        ]
         owner = np.repeat(np.arange(self._n_users), [len(index) for index in indices])
         self._listed = self._distinct(owner, np.concatenate(indices))
+
+    def _index(self, catalog: Catalog, given: Any, argument: str) -> NDArray[np.int32]:
+        if not self._drop_unknown:
+            return catalog.index_of(given, argument)
+        index = catalog.find(given, argument)
+        known = index[index >= 0]
+        self.num_unknown += index.size - known.size
+        return known
 
     def _distinct(self, owner: NDArray[np.int64], index: NDArray[np.integer[Any]]) -> Histories:
         pairs = np.unique(owner * self._n_items + index)
@@ -72,30 +97,38 @@ class ItemFilter:
 
     def check(self, k: int) -> None:
         """Raise unless every user may get ``k`` items."""
+        allowed, left = self._counts()
+        short = np.flatnonzero(left < k)
+        if short.size:
+            user = int(short[0])
+            name = f"user {self.names[user]!r}"
+            whose = f"the allowed_items of {name}" if self._has_allowed else "the items of the catalog"
+            if self._seen is not None:
+                unseen = "that it has not seen" if self._has_allowed else f"that {name} has not seen"
+                whose = f"{whose} ({allowed[user]}) {unseen}"
+            raise ValueError(
+                f"k: expected at most {left[user]}, {whose}, got {k}; {short.size} of {self._n_users} users have fewer "
+                f'than {k} left, and short="allow" gives them what there is'
+            )
+
+    def _counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(B,)`` how many items each user is allowed, and how many of those it has not seen."""
         allowed = np.full(self._n_users, self._n_items)
         if self._mask is not None:
             allowed[:] = self._mask.sum(axis=1)
         elif self._listed is not None:
             allowed = self._listed.lengths
-        left = allowed.copy()
-        if self._seen is not None:
-            owner, seen = np.repeat(np.arange(self._n_users), self._seen.lengths), self._seen.items
-            if self._mask is not None:
-                counted = self._mask[owner if len(self._mask) > 1 else 0, seen]
-            elif self._listed is not None:
-                listed = np.repeat(np.arange(self._n_users), self._listed.lengths) * self._n_items + self._listed.items
-                counted = np.isin(owner * self._n_items + seen, listed)
-            else:
-                counted = np.ones(len(seen), bool)
-            left -= np.bincount(owner[counted], minlength=self._n_users)
-        short = np.flatnonzero(left < k)
-        if short.size:
-            user = int(short[0])
-            whose = f"the allowed_items of user {user}" if self._has_allowed else "the items of the catalog"
-            if self._seen is not None:
-                unseen = "that it has not seen" if self._has_allowed else f"that user {user} has not seen"
-                whose = f"{whose} ({allowed[user]}) {unseen}"
-            raise ValueError(f"k: expected at most {left[user]}, {whose}, got {k}")
+        if self._seen is None:
+            return allowed, allowed
+        owner, seen = np.repeat(np.arange(self._n_users), self._seen.lengths), self._seen.items
+        if self._mask is not None:
+            counted = self._mask[owner if len(self._mask) > 1 else 0, seen]
+        elif self._listed is not None:
+            listed = np.repeat(np.arange(self._n_users), self._listed.lengths) * self._n_items + self._listed.items
+            counted = np.isin(owner * self._n_items + seen, listed)
+        else:
+            counted = np.ones(len(seen), bool)
+        return allowed, allowed - np.bincount(owner[counted], minlength=self._n_users)
 
     @property
     def is_open(self) -> bool:
@@ -132,7 +165,7 @@ class ItemPrior:
         prior: floats in catalogue order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a
             callable that returns the latter for the `Histories` of B users. -inf leaves an item out.
         weight: at least 0.
-        k: items that every user must be left with.
+        k: items that every user must be left with; 0 where lists may be shorter.
         dtype: of the scores.
 
     Raises:
@@ -186,9 +219,10 @@ class ItemPrior:
         short = (left < self._k).nonzero()
         if len(short):
             at = int(short[0])
+            name = self._items.names[users[at]]
             raise ValueError(
-                f"k: expected at most {int(left[at])}, the items of user {users[at]} that prior does not leave out, "
-                f"got {self._k}"
+                f"k: expected at most {int(left[at])}, the items of user {name!r} that prior does not leave out, got "
+                f'{self._k}; short="allow" gives the user what there is'
             )
         return weighted
 
@@ -196,8 +230,8 @@ class ItemPrior:
         user, item = is_bad.nonzero()[0].tolist()
         return ValueError(
             f"prior: expected -inf, or numbers that are finite in {self._dtype} when multiplied by prior_weight="
-            f"{self._weight}, got {float(values[user, item])} for user {users[user]} and item "
-            f"{self._catalog.item_ids.item(item)!r}"
+            f"{self._weight}, got {float(values[user, item])} for user "
+            f"{self._items.names[users[user]]!r} and item {self._catalog.item_ids.item(item)!r}"
         )
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +28,11 @@ from patchkern.batch.policies import AnyPolicy
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.evaluation.yardsticks import Follows, in_training
+from patchkern.search.arguments import check_leniency, known_histories, of_users, users_named
 from patchkern.search.filters import ItemFilter, ItemPrior
 from patchkern.search.protocol import SearchModel
 from patchkern.search.recommend import recommend
+from patchkern.search.summary import PartialListsWarning
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 """What `fit_prior_weight` tries."""
@@ -140,6 +143,9 @@ def fit_prior_weight(
     candidates: int = 50,
     exclude_seen: bool = False,
     allowed_items: Any = None,
+    short: str = "error",
+    unknown: str = "error",
+    user_ids: Sequence[Hashable] | None = None,
     **options: Any,
 ) -> PriorFit:
     """The weight of a prior that ranks best, found with two searches for all weights together.
@@ -160,37 +166,72 @@ def fit_prior_weight(
         weights: to try, at least 0.
         k: of the NDCG.
         candidates: at least ``k``, of the model and of the prior each; fewer where a user may get fewer items.
+        short: users for whom fewer than ``k`` items are left: ``"error"`` refuses the call, ``"allow"`` leaves their
+            samples out of the fit.
+        unknown: as in ``recommend``; ``"drop"`` also leaves samples out of the fit whose target the catalogue does not
+            hold, for no weight can rank them.
+        user_ids: names of the B users, as in ``recommend``.
         options: further ones of ``recommend``, such as ``batch_size``, ``memory_budget``, ``length_penalty``, and
             ``user_cache``, with which the prompts are computed once and not twice.
 
+    Warns:
+        PartialListsWarning: items or samples were left out.
+
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, the user, what was expected and what came; no sample is left.
     """
     tried = _weights(weights)
     check_count("k", k, minimum=1)
     check_count("candidates", candidates, minimum=k)
-    histories, catalog = Histories.coerce(histories), model.catalog
-    n_users = len(histories)
-    expected = catalog.index_of(np.asarray(targets), "targets")
+    check_leniency(short, unknown)
+    given, catalog = Histories.coerce(histories), model.catalog
+    n_users = len(given)
+    names = users_named(histories, n_users, user_ids)
+    target_ids = np.asarray(targets)
+    expected = catalog.find(target_ids, "targets")
     if expected.shape != (n_users,) or n_users == 0:
         raise ValueError(f"targets: expected one per user ({n_users}) and at least one, got shape {expected.shape}")
-    items = ItemFilter(catalog, histories, allowed_items, exclude_seen)
-    items.check(k)
-    known = ItemPrior(catalog, histories, items, prior, 1.0, k, torch.float64)
-
-    left = min(int((table > -math.inf).sum(dim=1).min()) for _, table in _tables(known, n_users))
-    own, further = min(candidates, left), min(candidates, left - min(candidates, left))
+    gone = np.flatnonzero(expected < 0)
+    if gone.size and unknown == "error":
+        got = target_ids[gone[:1]].tolist()[0]
+        raise ValueError(f"targets: expected item ids of the catalog, got {got!r} for user {names[gone[0]]!r}")
+    kept, _ = known_histories(catalog, given, unknown, names)
+    items = ItemFilter(catalog, kept, allowed_items, exclude_seen, names, unknown == "drop")
+    least = k if short == "error" else 0
+    items.check(least)
+    known = ItemPrior(catalog, kept, items, prior, 1.0, least, torch.float64)
     shared: dict[str, Any] = {"allowed_items": allowed_items, "exclude_seen": exclude_seen, "prior": prior}
-    found = recommend(model, histories, policy, own, own, prior_weight=0.0, **shared, **options)
+    options |= {"user_ids": names, "unknown": unknown}
+
+    counts = torch.cat([(table > -math.inf).sum(dim=1) for _, table in _tables(known, n_users)]).numpy()
+    useful = np.flatnonzero((expected >= 0) & (counts >= k))
+    if useful.size < n_users:
+        told = (
+            f"{n_users - useful.size} of {n_users} samples have targets that the catalog does not hold, or fewer than"
+        )
+        if not useful.size:
+            raise ValueError(f"targets: expected samples to fit on, got none: {told} k={k} items left")
+        message = f"targets: {told} k={k} items left; they were left out of the fit"
+        warnings.warn(PartialListsWarning(message), stacklevel=2)
+        shared |= {name: of_users(name, shared[name], useful, n_users) for name in ("allowed_items", "prior")}
+        options["user_ids"] = [names[user] for user in useful]
+        own = shared.pop("prior")
+        return fit_prior_weight(
+            model, given.take(useful), target_ids[useful], policy, own, weights=weights, k=k, candidates=candidates,
+            **shared, **options,
+        )  # fmt: skip
+    left = int(counts.min())
+    own, further = min(candidates, left), min(candidates, left - min(candidates, left))
+    found = recommend(model, given, policy, own, own, prior_weight=0.0, **shared, **options)
     scored = _Candidates.of(found, catalog, known)
     if further:
         items_too = list(catalog.item_ids[scored.missing(known, further)])
         # as many beams as items: nothing is cut, so these are their scores and no search
-        found_too = recommend(model, histories, policy, further, further, allowed_items=items_too, **options)
+        found_too = recommend(model, given, policy, further, further, allowed_items=items_too, **options)
         found = [one + two for one, two in zip(found, found_too, strict=True)]
         scored = _Candidates.of(found, catalog, known)
     curve = {
-        weight: evaluate(catalog.item_ids[scored.best(weight, k)].tolist(), targets, [k], catalog=catalog)
+        weight: evaluate(catalog.item_ids[scored.best(weight, k)].tolist(), target_ids, [k], catalog=catalog)
         for weight in tried
     }
     return PriorFit(max(tried, key=lambda weight: curve[weight].ndcg(k)), curve)

@@ -9,9 +9,8 @@ full vocabulary; a prior adds to it what else is known of the user and the item.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,33 +21,35 @@ from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import SearchSize
-from patchkern.search.arguments import cache_names, check_batching, check_positive, check_prior, check_search
+from patchkern.search.arguments import check_batching, check_leniency, check_positive, known_histories, users_named
 from patchkern.search.batching import in_batches
-from patchkern.search.filters import ItemFilter, ItemPrior
+from patchkern.search.found_items import items_of, normalized
 from patchkern.search.prompts import Prompts
 from patchkern.search.protocol import SearchModel, check_model, policy_of
+from patchkern.search.request import EXPANSIONS_PER_BEAM, Request
+from patchkern.search.summary import PartialListsWarning, Summary, UnprovenSearchWarning, first_few
 from patchkern.search.title_search import (
     DIVERSITY_PENALTY,
-    Found,
-    Ranking,
     diverse_search,
     score_titles,
     search_titles,
     without_repeats,
 )
-from patchkern.search.trie import BestValues, Trie
+from patchkern.search.trie import TreePass, Trie
 from patchkern.search.user_cache import UserCache
 
-__all__ = ["DIVERSITY_PENALTY", "UnprovenSearchWarning", "generate_titles", "recommend", "score_items"]
-
-EXPANSIONS_PER_BEAM = 50
-"""Without ``max_expansions``, an exact search may expand this many prefixes per user for each of ``num_beams``."""
+__all__ = [
+    "DIVERSITY_PENALTY",
+    "EXPANSIONS_PER_BEAM",
+    "PartialListsWarning",
+    "Summary",
+    "UnprovenSearchWarning",
+    "generate_titles",
+    "recommend",
+    "score_items",
+]
 
 Ranked = list[tuple[Any, float]]
-
-
-class UnprovenSearchWarning(UserWarning):
-    """An exact search reached ``max_expansions``: some lists are the best that was found, perhaps not the best."""
 
 
 def recommend(
@@ -70,6 +71,8 @@ def recommend(
     max_expansions: int | None = None,
     user_cache: UserCache | None = None,
     user_ids: Sequence[Hashable] | None = None,
+    short: str = "error",
+    unknown: str = "error",
     progress: bool = False,
 ) -> list[Ranked]:
     """Recommend items to users.
@@ -77,7 +80,8 @@ def recommend(
     ``search="beam"``: at every step each user's ``num_beams`` best unfinished hypotheses go on, and the titles they
     complete enter a pool of the user's ``k`` best. A user is done when no unfinished hypothesis can reach the pool's
     worst, since log-probabilities only fall. With ``num_beams`` at least the number of titles nothing is ever cut, and
-    the result is that of scoring every title. Never fewer than ``k`` items.
+    the result is that of scoring every title. With fewer beams than ``k`` a list may have fewer items, which a
+    `PartialListsWarning` says.
 
     ``search="exact"``: the ``k`` best of all titles. After the beam search come the prefixes that it left aside, best
     first and ``num_beams`` at a time, until none is left that could lead to one of the ``k`` best. Users who would need
@@ -96,7 +100,8 @@ def recommend(
         histories: B users.
         policy: how to compress the histories; the model's own where None.
         k: items per user.
-        num_beams: hypotheses per user and step, at least ``k``: a narrower beam may find fewer than ``k`` titles.
+        num_beams: hypotheses per user and step; at least ``k`` but for ``search="beam"``, because a narrower beam may
+            find fewer than ``k`` titles.
         search: ``"beam"``, ``"exact"`` or ``"diverse"``.
         exclude_seen: leave out the items of a user's whole history, also those that ``policy`` cuts off.
         memory_budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. Users
@@ -126,7 +131,13 @@ def recommend(
         max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
             search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
         user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.
-        user_ids: names of the B users in ``user_cache``; 0, 1, 2, ... where not given.
+        user_ids: names of the B users, hashable, in errors, in warnings and in ``user_cache``; 0, 1, 2, ... where not
+            given, or the keys where ``histories`` is a mapping.
+        short: where fewer than ``k`` items are left for a user, because of ``exclude_seen``, ``allowed_items``, the
+            prior or a small catalogue: ``"error"`` refuses the call, before anything is computed unless a prior is a
+            callable; ``"allow"`` gives the user those that are left, perhaps none, and everybody else their ``k``.
+        unknown: item ids in ``histories`` and ``allowed_items`` that the catalogue does not hold, such as those of
+            items that have left it: ``"error"`` refuses the call; ``"drop"`` leaves them out, before ``policy`` cuts.
         progress: show how many users are done.
 
     Returns:
@@ -134,82 +145,111 @@ def recommend(
         ``normalize`` or ``prior`` say otherwise. Equal scores are in catalogue order, and items that share a title and
         a score follow each other.
 
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    check_model(model)
-    policy = policy_of(model, policy)
-    for name, value in (("k", k), ("num_beams", num_beams)):
-        check_positive(name, value)
-    check_batching(memory_budget, batch_size)
-    if not isinstance(exclude_seen, bool):
-        raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
-    check_search(search, length_penalty, normalize, max_expansions)
-    check_prior(search, prior, prior_weight)
-    if k > len(model.catalog):
-        raise ValueError(f"k: expected at most {len(model.catalog)}, the items of the catalog, got {k}")
-    if num_beams < k:
-        raise ValueError(f"num_beams: expected at least k={k}, to find that many titles, got {num_beams}")
-    histories = Histories.coerce(histories)
-    names = cache_names(histories, user_cache, user_ids)
-    items = ItemFilter(model.catalog, histories, allowed_items, exclude_seen)
-    items.check(k)
-    known = None
-    if prior is not None:
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        known = ItemPrior(model.catalog, histories, items, prior, prior_weight, k, dtype)
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
-    if search == "exact" and max_expansions is None:
-        max_expansions = EXPANSIONS_PER_BEAM * num_beams
-    passes = [] if normalize is None else trie.passes(num_beams)
-    step_rows, kept_rows = num_beams, _kept_rows(trie, search, num_beams, max_expansions)
-    if normalize is not None:
-        step_rows = kept_rows = max(len(tree.fed) for tree in passes)
+    Warns:
+        PartialListsWarning: lists are or may be shorter than ``k`` (not for ``"diverse"``, unless ``short="allow"``),
+            or items were left out; once per call, with counts and examples, also in its attribute ``summary``.
 
-    fixed_bytes = trie.num_bytes + (0 if user_cache is None else user_cache.max_bytes)
-    user_bytes = 0 if items.is_open and known is None else 10 * len(model.catalog) + 8
+    Raises:
+        TypeError, ValueError: naming the argument, the user as the caller does, what was expected and what came.
+    """
+    request = Request(
+        model,
+        histories,
+        policy,
+        k,
+        num_beams,
+        search,
+        exclude_seen,
+        memory_budget,
+        batch_size,
+        allowed_items=allowed_items,
+        length_penalty=length_penalty,
+        normalize=normalize,
+        prior=prior,
+        prior_weight=prior_weight,
+        max_expansions=max_expansions,
+        user_cache=user_cache,
+        user_ids=user_ids,
+        short=short,
+        unknown=unknown,
+        progress=progress,
+    )
+    lists, summary = run(request, prepare(request))
+    request.warn(summary)
+    return lists
+
+
+class Prepared(NamedTuple):
+    """What the searches of all users share."""
+
+    trie: Trie
+    passes: list[TreePass]  # where every title is scored
+    size: SearchSize
+
+
+def prepare(request: Request) -> Prepared:
+    """The tree of titles, and what a search in it asks of the memory."""
+    model, num_beams, known = request.model, request.num_beams, request.known
+    trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
+    passes = [] if request.normalize is None else trie.passes(num_beams)
+    step_rows, kept_rows = num_beams, _kept_rows(trie, request.search, num_beams, request.max_expansions)
+    if request.normalize is not None:
+        step_rows = kept_rows = max(len(tree.fed) for tree in passes)
+    fixed_bytes = trie.num_bytes + (0 if request.user_cache is None else request.user_cache.max_bytes)
+    user_bytes = 0 if request.items.is_open and known is None else 10 * len(model.catalog) + 8
     if known is not None:
-        user_bytes += known.user_bytes + 3 * trie.num_nodes * dtype.itemsize
+        user_bytes += known.user_bytes + 3 * trie.num_nodes * request.dtype.itemsize
         fixed_bytes += 8 * (2 * trie.num_nodes + len(model.catalog))
-    size = SearchSize(step_rows, kept_rows, user_bytes, fixed_bytes)
+    return Prepared(trie, passes, SearchSize(step_rows, kept_rows, user_bytes, fixed_bytes))
+
+
+def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
+    """The lists of a request's users, and what they lack."""
+    model, k, num_beams, known = request.model, request.k, request.num_beams, request.known
+    trie, passes, size = prepared
 
     def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, ...]:
         best = None if known is None else trie.best_of(known.of(users, model.device)).expand(users.size)
-        allowed = items.mask(users).to(model.device) if best is None else best.items > float("-inf")
+        allowed = request.items.mask(users).to(model.device) if best is None else best.items > float("-inf")
         running = trie.running_count(allowed).expand(users.size, -1)
         prompts = Prompts(
             model,
             layout,
-            users.size * kept_rows,
+            users.size * size.kept_rows,
             chunk_rows=chunk_rows,
-            user_cache=user_cache,
-            user_ids=names and [names[user] for user in users],
+            user_cache=request.user_cache,
+            user_ids=None if request.user_cache is None else [request.names[user] for user in users],
         )
         unproven = torch.zeros(0, dtype=torch.bool)
-        if normalize is not None:
-            found = _normalized(score_titles(prompts, trie, passes), trie, running, k, normalize == "items", best)
-        elif search == "diverse":
+        if request.normalize is not None:
+            by_item = request.normalize == "items"
+            found = normalized(score_titles(prompts, trie, passes), trie, running, k, by_item, best)
+        elif request.search == "diverse":
             found = without_repeats(diverse_search(prompts, trie, running, num_beams))
         else:
-            found, unproven = search_titles(prompts, trie, running, k, num_beams, length_penalty, max_expansions, best)
-        return *_items_of(found, trie, running, k, best), unproven
+            found, unproven = search_titles(
+                prompts, trie, running, k, num_beams, request.length_penalty, request.max_expansions, best
+            )
+        return *items_of(found, trie, running, k, best), unproven
 
-    results: list[Ranked] = [[] for _ in range(len(histories))]
+    results: list[Ranked] = [[] for _ in range(len(request.histories))]
     n_unproven = 0
     with model.searching():
         for users, (*found, unproven) in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+            model,
+            request.histories,
+            request.policy,
+            size,
+            trie.depth,
+            compute,
+            request.memory_budget,
+            request.batch_size,
+            request.progress,
+            request.names,
         ):
             _collect(results, users, model, *found)
             n_unproven += int(unproven.sum())
-    if n_unproven:
-        warnings.warn(
-            f"max_expansions: {max_expansions} prefixes were not enough to prove the lists of {n_unproven} of "
-            f"{len(histories)} users; theirs are the best titles that were found",
-            UnprovenSearchWarning,
-            stacklevel=2,
-        )
-    return results
+    return results, request.summary(results, n_unproven)
 
 
 def generate_titles(
@@ -241,7 +281,9 @@ def generate_titles(
     policy = policy_of(model, policy)
     check_positive("num_beams", num_beams)
     check_batching(memory_budget, batch_size)
-    histories = Histories.coerce(histories)
+    given = Histories.coerce(histories)
+    names = users_named(histories, len(given), None)
+    histories, _ = known_histories(model.catalog, given, "error", names)
     trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
     size = SearchSize(num_beams, _kept_rows(trie, "diverse", num_beams), 0, trie.num_bytes)
@@ -255,7 +297,7 @@ def generate_titles(
     results: list[Ranked] = [[] for _ in range(len(histories))]
     with model.searching():
         for users, found in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
         ):
             _collect(results, users, model, *found)
     return results
@@ -270,6 +312,9 @@ def score_items(
     batch_size: int = 64,
     nodes_per_pass: int = 64,
     progress: bool = False,
+    *,
+    user_ids: Sequence[Hashable] | None = None,
+    unknown: str = "error",
 ) -> NDArray[np.floating[Any]]:
     """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
 
@@ -277,7 +322,8 @@ def score_items(
     calibration or one's own normalisation; to find the best few, ``recommend(search="exact")`` computes less.
 
     Args:
-        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
+        model, histories, policy, memory_budget, batch_size, progress, user_ids: as in `recommend`.
+        unknown: ``"error"`` or ``"drop"``, as in `recommend`, of items in ``histories``.
         items: the item ids to score; the whole catalogue where not given.
         nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
 
@@ -291,7 +337,10 @@ def score_items(
     policy = policy_of(model, policy)
     check_positive("nodes_per_pass", nodes_per_pass)
     check_batching(memory_budget, batch_size)
-    histories = Histories.coerce(histories)
+    check_leniency("error", unknown)
+    given = Histories.coerce(histories)
+    names = users_named(histories, len(given), user_ids)
+    histories, dropped = known_histories(model.catalog, given, unknown, names)
     wanted = np.arange(len(model.catalog)) if items is None else model.catalog.index_of(items, "items")
     distinct, column = np.unique(wanted.astype(np.int64), return_inverse=True)
     double = model.dtype == torch.float64
@@ -310,9 +359,17 @@ def score_items(
 
     with model.searching():
         for users, found in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
         ):
             scores[users] = found.cpu().numpy()
+    of_users = np.flatnonzero(dropped)
+    examples = first_few(names[user] for user in of_users)
+    Summary(
+        len(histories),
+        unknown_items=int(dropped.sum()),
+        users_with_unknown_items=of_users.size,
+        unknown_examples=examples,
+    ).warn()
     return scores
 
 
@@ -326,44 +383,6 @@ def _kept_rows(trie: Trie, search: str, num_beams: int, max_expansions: int | No
     if max_expansions is None:
         return trie.live_rows(num_beams)
     return max(trie.fed_rows(num_beams), max_expansions)
-
-
-def _normalized(score: Tensor, trie: Trie, running: Tensor, k: int, by_item: bool, prior: BestValues | None) -> Found:
-    """The ``k`` best titles by probability given that a title which the user may get, or such an item, comes out."""
-    node = trie.titles.expand_as(score)
-    counts = running[:, trie.own_end[trie.titles]] - running[:, trie.begin[trie.titles]]
-    score = score.masked_fill(counts == 0, float("-inf"))
-    shares = counts.clamp(min=1).to(score.dtype).log() if by_item else torch.zeros_like(score)
-    total = score
-    if prior is not None and by_item:
-        total = (score - shares)[:, trie.title_of_item] + prior.items
-    elif prior is not None:
-        total = score + prior.at[:, trie.titles]
-    score = score - total.logsumexp(dim=1, keepdim=True) - shares
-    return Ranking(trie, 0.0, score.dtype, prior).best(Found(node, score), k)
-
-
-def _items_of(
-    found: Found, trie: Trie, running: Tensor, k: int, prior: BestValues | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """User, catalogue index and score of every user's first ``k`` allowed items."""
-    begin = trie.begin[found.node]
-    count = (trie.own_end[found.node] - begin).masked_fill(found.score == float("-inf"), 0).flatten()
-    title = torch.repeat_interleave(count)
-    rank = torch.arange(len(title), device=title.device) + (begin.flatten() - count.cumsum(0) + count)[title]
-    user = torch.div(title, found.node.shape[1], rounding_mode="floor")
-    allowed = running[user, rank + 1] > running[user, rank]
-    title, rank, user = title[allowed], rank[allowed], user[allowed]
-    item, score = trie.items[rank], found.score.flatten()[title]
-    if prior is not None:  # items that share a title need not follow each other
-        score = score + prior.items[user, item]
-        order = trie.items[begin.flatten()[title]].argsort(stable=True)
-        order = order[score[order].argsort(stable=True, descending=True)]
-        order = order[user[order].argsort(stable=True)]
-        user, item, score = user[order], item[order], score[order]
-    place = torch.arange(len(user), device=user.device) - torch.searchsorted(user, user)
-    kept = place < k
-    return user[kept], item[kept], score[kept]
 
 
 def _collect(

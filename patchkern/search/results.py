@@ -1,39 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommendations for many users, on disk: written as they come, complete or not there, and continued after a stop.
+"""Recommendations for many users, on disk: written as they come, by one process or several, continued after a stop.
 
 A folder holds ``run.json``, which says what is being computed, and ``part-00000.parquet``, ``part-00001.parquet`` and
 so on, with a row per user, in the users' order: ``user``, ``items`` (list, best first) and ``scores`` (list). A part is
-written under another name and renamed when it is complete, so that whatever is there is right.
+written under another name and renamed when it is complete, so that whatever is there is right; who may write which is
+decided in `run_folder`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count, flat_array, is_sequence
 from patchkern.batch.policies import AnyPolicy, policy_to_dict
-from patchkern.data.parquet import import_pyarrow, replace_file
+from patchkern.budget.search import SearchCost
+from patchkern.data.parquet import import_pyarrow
+from patchkern.search.arguments import of_users
+from patchkern.search.batching import plan_users
+from patchkern.search.fingerprints import described, model_fingerprint
 from patchkern.search.protocol import SearchModel, policy_of
-from patchkern.search.recommend import recommend
+from patchkern.search.recommend import Ranked, prepare, recommend, run
+from patchkern.search.request import Request
+from patchkern.search.run_folder import (
+    FORMAT_VERSION,
+    Part,
+    Stamp,
+    hash_of,
+    parts_of,
+    read_run,
+    read_stamp,
+    sweep,
+    write_part,
+    writing,
+)
+from patchkern.search.summary import Summary
 
-RUN = "run.json"
-FORMAT_VERSION = 1
-
-_VALUES = 4096  # of each parameter, to know a model by
-_FREE = {"memory_budget", "batch_size", "progress"}  # arguments that may change when a run goes on
-_OF_USERS = {"allowed_items", "prior"}  # arguments that may say something else for every user
+_FREE = {"memory_budget", "batch_size", "progress", "user_cache"}  # arguments that may change when a run goes on
+_OWN = {"model", "histories", "policy", "user_ids"}  # described by themselves
 
 
 def recommend_to_disk(
@@ -44,29 +56,45 @@ def recommend_to_disk(
     *,
     user_ids: Sequence[Any] | NDArray[Any] | None = None,
     users_per_part: int = 4096,
+    shard: tuple[int, int] | None = None,
     **arguments: Any,
 ) -> Path:
     """Recommend items to any number of users, part by part, without holding more than one part's results.
 
     A run that was stopped, at whatever moment, goes on where it was when it is called again with the same arguments.
+    All users are checked before the first part is computed; what cannot be known before is what a callable prior
+    returns.
+
+    Several processes, also on several machines that see the folder, share a run when each is called with all users and
+    with its ``shard``. Whatever would compute the same part twice is refused while the other process lives: a second
+    call without a shard, one with a rank that is taken or with another number of shards. That rests on the file
+    system's locks, which end with a process however it ends; on a network file system they need its lock service.
 
     Args:
         model: the model.
         histories: B users.
         folder: made if needed; empty, or with the beginning of the same run.
         policy: as in `PatchedCausalLM.recommend`; one of patchkern's own, which can be written down.
-        user_ids: ``B`` integers or strings for the column ``user``; 0, 1, 2, ... where not given.
+        user_ids: ``B`` integers or strings for the column ``user`` and for errors and warnings; where not given, the
+            keys of a mapping, else 0, 1, 2, ...
         users_per_part: rows of a file; also how many users are lost, at most, when the run is stopped.
+        shard: ``(rank, world)``: write parts ``rank``, ``rank + world``, ... only; the others are for calls with other
+            ranks. A later call may have another ``world``. None: all parts.
         arguments: further ones of `PatchedCausalLM.recommend`, such as ``k`` and ``memory_budget``; the latter,
-            ``batch_size`` and ``progress`` may be others when a run goes on. A callable, such as a ``prior``, is known
-            by its ``fingerprint``, as those of `patchkern.search.prior` have one, else by its name.
+            ``batch_size``, ``progress`` and ``user_cache`` may be others when a run goes on. A callable, such as a
+            ``prior``, is known by its ``fingerprint``, as those of `patchkern.search.prior` have one, else by its name.
 
     Returns:
-        The folder. `read_recommendations` reads it back.
+        The folder. `read_recommendations` reads it back, `read_summary` says what its lists lack.
+
+    Warns:
+        PartialListsWarning: as `PatchedCausalLM.recommend`, once for all parts of this call, finished before or now.
 
     Raises:
         ImportError: pyarrow is missing.
-        TypeError, ValueError: as of `PatchedCausalLM.recommend`; or the folder holds another run, and what differs.
+        OSError: the folder cannot be written; before anything is computed.
+        TypeError, ValueError: as of `PatchedCausalLM.recommend`; the folder holds another run or a part of one, and
+            what differs; another process writes the same parts.
 
     Examples:
         >>> import patchkern as pk
@@ -78,110 +106,146 @@ def recommend_to_disk(
         >>> [(user, len(found)) for user, found in zip(users.tolist(), lists)]
         [('eve', 2), ('bob', 2)]
     """
-    pa, pq = import_pyarrow()
+    import_pyarrow()
     check_count("users_per_part", users_per_part, minimum=1)
+    own_shard = _shard(shard)
+    if user_ids is None and isinstance(histories, Mapping):
+        user_ids = list(histories)
     histories = Histories.coerce(histories)
-    names = _names(user_ids, len(histories))
+    n_users = len(histories)
+    names = _names(user_ids, n_users)
     policy = policy_of(model, policy)
     target = Path(folder)
-    run = {
+    bound = inspect.signature(recommend).bind(model, histories, policy, **arguments)
+    bound.apply_defaults()
+    arguments = {name: value for name, value in bound.arguments.items() if name not in _OWN}
+    description = {
         "format_version": FORMAT_VERSION,
         "policy": policy_to_dict(policy),
-        "users": len(histories),
+        "users": n_users,
         "users_per_part": users_per_part,
-        "arguments": {name: _described(arguments[name]) for name in sorted(arguments.keys() - _FREE)},
-        "user_ids": _described(names),
-        "histories": _described([histories.items, histories.offsets, histories.timestamps]),
+        "arguments": {name: described(arguments[name]) for name in sorted(arguments.keys() - _FREE)},
+        "user_ids": described(names),
+        "histories": described([histories.items, histories.offsets, histories.timestamps]),
         "catalog": model.catalog.fingerprint,
+        "items": described(model.catalog.item_ids),
         "prompt": model.prompt.to_dict(),
-        "model": _fingerprint(model),
+        "model": model_fingerprint(model),
     }
-    run = json.loads(json.dumps(run))
-    _check_begun(target, run)
-    of_users = {name: arguments.pop(name) for name in _OF_USERS & arguments.keys()}
-    for path, users in _parts(target, len(histories), users_per_part):
-        if path.is_file():
-            continue
-        own = {name: _part_of(name, value, users, len(histories)) for name, value in of_users.items()}
-        ranked = recommend(model, histories.take(users), policy, **arguments, **own)
-        _write_run(target, run)
-        offsets = pa.array(np.cumsum([0, *map(len, ranked)]))
-        items = pa.array([item for user in ranked for item, _ in user])
-        scores = pa.array([score for user in ranked for _, score in user], pa.float64())
-        columns = {
-            "user": pa.array(names[users]),
-            "items": pa.LargeListArray.from_arrays(offsets, items),
-            "scores": pa.LargeListArray.from_arrays(offsets, scores),
-        }
-        table = pa.table(columns)
-        replace_file(path, functools.partial(pq.write_table, table))
-    _write_run(target, run)
+    description = json.loads(json.dumps(description))
+    run_hash = hash_of(description)
+    parts = parts_of(target, n_users, users_per_part)
+    mine = parts[own_shard[0] :: own_shard[1]]
+
+    def request(users: NDArray[np.int64]) -> Request:
+        own = {name: of_users(name, value, users, n_users) for name, value in arguments.items() if name in _OF_USERS}
+        return Request(model, histories.take(users), policy, user_ids=names[users], **{**arguments, **own})
+
+    nobody = request(np.zeros(0, np.int64))
+    prepared = prepare(nobody)
+    budget, batch_size = nobody.memory_budget, nobody.batch_size
+    cost = None if budget is None else SearchCost(model, prepared.size)
+    for part in parts:
+        asked = request(part.users)
+        plan_users(model, asked.histories, policy, prepared.trie.depth, asked.names, cost, budget, batch_size)
+    with writing(target, description, own_shard):
+        sweep(mine)
+        stamps = {part.number: read_stamp(part, run_hash) for part in mine if part.path.exists()}
+        for part in mine:
+            if part.number in stamps:
+                continue
+            lists, summary = run(request(part.users), prepared)
+            stamps[part.number] = Stamp(run_hash, part.number, own_shard, summary)
+            write_part(part, _table(names[part.users], lists, model.catalog.item_ids), stamps[part.number])
+    nobody.warn(sum((stamp.summary for stamp in stamps.values()), Summary()))
     return target
 
 
 def read_recommendations(folder: str | PathLike[str]) -> tuple[NDArray[Any], list[list[tuple[Any, float]]]]:
-    """``(B,)`` user ids and what `recommend` returned for each.
+    """``(B,)`` user ids and what `recommend` returned for each, whichever processes wrote them.
 
     Raises:
-        FileNotFoundError: no run, or one that has not ended; the message says how many parts are missing.
+        FileNotFoundError: no run, or one that has not ended; the message says how many parts are missing, and whose.
         ImportError: pyarrow is missing.
+        ValueError: a file that is malformed or of another run; the message names it.
     """
     pa, pq = import_pyarrow()
-    target = Path(folder)
-    if not (target / RUN).is_file():
-        raise FileNotFoundError(
-            f"folder: expected {RUN} in {os.fspath(target)!r}; was it written by recommend_to_disk?"
-        )
-    run = json.loads((target / RUN).read_text(encoding="utf-8"))
-    parts = [path for path, _ in _parts(target, run["users"], run["users_per_part"])]
-    missing = [path.name for path in parts if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"folder: expected {len(parts)} parts in {os.fspath(target)!r}, {len(missing)} are missing, the first is "
-            f"{missing[0]}; the same call of recommend_to_disk goes on"
-        )
+    parts, _ = _whole_run(Path(folder))
     if not parts:
         return np.zeros(0, np.int64), []
-    table = pa.concat_tables([pq.read_table(path) for path in parts])
+    tables = []
+    for part in parts:
+        table = pq.read_table(part.path)
+        if table.column_names != list(_COLUMNS) or table.num_rows != part.users.size:
+            raise ValueError(
+                f"{part.path}: expected {part.users.size} rows of {', '.join(_COLUMNS)}, got {table.num_rows} of "
+                f"{', '.join(table.column_names)}"
+            )
+        tables.append(table.replace_schema_metadata(None))
+    table = pa.concat_tables(tables)
     lists = zip(table["items"].to_pylist(), table["scores"].to_pylist(), strict=True)
     return table["user"].to_numpy(), [list(zip(items, scores, strict=True)) for items, scores in lists]
 
 
-def _parts(folder: Path, n_users: int, size: int) -> Iterator[tuple[Path, NDArray[np.int64]]]:
-    for number, first in enumerate(range(0, n_users, size)):
-        yield folder / f"part-{number:05d}.parquet", np.arange(first, min(first + size, n_users))
+def read_summary(folder: str | PathLike[str]) -> Summary:
+    """What the lists of a whole run lack, whichever processes wrote them; raises as `read_recommendations`."""
+    _, stamps = _whole_run(Path(folder))
+    return sum((stamp.summary for stamp in stamps), Summary())
 
 
-def _check_begun(folder: Path, run: dict[str, Any]) -> None:
-    """Raise unless the folder is free or holds the beginning of this run."""
-    if not (folder / RUN).is_file():
-        if any(folder.glob("part-*.parquet")):
-            raise ValueError(f"folder: expected an empty one or one with {RUN}, got parts of an unknown run in it")
-        return
-    begun = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    differing = [name for name in run if run[name] != begun.get(name)]
-    if differing:
-        raise ValueError(
-            f"folder: expected the run that was begun in {os.fspath(folder)!r}, got another {', '.join(differing)}"
+_COLUMNS = ("user", "items", "scores")
+_OF_USERS = {"allowed_items", "prior"}  # arguments that may say something else for every user
+
+
+def _whole_run(folder: Path) -> tuple[list[Part], list[Stamp]]:
+    """The parts of a run that has ended, and what they say of themselves."""
+    description = read_run(folder)
+    run_hash = hash_of(description)
+    parts = parts_of(folder, description["users"], description["users_per_part"])
+    missing = [part for part in parts if not part.path.is_file()]
+    stamps = [read_stamp(part, run_hash) for part in parts if part.path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"folder: expected {len(parts)} parts in {os.fspath(folder)!r}, {len(missing)} are missing, the first is "
+            f"{missing[0].path.name}; {_whose(missing, stamps)} of recommend_to_disk goes on"
         )
+    return parts, stamps
 
 
-def _write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Only once something was computed: a call with a wrong argument must not bind those after it."""
-    if not (folder / RUN).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(run, indent=2) + "\n"
-        replace_file(folder / RUN, lambda file: Path(file).write_text(text, encoding="utf-8"))
+def _whose(missing: list[Part], stamps: list[Stamp]) -> str:
+    """Which call has to be made again, as far as the parts that are there tell."""
+    worlds = {stamp.shard[1] for stamp in stamps}
+    if len(worlds) != 1 or worlds == {1}:
+        return "the same call"
+    (world,) = worlds
+    ranks = sorted({part.number % world for part in missing})
+    named = ", ".join(f"{sum(part.number % world == rank for part in missing)} of {(rank, world)}" for rank in ranks)
+    return f"by shard: {named}; the same call with that shard"
 
 
-def _part_of(name: str, value: Any, users: NDArray[np.int64], n_users: int) -> Any:
-    """The part of an argument that is about some users; what is about all of them stays."""
-    is_array = isinstance(value, (np.ndarray, Tensor))
-    if value.ndim != 2 if is_array else not (is_sequence(value) and len(value) and is_sequence(value[0])):
-        return value
-    if len(value) != n_users:
-        raise ValueError(f"{name}: expected one row per user ({n_users}), got {len(value)}")
-    return value[users] if is_array else [value[user] for user in users.tolist()]
+def _table(names: NDArray[Any], lists: list[Ranked], item_ids: NDArray[Any]) -> Any:
+    pa, _ = import_pyarrow()
+    offsets = pa.array(np.cumsum([0, *map(len, lists)]), pa.int64())
+    kind = pa.string() if item_ids.dtype.kind == "U" else pa.int64()
+    items = pa.array([item for user in lists for item, _ in user], kind)
+    scores = pa.array([score for user in lists for _, score in user], pa.float64())
+    columns = (
+        pa.array(names),
+        pa.LargeListArray.from_arrays(offsets, items),
+        pa.LargeListArray.from_arrays(offsets, scores),
+    )
+    return pa.table(dict(zip(_COLUMNS, columns, strict=True)))
+
+
+def _shard(shard: Any) -> tuple[int, int]:
+    if shard is None:
+        return 0, 1
+    if not is_sequence(shard) or len(shard) != 2:
+        raise TypeError(f"shard: expected (rank, world) or None, got {shard!r}")
+    rank, world = shard
+    check_count("shard: world", world, minimum=1)
+    check_count("shard: rank", rank, minimum=0, maximum=world - 1)
+    return int(rank), int(world)
 
 
 def _names(user_ids: Any, n_users: int) -> NDArray[Any]:
@@ -193,41 +257,3 @@ def _names(user_ids: Any, n_users: int) -> NDArray[Any]:
     if names.size and names.dtype.kind not in "iuU":
         raise TypeError(f"user_ids: expected integers or strings, got dtype {names.dtype}")
     return names
-
-
-def _described(value: Any) -> Any:
-    """The value itself where JSON has it, else a hash of its content."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if callable(value):
-        return getattr(value, "fingerprint", None) or getattr(value, "__qualname__", type(value).__qualname__)
-    hashed = hashlib.blake2b(digest_size=16)
-    _hash_into(hashed, value)
-    return hashed.hexdigest()
-
-
-def _hash_into(hashed: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        hashed.update(f"{value.dtype.str}{value.shape}".encode())
-        hashed.update(np.ascontiguousarray(value).tobytes())
-    elif is_sequence(value) or (isinstance(value, np.ndarray) and value.ndim):
-        hashed.update(f"[{len(value)}]".encode())
-        for part in value:
-            _hash_into(hashed, part)
-    else:
-        hashed.update(repr(value).encode())
-
-
-def _fingerprint(model: SearchModel) -> str:
-    """Names, shapes and a sample of the values of all parameters."""
-    hashed = hashlib.blake2b(digest_size=16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            sample = parameter.reshape(-1)[:: max(1, parameter.numel() // _VALUES)].double()
-            hashed.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            hashed.update(sample.cpu().numpy().tobytes())
-    return hashed.hexdigest()

@@ -198,9 +198,10 @@ def diverse_search(
     node = torch.zeros(n_users, num_groups, dtype=torch.int64, device=device)
     row = torch.full_like(node, -1)
     length = torch.zeros_like(node)
-    goes = torch.ones_like(node, dtype=torch.bool)
+    goes = (running[:, -1:] > 0).repeat(1, num_groups)  # nowhere for users who may get nothing
     log_prob = hypotheses.score.new_zeros(n_users, num_groups)
-    penalised = torch.zeros_like(log_prob)
+    penalised = log_prob.masked_fill(~goes, float("-inf"))
+    log_prob = penalised.clone()
     times_chosen = log_prob.new_zeros(n_users, hypotheses.log_probs.shape[1])
     users = torch.arange(n_users, device=device)
     source = users[:, None].expand_as(node)  # which hypothesis each group is
@@ -238,7 +239,7 @@ def diverse_search(
         hypotheses = following
         source = (goes.flatten().cumsum(0) - 1).view_as(goes).clamp_(min=0)
         row = torch.where(goes, hypotheses.row[source], row)
-    order = (penalised / length).argsort(dim=1, descending=True, stable=True)
+    order = (penalised / length.clamp(min=1)).argsort(dim=1, descending=True, stable=True)
     return Found(node.gather(1, order), log_prob.gather(1, order))
 
 

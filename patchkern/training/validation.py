@@ -16,6 +16,7 @@ from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.sample_layout import build_layout
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.search.arguments import known_histories
 from patchkern.search.filters import ItemFilter
 
 KS = (10, 20)
@@ -46,8 +47,8 @@ class Validation:
         samples: ``(users, positions)``, ``(S,)`` int64 each, as in `Histories.before`.
         policy: how histories are compressed.
         limit: of more samples take so many, evenly spread over them; None: all.
-        options: for `PatchedCausalLM.recommend`, but for the policy and ``k``; by default items already seen are
-            excluded.
+        options: for `PatchedCausalLM.recommend`, but for the policy, ``k`` and ``unknown``; by default items already
+            seen are excluded.
 
     Raises:
         TypeError, ValueError: no samples, a sample outside its history, an option that `recommend` does not take, or a
@@ -71,16 +72,23 @@ class Validation:
             check_count("eval_limit", limit, minimum=1)
             chosen = np.linspace(0, users.size - 1, min(limit, users.size)).astype(np.int64)
             users, positions = users[chosen], positions[chosen]
-        fixed = {"policy", "k"}.intersection(options or {})
+        fixed = {"policy", "k", "unknown"}.intersection(options or {})
         if fixed:
             raise ValueError(f"eval_options: expected none that the training decides, got {', '.join(sorted(fixed))}")
         self.histories, self.users, self.positions, self.policy = histories, users, positions, policy
         self.k = min(max(KS), len(model.catalog))
         self.options = {"exclude_seen": True, **(options or {})}
+        num_beams = self.options.get("num_beams", max(KS))
+        if num_beams < self.k:
+            raise ValueError(f"eval_options: num_beams: expected at least k={self.k}, got {num_beams}")
         # what would fail in the middle of the training fails now
         self._recommend(model, np.zeros(0, np.int64))
-        every = histories.before(users, positions)
-        ItemFilter(model.catalog, every, self.options.get("allowed_items"), self.options["exclude_seen"]).check(self.k)
+        names = users.tolist()
+        every, _ = known_histories(model.catalog, histories.before(users, positions), "error", names)
+        model.catalog.index_of(histories.at(users, positions), "eval_samples")
+        if self.options.get("short") != "allow":
+            allowed, exclude_seen = self.options.get("allowed_items"), self.options["exclude_seen"]
+            ItemFilter(model.catalog, every, allowed, exclude_seen, names).check(self.k)
 
     def __len__(self) -> int:
         return int(self.users.size)

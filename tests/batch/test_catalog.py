@@ -350,3 +350,12 @@ def test_offsets_that_fall() -> None:
         [1, 2, 3],
         [0, 2, 1, 3],
     )
+
+
+@pytest.mark.parametrize("ids", [[3, 5, 9], [-7, 10**12, 4], ["a", "b", "c"]], ids=["table", "dict", "text"])
+def test_find_says_what_there_is_not(ids: list[Any]) -> None:
+    catalog = pk.Catalog.from_token_ids([1, 2, 3], range(4), ids)
+    other: Any = "z" if isinstance(ids[0], str) else 4 if 4 not in ids else 6
+    assert catalog.find([ids[2], other, ids[0]]).tolist() == [2, -1, 0]
+    assert catalog.find(np.array([[other], [ids[1]]])).tolist() == [[-1], [1]]
+    assert catalog.find([]).tolist() == []

@@ -242,3 +242,12 @@ def test_a_layout_takes_them_as_they_come(make: Any) -> None:
     layout = pk.build_layout(catalog, {"u": make([5, 7])}, pk.TextOnly(), pk.Prompt(), make([7]))
     expected = pk.build_layout(catalog, [[5, 7]], pk.TextOnly(), pk.Prompt(), [7])
     assert torch.equal(layout.lo, expected.lo) and torch.equal(layout.labels, expected.labels)
+
+
+def test_keep() -> None:
+    histories = pk.Histories([1, 2, 3, 4, 5], [0, 2, 2, 5], [10, 20, 30, 40, 50])
+    kept = histories.keep(histories.items % 2 == 1)
+    assert [user.tolist() for user in kept] == [[1], [], [3, 5]]
+    assert kept.timestamps is not None and kept.timestamps.tolist() == [10, 30, 50]
+    nothing = pk.Histories([], [0, 0]).keep(np.zeros(0, bool))
+    assert len(nothing) == 1 and nothing.offsets.dtype == np.int64

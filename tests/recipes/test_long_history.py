@@ -155,7 +155,6 @@ def test_trained_model_is_compared_at_equal_memory(
         (["--budget", "2MiB"], UserTooLarge, "memory_budget: expected at least .* Of this user's .* items the latest"),
         (["--budget", "40 G"], ValueError, "--budget: expected bytes, such as .*\"40GiB\".*, got '40 G'"),
         (["--min_items", "9999"], ValueError, "--min_items: expected fewer than some user's interactions, got 9999"),
-        (["--num_beams", "2"], ValueError, "num_beams: expected at least k=3"),
         (["--checkpoint", "nowhere"], FileNotFoundError, "--checkpoint: expected a model saved by patchkern"),
     ],
 )
@@ -165,6 +164,12 @@ def test_wrong_arguments_are_named_before_anything_is_written(
     with pytest.raises(error, match=message):
         long_history.main(["--data", folder, "--min_items", "100", *TINY, "--output", str(tmp_path / "run"), *flags])
     assert not (tmp_path / "run").exists()
+
+
+def test_beams_that_would_find_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        long_history.parse([*TINY, "--num_beams", "2"])
+    assert "--num_beams: expected at least k=3" in capsys.readouterr().err
 
 
 def test_synthetic_users_are_long_enough_without_any_data() -> None:

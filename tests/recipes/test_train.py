@@ -307,12 +307,21 @@ def test_paper_metric_refuses_what_its_protocol_lacks(capsys: pytest.CaptureFixt
         (["--prior", "popularity", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
         (["--fit_limit", "0"], "--fit_limit: expected at least 1, got 0"),
         (["--max_items", "0"], "--max_items: expected at least 1, got 0"),
+        (["--num_beams", "5"], "--num_beams: expected at least 20, the length of the lists, got 5"),
     ],
 )
 def test_flags_of_evaluation(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         evaluate.main(["somewhere", "--data", "synthetic", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_search(tmp_path: Path) -> None:
+    evaluate.check_writable(tmp_path / "new" / "folder" / "users.csv")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--output: expected a place for users\.csv that can be written, got '.*/file'"):
+        evaluate.check_writable(tmp_path / "file" / "users.csv")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import patchkern as pk
 from patchkern.data import synthetic
 from patchkern.evaluation.metrics import evaluate
 from patchkern.search.prior import WEIGHTS
+from patchkern.search.summary import PartialListsWarning
 
 pytestmark = pytest.mark.filterwarnings("error::patchkern.search.recommend.UnprovenSearchWarning")
 
@@ -79,6 +80,32 @@ def test_the_weight_is_found_on_data() -> None:
         exclude_seen=True,
     )  # fmt: skip
     assert fit.weight > 0 and fit.curve[fit.weight].hr(20) > 2 * fit.curve[0.0].hr(20)
+
+
+def test_samples_that_tell_nothing_are_left_out() -> None:
+    """A target that left the catalogue, and a user with too few items left: the fit is that of all others."""
+    titles = make_titles(12)
+    model = make_model(titles)
+    histories, targets = [[1, 2, 99], [3, 4], list(range(10)), [5]], [4, 77, 11, 6]
+    table = np.random.default_rng(0).normal(size=(4, 12))
+    allowed = [list(range(12))] * 4
+    options: dict[str, Any] = {"policy": POLICIES["text"], "k": 3, "candidates": 4, "exclude_seen": True}
+    with pytest.warns(PartialListsWarning, match=r"targets: 2 of 4 samples have .* or fewer than k=3 items left"):
+        got = pk.fit_prior_weight(
+            model, histories, targets, prior=table, allowed_items=allowed, short="allow", unknown="drop", **options
+        )
+    expected = pk.fit_prior_weight(model, [[1, 2], [5]], [4, 6], prior=table[[0, 3]], **options)
+    assert got.weight == expected.weight
+    assert [x.ranks.tolist() for x in got.curve.values()] == [x.ranks.tolist() for x in expected.curve.values()]
+    for given, error in (
+        ({"unknown": "drop"}, "k: expected at most 2, .* user 'eve' .*got 3"),
+        ({"short": "allow"}, "targets: expected item ids of the catalog, got 77 for user 'bob'"),
+        ({"short": "allow", "targets": [4, 5, 11, 6]}, "histories: .* got 99 at position 2 of user 'ada'"),
+        ({"short": "allow", "unknown": "drop", "targets": [77] * 4}, "targets: expected samples to fit on, got none"),
+    ):
+        arguments: dict[str, Any] = {"targets": targets, "prior": table, "user_ids": ["ada", "bob", "eve", "joe"]}
+        with pytest.raises(ValueError, match=error):
+            pk.fit_prior_weight(model, histories, **{**arguments, **options, **given})
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,8 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"k": 0}, ValueError, "k: expected at least 1, got 0"),
         ({"k": 2.0}, TypeError, r"k: expected an integer, got 2\.0"),
         ({"k": 10, "num_beams": 10}, ValueError, "k: expected at most 9, the items of the catalog, got 10"),
-        ({"num_beams": 2}, ValueError, "num_beams: expected at least k=3, to find that many titles, got 2"),
+        ({"num_beams": 2, "search": "exact"}, ValueError, "num_beams: expected at least k=3, to find .*, got 2"),
+        ({"num_beams": 2, "search": "diverse"}, ValueError, "num_beams: expected at least k=3, to find .*, got 2"),
         ({"search": "greedy"}, ValueError, "search: expected one of beam, exact, diverse, got 'greedy'"),
         ({"exclude_seen": 1}, TypeError, "exclude_seen: expected a bool, got 1"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),
@@ -309,7 +310,7 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
         ({"policy": "text"}, TypeError, "policy: expected a policy with max_items and levels, got str"),
         ({"policy": None}, ValueError, "policy: expected one"),
-        ({"histories": [[0], [77]]}, ValueError, "histories: .*77"),
+        ({"histories": [[0], [77]]}, ValueError, "histories: .* got 77 at position 0 of user 1;"),
         ({"histories": [[0], [77]], "exclude_seen": True}, ValueError, "histories: .*77"),
         (
             {"histories": [[0], list(range(8))], "exclude_seen": True},

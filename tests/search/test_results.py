@@ -81,15 +81,15 @@ def test_a_stopped_run_goes_on(
     model: pk.PatchedCausalLM, histories: pk.Histories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    recommend = results.recommend
+    run = results.run
 
-    def failing(model: Any, histories: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(len(histories))
+    def failing(request: Any, prepared: Any) -> Any:
+        calls.append(len(request.histories))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return recommend(model, histories, *args, **kwargs)
+        return run(request, prepared)
 
-    monkeypatch.setattr(results, "recommend", failing)
+    monkeypatch.setattr(results, "run", failing)
     options: dict[str, Any] = {"users_per_part": 2, "k": 4, "num_beams": 6}
     with pytest.raises(KeyboardInterrupt):
         recommend_to_disk(model, histories, tmp_path, **options)
@@ -102,7 +102,7 @@ def test_a_stopped_run_goes_on(
     assert all((tmp_path / name).read_bytes() == content for name, content in written.items())
     users, lists = read_recommendations(tmp_path)
     assert users.tolist() == list(range(7))
-    close(lists, recommend(model, histories, k=4, num_beams=6))
+    close(lists, model.recommend(histories, k=4, num_beams=6))
     recommend_to_disk(model, histories, tmp_path, **options, memory_budget="1GiB", batch_size=2, progress=False)
     assert len(calls) == 5
 

@@ -181,7 +181,7 @@ def _pieces(folder: Path) -> dict[str, Any]:
         ),
         (
             lambda p: {"policy": pk.TextOnly(), "eval_samples": (np.array([0, 9]), np.array([5, 14]))},
-            r"k: expected at most 18, the items of the catalog \(30\) that user 1 has not seen, got 20",
+            r"k: expected at most 18, the items of the catalog \(30\) that user 9 has not seen, got 20",
         ),
         (
             lambda p: {"policy": pk.TextOnly(), "eval_samples": held_out_samples(), "eval_limit": 0},

@@ -37,6 +37,7 @@ from patchkern.search.title_search import (
     without_repeats,
 )
 from patchkern.search.trie import BestValues, Trie
+from patchkern.search.trie_cache import catalog_trie
 from patchkern.search.user_cache import UserCache
 
 __all__ = ["DIVERSITY_PENALTY", "UnprovenSearchWarning", "generate_titles", "recommend", "score_items"]
@@ -158,7 +159,7 @@ def recommend(
     if prior is not None:
         dtype = torch.promote_types(model.dtype, torch.float32)
         known = ItemPrior(model.catalog, histories, items, prior, prior_weight, k, dtype)
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
+    trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
     if search == "exact" and max_expansions is None:
         max_expansions = EXPANSIONS_PER_BEAM * num_beams
     passes = [] if normalize is None else trie.passes(num_beams)
@@ -242,7 +243,7 @@ def generate_titles(
     check_positive("num_beams", num_beams)
     check_batching(memory_budget, batch_size)
     histories = Histories.coerce(histories)
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
+    trie = catalog_trie(model.catalog, model.prompt.response_end, model.device, leaves_only)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
     size = SearchSize(num_beams, _kept_rows(trie, "diverse", num_beams), 0, trie.num_bytes)
 
@@ -298,7 +299,10 @@ def score_items(
     scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
     if not scores.size:
         return scores
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
+    if distinct.size == len(model.catalog):
+        trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
+    else:
+        trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
     passes = trie.passes(nodes_per_pass)
     rows = max(len(tree.fed) for tree in passes)
     title = trie.title_of_item[torch.from_numpy(column).to(model.device)]

@@ -78,7 +78,8 @@ gpu: $(BUILT) ## build, test, sanitize and measure on a GPU; without one a dry r
 
 # The package is built a second time, beside the first, and found first; nothing in .venv changes.
 SANITIZE := build/sanitize
-SANITIZED_TESTS := tests/ops/test_native.py tests/test_fuzz.py tests/batch/test_training_layout.py
+SANITIZED_TESTS := tests/ops/test_native.py tests/test_fuzz.py tests/test_fuzz_memory.py tests/batch/test_training_layout.py
+FUZZ_CALLS ?= 100000
 SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 # CXXFLAGS is not a variable of the target: its prerequisite, the ordinary build, would inherit it. libstdc++ is loaded
 # up front too: ASan must find it before torch throws its first exception.
@@ -86,7 +87,7 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 sanitize: $(BUILT) ## run the tests of native code under ASan and UBSan
 	CXXFLAGS='$(SANITIZER_FLAGS)' PATCHKERN_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PATCHKERN_FUZZ_CALLS=$(FUZZ_CALLS) \
 	PYTHONPATH=$(SANITIZE)/lib:.:tests $(BIN)/pytest -o pythonpath= --capture=sys -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; .venv stays

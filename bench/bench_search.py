@@ -4,6 +4,7 @@
     python bench/bench_search.py                               # all parts, about 25 minutes on one core
     python bench/bench_search.py --parts peers --users 16
     python bench/bench_search.py --device cuda --shape 1b --budget 40GiB
+    python bench/bench_search.py --parts catalogue --shape tiny --rounds 9 --output search-catalogue.csv
 
 Parts:
 
@@ -17,6 +18,9 @@ Parts:
   keys and values and the seconds of a step with 1 and with 20 beams. bench/plot_scaling.py draws it.
 - extend: a cached user with up to 5,000 items and 10 new events, against computing the prompt anew. What can be saved
   is the part of the prompt that does not change: all but the latest items and the suffix.
+- catalogue: the tree of a million titles, one of 2,000 tokens: seconds and bytes to build; and one user of 200,000
+  items: a call that finds the tree kept, against one that builds it, and one that builds it as it was done before,
+  from a matrix of padded titles.
 
 Without ../shared the users are synthetic. The model is a small Llama with random weights and a tokenizer fitted on the
 titles; time does not depend on what the weights have learnt, but for the searches that stop early when the best titles
@@ -29,10 +33,12 @@ import argparse
 import os
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,8 +58,9 @@ from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_promp
 from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles
 from patchkern.search.trie import Trie
+from patchkern.search.trie_cache import forget_trees
 
-PARTS = ("peers", "policies", "scaling", "extend")
+PARTS = ("peers", "policies", "scaling", "extend", "catalogue")
 
 
 def make_model(data: Interactions, shape: str, device: str) -> pk.PatchedCausalLM:
@@ -282,6 +289,68 @@ def extend(table: Table, args: argparse.Namespace) -> None:
             table.add("extended", "extend", "time / anew", "x", timing.ratio("extended", "anew"), config)
 
 
+# ------------------------------------------------------------------ large catalogues
+
+
+def random_titles(count: int, vocabulary: int, longest: int) -> pk.Catalog:
+    """Titles of 3 to 11 tokens, about as many as those of the real data, and one of ``longest``."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, count)
+    lengths[0] = longest
+    return pk.Catalog.from_token_ids(rng.integers(0, vocabulary, lengths.sum()), np.append(0, lengths.cumsum()))
+
+
+def padded_order(tokens: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The titles' order by sorting a matrix as wide as the longest, as a tree was built before it was ragged."""
+    lengths = np.diff(offsets)
+    matrix = np.full((lengths.size, lengths.max()), -1)
+    matrix[np.arange(lengths.max()) < lengths[:, None]] = tokens
+    order = np.lexsort(matrix.T[::-1])
+    differs = np.diff(matrix[order], axis=0) != 0
+    shared = np.where(differs.any(axis=1), differs.argmax(axis=1), lengths[order][1:])
+    return order, np.append(0, shared)
+
+
+def catalogue(table: Table, args: argparse.Namespace) -> None:
+    # of one thread, whatever else the machine does
+    clock = time.thread_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
+    titles = random_titles(args.tree_titles, 50_000, longest=2_000)
+    tracemalloc.start()  # it counts what NumPy allocates, and the tensors are NumPy's memory; not while the clock runs
+    tree = Trie.from_catalog(titles, [1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    config: dict[str, Any] = {"items": len(titles), "longest": tree.depth - 1, "nodes": tree.num_nodes}
+    timing = measure({"tree": lambda: Trie.from_catalog(titles, [1])}, 0.0, args.rounds, args.rounds, clock=clock)
+    table.add("tree", "catalogue", "build", "s", timing.quantiles("tree"), config)
+    for metric, size in (("bytes", tree.num_bytes), ("peak of building", peak)):
+        table.add("tree", "catalogue", metric, "MiB", (size / 2**20,) * 3, config)
+
+    plain = make_model(synthetic(20, 1_000), args.shape, args.device)
+    titles = random_titles(args.catalogue_items, plain.config.vocab_size, longest=11)
+    model = pk.PatchedCausalLM(plain.hf_model, titles, plain.prompt)
+    history = pk.Histories(np.random.default_rng(0).integers(0, len(titles), 100), [0, 100])
+    recommend = partial(model.recommend, history, pk.ItemPatches(5, 100), args.width, args.width)
+
+    def building() -> object:
+        forget_trees(titles)
+        return recommend()
+
+    def padding() -> object:
+        with mock.patch("patchkern.search.trie._in_order", padded_order):
+            return building()
+
+    calls: dict[str, Callable[[], object]] = {"tree padded": padding, "tree built": building, "tree kept": recommend}
+    lists = [call() for call in calls.values()]
+    if lists != lists[::-1]:
+        sys.exit("catalogue: another tree has other lists; nothing was timed")
+    timing = measure(calls, 0.0, args.rounds, args.rounds, clock=clock)
+    config = {"items": len(titles), "users": 1, "width": args.width, "shape": args.shape}
+    for name in calls:
+        table.add(name, "catalogue", "call", "s", timing.quantiles(name), config)
+    for name in ("tree padded", "tree built"):
+        table.add("tree kept", "catalogue", f"time / {name}", "x", timing.ratio("tree kept", name), config)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -298,12 +367,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", default="8GiB", help="of the whole histories")
     parser.add_argument("--scaling-items", type=int, nargs="+", default=[1_000, 3_000, 10_000, 30_000, 100_000])
     parser.add_argument("--extend-items", type=int, nargs="+", default=[200, 1_000, 5_000])
+    parser.add_argument("--tree-titles", type=int, default=1_000_000)
+    parser.add_argument("--catalogue-items", type=int, default=200_000)
     parser.add_argument("--threads", type=int, default=1)
     output.add_option(parser, "search.csv")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     table = Table(output.prepare(args.output, "search.csv"))
-    parts = {"peers": peers, "policies": policies, "scaling": scaling, "extend": extend}
+    parts = {"peers": peers, "policies": policies, "scaling": scaling, "extend": extend, "catalogue": catalogue}
     for part in args.parts:
         parts[part](table, args)
         table.write()

@@ -22,8 +22,9 @@ auto result(const Outcome& outcome, Counts... counts) {
   return std::make_tuple(static_cast<int>(outcome.status), outcome.position, counts...);
 }
 
-Batch batch_of(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items,
-               int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
+Batch batch_of(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t num_catalog_tokens,
+               int64_t catalog_size, uintptr_t items, int64_t num_items, uintptr_t user_offsets, int64_t num_users,
+               uintptr_t levels, uintptr_t targets,
                uintptr_t heads, uintptr_t hidden, uintptr_t prompt, int64_t prefix, int64_t separator, int64_t suffix,
                int64_t response_end) {
   // the prompt's parts lie one after the other
@@ -32,7 +33,7 @@ Batch batch_of(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t cata
                            {ids + prefix, separator},
                            {ids + prefix + separator, suffix},
                            {ids + prefix + separator + suffix, response_end}};
-  return {at<const int32_t>(catalog_tokens), at<const int32_t>(catalog_offsets), catalog_size,
+  return {at<const int32_t>(catalog_tokens), at<const int32_t>(catalog_offsets), num_catalog_tokens, catalog_size,
           at<const int32_t>(items), num_items, at<const int64_t>(user_offsets), num_users,
           at<const uint8_t>(levels), at<const int32_t>(targets), at<const uint8_t>(heads), at<const int64_t>(hidden),
           parts[0], parts[1], parts[2], parts[3]};
@@ -68,27 +69,27 @@ auto pool_rows_grad_py(int dtype, uintptr_t grad_rows, int64_t num_rows, int64_t
   return result(pool_rows_grad(call, num_threads, isa));
 }
 
-auto count_rows_py(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items,
-                   int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
+auto count_rows_py(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t num_catalog_tokens,
+                   int64_t catalog_size, uintptr_t items, int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
                    uintptr_t heads, uintptr_t hidden, uintptr_t prompt, int64_t prefix, int64_t separator,
                    int64_t suffix, int64_t response_end, uintptr_t numbers, uintptr_t title_index) {
-  const Batch batch = batch_of(catalog_tokens, catalog_offsets, catalog_size, items, num_items, user_offsets, num_users,
-                               levels, targets, heads, hidden, prompt, prefix, separator, suffix, response_end);
+  const Batch batch = batch_of(catalog_tokens, catalog_offsets, num_catalog_tokens, catalog_size, items, num_items,
+                               user_offsets, num_users, levels, targets, heads, hidden, prompt, prefix, separator, suffix, response_end);
   RowCounts counts = {};
   const Outcome outcome = count_rows(batch, at<int32_t>(numbers), at<int32_t>(title_index), &counts);
   return result(outcome, counts.rows, counts.pooled_items, counts.titles, counts.title_tokens, counts.supervised,
                 counts.max_seqlen, counts.history_tokens, counts.history_rows);
 }
 
-int64_t fill_rows_py(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t catalog_size, uintptr_t items,
-                     int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
+int64_t fill_rows_py(uintptr_t catalog_tokens, uintptr_t catalog_offsets, int64_t num_catalog_tokens,
+                     int64_t catalog_size, uintptr_t items, int64_t num_items, uintptr_t user_offsets, int64_t num_users, uintptr_t levels, uintptr_t targets,
                      uintptr_t heads, uintptr_t hidden, uintptr_t prompt, int64_t prefix, int64_t separator,
                      int64_t suffix, int64_t response_end, int64_t rows, int64_t titles, int64_t title_tokens,
                      uintptr_t title_index, uintptr_t lo, uintptr_t hi, uintptr_t token_ids, uintptr_t offsets,
                      uintptr_t cu_seqlens, uintptr_t position_ids, uintptr_t labels, uintptr_t logit_rows,
                      uintptr_t logit_labels) {
-  const Batch batch = batch_of(catalog_tokens, catalog_offsets, catalog_size, items, num_items, user_offsets, num_users,
-                               levels, targets, heads, hidden, prompt, prefix, separator, suffix, response_end);
+  const Batch batch = batch_of(catalog_tokens, catalog_offsets, num_catalog_tokens, catalog_size, items, num_items,
+                               user_offsets, num_users, levels, targets, heads, hidden, prompt, prefix, separator, suffix, response_end);
   RowCounts counts = {};
   counts.rows = rows;
   counts.titles = titles;

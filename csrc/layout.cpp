@@ -91,6 +91,11 @@ int64_t title_length(const Batch& batch, int32_t item) {
   return batch.catalog_offsets[item + 1] - batch.catalog_offsets[item];
 }
 
+bool has_title(const Batch& batch, int32_t item) {
+  const int32_t begin = batch.catalog_offsets[item], end = batch.catalog_offsets[item + 1];
+  return 0 <= begin && begin < end && end <= batch.num_catalog_tokens;
+}
+
 Tokens head_of(const Batch& batch, int64_t user) {
   const uint8_t head = batch.heads == nullptr ? kPrefix : batch.heads[user];
   return head == kPrefix ? batch.prefix : head == kSeparator ? batch.separator : Tokens{nullptr, 0};
@@ -122,6 +127,7 @@ Outcome count_rows(const Batch& batch, int32_t* numbers, int32_t* title_index, R
     int64_t entries = 0, entry_rows = 0, tokens = 0;
     for (int64_t i = batch.user_offsets[user]; i < batch.user_offsets[user + 1]; ++i) {
       const int32_t item = batch.items[i];
+      if (!has_title(batch, item)) return {Status::kCatalogOffsets, item};
       const int64_t length = title_length(batch, item);
       const uint8_t level = batch.levels[i];
       tokens += length;
@@ -141,6 +147,7 @@ Outcome count_rows(const Batch& batch, int32_t* numbers, int32_t* title_index, R
         head_of(batch, user).count + entry_rows + std::max<int64_t>(entries - 1, 0) * batch.separator.count;
     if (!is_open(batch, user)) rows += batch.suffix.count;
     if (batch.targets != nullptr && !is_open(batch, user)) {
+      if (!has_title(batch, batch.targets[user])) return {Status::kCatalogOffsets, batch.targets[user]};
       const int64_t response = title_length(batch, batch.targets[user]) + batch.response_end.count;
       counts->supervised += rows > 0 ? response : std::max<int64_t>(response - 1, 0);
       rows += response;
@@ -149,7 +156,8 @@ Outcome count_rows(const Batch& batch, int32_t* numbers, int32_t* title_index, R
     counts->max_seqlen = std::max(counts->max_seqlen, rows);
     counts->history_tokens += tokens;
     counts->history_rows += entry_rows;
-    if (counts->rows > kMostRows || pooled > kMostRows) return {Status::kTooManyRows, std::max(counts->rows, pooled)};
+    const int64_t most = std::max({counts->rows, pooled, title_tokens});
+    if (most > kMostRows) return {Status::kTooManyRows, most};
   }
   counts->pooled_items = pooled;
   counts->titles = numbering.count();

@@ -23,8 +23,8 @@ struct Tokens {
 enum Head : uint8_t { kPrefix = 0, kSeparator = 1, kNothing = 2 };
 
 struct Batch {
-  const int32_t *catalog_tokens, *catalog_offsets;  // valid by construction of the catalog
-  int64_t catalog_size;
+  const int32_t *catalog_tokens, *catalog_offsets;  // those that the batch uses are checked
+  int64_t num_catalog_tokens, catalog_size;
   const int32_t* items;  // catalogue positions of all users' history items
   int64_t num_items;
   const int64_t* user_offsets;

@@ -37,6 +37,7 @@ enum class Status : int {
   kLargeDivisor = 17,     // title length x session size of contribution `position` exceeds 2^31 - 1
   kTitleIndex = 18,       // title_index[position] outside [0, num_table_rows)
   kHead = 19,             // heads[position] is no head
+  kCatalogOffsets = 20,   // the title of catalog item `position` does not lie within the catalog's tokens
 };
 
 struct Outcome {

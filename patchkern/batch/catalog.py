@@ -13,15 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.columns import flat_array, id_array, is_sequence, title_mapping
 from patchkern.batch.control_tokens import control_tokens, encode_titles, first_control_token, is_tokenizer
+from patchkern.batch.frozen import adopted, freeze, frozen
 from patchkern.batch.histories import check_offsets
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
 # An id table of this many entries per item is still smaller than the sorted search it replaces is slow.
 _TABLE_SLACK = 64
+_STATE = ("token_ids", "offsets", "item_ids", "titles")
 
 
 class Catalog:
-    """Titles of all items as token ids.
+    """Titles of all items as token ids. Its arrays are read-only; those that could still be written into are copied.
 
     Attributes:
         token_ids: ``(nnz,)`` int32, the titles' token ids one after the other.
@@ -147,6 +149,15 @@ class Catalog:
     def __len__(self) -> int:
         return self.offsets.size - 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _STATE}
+
+    def __setstate__(self, state: Any) -> None:
+        """A pickle may hold anything: it is checked, and what is looked up in is built again."""
+        if not (isinstance(state, dict) and state.keys() >= set(_STATE)):
+            raise TypeError(f"catalog: expected {', '.join(_STATE)} in the pickle, got {type(state).__name__}")
+        Catalog.__init__(self, *(adopted(state[name]) for name in _STATE))
+
     def __repr__(self) -> str:
         titles = "" if self.titles is None else ", with titles"
         return f"Catalog({len(self):,} items, {self.token_ids.size:,} tokens{titles})"
@@ -239,13 +250,13 @@ def _int32(name: str, values: ArrayLike) -> NDArray[np.int32]:
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
     if array.size and (int(array.max()) > _INT32_MAX or int(array.min()) < -_INT32_MAX):
         raise ValueError(f"{name}: expected values that fit in int32, got up to {int(array.max())}")
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return frozen(array.astype(np.int32, copy=False), values)
 
 
 def _item_ids(item_ids: ArrayLike | None, n_items: int) -> NDArray[Any]:
     if item_ids is None:
-        return np.arange(n_items, dtype=np.int64)
+        return freeze(np.arange(n_items, dtype=np.int64))
     ids = id_array(item_ids, "item_ids")
     if ids.shape != (n_items,):
         raise ValueError(f"item_ids: expected one per title ({n_items}), got shape {ids.shape}")
-    return ids
+    return frozen(ids, item_ids)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.layout_checks import check_readable
 
 UInt64 = NDArray[np.uint64]
 
@@ -30,6 +31,7 @@ def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
     Returns:
         ``(T,)`` uint64.
     """
+    check_readable(layout)
     layout = layout.to("cpu")
     lo, hi, items, token_ids, offsets = (
         x.numpy().astype(np.int64) for x in (layout.lo, layout.hi, layout.items, layout.token_ids, layout.offsets)

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arrow import arrow_lists
 from patchkern.batch.columns import as_array, flat_array, id_array, is_sequence
+from patchkern.batch.frozen import adopted, freeze, frozen
 from patchkern.batch.instants import instants
 
 # Or a column of lists (arrow, pandas, polars), or a 2-D or nested tensor: see `Histories.coerce`.
@@ -87,7 +88,8 @@ class Histories:
         timestamps: ``(N,)`` seconds, whole or not, or datetimes (without a time zone: UTC), or None. Kept in seconds,
             as int64 where all are whole, else float64.
 
-    Each may be a NumPy array, a list, a tensor, or a column of arrow, pandas or polars.
+    Each may be a NumPy array, a list, a tensor, or a column of arrow, pandas or polars. They are kept read-only: what
+    could still be written into is copied, what is immutable, such as arrow's, is not.
 
     Raises:
         TypeError: a wrong dtype.
@@ -101,12 +103,33 @@ class Histories:
     timestamps: NDArray[Any] | None
 
     def __init__(self, items: ArrayLike, offsets: ArrayLike, timestamps: ArrayLike | None = None) -> None:
-        self.items = _item_array(items)
-        self.offsets = _integers("offsets", offsets)
+        self.items = frozen(_item_array(items), items)
+        self.offsets = frozen(_integers("offsets", offsets), offsets)
         check_offsets("offsets", self.offsets, self.items.size)
-        self.timestamps = None if timestamps is None else instants("timestamps", timestamps, "s").seconds()
+        self.timestamps = None
+        if timestamps is not None:
+            self.timestamps = frozen(instants("timestamps", timestamps, "s").seconds(), timestamps)
         if self.timestamps is not None and self.timestamps.size != self.items.size:
             raise ValueError(f"timestamps: expected one per item ({self.items.size}), got {self.timestamps.size}")
+
+    @classmethod
+    def _owned(
+        cls, items: NDArray[Any], offsets: NDArray[np.int64], timestamps: NDArray[Any] | None = None
+    ) -> Histories:
+        """Of arrays that are right by construction and that nobody else holds: no check, no copy."""
+        histories = object.__new__(cls)
+        histories.items, histories.offsets = freeze(items), freeze(offsets)
+        histories.timestamps = None if timestamps is None else freeze(timestamps)
+        return histories
+
+    def __setstate__(self, state: Any) -> None:
+        """A pickle may hold anything."""
+        slots = state[1] if isinstance(state, tuple) and len(state) == 2 else None
+        if not (isinstance(slots, dict) and slots.keys() >= set(self.__slots__)):
+            raise TypeError(
+                f"histories: expected {', '.join(self.__slots__)} in the pickle, got {type(state).__name__}"
+            )
+        Histories.__init__(self, *(adopted(slots[name]) for name in self.__slots__))
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[Any]]) -> Histories:
@@ -131,7 +154,7 @@ class Histories:
         kinds = {"text" if array.dtype.kind == "U" else "number" for array in filled}
         if len(kinds) > 1:
             raise TypeError("histories: expected item ids of one kind, got integers and strings")
-        return cls(np.concatenate(filled) if filled else np.zeros(0, np.int64), offsets)
+        return cls(freeze(np.concatenate(filled) if filled else np.zeros(0, np.int64)), freeze(offsets))
 
     @classmethod
     def from_arrow(cls, items: Any, timestamps: Any = None) -> Histories:
@@ -214,11 +237,8 @@ class Histories:
         np.cumsum(lengths, out=offsets[1:])
         index = np.arange(offsets[-1])
         index += np.repeat(starts - offsets[:-1], lengths)
-        cut = object.__new__(Histories)
-        cut.items = self.items[index]
-        cut.offsets = offsets
-        cut.timestamps = None if self.timestamps is None else self.timestamps[index]
-        return cut
+        times = None if self.timestamps is None else self.timestamps[index]
+        return Histories._owned(self.items[index], offsets, times)
 
     def latest(self, max_items: int | None) -> Histories:
         """Each history cut to its latest ``max_items`` items (None: unchanged)."""
@@ -278,7 +298,7 @@ class Histories:
         until = np.repeat(until, lengths)
         # what stays comes after all that moves
         order = np.lexsort((np.where(position < until, blurred, position + width), user))
-        return Histories(self.items[order], self.offsets, self.timestamps)
+        return Histories._owned(self.items[order], self.offsets, self.timestamps)
 
     def at(self, users: ArrayLike, positions: ArrayLike) -> NDArray[Any]:
         """``(S,)`` item ids: the item of ``users[s]`` at ``positions[s]``."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from patchkern.batch import planner
-from patchkern.batch.layout_checks import check_layout
+from patchkern.batch.layout_checks import aligned, check_layout, check_readable
 
 Record = TypeVar("Record")
 
@@ -123,6 +123,24 @@ class PatchLayout:
     identities: Identities | None = None
 
     def __post_init__(self) -> None:
+        self.__dict__.update(vars(_moved(self, aligned)))
+        self._check(exact=True)
+
+    def __setstate__(self, state: Any) -> None:
+        """A pickle may hold anything."""
+        if not isinstance(state, dict):
+            raise TypeError(f"layout: expected its fields in the pickle, got {type(state).__name__}")
+        known = {field.name for field in fields(self)}
+        unknown = list(state.keys() - known)
+        if unknown:
+            raise ValueError(f"layout: expected fields of a PatchLayout in the pickle, got {unknown}")
+        self.__dict__.update(state)
+        for name in known - state.keys():
+            if not hasattr(self, name):
+                raise ValueError(f"{name}: expected it in the pickle, got none")
+        self._check(exact=False)
+
+    def _check(self, exact: bool) -> None:
         nested: list[tuple[str, object, type]] = [
             ("transpose", self.transpose, Transpose),
             ("identities", self.identities, Identities),
@@ -133,7 +151,7 @@ class PatchLayout:
             if not (value is None or isinstance(value, kind)):
                 article = "an" if kind is Identities else "a"
                 raise TypeError(f"{name}: expected {article} {kind.__name__}, got {type(value).__name__}")
-        check_layout(self)
+        check_layout(self, exact)
 
     @classmethod
     def _trusted(cls, values: dict[str, Any]) -> PatchLayout:
@@ -199,6 +217,7 @@ class PatchLayout:
                 f"layout: expected one on the CPU to build its transpose, got {self.device}; "
                 "call build_layout(..., transpose=True)"
             )
+        check_readable(self)
         plan = planner.active.transpose_rows(
             *(tensor.numpy() for tensor in (self.lo, self.hi, self.items, self.token_ids, self.offsets))
         )
@@ -221,6 +240,7 @@ class PatchLayout:
                 f"layout: expected one on the CPU to find its patches, got {self.device}; "
                 "call layout.with_identities() before moving it"
             )
+        check_readable(self)
         rows = torch.nonzero(self.lo >= 0)[:, 0]
         count, titles = rows.shape[0], self.title_index.shape[0]
         patches = self._trusted(
@@ -269,6 +289,7 @@ class PatchLayout:
             ``(U,)`` int64 distinct token ids, ascending, and the same layout with token ``tokens[u]`` renamed ``u``:
             pooling it from the ``(U, D)`` embeddings of those tokens gives the same rows. Labels keep their ids.
         """
+        check_readable(self)
         layout = self.with_transpose()
         transpose = layout.transpose
         if transpose is None:

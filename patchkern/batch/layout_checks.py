@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layout made by hand must be before a kernel may rely on it: `PatchLayout` asks when it is made."""
+"""What a layout must be before a kernel may rely on it.
+
+`PatchLayout` asks for all of it when a layout is made by hand and when one comes out of a pickle. Its tensors can still
+be resized, or exchanged, after that: what takes no time to see is looked at again before they are read by address.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,8 @@ _OPTIONAL = {"labels", "logit_rows", "logit_labels"}
 _COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix")
 
 
-def _check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> None:
+def check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> None:
+    """Raise unless ``value`` is a contiguous 1-D tensor of ``dtype`` that lies on ``device``, with memory behind it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype != dtype:
@@ -39,6 +44,39 @@ def _check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.devic
         raise ValueError(f"{name}: expected a contiguous tensor, got stride {value.stride()}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    check_memory(name, value, value.numel())
+
+
+def check_memory(name: str, tensor: Tensor, elements: int) -> None:
+    """Raise a ValueError unless there is memory behind so many elements, and it is aligned to them."""
+    size = tensor.element_size()
+    needed, there = size * (tensor.storage_offset() + elements), tensor.untyped_storage().nbytes()
+    if elements and needed > there:
+        raise ValueError(f"{name}: expected {needed} bytes behind the tensor, got {there}: its storage was resized")
+    if elements and tensor.data_ptr() % size:
+        raise ValueError(
+            f"{name}: expected memory aligned to {size} bytes, got address {tensor.data_ptr():#x}; clone it"
+        )
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory is not aligned to its elements, as that of a NumPy view may be."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+        return tensor
+    size = tensor.element_size()
+    has_memory = size * (tensor.storage_offset() + tensor.numel()) <= tensor.untyped_storage().nbytes()
+    return tensor.clone() if has_memory and tensor.data_ptr() % size else tensor
+
+
+def check_readable(layout: Any) -> None:
+    """In no time: that every tensor pooling reads still has its dtype, device, length and memory."""
+    device = layout.lo.device if isinstance(layout.lo, Tensor) else None
+    for name in ("lo", "hi", "items", "token_ids", "offsets", "title_index"):
+        check_vector(name, getattr(layout, name), torch.int32, device)
+    _check_shape("hi", layout.hi, layout.lo.shape[0], "one per row, as lo")
+    _check_shape("offsets", layout.offsets, layout.title_index.shape[0] + 1, "one more than title_index")
+    if layout.transpose is not None:
+        _check_transpose_shape(layout.transpose, device)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: int, like: str) -> None:
@@ -66,12 +104,25 @@ def _check_cuts(name: str, offsets: Tensor, total: int) -> None:
         raise ValueError(f"{name}[{int(falls[0]) + 1}]: expected non-decreasing offsets, got a smaller one")
 
 
-def check_layout(layout: Any) -> None:
-    """All that the kernels rely on, checked once, on the CPU, when a layout is made by hand."""
+def _check_transpose_shape(transpose: Any, device: torch.device | None) -> None:
+    for field in fields(transpose):
+        check_vector(f"transpose.{field.name}", getattr(transpose, field.name), torch.int32, device)
+    _check_shape("transpose.offsets", transpose.offsets, transpose.tokens.shape[0] + 1, "one more than tokens")
+    _check_shape("transpose.divisors", transpose.divisors, transpose.rows.shape[0], "one per contribution")
+
+
+def check_layout(layout: Any, exact: bool = True) -> None:
+    """All that the kernels rely on.
+
+    Args:
+        layout: any.
+        exact: whether the largest token and the longest span and prefix must be just those; else they are bounds, as
+            they are in a part of a layout.
+    """
     for name, dtype in _VECTORS.items():
         value = getattr(layout, name)
         if not (value is None and name in _OPTIONAL):
-            _check_vector(name, value, dtype, None if name == "lo" else layout.lo.device)
+            check_vector(name, value, dtype, None if name == "lo" else layout.lo.device)
     for name in _COUNTS:
         value = getattr(layout, name)
         if isinstance(value, bool) or not isinstance(value, int):
@@ -103,20 +154,20 @@ def check_layout(layout: Any) -> None:
         raise ValueError(f"hi[{int(beyond[0])}]: expected 0 for a literal, got {int(layout.hi[beyond[0]])}")
     seen = [-1 - layout.lo[literal], layout.token_ids]
     largest_token = max((int(tokens.max()) for tokens in seen if tokens.numel()), default=-1)
-    if layout.max_token_id != largest_token:
+    if layout.max_token_id < largest_token or (exact and layout.max_token_id != largest_token):
         raise ValueError(f"max_token_id: expected the largest token id, {largest_token}, got {layout.max_token_id}")
     longest = int(torch.diff(layout.cu_seqlens).max()) if layout.num_users else 0
-    if layout.max_seqlen != longest:
+    if layout.max_seqlen < longest or (exact and layout.max_seqlen != longest):
         raise ValueError(f"max_seqlen: expected the longest user's rows, {longest}, got {layout.max_seqlen}")
     _check_supervision(layout, rows)
-    _check_prefix(layout)
+    _check_prefix(layout, exact)
     if layout.transpose is not None:
         _check_transpose(layout.transpose, rows, layout.max_token_id, layout.lo.device)
     if layout.identities is not None:
         _check_identities(layout.identities, rows, layout.lo.device)
 
 
-def _check_prefix(layout: Any) -> None:
+def _check_prefix(layout: Any, exact: bool) -> None:
     prefix, longest = layout.prefix, 0
     if prefix is not None:
         if not isinstance(prefix, Tensor):
@@ -128,7 +179,7 @@ def _check_prefix(layout: Any) -> None:
             )
         if not prefix.is_contiguous():
             raise ValueError(f"prefix: expected a contiguous tensor, got stride {prefix.stride()}")
-        _check_vector("prefix", prefix.flatten(), torch.int32, layout.lo.device)
+        check_vector("prefix", prefix.flatten(), torch.int32, layout.lo.device)
         start, end = prefix.unbind(1)
         wrong = torch.nonzero((start < 0) | (end < start) | (end > layout.cu_seqlens[:-1]))
         if wrong.numel():
@@ -138,7 +189,7 @@ def _check_prefix(layout: Any) -> None:
                 f"{prefix[at].tolist()}"
             )
         longest = int((end - start).max()) if layout.num_users else 0
-    if layout.max_prefix != longest:
+    if layout.max_prefix < longest or (exact and layout.max_prefix != longest):
         raise ValueError(f"max_prefix: expected the longest prefix's rows, {longest}, got {layout.max_prefix}")
 
 
@@ -154,10 +205,7 @@ def _check_supervision(layout: Any, rows: int) -> None:
 
 
 def _check_transpose(transpose: Any, rows: int, max_token_id: int, device: torch.device) -> None:
-    for field in fields(transpose):
-        _check_vector(f"transpose.{field.name}", getattr(transpose, field.name), torch.int32, device)
-    _check_shape("transpose.offsets", transpose.offsets, transpose.tokens.shape[0] + 1, "one more than tokens")
-    _check_shape("transpose.divisors", transpose.divisors, transpose.rows.shape[0], "one per contribution")
+    _check_transpose_shape(transpose, device)
     _check_cuts("transpose.offsets", transpose.offsets, transpose.rows.shape[0])
     if bool((transpose.offsets.diff() == 0).any()):
         raise ValueError("transpose.offsets: expected at least one contribution per token, got none for one")
@@ -171,7 +219,7 @@ def _check_transpose(transpose: Any, rows: int, max_token_id: int, device: torch
 def _check_identities(identities: Any, rows: int, device: torch.device) -> None:
     if identities.layout.device != device:
         raise ValueError(f"identities.layout: expected device {device}, got {identities.layout.device}")
-    _check_vector("identities.rows", identities.rows, torch.int64, device)
+    check_vector("identities.rows", identities.rows, torch.int64, device)
     _check_shape("identities.rows", identities.rows, identities.layout.num_rows, "one per row of identities.layout")
     _check_range("identities.rows", identities.rows, 0, rows - 1)
     if bool((torch.diff(identities.rows) <= 0).any()):

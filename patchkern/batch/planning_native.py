@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,9 @@ from patchkern.batch.prompt import Prompt
 _native = load("_native")
 
 # Status in csrc/pool_rows.h, where it is the caller's fault
-_OK, _TOO_MANY_ROWS, _LARGE_DIVISOR = 0, 16, 17
+_OK, _HISTORY_OFFSETS, _TOO_MANY_ROWS, _LARGE_DIVISOR, _CATALOG_OFFSETS = 0, 13, 16, 17, 20
+
+Number = TypeVar("Number", bound=np.generic)
 
 # The native transpose counts in a table of max_token_id + 1 integers. No vocabulary comes near this; ids that do are
 # left to NumPy, which sorts.
@@ -33,18 +37,26 @@ def plan_rows(
     spans: Spans | None = None,
 ) -> RowPlan:
     """`planning.plan_rows` in C++."""
-    items, user_offsets = np.ascontiguousarray(items, np.int32), np.ascontiguousarray(user_offsets, np.int64)
-    levels = np.ascontiguousarray(levels, np.uint8)
-    targets = None if targets is None else np.ascontiguousarray(targets, np.int32)
-    heads = None if spans is None else np.ascontiguousarray(spans.heads, np.uint8)
-    hidden = None if spans is None else np.ascontiguousarray(spans.hidden, np.int64)
+    catalog_tokens = _int32("catalog.token_ids", catalog.token_ids)
+    catalog_offsets = _int32("catalog.offsets", catalog.offsets)
+    items, user_offsets = _int32("items", items), _vector("histories.offsets", user_offsets, np.int64)
+    levels = _vector("levels", levels, np.uint8)
+    targets = None if targets is None else _int32("targets", targets)
+    heads = None if spans is None else _vector("heads", spans.heads, np.uint8)
+    hidden = None if spans is None else _vector("hidden", spans.hidden, np.int64)
+    n_users, n_items = user_offsets.size - 1, catalog_offsets.size - 1
+    if n_users < 0 or n_items < 0:
+        raise ValueError(f"{'histories' if n_users < 0 else 'catalog'}.offsets: expected at least one entry, got none")
+    _check_size("levels", levels, items.size)
+    for name, array in (("targets", targets), ("heads", heads), ("hidden", hidden)):
+        _check_size(name, array, n_users)
     parts = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end)
     prompt_ids = np.array([token for part in parts for token in part], np.int32)
-    n_users = user_offsets.size - 1
     batch = (
-        _address(catalog.token_ids),
-        _address(catalog.offsets),
-        len(catalog),
+        _address(catalog_tokens),
+        _address(catalog_offsets),
+        catalog_tokens.size,
+        n_items,
         _address(items),
         items.size,
         _address(user_offsets),
@@ -91,9 +103,11 @@ def plan_rows(
 
 def transpose_rows(lo: Int32, hi: Int32, items: Int32, token_ids: Int32, offsets: Int32) -> TransposePlan:
     """`planning.transpose_rows` in C++."""
-    arrays = lo, hi, items, token_ids, offsets = tuple(
-        np.ascontiguousarray(array, np.int32) for array in (lo, hi, items, token_ids, offsets)
-    )
+    names = ("lo", "hi", "items", "token_ids", "offsets")
+    arrays = lo, hi, items, token_ids, offsets = tuple(map(_int32, names, (lo, hi, items, token_ids, offsets)))
+    _check_size("hi", hi, lo.size)
+    if offsets.size == 0:
+        raise ValueError("offsets: expected at least one entry, got none")
     rows = (
         _address(lo),
         _address(hi),
@@ -117,6 +131,25 @@ def transpose_rows(lo: Int32, hi: Int32, items: Int32, token_ids: Int32, offsets
     return TransposePlan(tokens[:distinct].copy(), token_offsets[: distinct + 1].copy(), contribution_rows, divisors)
 
 
+def _vector(name: str, array: NDArray[Any], dtype: type[Number]) -> NDArray[Number]:
+    """``array`` as the native code reads it: a copy only where it is of another dtype, strided or misaligned."""
+    if not isinstance(array, np.ndarray) or array.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-D array, got {array!r}")
+    flags = array.flags
+    if array.dtype == dtype and flags.c_contiguous and flags.aligned:
+        return array
+    return np.require(array, dtype, ("C", "A"))
+
+
+def _int32(name: str, array: NDArray[Any]) -> Int32:
+    return _vector(name, array, np.int32)
+
+
+def _check_size(name: str, array: NDArray[Any] | None, expected: int) -> None:
+    if array is not None and array.size != expected:
+        raise ValueError(f"{name}: expected {expected} entries, got {array.size}")
+
+
 def _address(array: NDArray[np.generic] | None) -> int:
     return 0 if array is None else array.ctypes.data
 
@@ -126,5 +159,9 @@ def _check(status: int, position: int) -> None:
         raise ValueError(f"histories: expected a batch of at most 2^31 - 1 rows, got {position}")
     if status == _LARGE_DIVISOR:
         raise ValueError("histories: expected title length times session size below 2^31")
+    if status == _HISTORY_OFFSETS:
+        raise ValueError(f"histories.offsets[{position}]: expected offsets from 0 to the number of items, none falling")
+    if status == _CATALOG_OFFSETS:
+        raise ValueError(f"catalog.offsets[{position}]: expected a title within the catalog's token ids")
     if status != _OK:
         raise ValueError(f"layout: planning failed with status {status} at position {position}")

@@ -265,7 +265,7 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     of_trunks = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
     trunks = histories.between(user, start, start + split)
     branches = histories.between(samples.user, samples.start + samples.split, samples.position)
-    items = Histories(
+    items = Histories._owned(
         np.concatenate([trunks.items, branches.items]),
         np.concatenate([trunks.offsets[:-1], trunks.items.size + branches.offsets]),
     )

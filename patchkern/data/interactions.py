@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.columns import id_array, number_array
+from patchkern.batch.frozen import freeze, frozen
 from patchkern.batch.histories import Histories
 from patchkern.batch.instants import instants
 
@@ -93,11 +94,10 @@ class Interactions:
         if self.instruction is not None and "[HISTORY_SEQUENCE]" not in self.instruction:
             raise ValueError(f"instruction: expected a text that holds [HISTORY_SEQUENCE], got {self.instruction!r}")
         own = {
-            "user_ids": _read_only(user_ids),
-            "histories": _read_only_histories(self.histories),
+            "user_ids": frozen(user_ids, self.user_ids),
             "titles": MappingProxyType(dict(self.titles)),
-            "ratings": None if ratings is None else _read_only(ratings),
-            "ranges": MappingProxyType({split: _read_only(bounds) for split, bounds in ranges.items()}),
+            "ratings": None if ratings is None else frozen(ratings, self.ratings),
+            "ranges": MappingProxyType({split: freeze(bounds) for split, bounds in ranges.items()}),
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)
@@ -149,7 +149,8 @@ class Interactions:
             times = times._replace(ticks=times.ticks[order])
         offsets = np.zeros(user_ids.size + 1, np.int64)
         np.cumsum(np.bincount(user_index, minlength=user_ids.size), out=offsets[1:])
-        histories = Histories(items[order], offsets, None if times is None else times.seconds())
+        seconds = None if times is None else freeze(times.seconds())
+        histories = Histories(freeze(items[order]), freeze(offsets), seconds)
         return cls(user_ids, histories, titles, None if ratings is None else ratings[order], **about)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -234,7 +235,7 @@ class Interactions:
             split: (kept_before[starts + bounds] - offsets[:-1, None])[users] for split, bounds in self.ranges.items()
         }
         times = self.histories.timestamps
-        histories = Histories(
+        histories = Histories._owned(
             self.histories.items[chosen],
             np.concatenate([offsets[:1], offsets[1:][users]]),
             None if times is None else times[chosen],
@@ -274,19 +275,6 @@ def _draw_ties(
     known = np.lexsort((rows, items[rows], run))  # whatever the order they came in
     key = np.random.default_rng(seed).random(rows.size)
     order[tied] = rows[known][np.lexsort((key, run[known]))]
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _read_only_histories(histories: Histories) -> Histories:
-    times = histories.timestamps
-    return Histories(
-        _read_only(histories.items), _read_only(histories.offsets), None if times is None else _read_only(times)
-    )
 
 
 def positions_of(item_ids: NDArray[Any], items: NDArray[Any]) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ what `reference` does, and ``unusable_reason``, which says why they cannot run o
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from importlib import import_module
 from types import ModuleType
@@ -88,10 +89,12 @@ def module(name: str) -> ModuleType:
     Raises:
         ImportError: it needs a package that is not installed.
     """
-    return import_module(_MODULES[name])
+    return sys.modules.get(_MODULES[name]) or import_module(_MODULES[name])
 
 
 def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu" and native.unusable_reason() is None:
+        return "native"  # takes every dtype
     reasons = []
     for name in _KERNELS.get(device.type, ()):
         if device.type == "cuda" and dtype == torch.float64:

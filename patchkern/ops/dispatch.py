@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchkern.ops import backends
+from patchkern.ops.call_checks import check_backward, check_forward
 
 _library = torch.library.Library("patchkern", "DEF")
 _library.define(
@@ -38,6 +39,7 @@ def _pool_rows(
     out: Tensor,
     backend: str,
 ) -> None:
+    check_forward(weight, lo, hi, items, token_ids, offsets, table, title_index, out)
     kernels = backends.module(backends.choose(backend, weight.device, weight.dtype))
     kernels.pool_rows(weight, lo, hi, items, token_ids, offsets, table, title_index, scale, out)
 
@@ -54,6 +56,7 @@ def _pool_rows_grad(
     accumulate: bool,
     backend: str,
 ) -> None:
+    check_backward(grad_rows, tokens, token_offsets, rows, divisors, out, scatter)
     kernels = backends.module(backends.choose(backend, grad_rows.device, grad_rows.dtype))
     kernels.pool_rows_grad(grad_rows, tokens, token_offsets, rows, divisors, scale, out, scatter, accumulate)
 
@@ -63,11 +66,12 @@ for _device in ("CPU", "CUDA"):
     _library.impl("pool_rows_grad", _pool_rows_grad, _device)
 
 
-@torch.library.register_fake("patchkern::pool_rows")
-def _(*args: Any) -> None:
-    return None
+def _fake(*args: Any) -> None:
+    # real tensors come here too, if one among them is on the meta device
+    devices = {x.device for x in args if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"layout: expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
-@torch.library.register_fake("patchkern::pool_rows_grad")
-def _(*args: Any) -> None:
-    return None
+for _op in ("pool_rows", "pool_rows_grad"):
+    torch.library.register_fake(f"patchkern::{_op}", _fake)

@@ -130,7 +130,7 @@ def item_table(catalog: Catalog, weight: Tensor, backend: str = "auto") -> ItemT
         last = max(last, first + 1)  # a title of its own, if it is that long
         item = torch.arange(last - first, dtype=torch.int32, device=source.device)
         offsets = torch.from_numpy(catalog.offsets[first : last + 1] - begin).to(source.device)
-        token_ids = torch.from_numpy(catalog.token_ids[begin : int(catalog.offsets[last])]).to(source.device)
+        token_ids = torch.from_numpy(catalog.token_ids[begin : int(catalog.offsets[last])].copy()).to(source.device)
         torch.ops.patchkern.pool_rows(
             source, item, item + 1, item, token_ids, offsets, None, None, 1.0, rows[first:last], backend
         )

@@ -52,9 +52,9 @@ def unusable_reason() -> str | None:
     """Why this backend cannot be used here, or None."""
     if _native is None:
         return _missing
-    forced, levels = os.environ.get(ENVIRONMENT, "auto"), isa_levels()
-    if forced not in ("auto", *levels):
-        return f"{ENVIRONMENT}: expected auto, {' or '.join(levels)} on this CPU, got {forced!r}"
+    forced = os.environ.get(ENVIRONMENT, "auto")
+    if forced != "auto" and forced not in isa_levels():
+        return f"{ENVIRONMENT}: expected auto, {' or '.join(isa_levels())} on this CPU, got {forced!r}"
     return None
 
 
@@ -93,13 +93,13 @@ def pool_rows(
         weight.stride(0),
         lo.data_ptr(),
         hi.data_ptr(),
-        lo.shape[0],
+        lo.numel(),
         items.data_ptr(),
-        items.shape[0],
+        items.numel(),
         token_ids.data_ptr(),
-        token_ids.shape[0],
+        token_ids.numel(),
         offsets.data_ptr(),
-        offsets.shape[0] - 1,
+        offsets.numel() - 1,
         *means,
         scale,
         out.data_ptr(),
@@ -135,11 +135,11 @@ def pool_rows_grad(
         grad_rows.shape[1],
         grad_rows.stride(0),
         tokens.data_ptr(),
-        tokens.shape[0],
+        tokens.numel(),
         token_offsets.data_ptr(),
         rows.data_ptr(),
         divisors.data_ptr(),
-        rows.shape[0],
+        rows.numel(),
         scale,
         scatter,
         accumulate,

@@ -25,6 +25,7 @@ from patchkern.batch.sample_layout import build_layout
 from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes
 from patchkern.search.protocol import SearchModel
 from patchkern.search.trie import Trie
+from patchkern.search.trie_cache import catalog_trie
 
 Users = NDArray[np.int64]
 Waiting = deque[tuple[Users, "int | None"]]
@@ -244,7 +245,7 @@ def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:
     if hasattr(model, "catalog"):
         if title_tokens is not None:
             raise ValueError(f"title_tokens: expected None, because the model knows its titles, got {title_tokens!r}")
-        return size_of_beams(Trie.from_catalog(model.catalog, model.prompt.response_end), num_beams)
+        return size_of_beams(catalog_trie(model.catalog, model.prompt.response_end, model.device), num_beams)
     title_tokens = 32 if title_tokens is None else title_tokens
     check_count("title_tokens", title_tokens, minimum=1)
     return SearchSize(num_beams, num_beams * (title_tokens - 1))

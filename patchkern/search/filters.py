@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.frozen import freeze
 from patchkern.batch.histories import Histories, is_sequence
 
 
@@ -93,7 +94,7 @@ class ItemFilter:
     def _distinct(self, owner: NDArray[np.int64], index: NDArray[np.integer[Any]]) -> Histories:
         pairs = np.unique(owner * self._n_items + index)
         counts = np.bincount(pairs // self._n_items, minlength=self._n_users)
-        return Histories(pairs % self._n_items, np.append(0, np.cumsum(counts)))
+        return Histories(freeze(pairs % self._n_items), freeze(np.append(0, np.cumsum(counts))))
 
     def check(self, k: int) -> None:
         """Raise unless every user may get ``k`` items."""

@@ -36,6 +36,7 @@ from patchkern.search.title_search import (
     without_repeats,
 )
 from patchkern.search.trie import TreePass, Trie
+from patchkern.search.trie_cache import catalog_trie
 from patchkern.search.user_cache import UserCache
 
 __all__ = [
@@ -190,7 +191,7 @@ class Prepared(NamedTuple):
 def prepare(request: Request) -> Prepared:
     """The tree of titles, and what a search in it asks of the memory."""
     model, num_beams, known = request.model, request.num_beams, request.known
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end).to(model.device)
+    trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
     passes = [] if request.normalize is None else trie.passes(num_beams)
     step_rows, kept_rows = num_beams, _kept_rows(trie, request.search, num_beams, request.max_expansions)
     if request.normalize is not None:
@@ -284,7 +285,7 @@ def generate_titles(
     given = Histories.coerce(histories)
     names = users_named(histories, len(given), None)
     histories, _ = known_histories(model.catalog, given, "error", names)
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, leaves_only).to(model.device)
+    trie = catalog_trie(model.catalog, model.prompt.response_end, model.device, leaves_only)
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
     size = SearchSize(num_beams, _kept_rows(trie, "diverse", num_beams), 0, trie.num_bytes)
 
@@ -347,7 +348,10 @@ def score_items(
     scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
     if not scores.size:
         return scores
-    trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
+    if distinct.size == len(model.catalog):
+        trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
+    else:
+        trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
     passes = trie.passes(nodes_per_pass)
     rows = max(len(tree.fed) for tree in passes)
     title = trie.title_of_item[torch.from_numpy(column).to(model.device)]

@@ -77,46 +77,50 @@ class Trie:
             raise ValueError("catalog: expected at least one item to search for, got none")
         items = np.arange(len(catalog), dtype=np.int64) if items is None else np.sort(items)
         if leaves_only:
-            titles = _Sorted.of(_sequences(catalog, items, ()))
-            begins_another = np.append(titles.shared[1:] == titles.lengths[:-1], False)
-            items = items[np.sort(titles.order[~np.repeat(begins_another, np.diff(titles.offsets))])]
-        sequences = _Sorted.of(_sequences(catalog, items, tuple(response_end)))
-        return cls._from_sorted(sequences, items[sequences.order], len(response_end))
+            bare = cls.from_catalog(catalog, (), items=items)
+            is_leaf = bare.children.diff()[bare.titles] == 0
+            items = items[is_leaf[bare.title_of_item].numpy()]
+        tokens, offsets = _sequences(catalog, items, response_end)
+        return cls._of_sequences(tokens, offsets, items, len(response_end))
 
     @classmethod
-    def _from_sorted(cls, sequences: _Sorted, items: NDArray[np.int64], end_length: int) -> Trie:
-        n_rows, depth = sequences.rows.shape
-        levels = np.arange(depth)[:, None]
-        starts = (sequences.shared <= levels) & (levels < sequences.lengths)  # (depth, n_rows): a new node
-        level, first_row = np.nonzero(starts)
-        level_start = np.searchsorted(level, np.arange(depth + 1))
-        parent = np.zeros_like(level)
-        last_row = np.empty_like(level)
-        started = np.cumsum(starts, axis=1)
-        for at in range(depth):
-            nodes = slice(level_start[at], level_start[at + 1])
-            # a node ends before the next row that shares fewer tokens than lead to it
-            breaks = np.append(np.flatnonzero(sequences.shared <= at), n_rows)
-            last_row[nodes] = breaks[np.searchsorted(breaks, first_row[nodes], side="right")]
-            if at:  # the root has number 0, so the c-th node of the level above has number level_start + c
-                parent[nodes] = level_start[at - 1] + started[at - 1, first_row[nodes]]
-        own_end = first_row + (sequences.lengths[first_row] == level + 1)
-        begin = np.append(0, sequences.offsets[first_row])
-        end = np.append(items.size, sequences.offsets[last_row])
-        rows = np.append(0, first_row), np.append(n_rows, last_row)
-        arrays = {
-            "tokens": np.append(-1, sequences.rows[first_row, level]),
-            "children": 1 + np.append(0, np.cumsum(np.bincount(parent, minlength=level.size + 1))),
-            "begin": begin,
-            "end": end,
-            "own_end": np.append(0, sequences.offsets[own_end]),
-            "items": items,
-            "first_item": _over_ranges(np.minimum, items, begin, end),
-            "level": np.append(0, level + 1),
-            "longest": _over_ranges(np.maximum, sequences.lengths, *rows),
-        }
-        tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-        return cls(**tensors, depth=depth, end_length=end_length)
+    def _of_sequences(
+        cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], items: NDArray[np.int64], end_length: int
+    ) -> Trie:
+        order, shared = _in_order(tokens, offsets)
+        items = items[order]
+        # every sequence adds the nodes that it does not share: this is depth-first order, from 1 on, behind the root
+        added = np.diff(offsets)[order] - shared
+        source = _ranges(offsets[order] + shared, added)
+        first = np.repeat(np.arange(added.size), added)
+        level = np.append(0, source - offsets[order][first] + 1)
+        depth = int(level.max())
+        token, begin = np.append(np.int32(-1), tokens[source]), np.append(0, first)
+        del source, first
+        # to the order of levels; the smallest dtype sorts in linear time
+        place = level.astype(np.min_scalar_type(depth)).argsort(kind="stable")
+        number = np.empty_like(place)
+        number[place] = np.arange(place.size)
+        own = np.bincount(number[added.cumsum()], minlength=place.size)
+        del number
+        token, begin, level = (x[place].astype(np.int64) for x in (token, begin, level))
+        # a node's first child is the first node of the next level to come after it; without one this is the next one's
+        place += level * place.size
+        children = np.append(np.searchsorted(place, place + place.size), place.size)
+        del place
+        own += begin
+        end, longest = own.copy(), level.copy()
+        first_item = np.where(own > begin, items[begin], items.max() + 1)
+        # upwards: the children of a level's nodes are the whole next level
+        for below, at in itertools.pairwise(reversed(_levels(level))):
+            inner = at.start + np.flatnonzero(np.diff(children[at.start : at.stop + 1]))
+            groups = children[inner] - below.start
+            end[inner] = end[children[inner + 1] - 1]
+            longest[inner] = np.maximum.reduceat(longest[below], groups)
+            first_item[inner] = np.minimum(first_item[inner], np.minimum.reduceat(first_item[below], groups))
+        arrays = (token, children, begin, end, own, items, first_item, level, longest)
+        a, b, c, d, e, f, g, h, i = (torch.from_numpy(array) for array in arrays)
+        return cls(a, b, c, d, e, f, g, h, i, depth, end_length)
 
     @property
     def num_nodes(self) -> int:
@@ -160,21 +164,26 @@ class Trie:
 
     def fed_rows(self, num_beams: int) -> int:
         """Tokens that a beam search may feed per user: in each step at most ``num_beams``, and no last ones."""
-        return int(np.minimum(self._fed_at_level.sum(axis=1), num_beams).sum())
+        level, _, count = self._inner
+        return int(np.minimum(np.bincount(level, count), num_beams).sum())
 
     def live_rows(self, num_beams: int) -> int:
         """Tokens of a user that a beam search may have to keep in one step: those that lead to its hypotheses."""
-        widths = self._fed_at_level[:, ::-1].cumsum(axis=1)[:, ::-1]  # [j, l]: nodes of level j that lead to level l
-        return int(np.triu(np.minimum(widths, num_beams)).sum(axis=0).max(initial=0))
+        level, longest, count = self._inner
+        # of each level the nodes that lead furthest, num_beams of them; each is kept until the step that it leads to
+        upto = count.cumsum()
+        upto -= (upto - count)[np.searchsorted(level, level)]
+        kept = (np.minimum(upto, num_beams) - (upto - count)).clip(min=0)
+        change = np.bincount(level, kept, self.depth + 1) - np.bincount(longest, kept, self.depth + 1)
+        return int(change.cumsum().max())
 
     @functools.cached_property
-    def _fed_at_level(self) -> NDArray[np.int64]:
-        """(depth - 1, depth - 1) number of inner nodes by their level and by the level to which they lead, both - 1."""
-        level, longest = self.level.cpu().numpy(), self.longest.cpu().numpy()
-        inner = (self.children.diff() > 0).cpu().numpy() & (level > 0)
-        count = np.zeros((self.depth - 1, self.depth - 1), np.int64)
-        np.add.at(count, (level[inner] - 1, longest[inner] - 2), 1)
-        return count
+    def _inner(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Level, longest and number of the inner nodes with both, of a level the longest first; not of the root."""
+        level, longest, children = (x.cpu().numpy() for x in (self.level, self.longest, self.children))
+        inner = 1 + np.flatnonzero(np.diff(children[1:]))
+        pairs, count = np.unique(level[inner] * (self.depth + 1) + self.depth - longest[inner], return_counts=True)
+        return pairs // (self.depth + 1), self.depth - pairs % (self.depth + 1), count
 
     def passes(self, nodes_per_pass: int) -> list[TreePass]:
         """Cut all titles into trees that feed about ``nodes_per_pass`` tokens each, at most ``depth - 1`` more."""
@@ -182,23 +191,21 @@ class Trie:
         tensors = (host.tokens, host.begin, host.own_end, host.end, host.children, host.level, host.titles)
         tokens, begin, own_end, end, children, level, titles = (x.numpy() for x in tensors)
         parent_of = np.append(-1, np.repeat(np.arange(self.num_nodes), np.diff(children)))
-        inner = np.flatnonzero(children[:-1] < children[1:])[1:]
+        inner = 1 + np.flatnonzero(np.diff(children[1:]))
         # every inner node is new to the first title that goes through it
         added = np.bincount(np.searchsorted(begin[titles], begin[inner], side="right") - 1, minlength=titles.size)
         number = np.maximum(added.cumsum() - 1, 0) // nodes_per_pass
         cuts = np.append(np.flatnonzero(np.diff(number, prepend=-1)), titles.size)
-        # the nodes of a level stand in the order of their ranks, so those of a pass are adjacent
-        from_rank, to_rank = begin[titles[cuts[:-1]]], own_end[titles[cuts[1:] - 1]]
-        borders = np.searchsorted(level, np.arange(1, self.depth + 2))
-        of_level = [slice(*pair) for pair in itertools.pairwise(borders.tolist())]
-        firsts = [at.start + np.searchsorted(end[at], from_rank, side="right") for at in of_level]
-        lasts = [at.start + np.searchsorted(begin[at], to_rank) for at in of_level]
-        passes = []
-        for number_of_pass, (first, last) in enumerate(itertools.pairwise(cuts.tolist())):
-            spans = zip(firsts, lasts, strict=True)
-            nodes = np.concatenate([np.arange(x[number_of_pass], y[number_of_pass]) for x, y in spans])
-            passes.append(self._pass(nodes, parent_of[nodes], level[nodes], tokens, titles[first:last]))
-        return passes
+        # a node belongs to every pass that has items below it
+        first = np.searchsorted(own_end[titles[cuts[1:] - 1]], begin[1:], side="right")
+        counts = np.searchsorted(begin[titles[cuts[:-1]]], end[1:]) - first
+        node = np.repeat(np.arange(1, self.num_nodes), counts)
+        number = _ranges(first, counts)
+        nodes_of = np.split(node[number.argsort(kind="stable")], np.bincount(number).cumsum()[:-1])
+        return [
+            self._pass(nodes, parent_of[nodes], level[nodes], tokens, titles[slice(*own)])
+            for nodes, own in zip(nodes_of, itertools.pairwise(cuts.tolist()), strict=True)
+        ]
 
     def _pass(
         self,
@@ -289,42 +296,58 @@ class TreePass(NamedTuple):
     ends: Tensor  # (n,) last tokens of the titles, in the order of `Trie.titles`
 
 
-def _over_ranges(
-    reduce: np.ufunc, values: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """``reduce`` over every ``values[begin:end]``; no range is empty."""
-    # reduceat over begin, end, begin, end, ...: every other result is that of one range
-    return reduce.reduceat(np.append(values, values[-1]), np.stack([begin, end], axis=1).ravel())[::2]
+def _in_order(tokens: NDArray[np.int32], offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Order sequences lexicographically, each before those that it begins, equal ones as they were.
+
+    Returns:
+        The sequence at each place, and how many leading tokens it has in common with the one before.
+    """
+    order = np.arange(offsets.size - 1)
+    shared = np.zeros_like(order)
+    # two tokens at a time, of those only that are still equal to others: a long one costs no more than its own tokens
+    place, group, depth = order.copy(), np.zeros_like(order), 0
+    while place.size:
+        at = order[place]
+        start, stop = offsets[at] + depth, offsets[at + 1]
+        # 0 behind the end
+        one, two = (np.where(x < stop, tokens.take(x, mode="clip"), -1) + np.int64(1) for x in (start, start + 1))
+        key = one << 32 | two
+        sort = np.lexsort((key, group))
+        order[place], one, two, key = at[sort], one[sort], two[sort], key[sort]
+        follows = group[1:] == group[:-1]
+        is_same = follows & (key[1:] == key[:-1])
+        shared[place[1:][follows]] = depth + (one[1:] == one[:-1])[follows] + is_same[follows]
+        goes_on = is_same & (two[1:] > 0)
+        kept = np.append(False, goes_on) | np.append(goes_on, False)
+        place, group, depth = place[kept], np.append(0, np.cumsum(~goes_on))[kept], depth + 2
+    return order, np.minimum(shared, np.diff(offsets)[order])
 
 
-class _Sorted(NamedTuple):
-    """The distinct rows of a matrix, sorted, each before the rows that it begins."""
-
-    rows: NDArray[np.int64]  # (m, depth), -1 behind a row's end
-    lengths: NDArray[np.int64]  # (m,)
-    shared: NDArray[np.int64]  # (m,) leading tokens in common with the row before
-    order: NDArray[np.int64]  # (n,) the matrix's rows in this order, equal ones in their own order
-    offsets: NDArray[np.int64]  # (m + 1,) row r stands for order[offsets[r]:offsets[r + 1]]
-
-    @classmethod
-    def of(cls, sequences: NDArray[np.int64]) -> _Sorted:
-        order = np.lexsort(sequences.T[::-1])
-        rows = sequences[order]
-        differs = rows[1:] != rows[:-1]
-        first = np.append(0, 1 + np.flatnonzero(differs.any(axis=1)))
-        rows = rows[first]
-        shared = np.append(0, differs[first[1:] - 1].argmax(axis=1))
-        return cls(rows, (rows >= 0).sum(axis=1), shared, order, np.append(first, order.size))
-
-
-def _sequences(catalog: Catalog, items: NDArray[np.int64], response_end: tuple[int, ...]) -> NDArray[np.int64]:
-    """(n, longest) tokens of each item's title and the response end, -1 behind; ``items`` ascend."""
+def _sequences(
+    catalog: Catalog, items: NDArray[np.int64], response_end: Sequence[int]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Tokens of each item's title and the response end, one item after the other, and their offsets."""
     chosen = np.zeros(len(catalog), bool)
     chosen[items] = True
-    lengths = catalog.lengths[items][:, None]
-    columns = np.arange(int(lengths.max()) + len(response_end))
-    sequences = np.full((items.size, columns.size), -1, np.int64)
-    sequences[columns < lengths] = catalog.token_ids[np.repeat(chosen, catalog.lengths)]
-    is_end = (columns >= lengths) & (columns < lengths + len(response_end))
-    sequences[is_end] = np.tile(np.asarray(response_end, np.int64), items.size)
-    return sequences
+    offsets = np.append(0, (catalog.lengths[items].astype(np.int64) + len(response_end)).cumsum())
+    end_places = offsets[1:, None] - np.arange(len(response_end), 0, -1)
+    is_title = np.ones(offsets[-1], bool)
+    is_title[end_places] = False
+    tokens = np.empty(offsets[-1], np.int32)
+    tokens[is_title] = catalog.token_ids[np.repeat(chosen, catalog.lengths)]
+    tokens[end_places] = np.asarray(response_end, np.int32)
+    return tokens, offsets
+
+
+def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``starts[0], starts[0] + 1, ...``, ``lengths[0]`` of them, and so on for every range."""
+    ends = lengths.cumsum()
+    places = np.arange(ends[-1] if ends.size else 0)
+    places += np.repeat(starts - (ends - lengths), lengths)
+    return places
+
+
+def _levels(level: NDArray[np.int64]) -> list[slice]:
+    """The nodes of each level, given the ascending levels of all nodes."""
+    borders = np.searchsorted(level, np.arange(level[-1] + 2))
+    return [slice(*pair) for pair in itertools.pairwise(borders.tolist())]

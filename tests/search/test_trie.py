@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import defaultdict
 
 import numpy as np
@@ -12,6 +13,7 @@ from cases import make_catalog
 from hypothesis import given
 from hypothesis import strategies as st
 
+import patchkern as pk
 from patchkern.search.trie import Trie
 
 Sequences = dict[int, tuple[int, ...]]
@@ -133,6 +135,34 @@ def test_rows_of_a_beam_search(titles: list[list[int]], end: list[int], num_beam
     assert trie.fed_rows(num_beams) == sum(min(num_beams, leading(level, level)) for level in levels)
     live = [sum(min(num_beams, leading(j, level)) for j in range(1, level + 1)) for level in levels]
     assert trie.live_rows(num_beams) == max(live, default=0)
+
+
+def test_titles_that_share_long_beginnings() -> None:
+    long = list(range(300))
+    ways = [long, [*long, 7], [*long, 7], [*long[:-1], 2**31 - 2], [*long[:-2], 0], long[:150], [299], [*long, 7, 7]]
+    for response_end in ([], [7], [3, 2, 1]):
+        trie = Trie.from_catalog(make_catalog(dict(enumerate(ways))), response_end)
+        check(trie, {item: (*title, *response_end) for item, title in enumerate(ways)})
+
+
+def test_a_long_title_costs_its_own_tokens() -> None:
+    """Time aside, an array of depth times titles, or of depth squared, would take gibibytes here."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, 20_000)
+    lengths[0] = 20_000
+    titles = pk.Catalog.from_token_ids(rng.integers(0, 5000, lengths.sum()), np.append(0, lengths.cumsum()))
+    tracemalloc.start()
+    try:
+        trie = Trie.from_catalog(titles, [1])
+        passes = trie.passes(64)
+        rows = trie.fed_rows(20), trie.live_rows(20)
+        assert tracemalloc.get_traced_memory()[1] < 8 * trie.num_bytes
+    finally:
+        tracemalloc.stop()
+    assert trie.depth == 20_001 and sum(len(tree.ends) for tree in passes) == trie.num_titles
+    # 19 hypotheses beside the long one while others have as many tokens, of 4 levels at least
+    assert rows[0] > 20_000 + 4 * 19 and rows[1] == 20_000
+    assert len(trie.titles) == 20_000
 
 
 def test_small_tree_by_hand() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from patchkern.batch.prompt import Prompt
 from patchkern.models import attention, files
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
-from patchkern.models.searching import attention_for_search
+from patchkern.models.searching import Searching, lock_of
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
@@ -144,8 +144,9 @@ class PatchedCausalLM(nn.Module):
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
         self._check_length(layout.max_seqlen + layout.max_prefix)
-        rows = self.embed(layout)
-        self._isolation.check_layout(self.hf_model, layout, rows)
+        with self._undisturbed():
+            rows = self.embed(layout)
+            self._isolation.check_layout(self.hf_model, layout, rows)
         layout = layout.to(rows.device, non_blocking=True)
         if layout.num_rows == 0:
             loss = None if layout.labels is None else rows.sum()
@@ -157,11 +158,21 @@ class PatchedCausalLM(nn.Module):
             del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
         elif num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        output = self.hf_model(inputs_embeds=rows[None], **kwargs)
+        with self._undisturbed():
+            output = self.hf_model(inputs_embeds=rows[None], **kwargs)
         logits, loss = output.logits[0], output.loss
         if smoothing and layout.logit_labels is not None:
             loss = _smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def train(self, mode: bool = True) -> PatchedCausalLM:
+        """As of a module; where another thread searches with the model, after that."""
+        with lock_of(self.config):
+            return super().train(mode)
+
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """No other thread searches with the model, which is in evaluation mode then."""
+        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.config)
 
     def embed(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
@@ -313,9 +324,9 @@ class PatchedCausalLM(nn.Module):
         """Of the wrapped model's parameters and activations."""
         return self.hf_model.dtype
 
-    def searching(self) -> AbstractContextManager[None]:
+    def searching(self) -> Searching:
         """See `patchkern.search.protocol.SearchModel`."""
-        return attention_for_search(self)
+        return Searching(self)
 
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """See `patchkern.search.protocol.SearchModel`."""

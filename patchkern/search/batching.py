@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,7 +88,7 @@ def in_batches(
                     continue
             failure = None
             try:
-                found = compute(users, layout, chunk_rows)
+                found = _searched(model, partial(compute, users, layout, chunk_rows))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -105,6 +106,16 @@ def in_batches(
                 f"out of memory with {users.size} users at once, going on with {most}: {failure}", stacklevel=3
             )
             waiting.appendleft((users, chunk_rows))
+
+
+def _searched(model: SearchModel, compute: Callable[[], T]) -> T:
+    """What a batch gives, computed while the model is ready for it: between batches others may use the model."""
+    searching = model.searching()
+    try:
+        with searching:
+            return compute()
+    finally:
+        searching.close()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

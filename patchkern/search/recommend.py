@@ -196,12 +196,11 @@ def recommend(
 
     results: list[Ranked] = [[] for _ in range(len(histories))]
     n_unproven = 0
-    with model.searching():
-        for users, (*found, unproven) in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
-        ):
-            _collect(results, users, model, *found)
-            n_unproven += int(unproven.sum())
+    for users, (*found, unproven) in in_batches(
+        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+    ):
+        _collect(results, users, model, *found)
+        n_unproven += int(unproven.sum())
     if n_unproven:
         warnings.warn(
             f"max_expansions: {max_expansions} prefixes were not enough to prove the lists of {n_unproven} of "
@@ -253,11 +252,10 @@ def generate_titles(
         return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
 
     results: list[Ranked] = [[] for _ in range(len(histories))]
-    with model.searching():
-        for users, found in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
-        ):
-            _collect(results, users, model, *found)
+    for users, found in in_batches(
+        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+    ):
+        _collect(results, users, model, *found)
     return results
 
 
@@ -308,11 +306,10 @@ def score_items(
         prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
         return score_titles(prompts, trie, passes)[:, title]
 
-    with model.searching():
-        for users, found in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
-        ):
-            scores[users] = found.cpu().numpy()
+    for users, found in in_batches(
+        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress
+    ):
+        scores[users] = found.cpu().numpy()
     return scores
 
 

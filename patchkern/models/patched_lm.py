@@ -110,7 +110,8 @@ class PatchedCausalLM(nn.Module):
             weight: Any = self.get_input_embeddings().weight
             self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
             self._items_of = catalog.fingerprint
-        self._isolation = Isolation(hf_model, attn_implementation)
+        with lock_of(hf_model.config):  # the network may be another model's too, which is searched
+            self._isolation = Isolation(hf_model, attn_implementation)
         self.register_state_dict_post_hook(files.drop_tied)
         self.register_load_state_dict_pre_hook(files.restore_tied)
 

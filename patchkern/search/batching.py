@@ -79,7 +79,6 @@ def in_batches(
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
             layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
-            model.check_search(layout, depth)
             if cost is not None and users.size > 1:
                 # a policy that draws at random may have drawn other rows than were planned for
                 needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
@@ -88,7 +87,7 @@ def in_batches(
                     continue
             failure = None
             try:
-                found = _searched(model, partial(compute, users, layout, chunk_rows))
+                found = _searched(model, layout, depth, partial(compute, users, layout, chunk_rows))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -108,11 +107,12 @@ def in_batches(
             waiting.appendleft((users, chunk_rows))
 
 
-def _searched(model: SearchModel, compute: Callable[[], T]) -> T:
+def _searched(model: SearchModel, layout: PatchLayout, depth: int, compute: Callable[[], T]) -> T:
     """What a batch gives, computed while the model is ready for it: between batches others may use the model."""
     searching = model.searching()
     try:
         with searching:
+            model.check_search(layout, depth)
             return compute()
     finally:
         searching.close()

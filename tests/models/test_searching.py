@@ -247,6 +247,9 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was() -> None:
     before = state(model)
     files = (searching.__file__, batching.__file__)
 
+    layout = pk.build_layout(model.catalog, make_histories(TITLES, [2]), POLICY, model.prompt)
+    batching._searched(model, layout, 3, list)  # asks whether the model keeps users apart, once
+
     def work() -> int:
         return sum([1, 2])
 
@@ -257,7 +260,7 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was() -> None:
         caught = None
         try:
             with interrupted(number, files, points):
-                batching._searched(model, work)
+                batching._searched(model, layout, 3, work)
         except Interrupted as error:
             caught = error  # its traceback keeps the frames alive, as a notebook does
         assert state(model) == before and is_free(model), f"interrupted at point {number}"

@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         saved: Any = arguments.output_dir
         if not arguments.load_best_model_at_end:
             saved = next(reversed(checkpoints(arguments.output_dir)), "nothing")
-        done = trainer.state.global_step / trainer.args.max_steps
+        before = 0 if start is None else int(start.name.rpartition("-")[2])
+        done = (trainer.state.global_step - before) / trainer.args.max_steps
         speed = trainer.train_dataset.num_targets * done / metrics["train_runtime"]
         print(f"{speed:.1f} targets/s, peak memory {peak_memory() / 2**30:.2f} GiB, saved: {saved}", flush=True)
     return trainer

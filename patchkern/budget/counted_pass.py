@@ -93,6 +93,7 @@ def on_meta(model: Any, dtype: torch.dtype | None) -> Any:
         return made.eval()
     if not hasattr(model, "config"):
         raise TypeError(f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}")
+    _check_tensors(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -104,3 +105,13 @@ def on_meta(model: Any, dtype: torch.dtype | None) -> Any:
     if copied.config._attn_implementation != _Attention.NAME:
         copied.set_attn_implementation(_Attention.NAME)
     return copied.eval()
+
+
+def _check_tensors(model: Any) -> None:
+    """Only a plain tensor has the bytes that it seems to have, and an empty copy that computes alike."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise TypeError(
+                f"model: expected plain tensors, to predict what a memory_budget allows, got a {type(tensor).__name__} "
+                f"({name}); leave memory_budget out and choose a batch_size"
+            )

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,7 +70,8 @@ def peak_memory(device: torch.device | str) -> Iterator[Peak]:
     """Measure the most that a block of code allocates on a device at once; exact, and the same in every run.
 
     On CUDA this is ``torch.cuda.max_memory_allocated``. On the CPU every allocation and release of torch is recorded by
-    its profiler, which slows small operators down: do not time the same run.
+    its profiler, which slows small operators down: do not time the same run. Records are added up every few
+    hundred calls of modules, so that a long search takes no more memory for them than a short one.
     """
     device = torch.device(device)
     peak = Peak()
@@ -81,10 +84,45 @@ def peak_memory(device: torch.device | str) -> Iterator[Peak]:
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds announce every start on stderr
-    with profiler.profile(use_kineto=False, profile_memory=True) as record:
+    recorder = _Recorder(peak)
+    recorder.start()
+    hook = register_module_forward_pre_hook(recorder.count_call)
+    try:
         yield peak
-    live = 0
-    for event in record.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak.bytes = max(peak.bytes, live)
+    finally:
+        hook.remove()
+        recorder.stop()
+
+
+class _Recorder:
+    """The profiler, stopped and started again now and then."""
+
+    CALLS = 500
+    """of modules, while one profiler runs; each keeps a few hundred bytes for every operator"""
+
+    def __init__(self, peak: Peak) -> None:
+        self._peak = peak
+        self._live = 0
+        self._thread = threading.get_ident()
+
+    def start(self) -> None:
+        self._calls = 0
+        self._profile = profiler.profile(use_kineto=False, profile_memory=True)
+        self._profile.__enter__()
+
+    def stop(self) -> None:
+        self._profile.__exit__(None, None, None)
+        record: Any = self._profile.kineto_results
+        for event in record.events():
+            if event.name() == "[memory]":
+                self._live += event.nbytes()
+                self._peak.bytes = max(self._peak.bytes, self._live)
+
+    def count_call(self, module: nn.Module, inputs: Any) -> None:
+        """A module begins: no operator is running, unless autograd computes it again."""
+        if threading.get_ident() != self._thread or torch._C._current_graph_task_id() != -1:
+            return
+        self._calls += 1
+        if self._calls >= self.CALLS:
+            self.stop()
+            self.start()

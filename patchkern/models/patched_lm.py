@@ -7,7 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from patchkern.batch.sample_layout import check_titles, title_with
 from patchkern.models import attention, files
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
-from patchkern.models.searching import attention_for_search
+from patchkern.models.searching import Searching, lock_of
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
@@ -115,7 +115,8 @@ class PatchedCausalLM(nn.Module):
             weight: Any = self.get_input_embeddings().weight
             self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
             self._items_of = catalog.fingerprint
-        self._isolation = Isolation(hf_model, attn_implementation)
+        with lock_of(hf_model.config):  # the network may be another model's too, which is searched
+            self._isolation = Isolation(hf_model, attn_implementation)
         self.register_state_dict_post_hook(files.drop_tied)
         self.register_load_state_dict_pre_hook(files.restore_tied)
 
@@ -149,8 +150,9 @@ class PatchedCausalLM(nn.Module):
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
         self._check_length(layout.max_seqlen + layout.max_prefix)
-        rows = self.embed(layout)
-        self._isolation.check_layout(self.hf_model, layout, rows)
+        with self._undisturbed():
+            rows = self.embed(layout)
+            self._isolation.check_layout(self.hf_model, layout, rows)
         layout = layout.to(rows.device, non_blocking=True)
         last = self._last_rows(layout) if layout.logit_rows is None else None
         if layout.num_rows == 0 or (layout.logit_rows is not None and layout.logit_rows.shape[0] == 0):
@@ -163,11 +165,21 @@ class PatchedCausalLM(nn.Module):
             del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
         elif num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        output = self.hf_model(inputs_embeds=rows[None], **kwargs)
+        with self._undisturbed():
+            output = self.hf_model(inputs_embeds=rows[None], **kwargs)
         logits, loss = output.logits[0], output.loss
         if smoothing and layout.logit_labels is not None:
             loss = _smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def train(self, mode: bool = True) -> PatchedCausalLM:
+        """As of a module; where another thread searches with the model, after that."""
+        with lock_of(self.config):
+            return super().train(mode)
+
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """No other thread searches with the model, which is in evaluation mode then."""
+        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.config)
 
     def embed(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
@@ -320,9 +332,9 @@ class PatchedCausalLM(nn.Module):
         """Of the wrapped model's parameters and activations."""
         return self.hf_model.dtype
 
-    def searching(self) -> AbstractContextManager[None]:
+    def searching(self) -> Searching:
         """See `patchkern.search.protocol.SearchModel`."""
-        return attention_for_search(self)
+        return Searching(self)
 
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """See `patchkern.search.protocol.SearchModel`."""

@@ -3,28 +3,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import weakref
+from collections.abc import Generator
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from patchkern.models.attention import NAME
 
 
-@contextmanager
-def attention_for_search(model: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the attention that knows `SpanCache`; restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    implementation = model.config._attn_implementation
-    model.eval()
-    try:
-        if implementation != NAME:
-            model.hf_model.set_attn_implementation(NAME)
-        with torch.no_grad():
-            yield
-    finally:
-        if implementation != NAME:
-            model.hf_model.set_attn_implementation(implementation)
-        for module in training:
-            module.training = True
+def lock_of(config: PretrainedConfig) -> threading.RLock:
+    """Held while a model with this configuration, and so with its attention, is in the state for a search.
+
+    It is no attribute of the model, so that models can be copied and pickled.
+    """
+    lock = _locks.get(id(config))
+    if lock is None:
+        made = threading.RLock()
+        lock = _locks.setdefault(id(config), made)
+        if lock is made:
+            weakref.finalize(config, _locks.pop, id(config), None)
+    return lock
+
+
+_locks: dict[int, threading.RLock] = {}
+
+
+class Searching:
+    """See `patchkern.search.protocol.SearchModel.searching`, for a `patchkern.PatchedCausalLM`.
+
+    Other threads that want to search with the model, to train it or to change its mode through it, wait.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._state = _switched(model)
+
+    def __enter__(self) -> None:
+        next(self._state)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                _check_unchanged(self._model)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._state.close()
+
+
+def _switched(model: Any) -> Generator[None, None, None]:
+    """Where it is suspended, the model is ready for a search; closing it restores everything."""
+    with lock_of(model.config):
+        training = [module for module in model.modules() if module.training]
+        attention = [(config, config._attn_implementation) for config in _configs(model)]
+        has_grad = torch.is_grad_enabled()
+
+        def restore() -> None:
+            for config, name in attention:  # the outer before those inside it, which it would overwrite
+                config._attn_implementation = name
+            for module in training:
+                module.training = True
+            torch.set_grad_enabled(has_grad)
+
+        try:
+            try:
+                for module in training:
+                    module.training = False
+                if any(name != NAME for _, name in attention):
+                    model.hf_model.set_attn_implementation(NAME)
+                torch.set_grad_enabled(False)
+                yield
+            finally:
+                restore()
+        finally:
+            restore()  # once more, for an interrupt may have come during the first time
+
+
+def _configs(model: Any) -> list[PretrainedConfig]:
+    """All that say which attention a part of the model uses, each after those that contain it."""
+    found: dict[int, PretrainedConfig] = {}
+    waiting = [model.config, *(part.config for part in model.modules() if isinstance(part, PreTrainedModel))]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            waiting = [*(part for part in parts if isinstance(part, PretrainedConfig)), *waiting]
+    return list(found.values())
+
+
+def _check_unchanged(model: Any) -> None:
+    attention = model.config._attn_implementation
+    if attention != NAME or any(module.training for module in model.modules()):
+        raise RuntimeError(
+            "model: expected its mode and attention to stay as they are during a search, got another thread that "
+            "changed those of the wrapped model; change them through the PatchedCausalLM, which waits, or search a copy"
+        )

@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,7 +80,6 @@ def in_batches(
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
             layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
-            model.check_search(layout, depth)
             if cost is not None and budget is not None and users.size > 1:
                 # a policy that draws at random may have drawn other rows than were planned for
                 needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
@@ -88,7 +88,7 @@ def in_batches(
                     continue
             failure = None
             try:
-                found = compute(users, layout, chunk_rows)
+                found = _searched(model, layout, depth, partial(compute, users, layout, chunk_rows))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -128,7 +128,7 @@ def plan_users(
     for user in sorted({int(counts.argmax()), int(counts.argmin())}) if counts.size else ():
         layout = build_layout(model.catalog, histories.take([user]), policy, model.prompt)
         try:
-            model.check_search(layout, depth)
+            _searched(model, layout, depth, lambda: None)
         except ValueError as error:
             raise ValueError(f"{error} (user {names[user]!r})") from None
     if cost is None or memory_budget is None:
@@ -137,6 +137,17 @@ def plan_users(
         return counts, cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size)
     except UserTooLarge as error:
         raise _with_advice(error, model, histories, names) from None
+
+
+def _searched(model: SearchModel, layout: PatchLayout, depth: int, compute: Callable[[], T]) -> T:
+    """What a batch gives, computed while the model is ready for it: between batches others may use the model."""
+    searching = model.searching()
+    try:
+        with searching:
+            model.check_search(layout, depth)
+            return compute()
+    finally:
+        searching.close()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

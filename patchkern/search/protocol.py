@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +24,19 @@ class SpanCache(Protocol):
         ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, L, d), heads not expanded; ``module.layer_idx`` is the
         layer. Returns (B, L, H, d).
         """
+
+
+class Searching(Protocol):
+    """A context manager for one use."""
+
+    def __enter__(self) -> None:
+        """Make the model ready."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """`close`; after a search without an error also raise if the model did not stay ready."""
+
+    def close(self) -> None:
+        """Restore the model, if that was not done: an interrupt can come between ``with`` and what it calls."""
 
 
 class SearchModel(Protocol):
@@ -74,8 +86,11 @@ class SearchModel(Protocol):
     def embed(self, layout: PatchLayout) -> Tensor:
         """``(T, D)`` the rows of a layout."""
 
-    def searching(self) -> AbstractContextManager[None]:
-        """Evaluation mode, no gradients, and attention that hands rows to a `SpanCache`; all restored afterwards."""
+    def searching(self) -> Searching:
+        """Evaluation mode, no gradients, and attention that hands rows to a `SpanCache`; all restored afterwards.
+
+        Threads take turns; one that is inside may enter again.
+        """
 
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """Raise where a search over these prompts, with titles of up to ``depth`` tokens, would be silently wrong."""

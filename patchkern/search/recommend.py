@@ -235,21 +235,20 @@ def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
 
     results: list[Ranked] = [[] for _ in range(len(request.histories))]
     n_unproven = 0
-    with model.searching():
-        for users, (*found, unproven) in in_batches(
-            model,
-            request.histories,
-            request.policy,
-            size,
-            trie.depth,
-            compute,
-            request.memory_budget,
-            request.batch_size,
-            request.progress,
-            request.names,
-        ):
-            _collect(results, users, model, *found)
-            n_unproven += int(unproven.sum())
+    for users, (*found, unproven) in in_batches(
+        model,
+        request.histories,
+        request.policy,
+        size,
+        trie.depth,
+        compute,
+        request.memory_budget,
+        request.batch_size,
+        request.progress,
+        request.names,
+    ):
+        _collect(results, users, model, *found)
+        n_unproven += int(unproven.sum())
     return results, request.summary(results, n_unproven)
 
 
@@ -296,11 +295,10 @@ def generate_titles(
         return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
 
     results: list[Ranked] = [[] for _ in range(len(histories))]
-    with model.searching():
-        for users, found in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
-        ):
-            _collect(results, users, model, *found)
+    for users, found in in_batches(
+        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
+    ):
+        _collect(results, users, model, *found)
     return results
 
 
@@ -361,11 +359,10 @@ def score_items(
         prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
         return score_titles(prompts, trie, passes)[:, title]
 
-    with model.searching():
-        for users, found in in_batches(
-            model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
-        ):
-            scores[users] = found.cpu().numpy()
+    for users, found in in_batches(
+        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
+    ):
+        scores[users] = found.cpu().numpy()
     of_users = np.flatnonzero(dropped)
     examples = first_few(names[user] for user in of_users)
     Summary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +15,11 @@ from numpy.typing import NDArray
 from patchkern.batch.hashes import UInt64, row_hashes
 from patchkern.batch.histories import check_count, is_sequence
 from patchkern.batch.layout import PatchLayout
+from patchkern.search.model_state import model_state
 from patchkern.search.prefix_cache import Layers, PrefixCache
 from patchkern.search.protocol import SearchModel, check_model
 
 Int64 = NDArray[np.int64]
-# Values read from every parameter to notice a change that torch does not count, as through `.data`.
-_SAMPLES = 64
 
 
 class _Entry(NamedTuple):
@@ -39,7 +39,8 @@ class UserCache:
     Since content decides, a wrong or repeated user id costs time and never gives a wrong result.
 
     The least recently used users make room. Memory for ``max_bytes`` is reserved at first use, on the model's device. A
-    change of the model (its parameters or buffers, their dtype or device, adapters, autocast) empties the cache.
+    change of the model empties the cache: `patchkern.search.model_state` says what is seen. Threads may share a cache;
+    a copy of one is empty.
 
     Args:
         model: whose prompts these are.
@@ -54,15 +55,21 @@ class UserCache:
         check_count("max_bytes", max_bytes, minimum=1, maximum=2**63 - 1)
         self.max_bytes = max_bytes
         self._model = model
+        self._lock = RLock()
         self.clear()
 
     def clear(self) -> None:
         """Forget all users and release the memory."""
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # the least recently used first
-        self._pool: Layers = {}  # per layer keys and values, (Hkv, capacity, d)
-        self._row_bytes = 0
-        self._free, self._n_free = np.zeros(0, np.int64), 0  # places without a row: the first n_free of the array
-        self._model_state: Any = None
+        with self._lock:
+            self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # the least recently used first
+            self._era: object = object()  # what was computed in an earlier one is not kept
+            self._model_state: Any = None
+            self._pool: Layers = {}  # per layer keys and values, (Hkv, capacity, d)
+            self._row_bytes = 0
+            self._free, self._n_free = np.zeros(0, np.int64), 0  # places without a row: the first n_free of the array
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model, self.max_bytes)
 
     def __len__(self) -> int:
         """Users that have an entry."""
@@ -74,7 +81,8 @@ class UserCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of the keys and values of all users."""
-        return self._row_bytes * sum(entry.places.size for entry in self._entries.values())
+        with self._lock:
+            return self._row_bytes * sum(entry.places.size for entry in self._entries.values())
 
     def begin(self, model: SearchModel, layout: PatchLayout, user_ids: Sequence[Any] | None) -> CachedPrompts:
         """Look up the prompts of a batch.
@@ -90,12 +98,13 @@ class UserCache:
         if model is not self._model:
             raise ValueError("user_cache: expected one made for this model, got another model's")
         names = _names(user_ids, layout.num_users)
-        state = _model_state(model)
-        if state != self._model_state:
-            self.clear()
-            self._model_state = state
+        state = model_state(model)
         hashes = np.split(row_hashes(layout, by_item=model.item_embedding is not None), layout.cu_seqlens[1:-1].numpy())
-        return CachedPrompts(self, names, hashes)
+        with self._lock:
+            if state != self._model_state:
+                self.clear()
+                self._model_state = state
+            return CachedPrompts(self, self._era, names, hashes)
 
     # ------------------------------------------------------------------ for CachedPrompts
 
@@ -116,10 +125,14 @@ class UserCache:
         rows = [x for pair in layers.values() for x in pair]
         self._row_bytes = sum(x.shape[0] * x.shape[2] * x.element_size() for x in rows)
         capacity = self.max_bytes // self._row_bytes
-        for layer, pair in layers.items():
-            keys, values = (x.new_empty(x.shape[0], capacity, x.shape[2]) for x in pair)
-            self._pool[layer] = keys, values
         self._free, self._n_free = np.arange(capacity), capacity
+        pool: Layers = {}
+        for layer, (keys, values) in layers.items():
+            pool[layer] = (
+                keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
+                values.new_empty(values.shape[0], capacity, values.shape[2]),
+            )
+        self._pool = pool
 
     def _replace(self, name: Hashable, hashes: UInt64) -> Int64 | None:
         """Make a user's entry that of this prompt.
@@ -151,39 +164,51 @@ class UserCache:
 class CachedPrompts:
     """The prompts of a batch and what a `UserCache` knows of them: `load` before computing, `save` after."""
 
-    def __init__(self, cache: UserCache, names: list[Hashable], hashes: list[UInt64]) -> None:
+    def __init__(self, cache: UserCache, era: object, names: list[Hashable], hashes: list[UInt64]) -> None:
         self._cache = cache
+        self._era = era
         self._names = names
         self._hashes = hashes
         self._ends = np.cumsum([x.size for x in hashes])  # of each user's rows, where the prompts are stored
 
     def load(self, prompts: PrefixCache) -> Int64:
         """Copy the known rows to where the prompts are stored; returns ``(B,)`` how many of each user's first rows."""
-        known = [self._cache._known(*user) for user in zip(self._names, self._hashes, strict=True)]
-        rows = [
-            np.arange(places.size) + end - hashes.size
-            for places, end, hashes in zip(known, self._ends, self._hashes, strict=True)
-        ]
-        pool = self._cache._pool
-        self._copy(pool, np.concatenate(known), prompts.layers_like(pool), np.concatenate(rows))
-        return np.array([places.size for places in known])
+        cache = self._cache
+        with cache._lock:
+            if cache._era is not self._era:
+                return np.zeros(len(self._names), np.int64)
+            known = [cache._known(*user) for user in zip(self._names, self._hashes, strict=True)]
+            rows = [
+                np.arange(places.size) + end - hashes.size
+                for places, end, hashes in zip(known, self._ends, self._hashes, strict=True)
+            ]
+            pool = cache._pool
+            self._copy(pool, np.concatenate(known), prompts.layers_like(pool), np.concatenate(rows))
+            return np.array([places.size for places in known])
 
     def save(self, prompts: PrefixCache) -> None:
         """Keep the prompts, now that all rows are computed."""
         cache = self._cache
+        with cache._lock:
+            if cache._era is not self._era:
+                return
+            try:
+                self._keep(prompts)
+            except BaseException:
+                cache.clear()  # an entry must not be there without its rows
+                raise
+
+    def _keep(self, prompts: PrefixCache) -> None:
+        cache = self._cache
         cache._reserve(prompts.layers)
         last = {name: user for user, name in enumerate(self._names)}  # of equal names, the last
-        try:
-            new = {name: cache._replace(name, self._hashes[user]) for name, user in last.items()}
-            # a user of the batch may have pushed out those before it
-            kept = {last[name]: places for name, places in new.items() if places is not None and name in cache}
-            rows = [np.arange(self._ends[user] - places.size, self._ends[user]) for user, places in kept.items()]
-            nothing = np.zeros(0, np.int64)
-            source, target = (np.concatenate([nothing, *x]) for x in (rows, kept.values()))
-            self._copy(prompts.layers, source, cache._pool, target)
-        except BaseException:
-            cache.clear()  # an entry must not be there without its rows
-            raise
+        new = {name: cache._replace(name, self._hashes[user]) for name, user in last.items()}
+        # a user of the batch may have pushed out those before it
+        kept = {last[name]: places for name, places in new.items() if places is not None and name in cache}
+        rows = [np.arange(self._ends[user] - places.size, self._ends[user]) for user, places in kept.items()]
+        nothing = np.zeros(0, np.int64)
+        source, target = (np.concatenate([nothing, *x]) for x in (rows, kept.values()))
+        self._copy(prompts.layers, source, cache._pool, target)
 
     @staticmethod
     def _copy(source: Layers, source_rows: Int64, target: Layers, target_rows: Int64) -> None:
@@ -210,21 +235,3 @@ def _names(user_ids: Sequence[Any] | None, n_users: int) -> list[Hashable]:
         except TypeError as error:
             raise TypeError(f"user_ids[{place}]: expected something hashable, got {type(name).__name__}") from error
     return names
-
-
-def _model_state(model: SearchModel) -> Any:
-    """Equal only for a model that computes the same keys and values, as far as can be told without computing them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    layout = [(x.data_ptr(), x._version, x.dtype, x.device, x.shape) for x in tensors]
-    with torch.no_grad():
-        samples = [x.reshape(-1)[:: max(1, x.numel() // _SAMPLES)].double() for x in tensors if x.numel()]
-        values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
-    adapters = [
-        (name, repr(module.__dict__[field]))
-        for name, module in model.hf_model.named_modules()
-        for field in ("_active_adapter", "_disable_adapters", "merged_adapters")
-        if field in module.__dict__
-    ]
-    device = model.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return layout, values, adapters, autocast

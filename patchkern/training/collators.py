@@ -34,7 +34,9 @@ class RawAndPatched:
 
 @dataclass(frozen=True)
 class LayoutCollator:
-    """Slots to a batch ``{"layout": PatchLayout, "labels": (K,) int64}``, in the data-loader worker.
+    """Slots to a batch ``{"layout": PatchLayout, "labels": (K,) int64, "samples": ...}``, in the data-loader worker.
+
+    ``samples`` says where it is from: the samples' users and positions, ``(n,)`` int64 each.
 
     Attributes:
         pretrain_steps: feed each sample twice, as text and as patches with a probability that rises from 0 by
@@ -68,12 +70,14 @@ class LayoutCollator:
         if self.item_embeddings:
             layout = layout.with_identities()
         # Trainer counts the supervised tokens of accumulated batches from their labels.
-        return {"layout": layout, "labels": layout.logit_labels}
+        return {"layout": layout, "labels": layout.logit_labels, "samples": (users, positions)}
 
 
 @dataclass(frozen=True)
 class PassCollator:
     """A `Pass` to a batch of trunks and branches, as `LayoutCollator` makes one of samples.
+
+    ``samples`` has the users and, ``(n, 2)``, from which to which positions their targets are.
 
     In patch pre-training every user has two trunks side by side, the text and one draw of patches, each with all the
     user's targets.
@@ -111,7 +115,7 @@ class PassCollator:
             layout = layout.supervise_literals()
         if self.item_embeddings:
             layout = layout.with_identities()
-        return {"layout": layout, "labels": layout.logit_labels}
+        return {"layout": layout, "labels": layout.logit_labels, "samples": (one.users, one.ranges)}
 
     def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
         """``(n,)`` the most rows that each user takes."""

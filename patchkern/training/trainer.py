@@ -27,6 +27,7 @@ from patchkern.batch.policies import AnyPolicy
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, PassCollator
+from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
 from patchkern.training.validation import Validation, summary
 
@@ -39,7 +40,9 @@ class PatchTrainer(Trainer):
     The loss of a step is the mean over all its supervised tokens, however the step is cut into batches and processes.
     Checkpoints are `PatchedCausalLM.save_pretrained` folders with the trainer's state beside the model, and appear
     under their name when they are complete; resuming from one continues the uninterrupted run, loss by loss.
-    ``label_smoothing_factor`` smooths the losses of training, never those of evaluation.
+    ``label_smoothing_factor`` smooths the losses of training, never those of evaluation. A loss that is NaN or infinite
+    raises a `FloatingPointError` with the samples of its batch, on a GPU perhaps a step later, but before the next log,
+    evaluation or checkpoint.
 
     With ``eval_samples``, `evaluate` recommends for them, so that transformers' own arguments and callbacks work on hit
     rates: ``eval_strategy="steps"``, ``metric_for_best_model="HR@20"``, ``load_best_model_at_end=True``,
@@ -116,6 +119,7 @@ class PatchTrainer(Trainer):
         args.remove_unused_columns = False
         # Pinned memory is for copies to a device; without one torch warns of it.
         args.dataloader_pin_memory &= args.device.type != "cpu"
+        args.logging_nan_inf_filter = False  # it would wait for every loss, and log the average in its place
         if args.ddp_find_unused_parameters is None:
             # Trainer's own choice for a module it does not know is True, which is slow and breaks recomputation.
             args.ddp_find_unused_parameters = False
@@ -145,6 +149,7 @@ class PatchTrainer(Trainer):
         if eval_samples is not None:
             kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
         self._saving = False
+        self._losses = FiniteLosses()
         super().__init__(
             model=model,
             args=args,
@@ -163,7 +168,19 @@ class PatchTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, smoothed in training as ``label_smoothing_factor`` says."""
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        inputs = {name: value for name, value in inputs.items() if name != "samples"}
         return super().compute_loss(model, {**inputs, "smoothing": smoothing}, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As any Trainer; a loss that is not finite raises."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._losses.add(loss, self.state.global_step + 1, inputs.get("samples"))
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As any Trainer, once the losses so far are known to be finite."""
+        self._losses.wait()
+        super().log(logs, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -220,6 +237,7 @@ class PatchTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint aside and rename it, so that a killed run leaves no half of one under its name."""
+        self._losses.wait()
         folder = Path(self._get_output_dir(trial))
         aside, name = folder / _ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:

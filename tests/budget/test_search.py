@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from memory_cases import PROMPT, hf_model, make_model, measured, users
 
 import patchkern as pk
 from patchkern.batch.row_counts import longest_history
+from patchkern.budget import live_bytes
 from patchkern.budget import search as memory
 from patchkern.budget.live_bytes import LiveBytes, peak_memory
 from patchkern.budget.search import SearchBytes, SearchCost, SearchSize, UserTooLarge, parse_bytes
@@ -133,6 +135,17 @@ def test_a_model_that_asks_its_data_cannot_be_planned() -> None:
         SearchCost(model, SearchSize(2, 2))
 
 
+def test_quantised_tensors_cannot_be_planned() -> None:
+    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    model = make_model()
+    layer = model.hf_model.model.layers[1].mlp.up_proj
+    weight = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(two(weight, weight.clone()), requires_grad=False)
+    message = r"model: expected plain tensors, .* got a TwoTensor \(model.layers.1.mlp.up_proj.weight\); leave memory_b"
+    with pytest.raises(TypeError, match=message):
+        model.recommend(users(3), POLICIES["text"], 2, 2, memory_budget="1GiB")
+
+
 # ------------------------------------------------------------------ measuring
 
 
@@ -161,6 +174,31 @@ def test_peak_memory_is_exact() -> None:
         torch.zeros(1000)
         del second
     assert peak.bytes == 44_000
+
+
+def test_a_measurement_in_parts_finds_the_same_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where memory is taken in one part and given back in another, in backward passes and computed again."""
+    model = copy.deepcopy(hf_model("llama", torch.float32)).train()
+    tokens = torch.arange(60)[None]
+    started: list[int] = []
+    original = live_bytes._Recorder.start
+    monkeypatch.setattr(live_bytes._Recorder, "start", lambda self: (started.append(1), original(self)))
+    found = []
+    for calls, checkpointing in ((10**9, False), (1, False), (10**9, True), (1, True)):
+        monkeypatch.setattr(live_bytes._Recorder, "CALLS", calls)
+        started.clear()
+        (model.gradient_checkpointing_enable if checkpointing else model.gradient_checkpointing_disable)()
+        with peak_memory("cpu") as peak:
+            kept = [torch.zeros(300_000), torch.zeros(20)]
+            model(tokens, use_cache=False).logits[:, :3].sum().backward()
+            del kept[0]
+            model.zero_grad()
+            with torch.no_grad():
+                model(tokens, use_cache=False)
+        del kept
+        assert len(started) == 1 if calls > 1 else len(started) > 50
+        found.append(peak.bytes)
+    assert found[0] == found[1] > 1_200_000 and found[2] == found[3] > 1_200_000
 
 
 # ------------------------------------------------------------------ rows

@@ -22,7 +22,7 @@ from bench.workloads import POLICIES, stand_in
 from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate as count
-from patchkern.training import SETTINGS, checkpoints
+from patchkern.training import SETTINGS, PatchTrainer, checkpoints
 from recipes import evaluate, train
 
 FAST = [
@@ -161,12 +161,25 @@ def test_evaluation_by_the_papers_protocol(folder: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ a run's folder
 
 
-def test_resume_continues_the_run(folder: str, tmp_path: Path) -> None:
+def test_resume_continues_the_run(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "6", "--save_steps", "2")
     whole = _train("pretrain", folder, tmp_path, *flags)
     shutil.rmtree(tmp_path / "checkpoint-6")
     shutil.rmtree(tmp_path / "checkpoint-4")
+    original = PatchTrainer.train
+
+    def timed(self: PatchTrainer, **options: Any) -> Any:
+        output = original(self, **options)
+        output.metrics["train_runtime"] = 2.0
+        return output
+
+    monkeypatch.setattr(PatchTrainer, "train", timed)
+    capsys.readouterr()
     resumed = _train("pretrain", folder, tmp_path, *flags, "--resume")
+    # the steps before were another run's
+    assert f"{resumed.train_dataset.num_targets * 4 / 6 / 2:.1f} targets/s" in capsys.readouterr().out
     assert _losses(resumed) == _losses(whole)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 

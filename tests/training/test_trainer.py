@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,34 @@ def test_activation_checkpointing_does_not_change_the_run(rows_per_pass: int | N
         assert computed.number == (6 if enabled else 3)
         runs.append(losses_of(trainer))
     assert runs[0] == runs[1]
+
+
+def spoil(trainer: PatchTrainer, step: int, value: float) -> None:
+    """From this step on every loss is of this value."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        if trainer.state.global_step + 1 >= step:
+            output.loss = output.loss * value
+        return output
+
+    trainer.model.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows_per_pass", [None, 250], ids=["samples", "passes"])
+def test_a_loss_that_is_no_number_names_its_samples(rows_per_pass: int | None, value: float, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 10}
+    trainer = make_trainer(tmp_path, rows_per_pass=rows_per_pass, max_steps=5, **options)
+    spoil(trainer, 3, value)
+    with pytest.raises(FloatingPointError, match=r"loss: expected a finite number, got (nan|inf) in step 3") as error:
+        trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in ([2] if rows_per_pass else range(16, 24))])
+    users, positions = batch["samples"]
+    named = re.findall(r"user (\d+) at positions? (\d+(?: to \d+)?)", str(error.value))
+    first = [place if rows_per_pass is None else f"{place[0]} to {place[1]}" for place in positions.tolist()]
+    assert named == [(str(user), str(place)) for user, place in zip(users.tolist(), first, strict=True)][:8]
+    # the weights that were saved are those before it
+    assert [path.name for path in tmp_path.glob("checkpoint-*") if path.name > "checkpoint-2"] == []
 
 
 class _Calls:

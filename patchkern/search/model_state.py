@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model still computes the same keys and values, as far as can be told without computing them.
+
+Seen are, of every parameter and buffer, its memory, the version that torch counts, dtype, device, shape and a few of
+its values, for what torch does not count (`.data`); and of every module all plain data among its attributes:
+numbers, texts, functions, tensors that are no buffers, and lists, sets and dicts of these. So adapters with
+their scalings, forward hooks, quantisation and the configuration are seen without being known. Not seen is a write
+through `.data` to values that are not among those read, nor the inside of other objects.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PretrainedConfig
+
+from patchkern.search.protocol import SearchModel
+
+_SAMPLES = 64  # values read from every tensor
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
+_ATOMS = _PLAIN | {types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial}
+# What every module has besides its own attributes; its parts are looked at one by one, and its mode is the search's.
+_OF_EVERY_MODULE = set(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
+
+
+def model_state(model: SearchModel) -> Any:
+    """Something that is equal for equal states. Reads from each device of the model once."""
+    reader = _Reader()
+    tensors = [reader.identity(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    attributes = [
+        (name, type(module), [(key, reader.plain(value)) for key, value in _own_attributes(module)])
+        for name, module in model.hf_model.named_modules()
+    ]
+    device = model.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return tensors, attributes, reader.plain(model.config), autocast, reader.samples()
+
+
+def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE)
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._configs: set[int] = set()
+
+    def plain(self, value: Any) -> Any:
+        """Plain data in a form that can be compared; other objects as their type."""
+        if type(value) in _ATOMS or isinstance(value, (int, float, str, enum.Enum, np.generic)):
+            return value
+        if isinstance(value, dict):
+            return [(key if type(key) in _ATOMS else type(key), self.plain(each)) for key, each in value.items()]
+        if isinstance(value, (list, tuple)):
+            return [self.plain(each) for each in value]
+        if isinstance(value, (set, frozenset)):
+            return {each if type(each) in _ATOMS else type(each) for each in value}
+        if isinstance(value, Tensor):
+            return self.identity(value)
+        if isinstance(value, np.ndarray):
+            return value.dtype, value.shape, value.tobytes()
+        if isinstance(value, PretrainedConfig) and id(value) not in self._configs:  # every module may have it
+            self._configs.add(id(value))
+            return self.plain(vars(value))
+        return type(value)
+
+    def identity(self, tensor: Tensor) -> Any:
+        """What tells a tensor from another without reading it; a quantised one is what it consists of."""
+        if is_traceable_wrapper_subclass(subclass := cast(Any, tensor)):
+            names, context = subclass.__tensor_flatten__()
+            return type(tensor), [self.identity(getattr(subclass, name)) for name in names], self.plain(context)
+        self._tensors.append(tensor)
+        version = None if tensor.is_inference() else tensor._version
+        extra = [self.plain(_inside(value)) for value in vars(tensor).values()]
+        return tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, extra
+
+    def samples(self) -> list[bytes]:
+        """A few values of every tensor, evenly spread."""
+        devices: dict[torch.device, list[Tensor]] = {}
+        with torch.no_grad():
+            for tensor in self._tensors:
+                if tensor.numel() and not tensor.is_meta:
+                    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                    some = numbers.reshape(-1)[:: max(1, numbers.numel() // _SAMPLES)].double()
+                    devices.setdefault(tensor.device, []).append(some)
+            return [torch.cat(of_device).cpu().numpy().tobytes() for of_device in devices.values()]
+
+
+def _inside(value: Any) -> Any:
+    """Of what a library hangs on a quantised parameter, the attributes."""
+    return value if type(value) in _ATOMS or isinstance(value, Tensor) else getattr(value, "__dict__", value)

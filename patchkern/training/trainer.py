@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.policies import AnyPolicy
+from patchkern.models.files import choose_catalog, is_model
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, PassCollator
@@ -68,7 +69,8 @@ class PatchTrainer(Trainer):
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
             default 20 beams, and items already seen are excluded.
-        kwargs: for `transformers.Trainer`, such as ``processing_class`` and ``callbacks``.
+        kwargs: for `transformers.Trainer`, such as ``callbacks``, and ``processing_class``: a tokenizer, which is saved
+                with the model.
 
     Raises:
         ValueError: no samples, a sample outside its history, no policy, or an argument that this trainer cannot serve.
@@ -193,13 +195,14 @@ class PatchTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = str(self.args.output_dir if output_dir is None else output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        model: PatchedCausalLM = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         patched: PatchedCausalLM = self.accelerator.unwrap_model(self.model)
         wrapped: Any = patched.hf_model
+        if is_model(resume_from_checkpoint):
+            choose_catalog(resume_from_checkpoint, patched.catalog)
         if patched.item_embedding is not None and not self.is_fsdp_enabled:
             patched.load_item_embeddings(resume_from_checkpoint)
         if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):

@@ -419,7 +419,8 @@ class PatchedCausalLM(nn.Module):
         Args:
             folder: a local folder.
             catalog: another one than the model was saved with, tokenised by the same tokenizer. What differs is in
-                `catalog_diff`; items that are new or gone are nothing unusual, other titles are.
+                `catalog_diff`; items that are new or gone are nothing unusual, but where some have other titles, or
+                none is one that the model was saved with, a `CatalogWarning` says so.
             attn_implementation: as in the constructor.
             base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
                 Its embedding is resized to that of training, if the adapter has the rows.
@@ -427,9 +428,6 @@ class PatchedCausalLM(nn.Module):
             renamed: "allow" a ``catalog`` in which more than a tenth of the saved items have other titles.
             hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``;
                 ``trust_remote_code`` is False unless given.
-
-        Warns:
-            CatalogWarning: some items of ``catalog`` have other titles than they had, or none is known to the model.
 
         Raises:
             FileNotFoundError: no ``patchkern.json``.

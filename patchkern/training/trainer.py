@@ -208,7 +208,7 @@ class PatchTrainer(Trainer):
         if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else wrapped)
             return
-        saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype)
+        saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype, trust_remote_code=False)
         wrapped.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

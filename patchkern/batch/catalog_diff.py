@@ -16,6 +16,8 @@ from patchkern.batch.catalog import Catalog
 SHARE_OF_RENAMED = 0.1
 """of the shared items; more are taken for exchanged ids, or for another tokenizer's tokens"""
 
+_SAMPLE = 200
+
 
 class CatalogWarning(UserWarning):
     """A model gets another catalogue than it was saved with, in which ids have other titles."""
@@ -77,6 +79,25 @@ class CatalogDiff:
                 f"exchanged, or the titles tokenised by another tokenizer? renamed='allow' takes it all the same"
             )
         warnings.warn(f"catalog: not the one that the model was saved with: {text}", CatalogWarning, stacklevel=4)
+
+
+def check_tokens(catalog: Catalog, items: NDArray[Any], tokenizer: Any) -> None:
+    """Raise a ``ValueError`` where titles have other token ids than ``tokenizer`` gives them; a sample is enough.
+
+    Args:
+        items: ``(n,)`` ids of the items to look at, such as those that nothing else is known of.
+    """
+    if catalog.titles is None or not items.size:
+        return
+    places = catalog.index_of(items)[:: -(-items.size // _SAMPLE)].tolist()
+    again = Catalog.from_titles({place: catalog.titles[place] for place in places}, tokenizer)
+    other = [at for n, at in enumerate(places) if again.tokens(n).tolist() != catalog.tokens(at).tolist()]
+    if len(other) > SHARE_OF_RENAMED * len(places):
+        raise ValueError(
+            f"catalog: expected titles tokenised by the tokenizer that the model was saved with, got other token ids "
+            f"for {len(other)} of {len(places)} new items that were looked at, such as item "
+            f"{catalog.item_ids.item(other[0])!r}: {_shortened(catalog.titles[other[0]], catalog.tokens(other[0]))}"
+        )
 
 
 def compare(saved: Catalog, given: Catalog) -> CatalogDiff:

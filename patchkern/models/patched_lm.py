@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.catalog_diff import CatalogDiff
+from patchkern.batch.catalog_diff import CatalogDiff, check_tokens
 from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
@@ -438,6 +438,9 @@ class PatchedCausalLM(nn.Module):
         folder = files.current(folder)
         description = files.read_description(folder)
         catalog, diff = files.choose_catalog(folder, catalog, renamed)
+        tokenizer = files.read_tokenizer(folder, description, hf_kwargs.get("trust_remote_code", False))
+        if diff is not None and tokenizer is not None:
+            check_tokens(catalog, diff.new, tokenizer)
         hf_model = files.read_hf_model(folder, base_model, description.vocabulary_size, hf_kwargs)
         model = cls(
             hf_model,
@@ -448,7 +451,7 @@ class PatchedCausalLM(nn.Module):
             item_embeddings=item_embeddings or description.item_embeddings,
         )
         model.catalog_diff = diff
-        model.tokenizer = files.read_tokenizer(folder, description, hf_kwargs.get("trust_remote_code", False))
+        model.tokenizer = tokenizer
         if description.item_embeddings:
             model.load_item_embeddings(folder)
         return model

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
@@ -69,8 +69,8 @@ class PatchTrainer(Trainer):
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
             default 20 beams, and items already seen are excluded.
-        kwargs: for `transformers.Trainer`, such as ``callbacks``, and ``processing_class``: a tokenizer, which is saved
-                with the model.
+        kwargs: for `transformers.Trainer`, such as ``callbacks``, and ``processing_class``: a tokenizer, kept as
+                ``model.tokenizer`` and saved with it.
 
     Raises:
         ValueError: no samples, a sample outside its history, no policy, or an argument that this trainer cannot serve.
@@ -110,7 +110,11 @@ class PatchTrainer(Trainer):
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
         histories.at(users, positions)
+        tokenizer = kwargs.get("processing_class")
+        if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
+            raise TypeError(f"processing_class: expected a transformers tokenizer, got {type(tokenizer).__name__}")
         model.policy = policy
+        model.tokenizer = model.tokenizer if tokenizer is None else tokenizer
 
         args = copy.copy(args)
         # A layout cannot be scattered over GPUs by DataParallel; several of them need torchrun.
@@ -195,8 +199,7 @@ class PatchTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = str(self.args.output_dir if output_dir is None else output_dir)
-        model: PatchedCausalLM = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, tokenizer=self.processing_class)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         patched: PatchedCausalLM = self.accelerator.unwrap_model(self.model)

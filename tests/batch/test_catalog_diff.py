@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchkern as pk
-from patchkern.batch.catalog_diff import compare
+from patchkern.batch.catalog_diff import check_tokens, compare
 
 TITLES = st.dictionaries(st.integers(-5, 12), st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=12)
 
@@ -82,6 +82,25 @@ def test_another_tokenizer_is_known_by_titles_that_stay() -> None:
     mixed = catalog({item: [item + 30] for item in titles}, texts | {item: f"new {item}" for item in range(2, 20)})
     with pytest.raises(ValueError, match="tokenised by the model's tokenizer, got other token ids for 2 of 2"):
         compare(catalog(titles, texts), mixed).check("allow")
+
+
+@pytest.mark.parametrize("count", [0, 1, 199, 200, 201, 1000])
+def test_new_items_are_tokenised_again(count: int) -> None:
+    made = catalog({item: [item, 1] for item in range(1000)}, {item: str(item) for item in range(1000)})
+    items = made.item_ids[:count]
+    asked: list[str] = []
+
+    def tokenizer(title: str) -> list[int]:
+        asked.append(title)
+        return [int(title), 1]
+
+    check_tokens(made, items, tokenizer)
+    assert min(count, 100) <= len(asked) <= 200 and len(set(asked)) == len(asked)
+    check_tokens(made, items, lambda title: [int(title), 1 + (title == "0")] if count > 1 else [int(title), 1])
+    if count:
+        with pytest.raises(ValueError, match=r"other token ids for \d+ of \d+ new items .* item 0: '0'"):
+            check_tokens(made, items, lambda title: [int(title), 2])
+    check_tokens(catalog({1: [5]}), np.array([1]), tokenizer)  # no titles, nothing to say
 
 
 def test_a_title_of_the_same_tokens_is_the_same() -> None:

@@ -106,6 +106,11 @@ def test_the_tokenizer_travels_where_it_is_given(tmp_path: Path) -> None:
     assert again.fingerprint == catalog.fingerprint
     loaded.save_pretrained(tmp_path / "second")  # with the tokenizer it has
     assert PatchedCausalLM.from_pretrained(tmp_path / "second", again).tokenizer.get_vocab() == tokenizer.get_vocab()
+    new = {item + 10: f"{title} again" for item, title in titles.items()}
+    with pytest.warns(pk.CatalogWarning, match="no item id is one of the 3"):
+        loaded = PatchedCausalLM.from_pretrained(tmp_path / "m", pk.Catalog.from_titles(new, tokenizer))
+    with pytest.warns(pk.CatalogWarning), pytest.raises(ValueError, match="got other token ids for 3 of 3 new items"):
+        PatchedCausalLM.from_pretrained(tmp_path / "m", titled(new, lambda title: [len(title)]))
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got function"):
         loaded.save_pretrained(tmp_path / "third", tokenizer=lambda title: [1])
     assert not (tmp_path / "third").exists()

@@ -90,7 +90,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 def test_killed_at_every_step_it_leaves_one_of_both(folder: Path) -> None:
     seen = set()
-    for step in range(1000):
+    for step in range(0, 1000, 4 if folder.is_symlink() else 1):
         write("old")(folder)
         assert read(folder) == complete("old")
         killed = killed_at(step, write("new"), folder)

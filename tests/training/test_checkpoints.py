@@ -49,6 +49,12 @@ def test_resume_continues_the_run(tied: bool, tmp_path: Path) -> None:
         assert torch.equal(parameter, expected)
 
 
+def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    made = make_trainer(tmp_path)
+    with pytest.raises(TypeError, match="processing_class: expected a transformers tokenizer, got function"):
+        PatchTrainer(made.model, made.args, *make_data(), processing_class=lambda title: [1])
+
+
 def test_a_run_does_not_go_on_with_exchanged_ids(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = make_trainer(tmp_path, **saving)

@@ -105,6 +105,10 @@ def _alone(folder: Path) -> Iterator[bool]:
                     os.fspath(folder),
                 ) from error
             locked = False
-        yield locked
+        try:
+            yield locked
+        finally:
+            if locked:
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing leaves it to processes that were forked meanwhile
     finally:
         os.close(handle)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_cases import TITLES, tiny
+from transformers.utils import logging
 
 import patchkern as pk
 from patchkern.models import folders
@@ -69,7 +70,7 @@ def killed_at(step: int, save: Save, folder: Path) -> bool:
 
     process = FORK.Process(target=child)
     process.start()
-    process.join()
+    process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
@@ -177,6 +178,17 @@ def make_model(seed: int) -> pk.PatchedCausalLM:
     return model
 
 
+def test_a_process_forked_meanwhile_does_not_keep_the_lock(folder: Path) -> None:
+    with folders.replacing(folder, "last", []) as new:
+        (new / "last").write_text("old")
+        process = FORK.Process(target=time.sleep, args=(60,))
+        process.start()
+    write("new")(folder)
+    assert read(folder) == complete("new")
+    process.kill()
+    process.join()
+
+
 def test_models_survive_kills(folder: Path) -> None:
     check_kills(folder, 3)
 
@@ -194,7 +206,12 @@ def check_kills(folder: Path, kills: int) -> None:
         model.save_pretrained(folder)
     seconds = time.perf_counter() - started
 
+    began = folder.parent / "began"
+
     def save_for_ever() -> None:
+        # a progress bar's lock is shared with the parent, which would wait for it for ever after a kill
+        logging.disable_progress_bar()
+        began.touch()
         while True:
             for model in models:
                 model.save_pretrained(folder)
@@ -202,7 +219,11 @@ def check_kills(folder: Path, kills: int) -> None:
     draw = random.Random(0)
     for _ in range(kills):
         process = FORK.Process(target=save_for_ever)
+        began.unlink(missing_ok=True)
         process.start()
+        while not began.exists():
+            assert process.exitcode is None
+            time.sleep(0.001)
         process.join(seconds * draw.uniform(0.1, 1.5))
         assert process.exitcode is None
         process.kill()

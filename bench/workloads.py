@@ -76,7 +76,7 @@ def _real(data: Path, vocab_size: int | None) -> Workload:
         tokenizer: Any = fit_tokenizer(titles.values(), vocab_size)
         prompt = scratch_prompt(tokenizer)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(data / "llama3-tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(data / "llama3-tokenizer", trust_remote_code=False)
         system, instruction = (folder / "prompt.txt").read_text().splitlines()[:2]
         prompt = pk.Prompt.from_chat_template(tokenizer, system, instruction)
     column = pq.read_table(folder / "histories.parquet", columns=["items"])["items"].combine_chunks()

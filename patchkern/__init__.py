@@ -25,6 +25,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.catalog_diff import CatalogDiff, CatalogWarning
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
@@ -60,6 +61,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Catalog",
+    "CatalogDiff",
+    "CatalogWarning",
     "FitRows",
     "FittingPolicy",
     "Histories",

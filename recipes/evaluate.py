@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     data = load(args)
     samples = Samples(*(column[: args.limit] for column in samples_of(data, args.split)))
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
     model = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=getattr(torch, args.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -198,13 +198,13 @@ def load_model(args: argparse.Namespace, data: Interactions, device: torch.devic
     dtype = getattr(torch, args.dtype)
     if args.checkpoint is not None:
         folder = find_model(args.checkpoint, "--checkpoint")
-        catalog = pk.Catalog.from_titles(data.titles, AutoTokenizer.from_pretrained(folder))
+        catalog = pk.Catalog.from_titles(data.titles, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         return pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype).to(device)
     tokenizer: Any
     if args.tokenizer is None:
         tokenizer = fit_tokenizer(data.titles.values(), 4096)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     if tokenizer.chat_template and data.system and data.instruction:
         prompt = pk.Prompt.from_chat_template(tokenizer, data.system, data.instruction)
     else:

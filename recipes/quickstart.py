@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             model = new_model(tokenizer, catalog, stage.policy, args)
         seconds, targets = train(model, data, stage, args, folder)
         own = folder / stage.name.replace(" ", "-")
-        model.save_pretrained(own)
-        tokenizer.save_pretrained(own)
+        model.save_pretrained(own, tokenizer=tokenizer)
         found = evaluate(model, data, chosen, stage, own, seconds, targets)
         models.append(found if to_fit is None else with_prior(model, data, found, stage, chosen, to_fit, prior))
 

@@ -300,14 +300,11 @@ class Report:
         if not self.synthetic:
             names, read = ("open_dataset, prepare", f"prepare(open_dataset({self.source!r}))")
         return f"""\
-from transformers import AutoTokenizer
-
 import patchkern as pk
 from patchkern.data import {names}
 
 data, folder = {read}, {str(model.folder)!r}
-catalog = pk.Catalog.from_titles(data.titles, AutoTokenizer.from_pretrained(folder))
-model = pk.PatchedCausalLM.from_pretrained(folder, catalog)
+model = pk.PatchedCausalLM.from_pretrained(folder)
 history = data.histories[0]  # item ids, oldest first; or a list of your own
 for item, score in model.recommend([history], k=5, exclude_seen=True)[0]:
     print(f"{{score:7.2f}}  {{data.titles[item]}}")

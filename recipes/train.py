@@ -192,7 +192,7 @@ def load_model(args: argparse.Namespace, data: Interactions, settings: Settings)
     dtype = getattr(torch, args.dtype)
     if args.checkpoint is not None:
         folder = find_model(args.checkpoint, "--from")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         catalog = pk.Catalog.from_titles(data.titles, tokenizer)
         loaded = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype, item_embeddings=args.item_embeddings)
         return loaded, tokenizer
@@ -202,8 +202,8 @@ def load_model(args: argparse.Namespace, data: Interactions, settings: Settings)
         hf_model = scratch_model(tokenizer, args.model, dropout=dropout).to(dtype)
         prompt = scratch_prompt(tokenizer, separator=not args.no_separator)
     elif Path(args.model).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        hf_model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        hf_model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
         prompt = make_prompt(tokenizer, data)
     else:
         raise ValueError(f"--model: expected {', '.join(SIZES)} or a folder, got {args.model!r}")

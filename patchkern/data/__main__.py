@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True, trust_remote_code=False)
     catalog = Catalog.from_titles(data.titles, tokenizer)
     print(f"  mean title       {float(catalog.lengths.mean()):>10.2f}   tokens per item of the catalogue")
     policies: list[Policy] = [ItemPatches(keep_text=arguments.keep_text, max_items=arguments.max_items)]

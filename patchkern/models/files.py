@@ -5,25 +5,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.catalog_diff import CatalogDiff, compare
+from patchkern.batch.histories import check_count
 from patchkern.batch.policies import AnyPolicy, policy_from_dict, policy_to_dict
 from patchkern.batch.prompt import Prompt
+from patchkern.models.adapters import ADAPTER, ADAPTER_WEIGHTS, read_adapter
+from patchkern.models.catalog_file import read_catalog, write_catalog
+from patchkern.models.folders import current, replacing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither the catalogue nor the size of the vocabulary
 DESCRIPTION = "patchkern.json"
+CATALOG = "catalog.safetensors"
 ITEM_EMBEDDINGS = "item_embeddings.safetensors"
-_ADAPTER = "adapter_config.json"
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", ADAPTER_WEIGHTS, ADAPTER, ITEM_EMBEDDINGS)
 
 
 class Description(NamedTuple):
@@ -32,6 +36,11 @@ class Description(NamedTuple):
     prompt: Prompt
     policy: AnyPolicy | None
     item_embeddings: bool
+    vocabulary_size: int | None
+    """rows of the model's embedding; None in folders of version 1"""
+    catalog: str | None
+    """the fingerprint of the catalogue beside it; None in folders of version 1, which have none"""
+    tokenizer: bool
 
 
 def write(
@@ -41,14 +50,18 @@ def write(
     prompt: Prompt,
     policy: AnyPolicy | None,
     item_embedding: Tensor | None,
+    tokenizer: Any,
     hf_kwargs: dict[str, Any],
 ) -> None:
-    """Write a model aside and rename what was written, ``patchkern.json`` last."""
+    """Write a model; its files take the places of those of an earlier one together, see `patchkern.models.folders`."""
     description = {
         "format_version": FORMAT_VERSION,
         "prompt": prompt.to_dict(),
         "policy": None if policy is None else policy_to_dict(policy),
         "item_embeddings": item_embedding is not None,
+        "vocabulary_size": hf_model.config.get_text_config().vocab_size,
+        "catalog": {"file": CATALOG, "items": len(catalog), "fingerprint": catalog.fingerprint},
+        "tokenizer": tokenizer is not None,
         # in the prompt already; for readers who are not patchkern
         "special_token_ids": {
             "history_start": list(prompt.prefix[-1:]),
@@ -57,33 +70,21 @@ def write(
             "response_end": list(prompt.response_end),
         },
     }
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        hf_model.save_pretrained(aside, **hf_kwargs)
+    with replacing(folder, DESCRIPTION, _WEIGHTS) as new:
+        hf_model.save_pretrained(new, **hf_kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        write_catalog(new / CATALOG, catalog)
         if item_embedding is not None:
             item_ids = json.dumps(catalog.item_ids.tolist())
             tensors = {"item_embedding": item_embedding.detach().cpu().contiguous()}
-            save_file(tensors, aside / ITEM_EMBEDDINGS, {"format": "pt", "item_ids": item_ids})
-        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        _replace_folder(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            save_file(tensors, new / ITEM_EMBEDDINGS, {"format": "pt", "item_ids": item_ids})
+        (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def _replace_folder(aside: Path, target: Path) -> None:
-    """Move the files of ``aside`` into ``target``, the description last; drop weights of an earlier model."""
-    files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
-    (target / DESCRIPTION).unlink(missing_ok=True)
-    weights = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", _ADAPTER)
-    for pattern in (*weights, ITEM_EMBEDDINGS):
-        for stale in target.glob(pattern):
-            if stale.relative_to(target) not in files:
-                stale.unlink()
-    for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside / file, target / file)
+def is_model(folder: str | os.PathLike[str]) -> bool:
+    """Whether `write` has written a model there."""
+    return (current(folder) / DESCRIPTION).is_file()
 
 
 def read_description(folder: str | os.PathLike[str]) -> Description:
@@ -100,35 +101,76 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
+        if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
+            raise ValueError(
+                f"format_version: expected 1 or {FORMAT_VERSION}, got {version!r}; newer folders need a newer patchkern"
+            )
         policy = description["policy"]
         prompt = Prompt.from_dict(description["prompt"])
-        has_embeddings = bool(description.get("item_embeddings", False))
-        return Description(prompt, None if policy is None else policy_from_dict(policy), has_embeddings)
+        size = None if version == 1 else description["vocabulary_size"]
+        if size is not None:
+            check_count("vocabulary_size", size, minimum=1)
+        return Description(
+            prompt,
+            None if policy is None else policy_from_dict(policy),
+            item_embeddings=bool(description.get("item_embeddings", False)),
+            vocabulary_size=size,
+            catalog=None if version == 1 else str(description["catalog"]["fingerprint"]),
+            tokenizer=bool(description.get("tokenizer", False)),
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{os.fspath(path)}: not a description that this version of patchkern reads: {error}"
         ) from error
 
 
-def read_hf_model(folder: str | os.PathLike[str], base_model: PreTrainedModel | None, hf_kwargs: dict[str, Any]) -> Any:
+def choose_catalog(
+    folder: str | os.PathLike[str], given: Catalog | None, renamed: Literal["error", "allow"] = "error"
+) -> tuple[Catalog, CatalogDiff | None]:
+    """The catalogue that a model was saved with, or the one given after a comparison with it, and what differs.
+
+    Raises:
+        FileNotFoundError, ValueError: none is given and none was saved, it cannot be read, or `CatalogDiff.check`.
+    """
+    if given is not None and not isinstance(given, Catalog):
+        raise TypeError(f"catalog: expected a Catalog or None, got {type(given).__name__}")
+    fingerprint = read_description(folder).catalog
+    if fingerprint is None:
+        if given is None:
+            raise ValueError(
+                f"catalog: expected one, because {os.fspath(folder)!r} was saved by an earlier version, without its "
+                f"catalog; give the one that it was trained with: pk.Catalog.from_titles(titles, tokenizer)"
+            )
+        return given, None
+    saved = read_catalog(Path(folder) / CATALOG)
+    if saved.fingerprint != fingerprint:
+        raise ValueError(f"folder: expected the catalog that {DESCRIPTION} tells of in {CATALOG}, got another one")
+    if given is None:
+        return saved, None
+    diff = compare(saved, given)
+    diff.check(renamed)
+    return given, diff
+
+
+def read_tokenizer(folder: str | os.PathLike[str], description: Description, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that a model was saved with, None where it was saved without one."""
+    if not description.tokenizer:
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def read_hf_model(
+    folder: str | os.PathLike[str],
+    base_model: PreTrainedModel | None,
+    vocabulary_size: int | None,
+    hf_kwargs: dict[str, Any],
+) -> Any:
     """The transformers model of a folder, or the adapter in it on its base."""
-    if (Path(folder) / _ADAPTER).is_file():
-        return _load_adapter(folder, base_model, hf_kwargs)
+    if (Path(folder) / ADAPTER).is_file():
+        return read_adapter(folder, base_model, vocabulary_size, hf_kwargs)
     if base_model is not None:
         raise ValueError(f"base_model: expected None, because {os.fspath(folder)!r} holds a whole model")
-    return AutoModelForCausalLM.from_pretrained(folder, **hf_kwargs)
-
-
-def _load_adapter(folder: str | os.PathLike[str], base_model: PreTrainedModel | None, hf_kwargs: dict[str, Any]) -> Any:
-    try:
-        from peft import AutoPeftModelForCausalLM, PeftModel
-    except ImportError as error:
-        raise ImportError(f"{os.fspath(folder)!r} holds a peft adapter; install peft to read it") from error
-    if base_model is None:
-        return AutoPeftModelForCausalLM.from_pretrained(folder, **hf_kwargs)
-    return PeftModel.from_pretrained(base_model, folder, **hf_kwargs)
+    return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False} | hf_kwargs)
 
 
 def read_item_embeddings(folder: str | os.PathLike[str], catalog: Catalog, width: int) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.catalog_diff import CatalogDiff, check_tokens
 from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
@@ -78,6 +79,12 @@ class PatchedCausalLM(nn.Module):
     item_embedding: nn.Parameter | None
     """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
 
+    tokenizer: PreTrainedTokenizerBase | None
+    """the transformers tokenizer that the model was saved with, and is saved with again; None without one"""
+
+    catalog_diff: CatalogDiff | None
+    """how the catalogue differs from the one that the model was saved with; None where it is that one"""
+
     accepts_loss_kwargs = True
     """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
 
@@ -104,6 +111,8 @@ class PatchedCausalLM(nn.Module):
         self.catalog = catalog
         self.prompt = prompt
         self.policy = policy
+        self.tokenizer = None
+        self.catalog_diff = None
         for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
             self._check_token_ids(name, largest)
         check_titles(catalog, prompt)
@@ -364,21 +373,32 @@ class PatchedCausalLM(nn.Module):
         *,
         state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True,
+        tokenizer: Any = None,
         **hf_kwargs: Any,
     ) -> None:
         """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
 
-        Item embeddings go to ``item_embeddings.safetensors``, with the item ids in its metadata.
+        The catalogue goes to ``catalog.safetensors``, item embeddings to ``item_embeddings.safetensors``, with the item
+        ids in its metadata.
 
-        Everything is written aside and then renamed, ``patchkern.json`` last: an interrupted call leaves the folder as
-        it was, or without a `from_pretrained` that mixes two models.
+        Everything is written into a hidden folder inside ``folder`` first, and read from there by `from_pretrained`
+        until it has taken the places of an earlier model's files: a call that fails or is killed leaves the older or
+        the newer model. What else is in the folder stays. A power cut can lose both.
 
         Args:
             folder: made if needed.
             state_dict: of this module, gathered; needed where the parameters are sharded.
             is_main_process: False writes nothing.
+            tokenizer: a transformers tokenizer to save along; the model's own `tokenizer` by default.
             hf_kwargs: for the wrapped model's ``save_pretrained``.
+
+        Raises:
+            BlockingIOError: another process or thread is saving into the same folder.
         """
+        if tokenizer is None:
+            tokenizer = self.tokenizer
+        elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
         if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise ValueError(
                 "state_dict: expected one, because the parameters are sharded; gather it with "
@@ -392,44 +412,59 @@ class PatchedCausalLM(nn.Module):
                 name.removeprefix("hf_model."): value for name, value in state_dict.items() if name != "item_embedding"
             }
             vectors = None if vectors is None else state_dict["item_embedding"]
-        files.write(folder, self.hf_model, self.catalog, self.prompt, self.policy, vectors, hf_kwargs)
+        files.write(folder, self.hf_model, self.catalog, self.prompt, self.policy, vectors, tokenizer, hf_kwargs)
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
-        catalog: Catalog,
+        catalog: Catalog | None = None,
         *,
         attn_implementation: str | None = attention.NAME,
         base_model: PreTrainedModel | None = None,
         item_embeddings: bool = False,
+        renamed: Literal["error", "allow"] = "error",
         **hf_kwargs: Any,
     ) -> PatchedCausalLM:
-        """Read what `save_pretrained` wrote, item embeddings too if there are any.
+        """Read what `save_pretrained` wrote: model, prompt, policy, catalogue; tokenizer and item embeddings if any.
 
         Args:
             folder: a local folder.
-            catalog: the titles, tokenised as in training.
+            catalog: another one than the model was saved with, tokenised by the same tokenizer. What differs is in
+                `catalog_diff`; items that are new or gone are nothing unusual, but where some have other titles, or
+                none is one that the model was saved with, a `CatalogWarning` says so.
             attn_implementation: as in the constructor.
             base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
+                Its embedding is resized to that of training, if the adapter has the rows.
             item_embeddings: have item embeddings also where none were saved.
-            hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``.
+            renamed: "allow" a ``catalog`` in which more than a tenth of the saved items have other titles.
+            hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``;
+                ``trust_remote_code`` is False unless given.
 
         Raises:
             FileNotFoundError: no ``patchkern.json``.
-            ValueError: a ``patchkern.json`` that this version cannot read.
+            ValueError: a ``patchkern.json`` that this version cannot read, a folder without a catalogue (as earlier
+                versions wrote them) and no ``catalog``, one whose tokens are another tokenizer's or whose items have
+                other titles, or a ``base_model`` that cannot be resized.
         """
-        prompt, policy, saved_embeddings = files.read_description(folder)
-        hf_model = files.read_hf_model(folder, base_model, hf_kwargs)
+        folder = files.current(folder)
+        description = files.read_description(folder)
+        catalog, diff = files.choose_catalog(folder, catalog, renamed)
+        tokenizer = files.read_tokenizer(folder, description, hf_kwargs.get("trust_remote_code", False))
+        if diff is not None and tokenizer is not None:
+            check_tokens(catalog, diff.new, tokenizer)
+        hf_model = files.read_hf_model(folder, base_model, description.vocabulary_size, hf_kwargs)
         model = cls(
             hf_model,
             catalog,
-            prompt,
-            policy,
+            description.prompt,
+            description.policy,
             attn_implementation=attn_implementation,
-            item_embeddings=item_embeddings or saved_embeddings,
+            item_embeddings=item_embeddings or description.item_embeddings,
         )
-        if saved_embeddings:
+        model.catalog_diff = diff
+        model.tokenizer = tokenizer
+        if description.item_embeddings:
             model.load_item_embeddings(folder)
         return model
 
@@ -445,7 +480,7 @@ class PatchedCausalLM(nn.Module):
         """
         if self.item_embedding is None:
             raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
-        vectors = files.read_item_embeddings(folder, self.catalog, self.item_embedding.shape[1])
+        vectors = files.read_item_embeddings(files.current(folder), self.catalog, self.item_embedding.shape[1])
         with torch.no_grad():
             self.item_embedding.copy_(vectors)
 

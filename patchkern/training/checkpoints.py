@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from patchkern.models.files import DESCRIPTION
+from patchkern.models.files import is_model
 
 
 def keep(found: list[Path], best: str | None, limit: int) -> None:
@@ -32,7 +32,7 @@ def find_model(folder: str | os.PathLike[str], argument: str = "folder") -> Path
     Raises:
         FileNotFoundError: neither; the message names ``argument``.
     """
-    if (Path(folder) / DESCRIPTION).is_file():
+    if is_model(folder):
         return Path(folder)
     found = checkpoints(folder)
     if not found:

@@ -18,12 +18,13 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.policies import AnyPolicy
+from patchkern.models.files import choose_catalog, is_model
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, PassCollator
@@ -71,7 +72,8 @@ class PatchTrainer(Trainer):
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
             default 20 beams, and items already seen are excluded.
-        kwargs: for `transformers.Trainer`, such as ``processing_class`` and ``callbacks``.
+        kwargs: for `transformers.Trainer`, such as ``callbacks``, and ``processing_class``: a tokenizer, kept as
+                ``model.tokenizer`` and saved with it.
 
     Raises:
         ValueError: no samples, a sample outside its history, no policy, or an argument that this trainer cannot serve.
@@ -111,7 +113,11 @@ class PatchTrainer(Trainer):
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
         histories.at(users, positions)
+        tokenizer = kwargs.get("processing_class")
+        if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
+            raise TypeError(f"processing_class: expected a transformers tokenizer, got {type(tokenizer).__name__}")
         model.policy = policy
+        model.tokenizer = model.tokenizer if tokenizer is None else tokenizer
 
         args = copy.copy(args)
         # A layout cannot be scattered over GPUs by DataParallel; several of them need torchrun.
@@ -211,18 +217,18 @@ class PatchTrainer(Trainer):
             return
         folder = str(self.args.output_dir if output_dir is None else output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         patched: PatchedCausalLM = self.accelerator.unwrap_model(self.model)
         wrapped: Any = patched.hf_model
+        if is_model(resume_from_checkpoint):
+            choose_catalog(resume_from_checkpoint, patched.catalog)
         if patched.item_embedding is not None and not self.is_fsdp_enabled:
             patched.load_item_embeddings(resume_from_checkpoint)
         if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else wrapped)
             return
-        saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype)
+        saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype, trust_remote_code=False)
         wrapped.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

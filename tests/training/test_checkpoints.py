@@ -26,7 +26,10 @@ def test_checkpoint_is_a_model_folder(tmp_path: Path) -> None:
     trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
-    saved = PatchedCausalLM.from_pretrained(checkpoints(tmp_path)[-1], trainer.model.catalog)
+    saved = PatchedCausalLM.from_pretrained(checkpoints(tmp_path)[-1])
+    assert saved.catalog.titles == trainer.model.catalog.titles
+    assert saved.catalog.fingerprint == trainer.model.catalog.fingerprint
+    assert saved.tokenizer.get_vocab() == trainer.processing_class.get_vocab()
     assert saved.policy == pk.SessionPatches(5, 10)
     for parameter, expected in zip(saved.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(parameter, expected)
@@ -44,6 +47,24 @@ def test_resume_continues_the_run(tied: bool, tmp_path: Path) -> None:
     assert losses_of(resumed) == losses_of(whole)
     for parameter, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(parameter, expected)
+
+
+def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    made = make_trainer(tmp_path)
+    with pytest.raises(TypeError, match="processing_class: expected a transformers tokenizer, got function"):
+        PatchTrainer(made.model, made.args, *make_data(), processing_class=lambda title: [1])
+
+
+def test_a_run_does_not_go_on_with_exchanged_ids(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = make_trainer(tmp_path, **saving)
+    trainer.train()
+    resumed = make_trainer(tmp_path, **saving | {"max_steps": 4})
+    catalog = trainer.model.catalog
+    titles = dict(zip(catalog.item_ids.tolist(), reversed(catalog.titles), strict=True))
+    resumed.model.catalog = pk.Catalog.from_titles(titles, trainer.processing_class)
+    with pytest.raises(ValueError, match=r"catalog: expected items with the titles that the model was saved with"):
+        resumed.train(resume_from_checkpoint=True)
 
 
 def test_adapter_checkpoints_resume(tmp_path: Path) -> None:

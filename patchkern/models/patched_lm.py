@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,13 +17,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, check_tokens
-from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.sample_layout import check_titles, title_with
-from patchkern.models import attention, files
+from patchkern.batch.sample_layout import check_titles
+from patchkern.models import attention, files, wrapped
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
 from patchkern.models.searching import Searching, lock_of
@@ -99,7 +94,7 @@ class PatchedCausalLM(nn.Module):
         item_embeddings: bool = False,
     ) -> None:
         super().__init__()
-        _check_model(hf_model)
+        wrapped.check_model(hf_model)
         if not isinstance(item_embeddings, bool):
             raise TypeError(f"item_embeddings: expected a bool, got {type(item_embeddings).__name__}")
         for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
@@ -116,7 +111,7 @@ class PatchedCausalLM(nn.Module):
         for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
             self._check_token_ids(name, largest)
         check_titles(catalog, prompt)
-        _warn_of_special_tokens(hf_model, catalog)
+        wrapped.warn_of_special_tokens(hf_model, catalog)
         fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end)
         self._scale = EmbeddingScale(catalog.distinct_tokens.union(*fixed))
         self.register_parameter("item_embedding", None)
@@ -178,7 +173,7 @@ class PatchedCausalLM(nn.Module):
             output = self.hf_model(inputs_embeds=rows[None], **kwargs)
         logits, loss = output.logits[0], output.loss
         if smoothing and layout.logit_labels is not None:
-            loss = _smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
+            loss = wrapped.smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def train(self, mode: bool = True) -> PatchedCausalLM:
@@ -278,11 +273,11 @@ class PatchedCausalLM(nn.Module):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        _checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
+        wrapped.checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        _checkpointing(self.hf_model, "disable")()
+        wrapped.checkpointing(self.hf_model, "disable")()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -483,50 +478,3 @@ class PatchedCausalLM(nn.Module):
         vectors = files.read_item_embeddings(files.current(folder), self.catalog, self.item_embedding.shape[1])
         with torch.no_grad():
             self.item_embedding.copy_(vectors)
-
-
-def _check_model(hf_model: Any) -> None:
-    base = hf_model
-    if hasattr(hf_model, "peft_config"):
-        if hasattr(hf_model, "get_base_model"):
-            base = hf_model.get_base_model()
-        if any(adapter.is_prompt_learning for adapter in hf_model.peft_config.values()):
-            raise ValueError(
-                "hf_model: expected no prompt-learning adapter, whose tokens have no place in a packed batch"
-            )
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(f"hf_model: expected a transformers causal LM, got {type(hf_model).__name__}")
-    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        raise ValueError(
-            f"hf_model: expected a causal LM whose forward takes logits_to_keep, got {type(base).__name__}"
-        )
-
-
-def _warn_of_special_tokens(hf_model: Any, catalog: Catalog) -> None:
-    """Not an error: configurations of models from scratch name ids by default, which mean nothing there."""
-    named = configured_tokens(hf_model)
-    found = title_with(catalog, named)
-    if found is not None:
-        token, title = found
-        warnings.warn(
-            f"catalog: expected no title with a special token of the model, got {token}, its {named[token]}, in "
-            f"{title}; if it is an ordinary token, say so: hf_model.config.{named[token]} = None",
-            stacklevel=3,
-        )
-
-
-def _smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """In float32 and divided as transformers does it."""
-    if num_items_in_batch is None:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
-
-
-def _checkpointing(hf_model: PreTrainedModel, switch: str) -> Callable[..., None]:
-    """The model's method, by the name that this version of transformers has for it."""
-    name = "activation" if hasattr(hf_model, "activation_checkpointing_enable") else "gradient"
-    method: Callable[..., None] = getattr(hf_model, f"{name}_checkpointing_{switch}")
-    return method

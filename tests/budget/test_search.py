@@ -396,7 +396,8 @@ def test_a_policy_that_draws_is_checked_again(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(batching, "build_layout", spy)
     assert len(model.recommend(histories, policy, 5, 5, memory_budget=budget)) == len(whole)
-    assert sizes[0] > 6 >= max(sizes[1:])
+    planned = [size for size in sizes if size > 1]  # the longest and the shortest user were looked at alone before
+    assert planned[0] > 6 >= max(planned[1:])
 
 
 def test_progress_counts_users(capsys: pytest.CaptureFixture[str]) -> None:

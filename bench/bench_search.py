@@ -292,12 +292,12 @@ def extend(table: Table, args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------ large catalogues
 
 
-def random_titles(count: int, vocabulary: int, longest: int) -> pk.Catalog:
-    """Titles of 3 to 11 tokens, about as many as those of the real data, and one of ``longest``."""
+def random_titles(count: int, tokens: np.ndarray, longest: int) -> pk.Catalog:
+    """Titles of 3 to 11 of the ``tokens``, about as many as those of the real data, and one of ``longest``."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 12, count)
     lengths[0] = longest
-    return pk.Catalog.from_token_ids(rng.integers(0, vocabulary, lengths.sum()), np.append(0, lengths.cumsum()))
+    return pk.Catalog.from_token_ids(rng.choice(tokens, lengths.sum()), np.append(0, lengths.cumsum()))
 
 
 def padded_order(tokens: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -314,7 +314,7 @@ def padded_order(tokens: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, n
 def catalogue(table: Table, args: argparse.Namespace) -> None:
     # of one thread, whatever else the machine does
     clock = time.thread_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
-    titles = random_titles(args.tree_titles, 50_000, longest=2_000)
+    titles = random_titles(args.tree_titles, np.arange(50_000), longest=2_000)
     tracemalloc.start()  # it counts what NumPy allocates, and the tensors are NumPy's memory; not while the clock runs
     tree = Trie.from_catalog(titles, [1])
     peak = tracemalloc.get_traced_memory()[1]
@@ -326,7 +326,7 @@ def catalogue(table: Table, args: argparse.Namespace) -> None:
         table.add("tree", "catalogue", metric, "MiB", (size / 2**20,) * 3, config)
 
     plain = make_model(synthetic(20, 1_000), args.shape, args.device)
-    titles = random_titles(args.catalogue_items, plain.config.vocab_size, longest=11)
+    titles = random_titles(args.catalogue_items, np.unique(plain.catalog.token_ids), longest=11)
     model = pk.PatchedCausalLM(plain.hf_model, titles, plain.prompt)
     history = pk.Histories(np.random.default_rng(0).integers(0, len(titles), 100), [0, 100])
     recommend = partial(model.recommend, history, pk.ItemPatches(5, 100), args.width, args.width)

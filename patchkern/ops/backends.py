@@ -93,7 +93,7 @@ def module(name: str) -> ModuleType:
 
 
 def _fastest(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type == "cpu" and native.unusable_reason() is None:
+    if device.type == "cpu" and _unusable_reason("native") is None:
         return "native"  # takes every dtype
     reasons = []
     for name in _KERNELS.get(device.type, ()):

@@ -178,8 +178,13 @@ def read_item_embeddings(folder: str | os.PathLike[str], catalog: Catalog, width
     path = Path(folder) / ITEM_EMBEDDINGS
     if not path.is_file():
         raise FileNotFoundError(f"folder: expected {ITEM_EMBEDDINGS} in {os.fspath(path.parent)!r}")
-    with safetensors.safe_open(path, "pt") as file:
-        saved, item_ids = file.get_tensor("item_embedding"), json.loads(file.metadata()["item_ids"])
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            saved, item_ids = file.get_tensor("item_embedding"), json.loads(file.metadata()["item_ids"])
+        if saved.dim() != 2 or not isinstance(item_ids, list) or len(item_ids) != saved.shape[0]:
+            raise ValueError(f"expected one row per item id, got shape {tuple(saved.shape)}")
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)}: not item embeddings that this version reads: {error}") from error
     if saved.shape[1] != width:
         raise ValueError(f"folder: expected item embeddings of width {width}, got {saved.shape[1]}")
     row_of = {item_id: row for row, item_id in enumerate(item_ids)}

@@ -18,6 +18,7 @@ import pytest
 import search_oracle
 import torch
 from prompt_cases import LONG, compute, computed_rows
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import patchkern as pk
@@ -474,6 +475,29 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     (tmp_path / "m" / "item_embeddings.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"folder: expected item_embeddings\.safetensors in"):
         pk.PatchedCausalLM.from_pretrained(tmp_path / "m", model.catalog)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        (None, None),
+        ({"other": torch.zeros(23, 32)}, {"item_ids": "[]"}),
+        ({"item_embedding": torch.zeros(23, 32)}, None),
+        ({"item_embedding": torch.zeros(23, 32)}, {"item_ids": "no list"}),
+        ({"item_embedding": torch.zeros(23, 32)}, {"item_ids": "[1, 2]"}),
+        ({"item_embedding": torch.zeros(2)}, {"item_ids": "[1, 2]"}),
+    ],
+    ids=["no safetensors", "no tensor", "no ids", "no json", "too few ids", "one dimension"],
+)
+def test_malformed_item_embeddings_name_their_file(tensors: Any, metadata: Any, tmp_path: Path) -> None:
+    model = make_model()
+    path = tmp_path / "item_embeddings.safetensors"
+    if tensors is None:
+        path.write_bytes(b"torn")
+    else:
+        save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"item_embeddings\.safetensors: not item embeddings that this version reads"):
+        model.load_item_embeddings(tmp_path)
 
 
 # ------------------------------------------------------------------ training

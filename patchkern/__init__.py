@@ -49,13 +49,13 @@ from patchkern.ops.backends import backends
 from patchkern.ops.item_table import ItemTable, item_table
 from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
-from patchkern.search.user_cache import UserCache
 
 if TYPE_CHECKING:
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
     from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
     from patchkern.search.results import read_recommendations, recommend_to_disk
+    from patchkern.search.user_cache import UserCache
 
 __version__ = "0.1.0"
 
@@ -107,6 +107,7 @@ _LAZY = {
     "PopularityPrior": "patchkern.search.prior",
     "PriorFit": "patchkern.search.prior",
     "TransitionPrior": "patchkern.search.prior",
+    "UserCache": "patchkern.search.user_cache",
     "fit_prior_weight": "patchkern.search.prior",
     "plan_memory": "patchkern.search.batching",
     "read_recommendations": "patchkern.search.results",

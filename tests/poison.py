@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+# torch remembers, at its first use, by which functions a device context makes tensors: it must be the real ones
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until ``monkeypatch`` undoes it, uninitialised memory that patchkern asks for holds NaN or a sentinel."""

@@ -90,3 +90,28 @@ def test_no_contract_has_exceptions() -> None:
 def test_dir_is_the_public_names() -> None:
     assert dir(pk) == sorted(pk.__all__)
     assert all(getattr(pk, name) is not None for name in pk.__all__)
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("transformers", "safetensors", "tokenizers", "accelerate", "pyarrow"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+import torch
+import patchkern as pk
+
+catalog = pk.Catalog.from_titles({7: "Alien", 8: "Aliens"}, lambda title: list(title.encode()))
+prompt = pk.Prompt(prefix=[256], separator=[257], suffix=[258], response_end=[259])
+batch = pk.compress_batch(torch.ones(260, 4), catalog, [[7, 8], [8]], pk.ItemPatches(1), prompt, targets=[8, 7])
+print(len(dir(pk)), batch.inputs_embeds.shape[1])
+"""
+
+
+def test_the_core_needs_torch_and_numpy_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len(pk.__all__)), "4"]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
@@ -34,7 +34,7 @@ from patchkern.search.recommend import recommend, score_items
 attention.register()
 
 
-class PatchedCausalLM(nn.Module):
+class PatchedCausalLM(wrapped.WrappedLM):
     """Pools a batch's rows inside ``forward`` and runs a causal language model on them, packed.
 
     Args:
@@ -249,46 +249,6 @@ class PatchedCausalLM(nn.Module):
                 f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
             )
 
-    # ------------------------------------------------------------------ what trainers and tools ask of a model
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The wrapped model's configuration."""
-        return self.hf_model.config
-
-    @property
-    def _text_config(self) -> PretrainedConfig:
-        return self.config.get_text_config()
-
-    @property
-    def device(self) -> torch.device:
-        """Where layouts go."""
-        return self.hf_model.device
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The wrapped model's input embedding."""
-        return self.hf_model.get_input_embeddings()
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
-        wrapped.checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        wrapped.checkpointing(self.hf_model, "disable")()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """`activation_checkpointing_enable`, by the name it has had for longer."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """`activation_checkpointing_disable`, by the name it has had for longer."""
-        self.activation_checkpointing_disable()
-
     # ------------------------------------------------------------------ recommending
 
     def recommend(
@@ -330,11 +290,6 @@ class PatchedCausalLM(nn.Module):
         return score_items(self, histories, policy, items, **options)
 
     # ------------------------------------------------------------------ what a search asks of a model
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the wrapped model's parameters and activations."""
-        return self.hf_model.dtype
 
     def searching(self) -> Searching:
         """See `patchkern.search.protocol.SearchModel`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the wrapped transformers model must be, and what is asked of it by the name that its version has."""
+"""The wrapped transformers model: what it must be, and what is asked of it, by the name that its version has."""
 
 from __future__ import annotations
 
@@ -8,13 +8,63 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.sample_layout import title_with
+
+
+class WrappedLM(nn.Module):
+    """A module around a transformers causal language model: what trainers, tools and a search ask of it."""
+
+    hf_model: PreTrainedModel
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The wrapped model's configuration."""
+        return self.hf_model.config
+
+    @property
+    def _text_config(self) -> PretrainedConfig:
+        return self.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where layouts go."""
+        return self.hf_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the wrapped model's parameters and activations."""
+        return self.hf_model.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The wrapped model's input embedding."""
+        return self.hf_model.get_input_embeddings()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        checkpointing(self.hf_model, "disable")()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """`activation_checkpointing_enable`, by the name it has had for longer."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable`, by the name it has had for longer."""
+        self.activation_checkpointing_disable()
 
 
 def check_model(hf_model: Any) -> None:

@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
     from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
-    from patchkern.search.results import read_recommendations, recommend_to_disk
+    from patchkern.search.results import read_recommendations, read_summary, recommend_to_disk
+    from patchkern.search.summary import PartialListsWarning, UnprovenSearchWarning
     from patchkern.search.user_cache import UserCache
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ __all__ = [
     "ItemTable",
     "Level",
     "PackedBatch",
+    "PartialListsWarning",
     "PatchLayout",
     "PatchedCausalLM",
     "Policy",
@@ -82,6 +84,7 @@ __all__ = [
     "TimeSessions",
     "TransitionPrior",
     "TrunkPolicy",
+    "UnprovenSearchWarning",
     "UserCache",
     "backends",
     "build_layout",
@@ -94,6 +97,7 @@ __all__ = [
     "pool_rows",
     "pool_rows_grad",
     "read_recommendations",
+    "read_summary",
     "recommend_to_disk",
     "row_counts",
     "row_hashes",
@@ -103,14 +107,17 @@ __all__ = [
 
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
+    "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",
     "PriorFit": "patchkern.search.prior",
     "TransitionPrior": "patchkern.search.prior",
+    "UnprovenSearchWarning": "patchkern.search.summary",
     "UserCache": "patchkern.search.user_cache",
     "fit_prior_weight": "patchkern.search.prior",
     "plan_memory": "patchkern.search.batching",
     "read_recommendations": "patchkern.search.results",
+    "read_summary": "patchkern.search.results",
     "recommend_to_disk": "patchkern.search.results",
 }
 

@@ -133,11 +133,6 @@ class Trie:
         values = [getattr(self, field.name) for field in fields(self)]
         return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
-    @property
-    def num_titles(self) -> int:
-        """Distinct titles."""
-        return len(self.titles)
-
     @functools.cached_property
     def num_first_tokens(self) -> int:
         """Distinct tokens that titles begin with."""

@@ -23,7 +23,8 @@ PAGE = REPOSITORY / "docs" / "api.md"
 # How the page calls a module's names, and what it says of them.
 MODULES = {
     "patchkern": ("pk.", "The door: `import patchkern as pk`."),
-    "patchkern.search.recommend": ("", "What a model's `recommend` and `score_items` take, the model being `self`."),
+    "patchkern.search.recommend": ("", "What a model's `recommend` takes, the model being `self`."),
+    "patchkern.search.scoring": ("", "What a model's `score_items` takes, the model being `self`."),
     "patchkern.data": ("data.", "Data sets: `from patchkern import data`. [How to bring your own](data.md)."),
     "patchkern.evaluation": ("evaluation.", "Metrics and yardsticks: `from patchkern import evaluation`."),
     "patchkern.training": ("training.", "Training: `from patchkern import training`. [How it is used](training.md)."),

@@ -96,6 +96,9 @@ class PatchLayout:
         catalog_fingerprint: `Catalog.fingerprint` of the catalogue that ``title_index`` points into; None for a layout
             made by hand, which then cannot be pooled with an `ItemTable` or with item embeddings.
         identities: what a model with item embeddings adds to the patches, or None.
+        item_rows: ``(M,)`` int64, the rows that an item head predicts the next item from, each the last of a history;
+            None where the layout is for titles alone.
+        item_labels: ``(M,)`` int64, catalogue positions of those items; None where they are not known.
 
     Raises:
         TypeError, ValueError: a field of a wrong type, dtype, shape or range; the message names it.
@@ -121,6 +124,8 @@ class PatchLayout:
     max_prefix: int = 0
     catalog_fingerprint: str | None = None
     identities: Identities | None = None
+    item_rows: Tensor | None = None
+    item_labels: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.__dict__.update(vars(_moved(self, aligned)))
@@ -170,6 +175,8 @@ class PatchLayout:
         facts.append(f"compression {self.compression_ratio:.2f}")
         if self.logit_rows is not None:
             facts.append(f"{self.logit_rows.shape[0]:,} labels")
+        if self.item_rows is not None:
+            facts.append(f"{self.item_rows.shape[0]:,} item rows")
         return f"PatchLayout({', '.join(facts)}, on {self.device})"
 
     @property

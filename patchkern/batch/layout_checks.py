@@ -25,8 +25,11 @@ _VECTORS = {
     "labels": torch.int64,
     "logit_rows": torch.int64,
     "logit_labels": torch.int64,
+    "item_rows": torch.int64,
+    "item_labels": torch.int64,
 }
-_OPTIONAL = {"labels", "logit_rows", "logit_labels"}
+_SUPERVISED = ("labels", "logit_rows", "logit_labels")
+_OPTIONAL = {*_SUPERVISED, "item_rows", "item_labels"}
 _COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix")
 
 
@@ -194,7 +197,13 @@ def _check_prefix(layout: Any, exact: bool) -> None:
 
 
 def _check_supervision(layout: Any, rows: int) -> None:
-    given = [getattr(layout, name) is not None for name in sorted(_OPTIONAL)]
+    if layout.item_labels is not None:
+        expected = 0 if layout.item_rows is None else layout.item_rows.shape[0]
+        _check_shape("item_labels", layout.item_labels, expected, "one per item row")
+        _check_range("item_labels", layout.item_labels, 0, torch.iinfo(torch.int32).max)
+    if layout.item_rows is not None:
+        _check_range("item_rows", layout.item_rows, 0, rows - 1)
+    given = [getattr(layout, name) is not None for name in _SUPERVISED]
     if any(given) != all(given):
         raise ValueError("labels: expected labels, logit_rows and logit_labels together or none of them")
     if layout.labels is None or layout.logit_rows is None or layout.logit_labels is None:

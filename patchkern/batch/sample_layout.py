@@ -15,9 +15,12 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import first_control_token
 from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.planning import Int32, RowPlan, Spans
+from patchkern.batch.planning import Head, Int32, Int64, RowPlan, Spans
 from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
 from patchkern.batch.prompt import Prompt
+
+HEADS = ("titles", "items", "both")
+"""What a layout is for: titles, token by token; items, scored from a history's last row; or both."""
 
 
 def build_layout(
@@ -28,11 +31,12 @@ def build_layout(
     targets: Sequence[Any] | NDArray[Any] | None = None,
     *,
     transpose: bool | None = None,
+    head: str = "titles",
 ) -> PatchLayout:
     """Plan a packed batch: integers only, on the CPU, safe in data-loader workers.
 
     Each user becomes ``prefix | history rows | suffix``, with targets ``| target title | response_end``; one separator
-    stands between two history entries.
+    stands between two history entries. For an item head a user is ``prefix | history rows`` and nothing after.
 
     Args:
         catalog: the titles.
@@ -41,6 +45,8 @@ def build_layout(
         prompt: the fixed tokens.
         targets: B item ids, the next item of each user; adds the response and its labels.
         transpose: also plan the gradient (None: when there are targets).
+        head: "titles"; "items", for a model's item head: `PatchLayout.item_rows` has the last row of every history, and
+            ``item_labels`` the targets; "both", the rows of titles with the labels of both.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -59,6 +65,7 @@ def build_layout(
     check_inputs(catalog, policy, prompt)
     if not (transpose is None or isinstance(transpose, bool)):
         raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
+    check_head(head)
     kept = Histories.coerce(histories).latest(policy.max_items)
     index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
@@ -66,9 +73,52 @@ def build_layout(
         levels = policy.fit(kept, catalog.lengths[index], prompt)
     else:
         levels = policy.levels(kept)
-    layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
+    if head == "items":
+        open_ended = np.full(len(kept), -1, np.int32)
+        spans = Spans(np.full(len(kept), Head.PREFIX, np.uint8), np.zeros(len(kept), np.int64))
+        layout = unlabelled(plan_layout(catalog, kept, index, levels, prompt, open_ended, spans))
+    else:
+        layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
+    if head != "titles":
+        after = np.zeros(len(kept), np.int64)
+        if head == "both":
+            after += len(prompt.suffix)
+            if target_index is not None:
+                after += catalog.lengths[target_index] + len(prompt.response_end)
+        cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
+        layout = with_items(layout, cu_seqlens[1:] - 1 - after, cu_seqlens[:-1], target_index)
     wanted = targets is not None if transpose is None else transpose
     return layout.with_transpose() if wanted else layout
+
+
+def check_head(head: Any) -> None:
+    """Raise a ValueError unless ``head`` is one of `HEADS`."""
+    if head not in HEADS:
+        raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+
+
+def unlabelled(layout: PatchLayout) -> PatchLayout:
+    """The layout without labels of tokens."""
+    return PatchLayout._trusted({**layout.__dict__, "labels": None, "logit_rows": None, "logit_labels": None})
+
+
+def with_items(layout: PatchLayout, rows: Int64, begins: Int64, labels: Int32 | None) -> PatchLayout:
+    """The layout with item rows, and their labels if they are known.
+
+    Args:
+        layout: any.
+        rows: ``(M,)`` the last row of each history.
+        begins: ``(M,)`` the first row that each history could have.
+        labels: ``(M,)`` catalogue positions.
+    """
+    lacking = np.flatnonzero(rows < begins)
+    if lacking.size:
+        raise ValueError(
+            "prompt: expected a prefix, from which the item head scores an empty history, got none and "
+            f"{lacking.size} histories without items"
+        )
+    item_labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    return PatchLayout._trusted({**layout.__dict__, "item_rows": torch.from_numpy(rows), "item_labels": item_labels})
 
 
 def check_inputs(catalog: Any, policy: Any, prompt: Any) -> None:

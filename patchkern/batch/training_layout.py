@@ -23,7 +23,7 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.sample_layout import check_inputs, plan_layout
+from patchkern.batch.sample_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
 
 
 class _Samples(NamedTuple):
@@ -46,6 +46,7 @@ def build_training_layout(
     *,
     block_size: int = 50,
     transpose: bool = True,
+    head: str = "titles",
 ) -> PatchLayout:
     """Plan a packed batch of trunks and branches: every target of ``target_ranges``, each history computed once.
 
@@ -67,9 +68,14 @@ def build_training_layout(
         max_rows: refuse a batch of more rows; `training_rows` says what each user needs.
         block_size: items between the possible beginnings of histories that are cut.
         transpose: also plan the embeddings' gradient.
+        head: "titles"; "items", for a model's item head: every target is predicted from the last row of the history
+            before it, which costs no row of its own where the trunk holds that history (`TextOnly`,
+            `RandomItemPatches`, ``ItemPatches(keep_text=0)``), and else a branch of the recent items alone, without
+            suffix or response; "both", the rows of titles with the labels of both.
 
     Returns:
-        A layout whose spans are the trunks and then the branches, with labels on the responses.
+        A layout whose spans are the trunks and then the branches, with labels on the responses, or ``item_labels``, in
+        the order of the targets, or both. Without branches it has no prefixes.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -86,7 +92,15 @@ def build_training_layout(
         >>> apart = pk.build_layout(catalog, [history[:end] for end in (37, 38, 39)], policy, prompt, history[37:])
         >>> together.num_rows, apart.num_rows
         (100, 246)
+
+        Their items alone, from the rows of the history.
+
+        >>> policy = pk.ItemPatches(keep_text=0)
+        >>> items = pk.build_training_layout(catalog, [history], policy, prompt, [[37, 39]], head="items")
+        >>> items.num_rows, items.item_rows.tolist(), items.item_labels.tolist()
+        (78, [73, 75, 77], [1, 0, 1])
     """
+    check_head(head)
     if max_rows is not None:
         check_count("max_rows", max_rows, minimum=1)
     if not isinstance(transpose, bool):
@@ -94,29 +108,42 @@ def build_training_layout(
     histories = Histories.coerce(histories)
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
-    parts = _parts(catalog, histories, policy, samples)
-    if not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
+    parts = _parts(catalog, histories, policy, samples, head)
+    if head != "items" and not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
         raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
     targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
     hidden = _rows_before(parts, prompt, samples)
+    of_branches = hidden[parts.branched]
     heads = np.where(_leads(parts, samples), np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
     nothing = np.zeros(parts.trunks, np.int64)
+    titles = targets[parts.branched] if head != "items" else np.full(parts.branched.size, -1, np.int32)
     layout = plan_layout(
         catalog,
         parts.items,
         parts.of_catalog,
         parts.levels,
         prompt,
-        np.concatenate([np.full(parts.trunks, -1, np.int32), targets]),
-        Spans(np.concatenate([np.full(parts.trunks, Head.PREFIX, np.uint8), heads]), np.append(nothing, hidden)),
+        np.concatenate([np.full(parts.trunks, -1, np.int32), titles]),
+        Spans(np.concatenate([np.full(parts.trunks, Head.PREFIX, np.uint8), heads]), np.append(nothing, of_branches)),
     )
     if max_rows is not None and layout.num_rows > max_rows:
         raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
-    prefix = np.zeros((len(parts.items), 2), np.int32)
-    prefix[parts.trunks :, 0] = layout.cu_seqlens.numpy()[samples.trunk]
-    prefix[parts.trunks :, 1] = prefix[parts.trunks :, 0] + hidden
-    changed = {"prefix": torch.from_numpy(prefix), "max_prefix": int(hidden.max(initial=0))}
-    layout = PatchLayout._trusted({**layout.__dict__, **changed})
+    cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
+    trunk_starts = cu_seqlens[samples.trunk]
+    if head != "items" or parts.branched.size:
+        prefix = np.zeros((len(parts.items), 2), np.int32)
+        prefix[parts.trunks :, 0] = trunk_starts[parts.branched]
+        prefix[parts.trunks :, 1] = prefix[parts.trunks :, 0] + of_branches
+        changed = {"prefix": torch.from_numpy(prefix), "max_prefix": int(of_branches.max(initial=0))}
+        layout = PatchLayout._trusted({**layout.__dict__, **changed})
+    if head == "items":
+        layout = unlabelled(layout)
+    if head != "titles":
+        rows = trunk_starts + hidden - 1
+        own = _own_rows(parts, samples, len(prompt.separator))
+        inside = np.flatnonzero(own)
+        rows[parts.branched[inside]] = cu_seqlens[parts.trunks + inside] + own[inside] - 1
+        layout = with_items(layout, rows, trunk_starts, targets)
     return layout.with_transpose() if transpose else layout
 
 
@@ -128,22 +155,24 @@ def training_rows(
     target_ranges: ArrayLike,
     *,
     block_size: int = 50,
+    head: str = "titles",
 ) -> Int64:
     """``(B,)`` rows that each user takes in `build_training_layout` with these arguments."""
+    check_head(head)
     histories = Histories.coerce(histories)
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
-    parts = _parts(catalog, histories, policy, samples)
-    own = _entry_rows(parts, len(prompt.separator))
-    titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
-    of_trunks = len(prompt.prefix) + own[: parts.trunks]
-    of_branches = own[parts.trunks :] + _leads(parts, samples) * len(prompt.separator) + titles
-    of_branches += len(prompt.suffix) + len(prompt.response_end)
+    parts = _parts(catalog, histories, policy, samples, head)
+    of_trunks = len(prompt.prefix) + _entry_rows(parts, len(prompt.separator))[: parts.trunks]
+    of_branches = _own_rows(parts, samples, len(prompt.separator))
+    if head != "items":
+        titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
+        of_branches += titles + len(prompt.suffix) + len(prompt.response_end)
     owner = np.zeros(of_trunks.size, np.int64)
     owner[samples.trunk] = samples.user
     rows = np.zeros(len(histories), np.int64)
     np.add.at(rows, owner, of_trunks)
-    np.add.at(rows, samples.user, of_branches)
+    np.add.at(rows, samples.user[parts.branched], of_branches)
     return rows
 
 
@@ -193,6 +222,11 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         logits = [x.logit_rows + at for x, at in zip(layouts, rows, strict=False) if x.logit_rows is not None]
         values["logit_rows"] = torch.cat(logits)
         values["logit_labels"] = torch.cat([x.logit_labels for x in layouts if x.logit_labels is not None])
+    if any(x.item_rows is not None for x in layouts):
+        items_of = [(x.item_rows, x.item_labels, at) for x, at in zip(layouts, rows, strict=False)]
+        values["item_rows"] = torch.cat([own + at for own, _, at in items_of if own is not None])
+        if all(labels is not None for own, labels, _ in items_of if own is not None):
+            values["item_labels"] = torch.cat([labels for _, labels, _ in items_of if labels is not None])
     if any(x.prefix is not None for x in layouts):
         own = [torch.zeros(x.num_users, 2, dtype=torch.int32) if x.prefix is None else x.prefix for x in layouts]
         values["prefix"] = torch.cat([x + at for x, at in zip(own, rows, strict=False)]).int()
@@ -207,6 +241,7 @@ class _Parts(NamedTuple):
     of_catalog: Int32  # (N,) catalogue positions of the items
     levels: Levels
     trunks: int
+    branched: Int64  # (n_branches,) the samples that have a branch
     rows: Int64  # (N + 1,) running count of the rows of entries
     entries: Int64  # (N + 1,) running count of entries
 
@@ -255,7 +290,7 @@ def _numbered(*columns: Int64) -> Int64:
     return rank
 
 
-def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples) -> _Parts:
+def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples, head: str) -> _Parts:
     order = np.lexsort((samples.split, samples.trunk))
     longest = order[np.flatnonzero(np.diff(samples.trunk[order], append=-1) != 0)]
     user, start, split = samples.user[longest], samples.start[longest], samples.split[longest]
@@ -264,7 +299,10 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     place = np.arange(whole.items.size) - np.repeat(whole.offsets[:-1], whole.lengths)
     of_trunks = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
     trunks = histories.between(user, start, start + split)
-    branches = histories.between(samples.user, samples.start + samples.split, samples.position)
+    # a title always has a branch; an item is predicted from the trunk where that holds its whole history
+    begin = samples.start + samples.split
+    branched = np.arange(begin.size) if head != "items" else np.flatnonzero(begin < samples.position)
+    branches = histories.between(samples.user[branched], begin[branched], samples.position[branched])
     items = Histories._owned(
         np.concatenate([trunks.items, branches.items]),
         np.concatenate([trunks.offsets[:-1], trunks.items.size + branches.offsets]),
@@ -272,7 +310,7 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     levels = np.concatenate([of_trunks, policy.levels(branches)])
     index = catalog.index_of(items.items, "histories")
     rows = np.where(levels == Level.TEXT, catalog.lengths[index], levels == Level.PATCH)
-    return _Parts(items, index, levels, len(trunks), _running(rows), _running(levels != Level.JOIN))
+    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(levels != Level.JOIN))
 
 
 def _running(counts: NDArray[Any]) -> Int64:
@@ -283,8 +321,13 @@ def _running(counts: NDArray[Any]) -> Int64:
 
 
 def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:
-    """``(S,)`` whether a separator leads the branch: where entries stand on both sides of the border."""
-    return (samples.split > 0) & (parts.items.lengths[parts.trunks :] > 0)
+    """``(n_branches,)`` whether a separator leads the branch: where entries stand on both sides of the border."""
+    return (samples.split[parts.branched] > 0) & (parts.items.lengths[parts.trunks :] > 0)
+
+
+def _own_rows(parts: _Parts, samples: _Samples, separator: int) -> Int64:
+    """``(n_branches,)`` rows of each branch's history, its leading separator included."""
+    return _entry_rows(parts, separator)[parts.trunks :] + _leads(parts, samples) * separator
 
 
 def _entry_rows(parts: _Parts, separator: int) -> Int64:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,28 @@ FORMAT_VERSION = 2  # 1 had neither the catalogue nor the size of the vocabulary
 DESCRIPTION = "patchkern.json"
 CATALOG = "catalog.safetensors"
 ITEM_EMBEDDINGS = "item_embeddings.safetensors"
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", ADAPTER_WEIGHTS, ADAPTER, ITEM_EMBEDDINGS)
+ITEM_HEAD = "item_head.safetensors"
+_WEIGHTS = (
+    *("model*.safetensors", "model.safetensors.index.json", ADAPTER_WEIGHTS, ADAPTER),
+    *(ITEM_EMBEDDINGS, ITEM_HEAD),
+)
+_HEAD = "item_head."
+
+
+class OwnTensors(NamedTuple):
+    """What a `PatchedCausalLM` has beside the model that it wraps."""
+
+    item_embedding: Tensor | None
+    item_head: dict[str, Tensor]
+    """by the parameters' names in the head; empty without one"""
+
+    @classmethod
+    def of(cls, source: nn.Module | Mapping[str, Tensor]) -> OwnTensors:
+        """Those of a module, or in its state dict."""
+        if isinstance(source, nn.Module):
+            source = dict(source.named_parameters(remove_duplicate=False))
+        head = {name.removeprefix(_HEAD): value for name, value in source.items() if name.startswith(_HEAD)}
+        return cls(source.get("item_embedding"), head)
 
 
 class Description(NamedTuple):
@@ -41,6 +63,7 @@ class Description(NamedTuple):
     catalog: str | None
     """the fingerprint of the catalogue beside it; None in folders of version 1, which have none"""
     tokenizer: bool
+    item_head: bool
 
 
 def write(
@@ -49,7 +72,7 @@ def write(
     catalog: Catalog,
     prompt: Prompt,
     policy: AnyPolicy | None,
-    item_embedding: Tensor | None,
+    own: OwnTensors,
     tokenizer: Any,
     hf_kwargs: dict[str, Any],
 ) -> None:
@@ -58,7 +81,8 @@ def write(
         "format_version": FORMAT_VERSION,
         "prompt": prompt.to_dict(),
         "policy": None if policy is None else policy_to_dict(policy),
-        "item_embeddings": item_embedding is not None,
+        "item_embeddings": own.item_embedding is not None,
+        "item_head": bool(own.item_head),
         "vocabulary_size": hf_model.config.get_text_config().vocab_size,
         "catalog": {"file": CATALOG, "items": len(catalog), "fingerprint": catalog.fingerprint},
         "tokenizer": tokenizer is not None,
@@ -75,10 +99,11 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         write_catalog(new / CATALOG, catalog)
-        if item_embedding is not None:
-            item_ids = json.dumps(catalog.item_ids.tolist())
-            tensors = {"item_embedding": item_embedding.detach().cpu().contiguous()}
-            save_file(tensors, new / ITEM_EMBEDDINGS, {"format": "pt", "item_ids": item_ids})
+        embedding = {} if own.item_embedding is None else {"item_embedding": own.item_embedding}
+        for name, tensors in ((ITEM_EMBEDDINGS, embedding), (ITEM_HEAD, own.item_head)):
+            if tensors:
+                kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                save_file(kept, new / name, {"format": "pt", "item_ids": json.dumps(catalog.item_ids.tolist())})
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -117,6 +142,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
             vocabulary_size=size,
             catalog=None if version == 1 else str(description["catalog"]["fingerprint"]),
             tokenizer=bool(description.get("tokenizer", False)),
+            item_head=bool(description.get("item_head", False)),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -175,28 +201,54 @@ def read_hf_model(
 
 def read_item_embeddings(folder: str | os.PathLike[str], catalog: Catalog, width: int) -> Tensor:
     """``(n_items, width)`` saved vectors in catalogue order, each by its item's id; zeros for items that are new."""
-    path = Path(folder) / ITEM_EMBEDDINGS
+    saved, item_ids = _read_items(Path(folder) / ITEM_EMBEDDINGS, "item_embedding", 2)
+    vectors = saved["item_embedding"]
+    if vectors.shape[1] != width:
+        raise ValueError(f"folder: expected item embeddings of width {width}, got {vectors.shape[1]}")
+    return _by_item(vectors, item_ids, catalog, Path(folder) / ITEM_EMBEDDINGS)
+
+
+def read_item_head(folder: str | os.PathLike[str], catalog: Catalog, width: int) -> dict[str, Tensor]:
+    """The saved item head, its bias in catalogue order, each by its item's id; zeros for items that are new."""
+    path = Path(folder) / ITEM_HEAD
+    saved, item_ids = _read_items(path, "bias", 1)
+    if set(saved) != {"bias", "log_temperature", "transform.weight"}:
+        raise ValueError(f"{os.fspath(path)}: not an item head that this version reads: it has {sorted(saved)}")
+    if saved["transform.weight"].shape != (width, width):
+        got = tuple(saved["transform.weight"].shape)
+        raise ValueError(f"folder: expected an item head of width {width}, got shape {got}")
+    return saved | {"bias": _by_item(saved["bias"], item_ids, catalog, path)}
+
+
+def _read_items(path: Path, per_item: str, dims: int) -> tuple[dict[str, Tensor], list[Any]]:
+    """The tensors of a file, and the ids of the items that the rows of ``per_item``, of ``dims`` dimensions, are of."""
     if not path.is_file():
-        raise FileNotFoundError(f"folder: expected {ITEM_EMBEDDINGS} in {os.fspath(path.parent)!r}")
+        raise FileNotFoundError(f"folder: expected {path.name} in {os.fspath(path.parent)!r}")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            saved, item_ids = file.get_tensor("item_embedding"), json.loads(file.metadata()["item_ids"])
-        if saved.dim() != 2 or not isinstance(item_ids, list) or len(item_ids) != saved.shape[0]:
-            raise ValueError(f"expected one row per item id, got shape {tuple(saved.shape)}")
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            item_ids = json.loads(file.metadata()["item_ids"])
+        rows = saved[per_item]
+        if not isinstance(item_ids, list) or rows.dim() != dims or rows.shape[0] != len(item_ids):
+            raise ValueError(f"expected one row per item id, got shape {tuple(rows.shape)}")
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)}: not item embeddings that this version reads: {error}") from error
-    if saved.shape[1] != width:
-        raise ValueError(f"folder: expected item embeddings of width {width}, got {saved.shape[1]}")
+        what = "an item head" if path.name == ITEM_HEAD else "item embeddings"
+        raise ValueError(f"{os.fspath(path)}: not {what} that this version reads: {error}") from error
+    return saved, item_ids
+
+
+def _by_item(saved: Tensor, item_ids: list[Any], catalog: Catalog, path: Path) -> Tensor:
+    """The rows in catalogue order; zeros for items that are new."""
     row_of = {item_id: row for row, item_id in enumerate(item_ids)}
     rows = torch.tensor([row_of.get(item_id, -1) for item_id in catalog.item_ids.tolist()], dtype=torch.long)
     known = rows >= 0
     if len(item_ids) and len(catalog) and not bool(known.any()):
         raise ValueError(
-            f"catalog: expected items that {os.fspath(path)!r} has embeddings of, such as {item_ids[0]!r}, got none"
+            f"catalog: expected items that {os.fspath(path)!r} knows, such as {item_ids[0]!r}, got none of them"
         )
-    vectors: Tensor = saved.new_zeros(len(catalog), width)
-    vectors[known] = saved[rows[known]]
-    return vectors
+    values = saved.new_zeros(len(catalog), *saved.shape[1:])
+    values[known] = saved[rows[known]]
+    return values
 
 
 # ------------------------------------------------------------------ tied weights in state dicts

@@ -25,11 +25,13 @@ from patchkern.batch.sample_layout import check_titles
 from patchkern.models import attention, files, wrapped
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
+from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.searching import Searching, lock_of
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
-from patchkern.search.recommend import recommend, score_items
+from patchkern.search.recommend import recommend
+from patchkern.search.scoring import score_items
 
 attention.register()
 
@@ -51,6 +53,8 @@ class PatchedCausalLM(wrapped.WrappedLM):
             are, and zeros change no bit. Costs ``n_items * D`` parameters, which AdamW keeps four times over in
             training, and a second, narrow pooling of the patches; on a GPU, layouts must come with their identities
             (`PatchLayout.with_identities`) unless they come from the CPU.
+        item_head: also score every item from a history's last row, see `ItemHead`: a target costs one row and a
+            recommendation one pass, with ``recommend(search="items")``. Logits and titles stay what they are.
 
     Under FSDP2, call ``fully_shard`` on this module (and on the layers inside it), so that the embeddings are gathered
     when ``forward`` pools them.
@@ -74,6 +78,9 @@ class PatchedCausalLM(wrapped.WrappedLM):
     item_embedding: nn.Parameter | None
     """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
 
+    item_head: ItemHead | None
+    """what scores items from one hidden state; None without ``item_head``"""
+
     tokenizer: PreTrainedTokenizerBase | None
     """the transformers tokenizer that the model was saved with, and is saved with again; None without one"""
 
@@ -92,11 +99,13 @@ class PatchedCausalLM(wrapped.WrappedLM):
         *,
         attn_implementation: str | None = attention.NAME,
         item_embeddings: bool = False,
+        item_head: bool = False,
     ) -> None:
         super().__init__()
         wrapped.check_model(hf_model)
-        if not isinstance(item_embeddings, bool):
-            raise TypeError(f"item_embeddings: expected a bool, got {type(item_embeddings).__name__}")
+        for name, switch in (("item_embeddings", item_embeddings), ("item_head", item_head)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(switch).__name__}")
         for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
@@ -119,6 +128,9 @@ class PatchedCausalLM(wrapped.WrappedLM):
             weight: Any = self.get_input_embeddings().weight
             self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
             self._items_of = catalog.fingerprint
+        self.item_head = None
+        if item_head:
+            self.item_head = ItemHead(catalog, output_weight(hf_model).shape[1], hf_model.dtype, hf_model.device)
         with lock_of(hf_model.config):  # the network may be another model's too, which is searched
             self._isolation = Isolation(hf_model, attn_implementation)
         self.register_state_dict_post_hook(files.drop_tied)
@@ -132,24 +144,30 @@ class PatchedCausalLM(wrapped.WrappedLM):
         num_items_in_batch: Tensor | int | None = None,
         labels: Tensor | None = None,
         smoothing: float = 0.0,
+        title_weight: float = 1.0,
+        item_weight: float = 1.0,
     ) -> CausalLMOutput:
         """Logits where they are needed, and the loss if the layout has targets.
 
         Args:
             layout: from `build_layout`; moved to the model's device if it is elsewhere.
             num_items_in_batch: divides the summed loss, as `transformers.Trainer` asks for under gradient accumulation
-                and data parallelism; without it the loss is the mean over the supervised tokens.
+                and data parallelism; without it the loss is the mean over the supervised tokens, or items. For a layout
+                with both, two numbers: of tokens and of items.
             labels: not used, the layout has its own. A `Trainer` counts ``num_items_in_batch`` from the ``labels`` of
                 its batches: give it ``{"layout": layout, "labels": layout.logit_labels}``.
-            smoothing: of the labels: share of every label's weight that goes to all tokens alike, as in
+            smoothing: of the labels: share of every label's weight that goes to all tokens, or items, alike, as in
                 `torch.nn.functional.cross_entropy`.
+            title_weight, item_weight: the loss is ``title_weight`` times that of the titles' tokens plus
+                ``item_weight`` times that of the items, of those that the layout labels.
 
         Returns:
             With targets ``loss`` and the ``logits`` (K, V) of the K supervised rows, in the order of
-            ``layout.logit_labels``; without targets the ``logits`` (B, V) of every user's last row.
+            ``layout.logit_labels``; without targets the ``logits`` (B, V) of every user's last row. A layout for items
+            alone (``head="items"``) has ``logits`` (0, V).
 
         Raises:
-            ValueError: a token id, or a user's length, beyond what the model has.
+            ValueError: a token id, or a user's length, beyond what the model has; items to score without an item head.
         """
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
@@ -158,23 +176,39 @@ class PatchedCausalLM(wrapped.WrappedLM):
             rows = self.embed(layout)
             self._isolation.check_layout(self.hf_model, layout, rows)
         layout = layout.to(rows.device, non_blocking=True)
-        last = self._last_rows(layout) if layout.logit_rows is None else None
-        if layout.num_rows == 0 or (layout.logit_rows is not None and layout.logit_rows.shape[0] == 0):
-            loss = None if layout.labels is None else 0 * rows.sum()
+        has_titles = layout.logit_rows is not None and layout.logit_rows.shape[0] > 0
+        has_items = layout.item_rows is not None and layout.item_rows.shape[0] > 0
+        last = self._last_rows(layout) if layout.logit_rows is None and layout.item_rows is None else None
+        if layout.num_rows == 0 or not (has_titles or has_items or last is not None):
+            loss = None if layout.labels is None and layout.item_labels is None else 0 * rows.sum()
             return CausalLMOutput(loss=loss, logits=rows.new_zeros(0, self._text_config.vocab_size))
+        counts = wrapped.counts(layout, num_items_in_batch)
         kwargs = packed_kwargs(layout)
         if last is not None:
             kwargs["logits_to_keep"] = last
+        elif not has_titles:
+            kwargs["logits_to_keep"] = rows.new_zeros(0, dtype=torch.int64)
         elif smoothing:
             del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
-        elif num_items_in_batch is not None:
-            kwargs["num_items_in_batch"] = num_items_in_batch
-        with self._undisturbed():
+        elif counts.titles is not None:
+            kwargs["num_items_in_batch"] = counts.titles
+        with self._undisturbed(), wrapped.hidden_states(self.hf_model, has_items) as states:
             output = self.hf_model(inputs_embeds=rows[None], **kwargs)
-        logits, loss = output.logits[0], output.loss
-        if smoothing and layout.logit_labels is not None:
-            loss = wrapped.smoothed_loss(logits, layout.logit_labels, smoothing, num_items_in_batch)
+        logits, loss = output.logits[0], output.loss if has_titles else None
+        if smoothing and has_titles and layout.logit_labels is not None:
+            loss = wrapped.smoothed_loss(logits, layout.logit_labels, smoothing, counts.titles)
+        if layout.item_rows is not None and layout.item_labels is not None and has_items:
+            of_items = self._item_loss(states[0][layout.item_rows], layout.item_labels, smoothing, counts.items)
+            loss = item_weight * of_items + (0 if loss is None else title_weight * loss)
+        elif loss is not None and title_weight != 1:
+            loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def _item_loss(self, states: Tensor, labels: Tensor, smoothing: float, num_items: Tensor | int | None) -> Tensor:
+        if self.item_head is None:
+            raise ValueError("layout: expected one for titles from a model without an item head, got item_labels")
+        loss = self.item_head.loss(states, labels, output_weight(self.hf_model), self.item_embedding, smoothing)
+        return loss / (labels.shape[0] if num_items is None else num_items)
 
     def train(self, mode: bool = True) -> PatchedCausalLM:
         """As of a module; where another thread searches with the model, after that."""
@@ -286,7 +320,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
     def score_items(
         self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
     ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.recommend.score_items`."""
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
         return score_items(self, histories, policy, items, **options)
 
     # ------------------------------------------------------------------ what a search asks of a model
@@ -307,6 +341,19 @@ class PatchedCausalLM(wrapped.WrappedLM):
             for name, value in {"logits_to_keep": rows, **packed_kwargs(layout)}.items()
         }
         return self.hf_model(inputs_embeds=embedded[None], span_cache=cache, **kwargs).logits[0]
+
+    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+        """See `patchkern.search.protocol.SearchModel`."""
+        none = rows.new_zeros(0)
+        with wrapped.hidden_states(self.hf_model) as states:
+            self.prompt_logits(layout, none, cache)
+        return states[0][rows.to(states[0].device, non_blocking=True)]
+
+    def item_scores(self, states: Tensor) -> Tensor:
+        """See `patchkern.search.protocol.SearchModel`."""
+        if self.item_head is None:
+            raise ValueError("model: expected one with an item head (item_head=True), got one without")
+        return self.item_head.scores(states, output_weight(self.hf_model), self.item_embedding)
 
     def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
@@ -356,13 +403,14 @@ class PatchedCausalLM(wrapped.WrappedLM):
             )
         if not is_main_process:
             return
-        vectors: Tensor | None = self.item_embedding
+        own = files.OwnTensors.of(self if state_dict is None else state_dict)
         if state_dict is not None:
             hf_kwargs["state_dict"] = {
-                name.removeprefix("hf_model."): value for name, value in state_dict.items() if name != "item_embedding"
+                name.removeprefix("hf_model."): value
+                for name, value in state_dict.items()
+                if name.startswith("hf_model.")
             }
-            vectors = None if vectors is None else state_dict["item_embedding"]
-        files.write(folder, self.hf_model, self.catalog, self.prompt, self.policy, vectors, tokenizer, hf_kwargs)
+        files.write(folder, self.hf_model, self.catalog, self.prompt, self.policy, own, tokenizer, hf_kwargs)
 
     @classmethod
     def from_pretrained(
@@ -373,10 +421,11 @@ class PatchedCausalLM(wrapped.WrappedLM):
         attn_implementation: str | None = attention.NAME,
         base_model: PreTrainedModel | None = None,
         item_embeddings: bool = False,
+        item_head: bool = False,
         renamed: Literal["error", "allow"] = "error",
         **hf_kwargs: Any,
     ) -> PatchedCausalLM:
-        """Read what `save_pretrained` wrote: model, prompt, policy, catalogue; tokenizer and item embeddings if any.
+        """Read what `save_pretrained` wrote: model, prompt, policy, catalogue; tokenizer, item embeddings, head if any.
 
         Args:
             folder: a local folder.
@@ -386,7 +435,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             attn_implementation: as in the constructor.
             base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
                 Its embedding is resized to that of training, if the adapter has the rows.
-            item_embeddings: have item embeddings also where none were saved.
+            item_embeddings, item_head: have them also where none were saved.
             renamed: "allow" a ``catalog`` in which more than a tenth of the saved items have other titles.
             hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``;
                 ``trust_remote_code`` is False unless given.
@@ -411,11 +460,14 @@ class PatchedCausalLM(wrapped.WrappedLM):
             description.policy,
             attn_implementation=attn_implementation,
             item_embeddings=item_embeddings or description.item_embeddings,
+            item_head=item_head or description.item_head,
         )
         model.catalog_diff = diff
         model.tokenizer = tokenizer
         if description.item_embeddings:
             model.load_item_embeddings(folder)
+        if model.item_head is not None and description.item_head:
+            model.item_head.load(folder)
         return model
 
     def load_item_embeddings(self, folder: str | os.PathLike[str]) -> None:

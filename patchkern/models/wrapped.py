@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
+from patchkern.batch.layout import PatchLayout
 from patchkern.batch.sample_layout import title_with
+from patchkern.models.probe import base_of
 
 
 class WrappedLM(nn.Module):
@@ -95,6 +98,54 @@ def warn_of_special_tokens(hf_model: Any, catalog: Catalog) -> None:
             f"{title}; if it is an ordinary token, say so: hf_model.config.{named[token]} = None",
             stacklevel=3,
         )
+
+
+class Counts(NamedTuple):
+    """By how many the summed losses of a batch are divided; None: by how many it has."""
+
+    titles: Tensor | int | None
+    items: Tensor | int | None
+
+
+def counts(layout: PatchLayout, num_items_in_batch: Tensor | int | None) -> Counts:
+    """What a trainer counted, told apart; two numbers where the layout labels titles and items."""
+    if num_items_in_batch is None or layout.logit_labels is None or layout.item_labels is None:
+        return Counts(num_items_in_batch, num_items_in_batch)
+    if not isinstance(num_items_in_batch, Tensor) or num_items_in_batch.shape != (2,):
+        raise ValueError(
+            "num_items_in_batch: expected two numbers, of tokens and of items, for a layout that labels both, got "
+            f"{num_items_in_batch}"
+        )
+    titles, items = num_items_in_batch.to(layout.device).unbind()
+    return Counts(titles, items)
+
+
+@contextmanager
+def hidden_states(hf_model: PreTrainedModel, wanted: bool = True) -> Generator[list[Tensor], None, None]:
+    """Where it is open, the last hidden states ``(T, D)`` of the model's next pass come into the list.
+
+    Raises:
+        ValueError: a model whose decoder does not say which they are.
+    """
+    found: list[Tensor] = []
+    if not wanted:
+        yield found
+        return
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        states = getattr(output, "last_hidden_state", None)
+        if states is None:
+            raise ValueError(
+                f"item_head: expected a model with a decoder that returns hidden states, got {type(module).__name__}"
+            )
+        found.append(states[0])
+
+    base: Any = base_of(hf_model)
+    handle = base.get_decoder().register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def smoothed_loss(logits: Tensor, labels: Tensor, smoothing: float, num_items_in_batch: Tensor | int | None) -> Tensor:

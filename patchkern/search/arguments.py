@@ -16,7 +16,7 @@ from patchkern.batch.histories import Histories, is_sequence
 from patchkern.budget.search import parse_bytes
 from patchkern.search.user_cache import UserCache
 
-SEARCHES = ("beam", "exact", "diverse")
+SEARCHES = ("beam", "exact", "diverse", "items")
 NORMALIZATIONS = ("titles", "items")
 SHORT = ("error", "allow")
 UNKNOWN = ("error", "drop")
@@ -88,7 +88,14 @@ def check_search(search: Any, length_penalty: Any, normalize: Any, max_expansion
         raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
     if search == "diverse" and length_penalty != 0:
         raise ValueError(f'length_penalty: expected 0 with search="diverse", which has its own, got {length_penalty}')
-    if normalize is not None and search != "exact":
+    if search == "items":
+        if length_penalty != 0:
+            raise ValueError(
+                f'length_penalty: expected 0 with search="items", which has no titles, got {length_penalty}'
+            )
+        if normalize == "titles":
+            raise ValueError('normalize: expected "items" or None with search="items", which has no titles')
+    elif normalize is not None and search != "exact":
         raise ValueError(f'normalize: expected None or search="exact", got {normalize!r} with {search!r}')
     if normalize is not None and length_penalty != 0:
         raise ValueError(f"normalize: expected None with a length_penalty of {length_penalty}, got {normalize!r}")

@@ -44,6 +44,7 @@ def in_batches(
     batch_size: int = 64,
     progress: bool = False,
     names: Sequence[Hashable] | None = None,
+    head: str = "titles",
 ) -> Iterator[tuple[Users, T]]:
     """Run ``compute`` on users of about equal length together, the longest first.
 
@@ -55,6 +56,7 @@ def in_batches(
             called again, with fewer users, where memory did not suffice; so it must leave nothing behind but what it
             returns.
         names: what the users are called in errors; 0, 1, 2, ... where not given.
+        head: what the prompts are for, as in `build_layout`.
 
     Returns:
         The users of each batch, as indices into ``histories``, and what ``compute`` returned for them: every user once.
@@ -66,7 +68,7 @@ def in_batches(
     names = range(len(histories)) if names is None else names
     budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
     cost = None if budget is None else SearchCost(model, size)
-    counts, plan = plan_users(model, histories, policy, depth, names, cost, budget, batch_size)
+    counts, plan = plan_users(model, histories, policy, depth, names, cost, budget, batch_size, head)
     if plan is None:
         order = np.argsort(-counts, kind="stable")
         waiting: Waiting = deque((order[i : i + batch_size], None) for i in range(0, order.size, batch_size))
@@ -79,7 +81,7 @@ def in_batches(
             if users.size > most:
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
-            layout = build_layout(model.catalog, histories.take(users), policy, model.prompt)
+            layout = build_layout(model.catalog, histories.take(users), policy, model.prompt, head=head)
             if cost is not None and budget is not None and users.size > 1:
                 # a policy that draws at random may have drawn other rows than were planned for
                 needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
@@ -117,6 +119,7 @@ def plan_users(
     cost: SearchCost | None,
     memory_budget: int | str | None,
     batch_size: int,
+    head: str = "titles",
 ) -> tuple[NDArray[np.int64], SearchPlan | None]:
     """``(B,)`` rows of every user's prompt; and with a ``cost`` the batches that fit into the budget.
 
@@ -124,10 +127,12 @@ def plan_users(
         ValueError: naming the user whose prompt the model does not take, or who does not fit into the budget.
     """
     counts = row_counts(model.catalog, histories, policy, model.prompt)
+    if head == "items":
+        counts -= len(model.prompt.suffix)
     # what a model does not take is too long or empty
     for user in sorted({int(counts.argmax()), int(counts.argmin())}) if counts.size else ():
-        layout = build_layout(model.catalog, histories.take([user]), policy, model.prompt)
         try:
+            layout = build_layout(model.catalog, histories.take([user]), policy, model.prompt, head=head)
             _searched(model, layout, depth, lambda: None)
         except ValueError as error:
             raise ValueError(f"{error} (user {names[user]!r})") from None

@@ -27,7 +27,15 @@ class Prompts:
         chunk_rows: rows of the prompts that go through the model together, at most; bounds the memory of activations.
         user_cache: keeps the prompts' keys and values for later calls, and is asked for them first.
         user_ids: ``B`` hashable names of the users in ``user_cache``.
+        head: "titles", for `logits`; or "items", for `states`.
+
+    Attributes:
+        logits: ``(B, V)``, what follows each prompt; float32 or float64.
+        states: ``(B, D)``, the hidden states of each prompt's last row.
     """
+
+    logits: Tensor
+    states: Tensor
 
     def __init__(
         self,
@@ -38,7 +46,9 @@ class Prompts:
         chunk_rows: int | None = None,
         user_cache: UserCache | None = None,
         user_ids: Sequence[Any] | None = None,
+        head: str = "titles",
     ) -> None:
+        self._head = head
         self.num_users = layout.num_users
         self._model = model
         layout = layout.to("cpu")
@@ -54,17 +64,23 @@ class Prompts:
         for number, spans in enumerate(plan_passes(cu_seqlens, stored, shared, chunk_rows)):
             ending = self._prefill(layout, spans)
             if number == 0:
-                self.logits = ending.new_empty(self.num_users, ending.shape[1])
-                """``(B, V)``, what follows each prompt; float32 or float64."""
-            self.logits[torch.from_numpy(spans.users).to(model.device, non_blocking=True)] = ending
+                endings = ending.new_empty(self.num_users, ending.shape[1])
+            endings[torch.from_numpy(spans.users).to(model.device, non_blocking=True)] = ending
+        if head == "items":
+            self.states = endings
+        else:
+            self.logits = endings
         self._check_layers()
         if cached is not None:
             cached.save(self._cache)
 
     def _prefill(self, layout: PatchLayout, spans: Pass) -> Tensor:
-        """Compute rows of the prompts; returns the logits (k, V) of those that end one."""
+        """Compute rows of the prompts; returns the logits (k, V), or states (k, D), of those that end one."""
         self._cache.prefill(spans)
-        return _wide(self._model.prompt_logits(_packed(layout, spans), torch.from_numpy(spans.last), self._cache))
+        asked = (_packed(layout, spans), torch.from_numpy(spans.last), self._cache)
+        if self._head == "items":
+            return self._model.prompt_states(*asked)
+        return _wide(self._model.prompt_logits(*asked))
 
     def _check_layers(self) -> None:
         config = self._model.config
@@ -120,6 +136,8 @@ def _packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
         "logit_labels": None,
         "transpose": None,
         "identities": None,
+        "item_rows": None,
+        "item_labels": None,
     }
     return PatchLayout._trusted({**layout.__dict__, **values})
 

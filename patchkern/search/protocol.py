@@ -74,6 +74,10 @@ class SearchModel(Protocol):
     def item_embedding(self) -> Tensor | None:
         """``(n_items, D)`` a vector per item that its patches have besides their titles, or None."""
 
+    @property
+    def item_head(self) -> Any:
+        """What scores all items from one hidden state, or None."""
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of a module."""
 
@@ -102,6 +106,16 @@ class SearchModel(Protocol):
             layout: the rows that the cache was told of.
             rows: ``(k,)`` int64, which of them.
             cache: what the rows' attention goes through.
+        """
+
+    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+        """``(k, D)`` hidden states of some of the rows of a pass over prompts; as `prompt_logits`."""
+
+    def item_scores(self, states: Tensor) -> Tensor:
+        """``(k, n_items)`` log-probabilities over the catalogue after hidden states, float32 or float64.
+
+        Raises:
+            ValueError: the model has no item head.
         """
 
     def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:

@@ -10,6 +10,7 @@ full vocabulary; a prior adds to it what else is known of the user and the item.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +22,14 @@ from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import SearchSize
-from patchkern.search.arguments import check_batching, check_leniency, check_positive, known_histories, users_named
+from patchkern.search.arguments import check_batching, check_positive, known_histories, users_named
 from patchkern.search.batching import in_batches
 from patchkern.search.found_items import items_of, normalized
+from patchkern.search.item_search import best_items, item_log_probs, size_of_items
 from patchkern.search.prompts import Prompts
 from patchkern.search.protocol import SearchModel, check_model, policy_of
 from patchkern.search.request import EXPANSIONS_PER_BEAM, Request
-from patchkern.search.summary import PartialListsWarning, Summary, UnprovenSearchWarning, first_few
+from patchkern.search.summary import PartialListsWarning, Summary, UnprovenSearchWarning
 from patchkern.search.title_search import (
     DIVERSITY_PENALTY,
     diverse_search,
@@ -47,7 +49,6 @@ __all__ = [
     "UnprovenSearchWarning",
     "generate_titles",
     "recommend",
-    "score_items",
 ]
 
 Ranked = list[tuple[Any, float]]
@@ -96,6 +97,9 @@ def recommend(
     titles' log-probabilities here too, and so need not fall. Groups may find the same title, which is listed once:
     there may be fewer than ``k`` items.
 
+    ``search="items"``: the ``k`` best by the model's item head, which scores the whole catalogue from the row that ends
+    the history: one pass and one product, without beams. Scores are log-probabilities over the catalogue.
+
     Args:
         model: the model, with its catalogue and prompt. It runs in evaluation mode and is left as it was.
         histories: B users.
@@ -103,7 +107,7 @@ def recommend(
         k: items per user.
         num_beams: hypotheses per user and step; at least ``k`` but for ``search="beam"``, because a narrower beam may
             find fewer than ``k`` titles.
-        search: ``"beam"``, ``"exact"`` or ``"diverse"``.
+        search: ``"beam"``, ``"exact"``, ``"diverse"`` or ``"items"``.
         exclude_seen: leave out the items of a user's whole history, also those that ``policy`` cuts off.
         memory_budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. Users
             are batched, and their prompts computed in chunks, so that the predicted peak stays below it
@@ -183,14 +187,26 @@ def recommend(
 class Prepared(NamedTuple):
     """What the searches of all users share."""
 
-    trie: Trie
+    trie: Trie | None  # None where items are scored, not titles
     passes: list[TreePass]  # where every title is scored
     size: SearchSize
+
+    @property
+    def depth(self) -> int:
+        """Tokens that follow a prompt, at most."""
+        return 0 if self.trie is None else self.trie.depth
+
+    @property
+    def head(self) -> str:
+        """What the prompts are for."""
+        return "items" if self.trie is None else "titles"
 
 
 def prepare(request: Request) -> Prepared:
     """The tree of titles, and what a search in it asks of the memory."""
     model, num_beams, known = request.model, request.num_beams, request.known
+    if request.search == "items":
+        return Prepared(None, [], size_of_items(model, known, request.user_cache))
     trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
     passes = [] if request.normalize is None else trie.passes(num_beams)
     step_rows, kept_rows = num_beams, _kept_rows(trie, request.search, num_beams, request.max_expansions)
@@ -206,50 +222,75 @@ def prepare(request: Request) -> Prepared:
 
 def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
     """The lists of a request's users, and what they lack."""
-    model, k, num_beams, known = request.model, request.k, request.num_beams, request.known
-    trie, passes, size = prepared
-
-    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, ...]:
-        best = None if known is None else trie.best_of(known.of(users, model.device)).expand(users.size)
-        allowed = request.items.mask(users).to(model.device) if best is None else best.items > float("-inf")
-        running = trie.running_count(allowed).expand(users.size, -1)
-        prompts = Prompts(
-            model,
-            layout,
-            users.size * size.kept_rows,
-            chunk_rows=chunk_rows,
-            user_cache=request.user_cache,
-            user_ids=None if request.user_cache is None else [request.names[user] for user in users],
-        )
-        unproven = torch.zeros(0, dtype=torch.bool)
-        if request.normalize is not None:
-            by_item = request.normalize == "items"
-            found = normalized(score_titles(prompts, trie, passes), trie, running, k, by_item, best)
-        elif request.search == "diverse":
-            found = without_repeats(diverse_search(prompts, trie, running, num_beams))
-        else:
-            found, unproven = search_titles(
-                prompts, trie, running, k, num_beams, request.length_penalty, request.max_expansions, best
-            )
-        return *items_of(found, trie, running, k, best), unproven
-
+    model = request.model
+    trie = prepared.trie
+    find = partial(_find_items, request) if trie is None else partial(_find_titles, request, prepared, trie)
     results: list[Ranked] = [[] for _ in range(len(request.histories))]
     n_unproven = 0
     for users, (*found, unproven) in in_batches(
         model,
         request.histories,
         request.policy,
-        size,
-        trie.depth,
-        compute,
+        prepared.size,
+        prepared.depth,
+        find,
         request.memory_budget,
         request.batch_size,
         request.progress,
         request.names,
+        prepared.head,
     ):
         _collect(results, users, model, *found)
         n_unproven += int(unproven.sum())
     return results, request.summary(results, n_unproven)
+
+
+def _find_items(
+    request: Request, users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None
+) -> tuple[Tensor, ...]:
+    """User, item and score of the best items of a batch; and of no user that anything is unproven."""
+    log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users))
+    found = best_items(log_probs, users, request.items, request.known, request.k, request.normalize == "items")
+    return *found, torch.zeros(0, dtype=torch.bool)
+
+
+def _find_titles(
+    request: Request,
+    prepared: Prepared,
+    trie: Trie,
+    users: NDArray[np.int64],
+    layout: PatchLayout,
+    chunk_rows: int | None,
+) -> tuple[Tensor, ...]:
+    """User, item and score of the best titles' items of a batch; and whether each user's list is unproven."""
+    model, k, num_beams, known = request.model, request.k, request.num_beams, request.known
+    best = None if known is None else trie.best_of(known.of(users, model.device)).expand(users.size)
+    allowed = request.items.mask(users).to(model.device) if best is None else best.items > float("-inf")
+    running = trie.running_count(allowed).expand(users.size, -1)
+    prompts = Prompts(
+        model,
+        layout,
+        users.size * prepared.size.kept_rows,
+        chunk_rows=chunk_rows,
+        user_cache=request.user_cache,
+        user_ids=_named(request, users),
+    )
+    unproven = torch.zeros(0, dtype=torch.bool)
+    if request.normalize is not None:
+        by_item = request.normalize == "items"
+        found = normalized(score_titles(prompts, trie, prepared.passes), trie, running, k, by_item, best)
+    elif request.search == "diverse":
+        found = without_repeats(diverse_search(prompts, trie, running, num_beams))
+    else:
+        found, unproven = search_titles(
+            prompts, trie, running, k, num_beams, request.length_penalty, request.max_expansions, best
+        )
+    return *items_of(found, trie, running, k, best), unproven
+
+
+def _named(request: Request, users: NDArray[np.int64]) -> list[Any] | None:
+    """What a user cache knows the users by."""
+    return None if request.user_cache is None else [request.names[user] for user in users]
 
 
 def generate_titles(
@@ -300,78 +341,6 @@ def generate_titles(
     ):
         _collect(results, users, model, *found)
     return results
-
-
-def score_items(
-    model: SearchModel,
-    histories: HistoriesLike,
-    policy: AnyPolicy | None = None,
-    items: Sequence[Any] | NDArray[Any] | None = None,
-    memory_budget: int | str | None = None,
-    batch_size: int = 64,
-    nodes_per_pass: int = 64,
-    progress: bool = False,
-    *,
-    user_ids: Sequence[Hashable] | None = None,
-    unknown: str = "error",
-) -> NDArray[np.floating[Any]]:
-    """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
-
-    The titles are fed as trees after each user's prompt, a part of the catalogue at a time. For full rankings,
-    calibration or one's own normalisation; to find the best few, ``recommend(search="exact")`` computes less.
-
-    Args:
-        model, histories, policy, memory_budget, batch_size, progress, user_ids: as in `recommend`.
-        unknown: ``"error"`` or ``"drop"``, as in `recommend`, of items in ``histories``.
-        items: the item ids to score; the whole catalogue where not given.
-        nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
-
-    Returns:
-        ``(B, n)`` float32, or float64 for a float64 model; columns in the order of ``items`` or of the catalogue.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    check_model(model)
-    policy = policy_of(model, policy)
-    check_positive("nodes_per_pass", nodes_per_pass)
-    check_batching(memory_budget, batch_size)
-    check_leniency("error", unknown)
-    given = Histories.coerce(histories)
-    names = users_named(histories, len(given), user_ids)
-    histories, dropped = known_histories(model.catalog, given, unknown, names)
-    wanted = np.arange(len(model.catalog)) if items is None else model.catalog.index_of(items, "items")
-    distinct, column = np.unique(wanted.astype(np.int64), return_inverse=True)
-    double = model.dtype == torch.float64
-    scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
-    if not scores.size:
-        return scores
-    if distinct.size == len(model.catalog):
-        trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
-    else:
-        trie = Trie.from_catalog(model.catalog, model.prompt.response_end, items=distinct).to(model.device)
-    passes = trie.passes(nodes_per_pass)
-    rows = max(len(tree.fed) for tree in passes)
-    title = trie.title_of_item[torch.from_numpy(column).to(model.device)]
-    size = SearchSize(rows, rows, scores.itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
-
-    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> Tensor:
-        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
-        return score_titles(prompts, trie, passes)[:, title]
-
-    for users, found in in_batches(
-        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
-    ):
-        scores[users] = found.cpu().numpy()
-    of_users = np.flatnonzero(dropped)
-    examples = first_few(names[user] for user in of_users)
-    Summary(
-        len(histories),
-        unknown_items=int(dropped.sum()),
-        users_with_unknown_items=of_users.size,
-        unknown_examples=examples,
-    ).warn()
-    return scores
 
 
 # ------------------------------------------------------------------ titles and items

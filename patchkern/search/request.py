@@ -82,7 +82,9 @@ class Request:
         if k > n_items and short == "error":
             raise ValueError(f"k: expected at most {n_items}, the items of the catalog, got {k}")
         self.asked, self.k, self.num_beams, self.search = k, min(k, n_items), num_beams, search
-        if num_beams < self.k and search != "beam":
+        if search == "items" and model.item_head is None:
+            raise ValueError('search: expected a model with an item head (item_head=True) for "items", got one without')
+        if num_beams < self.k and search not in ("beam", "items"):
             raise ValueError(
                 f"num_beams: expected at least k={self.k}, to find that many titles, got {num_beams}; fewer are for "
                 'search="beam"'
@@ -123,5 +125,5 @@ class Request:
 
     def warn(self, summary: Summary) -> None:
         """Tell the caller of `recommend` what the summary has to say."""
-        narrow = self.num_beams if self.num_beams < self.k else None
+        narrow = self.num_beams if self.num_beams < self.k and self.search != "items" else None
         summary.warn(self.asked, narrow, self.short == "allow", self.max_expansions, stacklevel=4)

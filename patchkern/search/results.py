@@ -147,7 +147,7 @@ def recommend_to_disk(
     cost = None if budget is None else SearchCost(model, prepared.size)
     for part in parts:
         asked = request(part.users)
-        plan_users(model, asked.histories, policy, prepared.trie.depth, asked.names, cost, budget, batch_size)
+        plan_users(model, asked.histories, policy, prepared.depth, asked.names, cost, budget, batch_size, prepared.head)
     with writing(target, description, own_shard):
         sweep(mine)
         stamps = {part.number: read_stamp(part, run_hash) for part in mine if part.path.exists()}

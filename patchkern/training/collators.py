@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories
+from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout
@@ -44,6 +45,7 @@ class LayoutCollator:
         seed: of the draws.
         supervise_history: label the history's text too, see `PatchLayout.supervise_literals`.
         item_embeddings: plan what a model with item embeddings needs, see `PatchLayout.with_identities`.
+        head: of `build_layout`: with "items" ``labels`` are catalogue positions, with "both" those are ``item_labels``.
     """
 
     catalog: Catalog
@@ -54,6 +56,7 @@ class LayoutCollator:
     seed: int = 0
     supervise_history: bool = False
     item_embeddings: bool = False
+    head: str = "titles"
 
     def __call__(self, slots: list[Slot]) -> dict[str, Any]:
         policy = self.policy
@@ -64,13 +67,12 @@ class LayoutCollator:
             policy = RawAndPatched(slots[0].step / self.pretrain_steps, policy.max_items, int(draw[0]))
         histories = self.histories.before(users, positions, policy.max_items)
         targets = self.histories.at(users, positions)
-        layout = build_layout(self.catalog, histories, policy, self.prompt, targets)
+        layout = build_layout(self.catalog, histories, policy, self.prompt, targets, head=self.head)
         if self.supervise_history:
             layout = layout.supervise_literals()
         if self.item_embeddings:
             layout = layout.with_identities()
-        # Trainer counts the supervised tokens of accumulated batches from their labels.
-        return {"layout": layout, "labels": layout.logit_labels, "samples": (users, positions)}
+        return _batch(layout, (users, positions))
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class PassCollator:
 
     In patch pre-training every user has two trunks side by side, the text and one draw of patches, each with all the
     user's targets.
+
+    An item is predicted from the row of the one before it, so that histories that are cut cost rows by themselves: for
+    "items" they begin at multiples of ``max_items``, which reads at most two rows a target, and else of 50 items.
     """
 
     catalog: Catalog
@@ -91,6 +96,7 @@ class PassCollator:
     seed: int = 0
     supervise_history: bool = False
     item_embeddings: bool = False
+    head: str = "titles"
     jitter: float = 0.0
 
     def __call__(self, passes: list[Pass]) -> dict[str, Any]:
@@ -106,7 +112,9 @@ class PassCollator:
             histories = histories.jittered(self.jitter, one.ranges[:, 1] + 1, rng)
         layout = join_layouts(
             [
-                build_training_layout(self.catalog, histories, policy, self.prompt, one.ranges, transpose=False)
+                build_training_layout(
+                    self.catalog, histories, policy, self.prompt, one.ranges, transpose=False, **self._planned
+                )
                 for policy in policies
             ]
         )
@@ -115,12 +123,24 @@ class PassCollator:
             layout = layout.supervise_literals()
         if self.item_embeddings:
             layout = layout.with_identities()
-        return {"layout": layout, "labels": layout.logit_labels, "samples": (one.users, one.ranges)}
+        return _batch(layout, (one.users, one.ranges))
 
     def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
         """``(n,)`` the most rows that each user takes."""
         histories = self.histories.take(users)
         text = TextOnly(self.policy.max_items)
         policy = self.policy if self.pretrain_steps is None else text
-        rows = training_rows(self.catalog, histories, policy, self.prompt, ranges)
+        rows = training_rows(self.catalog, histories, policy, self.prompt, ranges, **self._planned)
         return rows if self.pretrain_steps is None else 2 * rows
+
+    @property
+    def _planned(self) -> dict[str, Any]:
+        if self.head != "items" or self.policy.max_items is None:
+            return {"head": self.head}
+        return {"head": self.head, "block_size": self.policy.max_items}
+
+
+def _batch(layout: PatchLayout, samples: tuple[NDArray[np.int64], NDArray[np.int64]]) -> dict[str, Any]:
+    # Trainer counts the supervised tokens of accumulated batches from their labels
+    labels = layout.item_labels if layout.logit_labels is None else layout.logit_labels
+    return {"layout": layout, "labels": labels, "item_labels": layout.item_labels, "samples": samples}

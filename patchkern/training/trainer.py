@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.sample_layout import check_head
 from patchkern.models.files import choose_catalog, is_model
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.training.checkpoints import checkpoints, keep
@@ -65,13 +67,15 @@ class PatchTrainer(Trainer):
             that starts from random weights learns many times faster from it.
         jitter: blur the order of the items up to a pass's last target by so many positions, anew in every pass
             (`Histories.jittered`); for models from scratch, and with ``rows_per_pass`` only.
+        head: what is learned: "titles"; "items", by the model's item head, a row or two a target; or "both".
+        title_weight, item_weight: of the two losses, each a mean over its own labels of the step.
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
             target, as published.
         eval_samples: like ``samples``, to validate on.
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
-            default 20 beams, and items already seen are excluded.
+            default 20 beams, or ``search="items"`` where items alone are learned, and items already seen are excluded.
         kwargs: for `transformers.Trainer`, such as ``callbacks``, and ``processing_class``: a tokenizer, kept as
                 ``model.tokenizer`` and saved with it.
 
@@ -95,6 +99,9 @@ class PatchTrainer(Trainer):
         supervise_history: bool = False,
         rows_per_pass: int | None = None,
         jitter: float = 0.0,
+        head: str = "titles",
+        title_weight: float = 1.0,
+        item_weight: float = 1.0,
         eval_samples: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
         eval_limit: int | None = 1000,
         eval_options: Mapping[str, Any] | None = None,
@@ -109,6 +116,15 @@ class PatchTrainer(Trainer):
             raise ValueError(
                 f"jitter: expected a finite number of at least 0, and 0 without rows_per_pass, got {jitter}"
             )
+        check_head(head)
+        if head != "titles" and model.item_head is None:
+            raise ValueError(f'head: expected "titles" for a model without an item head, got {head!r}')
+        if head == "items" and supervise_history:
+            raise ValueError('supervise_history: expected False with head="items", which learns no text')
+        for name, weight in (("title_weight", title_weight), ("item_weight", item_weight)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
+        self._weights = {"title_weight": title_weight, "item_weight": item_weight}
         users, positions = samples
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
@@ -134,7 +150,7 @@ class PatchTrainer(Trainer):
         dataset: SlotDataset | PassDataset
         collator: LayoutCollator | PassCollator
         kept = (model.catalog, histories, policy, model.prompt)
-        planned = (seed, supervise_history, model.item_embedding is not None)
+        planned = (seed, supervise_history, model.item_embedding is not None, head)
         if rows_per_pass is None:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             args.max_steps = steps or math.ceil(args.num_train_epochs * users.size / per_step)
@@ -153,6 +169,8 @@ class PatchTrainer(Trainer):
             collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
         _count_epochs_in_steps(args, args.max_steps * users.size // dataset.num_targets)
         if eval_samples is not None:
+            if head == "items":
+                eval_options = {"search": "items", **(eval_options or {})}
             kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
         self._saving = False
         self._losses = FiniteLosses()
@@ -174,8 +192,17 @@ class PatchTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, smoothed in training as ``label_smoothing_factor`` says."""
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        inputs = {name: value for name, value in inputs.items() if name != "samples"}
-        return super().compute_loss(model, {**inputs, "smoothing": smoothing}, *args, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("samples", "item_labels")}
+        return super().compute_loss(model, {**inputs, "smoothing": smoothing, **self._weights}, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+        """Where titles and items are learned, tokens and items are counted apart."""
+        tokens = super()._get_num_items_in_batch(batch_samples, device)
+        if tokens is None or self.data_collator.head != "both":
+            return tokens
+        items = [{"labels": batch["item_labels"]} for batch in batch_samples]
+        counts = (tokens, super()._get_num_items_in_batch(items, device))
+        return torch.stack([torch.as_tensor(count, device=device) for count in counts])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As any Trainer; a loss that is not finite raises."""
@@ -193,9 +220,9 @@ class PatchTrainer(Trainer):
     ) -> dict[str, float]:
         """Recommend for ``eval_samples``: ``eval_HR@10``, ``eval_HR@20``, ``eval_NDCG@10``, ``eval_NDCG@20``, by item.
 
-        ``eval_loss`` is the mean over all tokens of the targets' titles and response ends, without label smoothing,
-        ``per_device_eval_batch_size`` samples at a time. Without ``eval_samples``, or given another ``eval_dataset``,
-        as any Trainer.
+        ``eval_loss`` is the mean over all tokens of the targets' titles and response ends, or over the targets with
+        ``search="items"``, without label smoothing, ``per_device_eval_batch_size`` samples at a time. Without
+        ``eval_samples``, or given another ``eval_dataset``, as any Trainer.
         """
         samples = self.eval_dataset
         if eval_dataset is not None or not isinstance(samples, Validation):
@@ -225,6 +252,8 @@ class PatchTrainer(Trainer):
             choose_catalog(resume_from_checkpoint, patched.catalog)
         if patched.item_embedding is not None and not self.is_fsdp_enabled:
             patched.load_item_embeddings(resume_from_checkpoint)
+        if patched.item_head is not None and not self.is_fsdp_enabled:
+            patched.item_head.load(resume_from_checkpoint)
         if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else wrapped)
             return

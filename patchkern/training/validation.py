@@ -28,7 +28,7 @@ class Measured:
     """What a model did on some of the samples.
 
     Attributes:
-        loss: summed over their supervised tokens.
+        loss: summed over their supervised tokens, or items.
         num_tokens: how many those are.
         evaluation: of the recommendations, by item.
     """
@@ -48,7 +48,7 @@ class Validation:
         policy: how histories are compressed.
         limit: of more samples take so many, evenly spread over them; None: all.
         options: for `PatchedCausalLM.recommend`, but for the policy, ``k`` and ``unknown``; by default items already
-            seen are excluded.
+            seen are excluded. With ``search="items"`` the loss is that of the item head, per item.
 
     Raises:
         TypeError, ValueError: no samples, a sample outside its history, an option that `recommend` does not take, or a
@@ -78,8 +78,9 @@ class Validation:
         self.histories, self.users, self.positions, self.policy = histories, users, positions, policy
         self.k = min(max(KS), len(model.catalog))
         self.options = {"exclude_seen": True, **(options or {})}
+        self.head = "items" if self.options.get("search") == "items" else "titles"
         num_beams = self.options.get("num_beams", max(KS))
-        if num_beams < self.k:
+        if num_beams < self.k and self.head == "titles":
             raise ValueError(f"eval_options: num_beams: expected at least k={self.k}, got {num_beams}")
         # what would fail in the middle of the training fails now
         self._recommend(model, np.zeros(0, np.int64))
@@ -118,9 +119,10 @@ class Validation:
             part = slice(start, start + batch_size)
             users, positions = self.users[chosen[part]], self.positions[chosen[part]]
             histories = self.histories.before(users, positions, self.policy.max_items)
-            layout = build_layout(model.catalog, histories, self.policy, model.prompt, targets[part])
+            layout = build_layout(model.catalog, histories, self.policy, model.prompt, targets[part], head=self.head)
+            labels = layout.item_labels if self.head == "items" else layout.logit_labels
             with torch.no_grad():
-                tokens = 0 if layout.logit_labels is None else layout.logit_labels.numel()
+                tokens = 0 if labels is None else labels.numel()
                 loss += float(model(layout).loss) * tokens
             num_tokens += tokens
         lists = self._recommend(model, chosen)

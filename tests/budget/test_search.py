@@ -23,7 +23,8 @@ from patchkern.budget.search import SearchBytes, SearchCost, SearchSize, UserToo
 from patchkern.search import batching
 from patchkern.search.batching import is_out_of_memory, size_of_beams
 from patchkern.search.prompts import Prompts
-from patchkern.search.recommend import generate_titles, score_items
+from patchkern.search.recommend import generate_titles
+from patchkern.search.scoring import score_items
 from patchkern.search.trie import Trie
 
 
@@ -389,8 +390,8 @@ def test_a_policy_that_draws_is_checked_again(monkeypatch: pytest.MonkeyPatch) -
     sizes = []
     original = batching.build_layout
 
-    def spy(*arguments: Any) -> pk.PatchLayout:
-        layout = original(*arguments)
+    def spy(*arguments: Any, **options: Any) -> pk.PatchLayout:
+        layout = original(*arguments, **options)
         sizes.append(layout.num_users)
         return layout
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import patchkern as pk
 from patchkern.budget import search as memory
 from patchkern.budget.search import SearchCost, SearchSize
-from patchkern.search.recommend import score_items
+from patchkern.search.scoring import score_items
 from patchkern.search.trie import Trie
 from patchkern.search.user_cache import UserCache
 from patchkern.training import SETTINGS, PatchTrainer
@@ -442,7 +442,7 @@ def test_vectors_follow_their_items_to_another_catalogue(ids: str, tmp_path: Pat
     assert torch.equal(loaded.item_embedding[:-1], model.item_embedding[places])
     assert not loaded.item_embedding[-1].any()
     strangers = {("x" if ids == "str" else -5): [1]}
-    with pytest.raises(ValueError, match=r"catalog: expected items that .* has embeddings of, such as .*, got none"):
+    with pytest.raises(ValueError, match=r"catalog: expected items that .* knows, such as .*, got none"):
         pk.PatchedCausalLM.from_pretrained(tmp_path / "m", cases.make_catalog(strangers))
 
 

@@ -302,7 +302,7 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"k": 10, "num_beams": 10}, ValueError, "k: expected at most 9, the items of the catalog, got 10"),
         ({"num_beams": 2, "search": "exact"}, ValueError, "num_beams: expected at least k=3, to find .*, got 2"),
         ({"num_beams": 2, "search": "diverse"}, ValueError, "num_beams: expected at least k=3, to find .*, got 2"),
-        ({"search": "greedy"}, ValueError, "search: expected one of beam, exact, diverse, got 'greedy'"),
+        ({"search": "greedy"}, ValueError, "search: expected one of beam, exact, diverse, items, got 'greedy'"),
         ({"exclude_seen": 1}, TypeError, "exclude_seen: expected a bool, got 1"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),
         ({"memory_budget": "40 G"}, ValueError, "memory_budget: expected bytes, such as .*\"40GiB\".*, got '40 G'"),

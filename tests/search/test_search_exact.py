@@ -36,7 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import patchkern as pk
 from patchkern.models import scratch
 from patchkern.search.prefix_cache import StepShape
-from patchkern.search.recommend import UnprovenSearchWarning, recommend, score_items
+from patchkern.search.recommend import UnprovenSearchWarning, recommend
+from patchkern.search.scoring import score_items
 from patchkern.search.suffixes import Suffixes
 from patchkern.search.title_search import diverse_search, search_titles
 from patchkern.search.trie import Trie

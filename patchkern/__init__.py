@@ -53,7 +53,9 @@ from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 if TYPE_CHECKING:
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
-    from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
+    from patchkern.search.linear_prior import LinearPrior
+    from patchkern.search.prior import PopularityPrior, TransitionPrior
+    from patchkern.search.prior_weight import PriorFit, fit_prior_weight
     from patchkern.search.results import read_recommendations, read_summary, recommend_to_disk
     from patchkern.search.summary import PartialListsWarning, UnprovenSearchWarning
     from patchkern.search.user_cache import UserCache
@@ -70,6 +72,7 @@ __all__ = [
     "ItemPatches",
     "ItemTable",
     "Level",
+    "LinearPrior",
     "PackedBatch",
     "PartialListsWarning",
     "PatchLayout",
@@ -107,14 +110,15 @@ __all__ = [
 
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
+    "LinearPrior": "patchkern.search.linear_prior",
     "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",
-    "PriorFit": "patchkern.search.prior",
+    "PriorFit": "patchkern.search.prior_weight",
     "TransitionPrior": "patchkern.search.prior",
     "UnprovenSearchWarning": "patchkern.search.summary",
     "UserCache": "patchkern.search.user_cache",
-    "fit_prior_weight": "patchkern.search.prior",
+    "fit_prior_weight": "patchkern.search.prior_weight",
     "plan_memory": "patchkern.search.batching",
     "read_recommendations": "patchkern.search.results",
     "read_summary": "patchkern.search.results",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from patchkern.data import Interactions, Samples
 from patchkern.data.synthetic_titles import genre_of
 from patchkern.evaluation.metrics import Evaluation, standard_error
-from patchkern.search.prior import PriorFit
+from patchkern.search.prior_weight import PriorFit
 from recipes import plots
 
 KS = (10, 20)

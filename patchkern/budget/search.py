@@ -73,7 +73,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     return int(value)
 
 
-def _in_units(count: int) -> str:
+def in_units(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
@@ -137,7 +137,7 @@ class MicroBatch:
 
     def __repr__(self) -> str:
         chunks = "" if self.chunk_rows is None else f" in chunks of {self.chunk_rows:,} rows"
-        return f"MicroBatch({self.users.size:,} users{chunks}, peak {_in_units(self.needed.peak)})"
+        return f"MicroBatch({self.users.size:,} users{chunks}, peak {in_units(self.needed.peak)})"
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class SearchPlan:
 
     def __repr__(self) -> str:
         facts = [f"{len(self.batches):,} batches of up to {self.users_per_batch:,} users"]
-        facts.append(f"peak {_in_units(self.peak)}")
-        facts.append("no budget" if self.budget is None else f"budget {_in_units(self.budget)}")
+        facts.append(f"peak {in_units(self.peak)}")
+        facts.append("no budget" if self.budget is None else f"budget {in_units(self.budget)}")
         return f"SearchPlan({', '.join(facts if self.policy is None else [*facts, repr(self.policy)])})"
 
     @property

@@ -56,12 +56,12 @@ def most_popular(
     Raises:
         ValueError: k outside 1..number of items, or a data set without training split.
     """
-    item_ids, count = _by_popularity(interactions, k)
+    item_ids, count = by_popularity(interactions, k)
 
     def score(part: Samples) -> NDArray[np.float64]:
         return np.tile(count.astype(np.float64), (part.users.size, 1))
 
-    return _rank(interactions, samples, item_ids, score, k, unseen, max_items)
+    return rank(interactions, samples, item_ids, score, k, unseen, max_items)
 
 
 def transitions(
@@ -92,7 +92,7 @@ def transitions(
     """
     if recent < 1:
         raise ValueError(f"recent: expected 1 or more, got {recent}")
-    item_ids, count = _by_popularity(interactions, k)
+    item_ids, count = by_popularity(interactions, k)
     users, items = in_training(interactions)
     follows = Follows(users, positions_of(item_ids, items), count, recent)
 
@@ -100,7 +100,7 @@ def transitions(
         history = interactions.before(part, recent)
         return follows.score(positions_of(item_ids, history.items), history.offsets)
 
-    return _rank(interactions, samples, item_ids, score, k, unseen, max_items)
+    return rank(interactions, samples, item_ids, score, k, unseen, max_items)
 
 
 def in_training(interactions: Interactions) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -149,7 +149,7 @@ class Follows:
         return table.reshape(lengths.size, self.num_items)
 
 
-def _by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Item ids and their training interactions, most popular first."""
     item_ids = interactions.item_ids
     if not 1 <= k <= item_ids.size:
@@ -163,7 +163,7 @@ def _by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], ND
     return item_ids[order], count[order]
 
 
-def _rank(
+def rank(
     interactions: Interactions,
     samples: Samples,
     item_ids: NDArray[Any],

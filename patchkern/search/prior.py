@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other users' histories say about an item, as a prior for ``recommend(prior=...)``, and how much to trust it.
+"""What other users' histories say about an item, as a prior for ``recommend(prior=...)``.
 
     prior = pk.TransitionPrior(data, model.catalog)               # fitted on the training interactions
     fit = pk.fit_prior_weight(model, data.before(val), data.targets(val), policy, prior, exclude_seen=True)
@@ -13,31 +13,15 @@ data: the model's probability of a title is multiplied by the prior's probabilit
 from __future__ import annotations
 
 import hashlib
-import math
-import warnings
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, check_count, is_sequence
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.histories import Histories, check_count
 from patchkern.data.interactions import Interactions
-from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.evaluation.yardsticks import Follows, in_training
-from patchkern.search.arguments import check_leniency, known_histories, of_users, users_named
-from patchkern.search.filters import ItemFilter, ItemPrior
-from patchkern.search.protocol import SearchModel
-from patchkern.search.recommend import recommend
-from patchkern.search.summary import PartialListsWarning
-
-WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
-"""What `fit_prior_weight` tries."""
-
-_USERS_AT_ONCE = 256
 
 
 class PopularityPrior:
@@ -53,8 +37,8 @@ class PopularityPrior:
 
     def __init__(self, interactions: Interactions, catalog: Catalog) -> None:
         self.catalog = catalog
-        _, _, count = _trained(interactions, catalog)
-        self.share: NDArray[np.float64] = (count + 1) / (count.sum() + count.size)
+        _, _, count = trained_items(interactions, catalog)
+        self.share: NDArray[np.float64] = share_of(count)
         """``(n_items,)``, sums to 1."""
 
     def __call__(self, histories: Histories) -> NDArray[np.float64]:
@@ -64,7 +48,7 @@ class PopularityPrior:
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides what it returns."""
-        return _hash(self.catalog, self.share)
+        return hash_of(self.catalog, self.share)
 
 
 class TransitionPrior:
@@ -104,186 +88,25 @@ class TransitionPrior:
             raise ValueError(f"popularity: expected above 0 and at most 1, got {popularity}")
         self.catalog, self.recent, self.popularity = catalog, recent, popularity
         self.share = PopularityPrior(interactions, catalog).share
-        self._follows = Follows(*_trained(interactions, catalog), recent)
+        self._follows = Follows(*trained_items(interactions, catalog), recent)
 
     def __call__(self, histories: Histories) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities."""
         latest = histories.latest(self.recent)
         index = self.catalog.index_of(latest.items, "histories").astype(np.int64)
         table = self._follows.score(index, latest.offsets)
-        total = table.sum(axis=1, keepdims=True)
-        followed = np.divide(table, total, out=np.tile(self.share, (len(table), 1)), where=total > 0)
-        return np.log((1 - self.popularity) * followed + self.popularity * self.share)
+        return log_mixture(table, self.share, self.popularity)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides what it returns."""
         own = np.array([self.recent, self.popularity])
-        return _hash(self.catalog, own, self.share, self._follows.columns, self._follows.weights, self._follows.offsets)
-
-
-class PriorFit(NamedTuple):
-    """What `fit_prior_weight` found."""
-
-    weight: float
-    """the best of those tried; 0 where the prior does not help"""
-    curve: dict[float, Evaluation]
-    """every weight tried, ascending, and what it gives"""
-
-
-def fit_prior_weight(
-    model: SearchModel,
-    histories: HistoriesLike,
-    targets: ArrayLike,
-    policy: AnyPolicy | None,
-    prior: Any,
-    *,
-    weights: Sequence[float] = WEIGHTS,
-    k: int = 20,
-    candidates: int = 50,
-    exclude_seen: bool = False,
-    allowed_items: Any = None,
-    short: str = "error",
-    unknown: str = "error",
-    user_ids: Sequence[Hashable] | None = None,
-    **options: Any,
-) -> PriorFit:
-    """The weight of a prior that ranks best, found with two searches for all weights together.
-
-    The candidates of a user are the model's best titles, found by a beam of ``candidates``, and as many of the prior's
-    best items that are not among them, whose titles are then scored. Every weight ranks them anew. An item that is
-    among neither is missing at all weights, so with few candidates the weights in between look worse than they are.
-
-    Weights are compared by NDCG@k and not by HR@k: it moves with every place that a target gains, where the hit rate
-    stands still until one crosses the k-th place and then jumps by a whole sample. Equally good weights: the smallest.
-
-    Args:
-        model: the model.
-        histories: B users of a validation split; the test split would make the result look better than it is.
-        targets: ``(B,)`` the item that each took next.
-        policy, exclude_seen, allowed_items: as in ``recommend``.
-        prior: as in ``recommend``.
-        weights: to try, at least 0.
-        k: of the NDCG.
-        candidates: at least ``k``, of the model and of the prior each; fewer where a user may get fewer items.
-        short: users for whom fewer than ``k`` items are left: ``"error"`` refuses the call, ``"allow"`` leaves their
-            samples out of the fit.
-        unknown: as in ``recommend``; ``"drop"`` also leaves samples out of the fit whose target the catalogue does not
-            hold, for no weight can rank them.
-        user_ids: names of the B users, as in ``recommend``.
-        options: further ones of ``recommend``, such as ``batch_size``, ``memory_budget``, ``length_penalty``, and
-            ``user_cache``, with which the prompts are computed once and not twice.
-
-    Warns:
-        PartialListsWarning: items or samples were left out.
-
-    Raises:
-        TypeError, ValueError: naming the argument, the user, what was expected and what came; no sample is left.
-    """
-    tried = _weights(weights)
-    check_count("k", k, minimum=1)
-    check_count("candidates", candidates, minimum=k)
-    check_leniency(short, unknown)
-    given, catalog = Histories.coerce(histories), model.catalog
-    n_users = len(given)
-    names = users_named(histories, n_users, user_ids)
-    target_ids = np.asarray(targets)
-    expected = catalog.find(target_ids, "targets")
-    if expected.shape != (n_users,) or n_users == 0:
-        raise ValueError(f"targets: expected one per user ({n_users}) and at least one, got shape {expected.shape}")
-    gone = np.flatnonzero(expected < 0)
-    if gone.size and unknown == "error":
-        got = target_ids[gone[:1]].tolist()[0]
-        raise ValueError(f"targets: expected item ids of the catalog, got {got!r} for user {names[gone[0]]!r}")
-    kept, _ = known_histories(catalog, given, unknown, names)
-    items = ItemFilter(catalog, kept, allowed_items, exclude_seen, names, unknown == "drop")
-    least = k if short == "error" else 0
-    items.check(least)
-    known = ItemPrior(catalog, kept, items, prior, 1.0, least, torch.float64)
-    shared: dict[str, Any] = {"allowed_items": allowed_items, "exclude_seen": exclude_seen, "prior": prior}
-    options |= {"user_ids": names, "unknown": unknown}
-
-    counts = torch.cat([(table > -math.inf).sum(dim=1) for _, table in _tables(known, n_users)]).numpy()
-    useful = np.flatnonzero((expected >= 0) & (counts >= k))
-    if useful.size < n_users:
-        told = (
-            f"{n_users - useful.size} of {n_users} samples have targets that the catalog does not hold, or fewer than"
+        return hash_of(
+            self.catalog, own, self.share, self._follows.columns, self._follows.weights, self._follows.offsets
         )
-        if not useful.size:
-            raise ValueError(f"targets: expected samples to fit on, got none: {told} k={k} items left")
-        message = f"targets: {told} k={k} items left; they were left out of the fit"
-        warnings.warn(PartialListsWarning(message), stacklevel=2)
-        shared |= {name: of_users(name, shared[name], useful, n_users) for name in ("allowed_items", "prior")}
-        options["user_ids"] = [names[user] for user in useful]
-        own = shared.pop("prior")
-        return fit_prior_weight(
-            model, given.take(useful), target_ids[useful], policy, own, weights=weights, k=k, candidates=candidates,
-            **shared, **options,
-        )  # fmt: skip
-    left = int(counts.min())
-    own, further = min(candidates, left), min(candidates, left - min(candidates, left))
-    found = recommend(model, given, policy, own, own, prior_weight=0.0, **shared, **options)
-    scored = _Candidates.of(found, catalog, known)
-    if further:
-        items_too = list(catalog.item_ids[scored.missing(known, further)])
-        # as many beams as items: nothing is cut, so these are their scores and no search
-        found_too = recommend(model, given, policy, further, further, allowed_items=items_too, **options)
-        found = [one + two for one, two in zip(found, found_too, strict=True)]
-        scored = _Candidates.of(found, catalog, known)
-    curve = {
-        weight: evaluate(catalog.item_ids[scored.best(weight, k)].tolist(), target_ids, [k], catalog=catalog)
-        for weight in tried
-    }
-    return PriorFit(max(tried, key=lambda weight: curve[weight].ndcg(k)), curve)
 
 
-class _Candidates(NamedTuple):
-    """Some items of every user, in catalogue order, and what the model and the prior give them."""
-
-    item: NDArray[np.int64]  # (B, C)
-    score: NDArray[np.float64]  # (B, C)
-    prior: NDArray[np.float64]  # (B, C)
-
-    @classmethod
-    def of(cls, found: list[list[tuple[Any, float]]], catalog: Catalog, known: ItemPrior) -> _Candidates:
-        item = np.stack([catalog.index_of([item for item, _ in row]) for row in found]).astype(np.int64)
-        score = np.array([[score for _, score in row] for row in found])
-        order = item.argsort(axis=1)
-        item, score = (np.take_along_axis(x, order, axis=1) for x in (item, score))
-        prior = [table.gather(1, torch.from_numpy(item[users])) for users, table in _tables(known, len(item))]
-        return cls(item, score, torch.cat(prior).numpy())
-
-    def missing(self, known: ItemPrior, count: int) -> NDArray[np.int64]:
-        """``(B, count)`` the best items by the prior that are not among these."""
-        others = [
-            table.scatter(1, torch.from_numpy(self.item[users]), -math.inf).topk(count, dim=1).indices
-            for users, table in _tables(known, len(self.item))
-        ]
-        return torch.cat(others).numpy()
-
-    def best(self, weight: float, k: int) -> NDArray[np.int64]:
-        """``(B, k)`` items with the best sum."""
-        order = (-(self.score + weight * self.prior)).argsort(axis=1, kind="stable")
-        return np.take_along_axis(self.item, order[:, :k], axis=1)
-
-
-def _tables(known: ItemPrior, n_users: int) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
-    """Some users at a time, and their ``(n, n_items)`` prior."""
-    for first in range(0, n_users, _USERS_AT_ONCE):
-        users = np.arange(first, min(first + _USERS_AT_ONCE, n_users))
-        yield users, known.of(users, torch.device("cpu")).expand(users.size, -1)
-
-
-def _weights(weights: Any) -> list[float]:
-    if not is_sequence(weights) or len(weights) == 0:
-        raise TypeError(f"weights: expected a sequence of numbers, got {weights!r}")
-    tried = sorted({float(weight) for weight in weights})
-    if not all(math.isfinite(weight) and weight >= 0 for weight in tried):
-        raise ValueError(f"weights: expected finite numbers of at least 0, got {list(weights)}")
-    return tried
-
-
-def _trained(
+def trained_items(
     interactions: Interactions, catalog: Catalog
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """User and catalogue index of every training interaction, and how often each item occurs."""
@@ -296,7 +119,19 @@ def _trained(
     return users, items, np.bincount(items, minlength=len(catalog))
 
 
-def _hash(catalog: Catalog, *arrays: NDArray[Any]) -> str:
+def share_of(count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``(n_items,)`` the probability of each item by its ``count``, one more for every item."""
+    return (count + 1) / (count.sum() + count.size)
+
+
+def log_mixture(table: NDArray[np.float64], share: NDArray[np.float64], popularity: float) -> NDArray[np.float64]:
+    """``(B, n_items)`` log of scores of at least 0, made to sum to 1, and mixed with ``share``; of zeros, ``share``."""
+    total = table.sum(axis=1, keepdims=True)
+    scored = np.divide(table, total, out=np.tile(share, (len(table), 1)), where=total > 0)
+    return np.log((1 - popularity) * scored + popularity * share)
+
+
+def hash_of(catalog: Catalog, *arrays: NDArray[Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(catalog.fingerprint.encode())
     for array in (catalog.item_ids, *arrays):

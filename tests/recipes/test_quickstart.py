@@ -20,7 +20,7 @@ import patchkern as pk
 from patchkern.data import Samples, synthetic, write_parquet
 from patchkern.data.synthetic_titles import genre_of
 from patchkern.evaluation.metrics import Evaluation
-from patchkern.search.prior import PriorFit
+from patchkern.search.prior_weight import PriorFit
 from recipes import evaluate, plots, quickstart
 from recipes import report as reports
 

@@ -16,7 +16,7 @@ from search_oracle import make_model
 import patchkern as pk
 from patchkern.data import synthetic
 from patchkern.evaluation.metrics import evaluate
-from patchkern.search.prior import WEIGHTS
+from patchkern.search.prior_weight import WEIGHTS
 from patchkern.search.summary import PartialListsWarning
 
 pytestmark = pytest.mark.filterwarnings("error::patchkern.search.recommend.UnprovenSearchWarning")

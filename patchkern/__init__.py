@@ -42,6 +42,7 @@ from patchkern.batch.policies import (
     TrunkPolicy,
 )
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.prompt_words import PromptWords
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
@@ -78,6 +79,7 @@ __all__ = [
     "PopularityPrior",
     "PriorFit",
     "Prompt",
+    "PromptWords",
     "RandomItemPatches",
     "SessionPatches",
     "TextOnly",

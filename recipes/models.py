@@ -77,7 +77,8 @@ def load_model(
         return model, tokenizer
     if name in SIZES:
         tokenizer = fit_tokenizer(titles.values(), vocab_size)
-        hf_model: Any = scratch_model(tokenizer, name, seed=seed, dropout=dropout).to(dtype)
+        hf_model: Any = scratch_model(tokenizer, name, seed=seed, dropout=dropout)
+        hf_model.to(dtype)
         prompt = scratch_prompt(tokenizer, separator)
     else:
         path = locate(name, argument)

@@ -52,6 +52,7 @@ from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 
 if TYPE_CHECKING:
+    from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
     from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
@@ -71,6 +72,7 @@ __all__ = [
     "ItemPatches",
     "ItemTable",
     "Level",
+    "ModelCard",
     "PackedBatch",
     "PartialListsWarning",
     "PatchLayout",
@@ -109,6 +111,7 @@ __all__ = [
 
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
+    "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",

@@ -147,6 +147,8 @@ class Prompt:
 
         known = control_tokens(tokenizer)
         if history == "last":
+            if rendered == _render(tokenizer, system, f"{instruction}."):
+                raise ValueError("tokenizer: its chat template drops the instruction")
             prefix, suffix = ids(rendered), []
             (separator,) = _line_break(ids("\n")) if markers is None else _named(tokenizer, markers, 1, known, prefix)
             between = (separator,)

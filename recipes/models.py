@@ -14,6 +14,7 @@ from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import Interactions
 from patchkern.models.adapters import add_lora
 from patchkern.models.files import is_model
+from patchkern.models.gguf_file import is_gguf
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.models.sources import locate, read_model, read_tokenizer
 from patchkern.training import checkpoints, find_model
@@ -84,7 +85,16 @@ def load_model(
         path = locate(name, argument)
         tokenizer = read_tokenizer(path)
         prompt = make_prompt(tokenizer, words, prompt_file)
-        hf_model = _pretrained(path, tokenizer, dtype, random_weights, seed, hf_kwargs)
+        hf_model = read_model(path, dtype=dtype, **hf_kwargs)
+        if random_weights:
+            hf_model = _drawn_anew(hf_model, seed).to(dtype)
+        if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
+            if lora is not None and is_gguf(path):
+                raise ValueError(
+                    f"lora: expected a vocabulary with markers, of which {path.name} has none and could not be saved "
+                    "with some; write it as a folder first, name unused special tokens, or put the history last"
+                )
+            _make_room(hf_model, tokenizer, seed)
         if lora is not None:
             hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
     catalog = pk.Catalog.from_titles(titles, tokenizer)
@@ -115,16 +125,15 @@ def make_prompt(tokenizer: Any, words: pk.PromptWords | None = None, prompt_file
     return scratch_prompt(tokenizer)
 
 
-def _pretrained(
-    path: Path, tokenizer: Any, dtype: torch.dtype, random_weights: bool, seed: int, hf_kwargs: Mapping[str, Any]
-) -> Any:
-    """The model of a folder or a file, with a row for every token of the tokenizer."""
-    model: Any = read_model(path, dtype=dtype, **hf_kwargs)
+def _drawn_anew(hf_model: Any, seed: int) -> Any:
+    """The same architecture with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if random_weights:
-            fresh: Any = type(model)(model.config)
-            model = fresh.to(dtype)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    return model
+        return type(hf_model)(hf_model.config)
+
+
+def _make_room(hf_model: Any, tokenizer: Any, seed: int) -> None:
+    """A row of the embedding for every token of the tokenizer; new ones are drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)

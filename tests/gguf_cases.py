@@ -13,7 +13,7 @@ CHAT = (
     "{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
 )
-SPECIAL = ("<|unknown|>", "<|begin|>", "<|end|>", "<|file|>", "<|name|>", "<|stars|>")
+SPECIAL = ("<|endoftext|>", "<|begin|>", "<|end|>", "<|file|>", "<|name|>", "<|stars|>")
 WIDTH, HIDDEN, HEADS, LAYERS = 32, 64, 2, 1
 
 

@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
+ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 
@@ -14,7 +15,7 @@ BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build quickstart test test-all lint format docs bench bench-quick gpu sanitize clean
+.PHONY: help build quickstart pretrained test test-all lint format docs bench bench-quick gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +41,9 @@ build: $(BUILT) ## create .venv and build the native module
 
 quickstart: $(BUILT) ## train, evaluate and recommend in minutes; DATA=folder for real data
 	$(BIN)/python recipes/quickstart.py $(if $(DATA),--data $(DATA))
+
+pretrained: $(BUILT) ## fetch a 135M language model, fine-tune and evaluate it; DATA=path/to/ml-100k, ARGS=--fetch_only
+	$(BIN)/python recipes/pretrained.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench: $(BUILT) ## run every benchmark script; tables go to runs/bench
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit; done

@@ -42,6 +42,7 @@ from patchkern.batch.policies import (
     TrunkPolicy,
 )
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.prompt_words import PromptWords
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
@@ -51,6 +52,7 @@ from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 
 if TYPE_CHECKING:
+    from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
     from patchkern.search.linear_prior import LinearPrior
@@ -73,6 +75,7 @@ __all__ = [
     "ItemTable",
     "Level",
     "LinearPrior",
+    "ModelCard",
     "PackedBatch",
     "PartialListsWarning",
     "PatchLayout",
@@ -81,6 +84,7 @@ __all__ = [
     "PopularityPrior",
     "PriorFit",
     "Prompt",
+    "PromptWords",
     "RandomItemPatches",
     "SessionPatches",
     "TextOnly",
@@ -111,6 +115,7 @@ __all__ = [
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
     "LinearPrior": "patchkern.search.linear_prior",
+    "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",

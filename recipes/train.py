@@ -44,8 +44,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     EarlyStoppingCallback,
     HfArgumentParser,
     TrainingArguments,
@@ -54,12 +52,12 @@ from transformers import (
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import Interactions, samples_of
 from patchkern.data.preparation import add_arguments, load
-from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.scratch import SIZES
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import SETTINGS, STAGES, PatchTrainer, Settings, checkpoints, find_model
+from recipes import models
 
 # What a resumed run must share with the run it continues, or its losses would not be the uninterrupted run's.
 SHARED = (
@@ -189,40 +187,17 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
 
 
 def load_model(args: argparse.Namespace, data: Interactions, settings: Settings) -> tuple[pk.PatchedCausalLM, Any]:
-    dtype = getattr(torch, args.dtype)
-    if args.checkpoint is not None:
-        folder = find_model(args.checkpoint, "--from")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        catalog = pk.Catalog.from_titles(data.titles, tokenizer)
-        loaded = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype, item_embeddings=args.item_embeddings)
-        return loaded, tokenizer
-    if args.model in SIZES:
-        tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
-        dropout = settings.dropout if args.dropout is None else args.dropout
-        hf_model = scratch_model(tokenizer, args.model, dropout=dropout).to(dtype)
-        prompt = scratch_prompt(tokenizer, separator=not args.no_separator)
-    elif Path(args.model).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        hf_model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
-        prompt = make_prompt(tokenizer, data)
-    else:
-        raise ValueError(f"--model: expected {', '.join(SIZES)} or a folder, got {args.model!r}")
-    if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
-        hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
-    return pk.PatchedCausalLM(hf_model, catalog, prompt, item_embeddings=args.item_embeddings), tokenizer
-
-
-def make_prompt(tokenizer: Any, data: Interactions) -> pk.Prompt:
-    """The data set's words in the tokenizer's chat template; without a template, markers alone."""
-    if tokenizer.chat_template:
-        system = data.system or "You are a helpful assistant in recommendations."
-        instruction = data.instruction or "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
-        return pk.Prompt.from_chat_template(tokenizer, system, instruction)
-    missing = [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-    return scratch_prompt(tokenizer)
+    return models.load_model(
+        args.checkpoint or args.model,
+        data.titles,
+        dtype=getattr(torch, args.dtype),
+        words=models.words_of(data),
+        item_embeddings=args.item_embeddings,
+        vocab_size=args.vocab_size,
+        dropout=settings.dropout if args.dropout is None else args.dropout,
+        separator=not args.no_separator,
+        argument="--from" if args.checkpoint else "--model",
+    )
 
 
 # ------------------------------------------------------------------ the run's folder

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,22 +65,51 @@ class Prompt:
         roles |= dict.fromkeys(self.response_end, "the prompt's response_end")
         return roles | dict.fromkeys(self.separator, "the prompt's separator")
 
+    @property
+    def is_list(self) -> bool:
+        """Whether a history goes on with its target as with any other item: ``separator | title | separator``.
+
+        A history as text then holds every target's response in place (`build_training_layout`).
+        """
+        return bool(self.separator) and self.separator == self.suffix == self.response_end
+
     @classmethod
-    def from_chat_template(cls, tokenizer: Any, system: str | None, instruction: str) -> Prompt:
-        """Build the paper's chat prompt from a tokenizer with a chat template.
+    def from_chat_template(
+        cls,
+        tokenizer: Any,
+        system: str | None,
+        instruction: str,
+        history: Literal["inside", "last"] = "inside",
+        markers: Sequence[str] | None = None,
+    ) -> Prompt:
+        """Build a chat prompt from a tokenizer with a chat template: the paper's, or one with all words up front.
 
-        ``instruction`` contains ``[HISTORY_SEQUENCE]`` once. Three marker tokens frame the history: start ends the
-        prefix, separator stands between entries, end opens the suffix. They are the tokenizer's first three reserved
-        special tokens; a tokenizer with fewer than three gets new ones added, after which the model needs
-        ``resize_token_embeddings(len(tokenizer))``. ``response_end`` is the tokenizer's end-of-sequence token.
+        ``history="inside"`` is the paper's: ``instruction`` contains ``[HISTORY_SEQUENCE]`` once. Three marker tokens
+        frame the history: start ends the prefix, separator stands between entries, end opens the suffix. They are the
+        tokenizer's first three reserved special tokens; a tokenizer with fewer than three gets new ones added, after
+        which the model needs ``resize_token_embeddings(len(tokenizer))``. ``response_end`` is the tokenizer's
+        end-of-sequence token.
 
-        ``system`` is None for a template that knows no system message; some templates then write one of their own.
+        ``history="last"`` puts all words before the history, which is the beginning of the assistant's answer, an item
+        a line: separator, suffix and ``response_end`` are the line break, so that a suffix is one row and no token is
+        new to a pretrained model. A history as text then teaches all its items for no row more, see `is_list`.
+
+        Args:
+            tokenizer: of transformers, with a chat template.
+            system: None for a template that knows no system message; some templates then write one of their own.
+            instruction: the user's message; with ``[HISTORY_SEQUENCE]`` exactly where the history is inside.
+            history: "inside" the instruction, or "last".
+            markers: special tokens of the tokenizer, by name, that its template does not write: three for a history
+                inside (start, separator, end), one for a history that is last (the separator, instead of the line
+                break). None: as above.
+
         Control tokens come from the template: a text that spells one is refused.
 
         Raises:
             TypeError: ``tokenizer`` has no chat template method, or a text is not a string.
-            ValueError: no chat template, no end-of-sequence token, not exactly one history mark, a text that spells a
-                control token, or a template that refuses or drops a message.
+            ValueError: no chat template, no end-of-sequence token, a history mark too many or too few, a text that
+                spells a control token, a template that refuses or drops a message, a marker that is no unused special
+                token, or a line break of several tokens.
 
         Examples:
             >>> import patchkern as pk
@@ -99,16 +128,12 @@ class Prompt:
         for name, text in texts.items():
             if not isinstance(text, str):
                 raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+        check_history(history)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("tokenizer: expected one with a chat template, got none; use Prompt(prefix=...) instead")
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: expected an end-of-sequence token, got none")
-        if instruction.count(HISTORY_MARK) != 1:
-            raise ValueError(
-                f"instruction: expected {HISTORY_MARK} exactly once, got it {instruction.count(HISTORY_MARK)} times"
-            )
-        if system is not None and HISTORY_MARK in system:
-            raise ValueError(f"system: expected no {HISTORY_MARK}, which belongs in the instruction")
+        check_marks(system, instruction, history)
         for name, text in texts.items():
             _check_text(tokenizer, name, text)
         rendered = _render(tokenizer, system, instruction)
@@ -116,25 +141,29 @@ class Prompt:
             raise ValueError(
                 "system: the tokenizer's chat template drops it; pass None and put the text into the instruction"
             )
-        before, found, after = rendered.partition(HISTORY_MARK)
-        if not found:
-            raise ValueError(f"tokenizer: its chat template dropped {HISTORY_MARK} from the instruction")
-        if HISTORY_MARK in after:
-            raise ValueError(f"tokenizer: its chat template repeats {HISTORY_MARK} of the instruction")
-        start, separator, end = _marker_ids(tokenizer)
 
         def ids(part: str) -> list[int]:
             return list(tokenizer(part, add_special_tokens=False)["input_ids"])
 
-        prefix, suffix = ids(before), ids(after)
         known = control_tokens(tokenizer)
-        return cls(
-            prefix=(*prefix, start),
-            separator=(separator,),
-            suffix=(end, *suffix),
-            response_end=(tokenizer.eos_token_id,),
-            control=tuple(sorted(known.keys() & {*prefix, *suffix})),
-        )
+        if history == "last":
+            if rendered == _render(tokenizer, system, f"{instruction}."):
+                raise ValueError("tokenizer: its chat template drops the instruction")
+            prefix, suffix = ids(rendered), []
+            (separator,) = _line_break(ids("\n")) if markers is None else _named(tokenizer, markers, 1, known, prefix)
+            between = (separator,)
+            start = () if prefix[-1:] == [separator] else between
+            parts = {"prefix": (*prefix, *start), "suffix": between, "response_end": between}
+        else:
+            before, after = _around_history(rendered)
+            prefix, suffix = ids(before), ids(after)
+            if markers is None:
+                first, separator, end = _marker_ids(tokenizer)
+            else:
+                first, separator, end = _named(tokenizer, markers, 3, known, [*prefix, *suffix])
+            between = (separator,)
+            parts = {"prefix": (*prefix, first), "suffix": (end, *suffix), "response_end": (tokenizer.eos_token_id,)}
+        return cls(separator=between, control=tuple(sorted(known.keys() & {*prefix, *suffix})), **parts)
 
     def to_dict(self) -> dict[str, list[int]]:
         """The parts as JSON-ready lists; ``control`` only where there is some."""
@@ -149,6 +178,58 @@ class Prompt:
         if unknown:
             raise ValueError(f"parts: expected {', '.join(field.name for field in fields(cls))}, got {unknown}")
         return cls(**parts)
+
+
+def check_history(history: Any) -> None:
+    """Raise a ValueError unless it is a place that `Prompt.from_chat_template` knows for the history."""
+    if history not in ("inside", "last"):
+        raise ValueError(f'history: expected "inside" or "last", got {history!r}')
+
+
+def check_marks(system: str | None, instruction: str, history: str) -> None:
+    """Raise a ValueError unless the history's mark is where it belongs, and nowhere else."""
+    found, wanted = instruction.count(HISTORY_MARK), int(history == "inside")
+    if found != wanted:
+        where = "exactly once" if wanted else "nowhere, as the history comes last"
+        raise ValueError(f"instruction: expected {HISTORY_MARK} {where}, got it {found} times")
+    if system is not None and HISTORY_MARK in system:
+        raise ValueError(f"system: expected no {HISTORY_MARK}, which belongs in the instruction")
+
+
+def _around_history(rendered: str) -> tuple[str, str]:
+    """What a chat template wrote before the history's mark, and after it."""
+    before, found, after = rendered.partition(HISTORY_MARK)
+    if not found:
+        raise ValueError(f"tokenizer: its chat template dropped {HISTORY_MARK} from the instruction")
+    if HISTORY_MARK in after:
+        raise ValueError(f"tokenizer: its chat template repeats {HISTORY_MARK} of the instruction")
+    return before, after
+
+
+def _line_break(ids: list[int]) -> list[int]:
+    if len(ids) != 1:
+        raise ValueError(
+            f"tokenizer: expected a line break of one token, which separates items, got {len(ids)}; name a special "
+            "token instead (markers)"
+        )
+    return ids
+
+
+def _named(
+    tokenizer: Any, markers: Sequence[str], count: int, known: Mapping[int, str], taken: Sequence[int]
+) -> list[int]:
+    """The ids of markers by name: distinct special tokens that stand nowhere in what the template wrote."""
+    if isinstance(markers, str) or not is_sequence(markers) or not all(isinstance(name, str) for name in markers):
+        raise TypeError(f"markers: expected a sequence of tokens by name, got {markers!r}")
+    free = {text: token for token, text in known.items() if token not in taken and token != tokenizer.eos_token_id}
+    unknown = [name for name in markers if name not in free]
+    if unknown or len(markers) != count or len(set(markers)) != count:
+        some = ", ".join(list(free)[:4]) or "of which it has none"
+        raise ValueError(
+            f"markers: expected {count} of the tokenizer's special tokens that its chat template does not write "
+            f"({some}), got {', '.join(markers) or 'none'}"
+        )
+    return [free[name] for name in markers]
 
 
 def _render(tokenizer: Any, system: str | None, instruction: str) -> str:

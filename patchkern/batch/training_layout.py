@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.list_layout import Lists, is_list, list_layout
 from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy
 from patchkern.batch.prompt import Prompt
@@ -54,6 +55,10 @@ def build_training_layout(
     `build_layout` over one sample per target. Beyond it a sample's history cannot begin at its own ``max_items``-th
     latest item, or no two would share a trunk: it begins at the last multiple of ``block_size`` before that, and so
     holds up to ``block_size - 1`` items more.
+
+    Where histories are text and the prompt is a list (`Prompt.is_list`), the next item's title is the next target: the
+    trunk alone is planned, with labels on all its targets, for no row more. A target without a history then follows
+    the prefix without the suffix between.
 
     `RandomItemPatches` are drawn once per trunk: targets of one trunk see the same items as patches, where samples of
     their own would each have drawn anew.
@@ -109,28 +114,32 @@ def build_training_layout(
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     parts = _parts(catalog, histories, policy, samples, head)
+    listed = head != "items" and is_list(policy, prompt)
     if head != "items" and not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
         raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
     targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
     hidden = _rows_before(parts, prompt, samples)
     of_branches = hidden[parts.branched]
-    heads = np.where(_leads(parts, samples), np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
-    nothing = np.zeros(parts.trunks, np.int64)
     titles = targets[parts.branched] if head != "items" else np.full(parts.branched.size, -1, np.int32)
-    layout = plan_layout(
-        catalog,
-        parts.items,
-        parts.of_catalog,
-        parts.levels,
-        prompt,
-        np.concatenate([np.full(parts.trunks, -1, np.int32), titles]),
-        Spans(np.concatenate([np.full(parts.trunks, Head.PREFIX, np.uint8), heads]), np.append(nothing, of_branches)),
-    )
+    if listed:
+        layout = list_layout(catalog, histories, prompt, Lists.of(samples.user, samples.start, samples.position))
+    else:
+        heads = np.where(_leads(parts, samples), np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
+        heads = np.append(np.full(parts.trunks, Head.PREFIX, np.uint8), heads)
+        layout = plan_layout(
+            catalog,
+            parts.items,
+            parts.of_catalog,
+            parts.levels,
+            prompt,
+            np.append(np.full(parts.trunks, -1, np.int32), titles),
+            Spans(heads, np.append(np.zeros(parts.trunks, np.int64), of_branches)),
+        )
     if max_rows is not None and layout.num_rows > max_rows:
         raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
     cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
     trunk_starts = cu_seqlens[samples.trunk]
-    if head != "items" or parts.branched.size:
+    if not listed and (head != "items" or parts.branched.size):
         prefix = np.zeros((len(parts.items), 2), np.int32)
         prefix[parts.trunks :, 0] = trunk_starts[parts.branched]
         prefix[parts.trunks :, 1] = prefix[parts.trunks :, 0] + of_branches
@@ -162,6 +171,11 @@ def training_rows(
     histories = Histories.coerce(histories)
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
+    rows = np.zeros(len(histories), np.int64)
+    if head != "items" and is_list(policy, prompt):
+        lists = Lists.of(samples.user, samples.start, samples.position)
+        np.add.at(rows, lists.user, lists.rows(catalog, histories, prompt))
+        return rows
     parts = _parts(catalog, histories, policy, samples, head)
     of_trunks = len(prompt.prefix) + _entry_rows(parts, len(prompt.separator))[: parts.trunks]
     of_branches = _own_rows(parts, samples, len(prompt.separator))
@@ -170,7 +184,6 @@ def training_rows(
         of_branches += titles + len(prompt.suffix) + len(prompt.response_end)
     owner = np.zeros(of_trunks.size, np.int64)
     owner[samples.trunk] = samples.user
-    rows = np.zeros(len(histories), np.int64)
     np.add.at(rows, owner, of_trunks)
     np.add.at(rows, samples.user[parts.branched], of_branches)
     return rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A peft adapter on its base, whose embedding may have been resized before the adapter was made."""
+"""A peft adapter on its base: made for training, and read again, over an embedding that may have been resized."""
 
 from __future__ import annotations
 
@@ -8,10 +8,59 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import PreTrainedModel
+
+from patchkern.batch.control_tokens import control_tokens
+from patchkern.batch.histories import check_count
+from patchkern.batch.prompt import Prompt
+from patchkern.models.sources import locate, read_model
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def add_lora(
+    hf_model: PreTrainedModel, rank: int, prompt: Prompt, tokenizer: Any, *, seed: int = 0, **config: Any
+) -> Any:
+    """A LoRA adapter on all linear layers, for training, and the embeddings of the prompt's markers beside it.
+
+    A model knows nothing of marker tokens that were added or reserved; everything else it has learned.
+
+    Args:
+        hf_model: a model whose embedding has the prompt's tokens.
+        rank: of the adapter; its ``lora_alpha`` is twice that.
+        prompt: that the model will read.
+        tokenizer: of the prompt.
+        seed: of the adapter's weights; torch's global generator is left as it was.
+        config: fields of ``peft.LoraConfig`` to override.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: a rank below 1.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("a LoRA adapter needs peft: pip install 'patchkern[peft]'") from error
+    check_count("rank", rank, minimum=1)
+    fields: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        "trainable_token_indices": untrained_markers(prompt, tokenizer) or None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(hf_model, LoraConfig(**fields | config))
+
+
+def untrained_markers(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """The tokens that frame a prompt's history and are special, but no part of what a chat template writes."""
+    markers = {*prompt.prefix[-1:], *prompt.separator, *prompt.suffix[:1]}
+    known = {*prompt.control, *prompt.response_end[:1], getattr(tokenizer, "bos_token_id", None)}
+    return sorted(markers & control_tokens(tokenizer).keys() - known)
 
 
 def read_adapter(
@@ -41,10 +90,11 @@ def read_adapter(
             raise ValueError(
                 f"base_model: expected a model, because {os.fspath(folder)!r} names none under its adapter"
             )
-        for_base = {"trust_remote_code": False, "revision": config.revision} | hf_kwargs
+        for_base = dict(hf_kwargs)
         for name in ("is_trainable", "adapter_name"):
             for_base.pop(name, None)
-        base_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **for_base)
+        revision = {} if config.revision is None else {"revision": config.revision}
+        base_model = read_model(locate(config.base_model_name_or_path, "base_model", **revision), **for_base)
     rows = base_model.config.get_text_config().vocab_size
     if vocabulary_size is not None and rows != vocabulary_size:
         missing = _not_in_adapter(Path(folder) / ADAPTER_WEIGHTS, base_model, vocabulary_size)

@@ -27,6 +27,7 @@ from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.searching import Searching, lock_of
+from patchkern.models.sources import locate
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
@@ -428,7 +429,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         """Read what `save_pretrained` wrote: model, prompt, policy, catalogue; tokenizer, item embeddings, head if any.
 
         Args:
-            folder: a local folder.
+            folder: a local folder, or the hub id of one that was uploaded.
             catalog: another one than the model was saved with, tokenised by the same tokenizer. What differs is in
                 `catalog_diff`; items that are new or gone are nothing unusual, but where some have other titles, or
                 none is one that the model was saved with, a `CatalogWarning` says so.
@@ -441,12 +442,13 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 ``trust_remote_code`` is False unless given.
 
         Raises:
-            FileNotFoundError: no ``patchkern.json``.
+            FileNotFoundError: no ``patchkern.json``, no folder, or no hub that has one.
             ValueError: a ``patchkern.json`` that this version cannot read, a folder without a catalogue (as earlier
                 versions wrote them) and no ``catalog``, one whose tokens are another tokenizer's or whose items have
                 other titles, or a ``base_model`` that cannot be resized.
         """
-        folder = files.current(folder)
+        hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
+        folder = files.current(locate(folder, "folder", **hub))
         description = files.read_description(folder)
         catalog, diff = files.choose_catalog(folder, catalog, renamed)
         tokenizer = files.read_tokenizer(folder, description, hf_kwargs.get("trust_remote_code", False))

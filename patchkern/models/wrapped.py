@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,7 +19,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import title_with
+from patchkern.models.hub import upload
+from patchkern.models.model_card import ModelCard
 from patchkern.models.probe import base_of
 
 
@@ -25,6 +31,10 @@ class WrappedLM(nn.Module):
     """A module around a transformers causal language model: what trainers, tools and a search ask of it."""
 
     hf_model: PreTrainedModel
+    catalog: Catalog
+    prompt: Prompt
+    policy: AnyPolicy | None
+    tokenizer: Any
 
     @property
     def config(self) -> PretrainedConfig:
@@ -68,6 +78,28 @@ class WrappedLM(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """`activation_checkpointing_disable`, by the name it has had for longer."""
         self.activation_checkpointing_disable()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write the model to a folder."""
+        raise NotImplementedError
+
+    def push_to_hub(self, repo_id: str, *, card: ModelCard | None = None, tokenizer: Any = None, **options: Any) -> str:
+        """Save the model, with a card if one is given, and upload it to a hub.
+
+        A folder that is there already is uploaded by `patchkern.models.hub.upload`, which has the other ``options``,
+        such as ``private`` and ``token``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ConnectionError: no hub can be reached, or it refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, tokenizer=tokenizer)
+            if card is not None:
+                card.write(self, folder)
+            return upload(folder, repo_id, **options)
 
 
 def check_model(hf_model: Any) -> None:

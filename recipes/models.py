@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a recipe works with: from random weights, a folder, a GGUF file, a hub id or a run, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import patchkern as pk
+from patchkern.batch.control_tokens import MARKERS
+from patchkern.data import Interactions
+from patchkern.models.adapters import add_lora
+from patchkern.models.files import is_model
+from patchkern.models.gguf_file import is_gguf
+from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.sources import locate, read_model, read_tokenizer
+from patchkern.training import checkpoints, find_model
+
+SYSTEM = "You are a helpful assistant in recommendations."
+INSTRUCTION = "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
+
+
+def load_model(
+    name: str,
+    titles: Mapping[Any, str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    words: pk.PromptWords | None = None,
+    prompt_file: str | None = None,
+    item_embeddings: bool = False,
+    lora: int | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    vocab_size: int = 4096,
+    dropout: float = 0.0,
+    separator: bool = True,
+    argument: str = "--model",
+    wrapper: Mapping[str, Any] | None = None,
+    **hf_kwargs: Any,
+) -> tuple[pk.PatchedCausalLM, Any]:
+    """A model over ``titles``, and its tokenizer.
+
+    Args:
+        name: a size of `patchkern.models.scratch`; a run of recipes/train.py, one of its checkpoints, or another folder
+            that patchkern saved, which brings its prompt and policy; else a transformers model: its folder, a GGUF
+            file, or a hub id.
+        titles: ``{item id: title}``.
+        dtype: of the weights.
+        words: of the prompt of a transformers model whose tokenizer has a chat template; without any, general ones.
+        prompt_file: of words (`patchkern.PromptWords.read`) to use instead; an error where the model has no use for it.
+        item_embeddings: have a vector per item, also where a saved model has none.
+        lora: train a LoRA adapter of this rank on a transformers model instead of its weights, with its marker rows.
+        random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
+        seed: of whatever is drawn.
+        vocab_size, dropout, separator: of a model from scratch.
+        argument: that errors name.
+        wrapper: further arguments of `PatchedCausalLM` and of its ``from_pretrained``.
+        hf_kwargs: for the transformers model's ``from_pretrained``, such as ``quantization_config``.
+
+    Raises:
+        FileNotFoundError: nothing of that name here or on a hub.
+        ValueError: ``prompt_file`` is no such file, or the model has its prompt or no chat template; ``lora`` for a
+            model whose base could not be found again.
+    """
+    wrapping = {"item_embeddings": item_embeddings, **(wrapper or {})}
+    if lora is not None and (name in SIZES or is_saved(name) or random_weights):
+        raise ValueError("lora: expected None but for the weights of a transformers model, which an adapter names")
+    if prompt_file is not None and (name in SIZES or is_saved(name)):
+        raise ValueError(f"--prompt: expected none with {argument} {name}, which has its prompt")
+    if is_saved(name):
+        folder = find_model(name, argument)
+        tokenizer = read_tokenizer(folder)
+        catalog = pk.Catalog.from_titles(titles, tokenizer)
+        model = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype, **wrapping, **hf_kwargs)
+        return model, tokenizer
+    if name in SIZES:
+        tokenizer = fit_tokenizer(titles.values(), vocab_size)
+        hf_model: Any = scratch_model(tokenizer, name, seed=seed, dropout=dropout)
+        hf_model.to(dtype)
+        prompt = scratch_prompt(tokenizer, separator)
+    else:
+        path = locate(name, argument)
+        tokenizer = read_tokenizer(path)
+        prompt = make_prompt(tokenizer, words, prompt_file)
+        hf_model = read_model(path, dtype=dtype, **hf_kwargs)
+        if random_weights:
+            hf_model = _drawn_anew(hf_model, seed).to(dtype)
+        if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
+            if lora is not None and is_gguf(path):
+                raise ValueError(
+                    f"lora: expected a vocabulary with markers, of which {path.name} has none and could not be saved "
+                    "with some; write it as a folder first, name unused special tokens, or put the history last"
+                )
+            _make_room(hf_model, tokenizer, seed)
+        if lora is not None:
+            hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
+    catalog = pk.Catalog.from_titles(titles, tokenizer)
+    return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping), tokenizer
+
+
+def is_saved(name: str) -> bool:
+    """Whether it is a folder that patchkern saved, or a run with checkpoints: these have prompt and policy."""
+    return Path(name).is_dir() and (is_model(name) or bool(checkpoints(name)))
+
+
+def words_of(data: Interactions) -> pk.PromptWords:
+    """What a data set says of itself, and where it says nothing, general words."""
+    return pk.PromptWords(data.instruction or INSTRUCTION, data.system or SYSTEM)
+
+
+def make_prompt(tokenizer: Any, words: pk.PromptWords | None = None, prompt_file: str | None = None) -> pk.Prompt:
+    """The file's words, else ``words``, in the tokenizer's chat template; without a template, markers alone."""
+    if tokenizer.chat_template:
+        if prompt_file is not None:
+            words = pk.PromptWords.read(prompt_file)
+        return (words or pk.PromptWords(INSTRUCTION, SYSTEM)).prompt(tokenizer)
+    if prompt_file is not None:
+        raise ValueError("--prompt: expected none, as the model's tokenizer has no chat template to put words into")
+    missing = [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    return scratch_prompt(tokenizer)
+
+
+def _drawn_anew(hf_model: Any, seed: int) -> Any:
+    """The same architecture with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(hf_model)(hf_model.config)
+
+
+def _make_room(hf_model: Any, tokenizer: Any, seed: int) -> None:
+    """A row of the embedding for every token of the tokenizer; new ones are drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)

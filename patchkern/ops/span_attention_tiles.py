@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`span_attention` over tiles of rows: the CPU's path, and any device's where no kernel serves.
+"""`span_attention` over tiles of rows: any device's path where no kernel serves, as with attention dropout.
 
 A tile is a run of consecutive query rows whose prefixes begin at the same row. It attends to its parts one after the
 other: the prefix, the earlier rows of its span, and itself. Each part gives an output and the log-sum-exp of its

@@ -15,6 +15,8 @@ from span_cases import SPANS, Spans, expected, gradients, leaves, sdpa, visibili
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import patchkern as pk
+from patchkern.ops import span_attention_native as native
 from patchkern.ops import span_attention_tiles as tiles
 from patchkern.ops.span_attention import span_attention
 
@@ -26,9 +28,14 @@ def attend(spans: Spans, tensors: Sequence[Tensor | None], **options: Any) -> Te
     return span_attention(query, key, value, cu_seqlens, prefix=prefix, **stored, **options)
 
 
-@pytest.fixture(params=["flash", "products"], autouse=True)
+@pytest.fixture(params=["native", "flash", "products"], autouse=True)
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test by PyTorch's private operators, and without them."""
+    """Every test by the native kernels, by PyTorch's private operators, and without either."""
+    if request.param == "native":
+        if not pk.backends()["native"].usable:
+            pytest.skip(f"the native backend is not usable: {pk.backends()['native'].reason}")
+        return
+    monkeypatch.setattr(native, "serves", lambda query, dropout: False)
     if request.param == "flash" and not tiles._flash_works():
         pytest.skip("this PyTorch's flash attention for the CPU is not what is asked of it")
     if request.param == "products":

@@ -499,12 +499,15 @@ struct Backward {
       if (lane >= lanes.count) continue;
       const int64_t place = (block.begin + lane / lanes.group) * of.heads + key_head * lanes.group + lane % lanes.group;
       const Element* const out = static_cast<const Element*>(of.out) + place * of.value_width;
+      const Scalar* const change = grad + lane * value_width;
       typename Type::Vector sums = {};
       int64_t i = 0;
       for (; i + Type::kLanes <= of.value_width; i += Type::kLanes) {
-        PK_UNROLL for (int k = 0; k < Type::kLanes; ++k) sums[k] += grad[lane * value_width + i + k] * Type::widen(out[i + k]);
+        Scalar wide[Type::kLanes];
+        for (int k = 0; k < Type::kLanes; ++k) wide[k] = Type::widen(out[i + k]) * change[i + k];
+        sums += bits<typename Type::Vector>(wide);
       }
-      for (; i < of.value_width; ++i) sums[0] += grad[lane * value_width + i] * Type::widen(out[i]);
+      for (; i < of.value_width; ++i) balance[lane] += change[i] * Type::widen(out[i]);
       for (int k = 0; k < Type::kLanes; ++k) balance[lane] += sums[k];
       lse[lane] = static_cast<const Scalar*>(of.lse)[place];
     }

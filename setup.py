@@ -13,6 +13,7 @@ The modules use CPython's limited API: one wheel serves every Python from 3.10 o
 ABI, so a build with one is for that Python alone.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -31,10 +32,10 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent / "csrc"
 COMPILERS = ["c++", "g++", "clang++"]
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
-SOURCES = ["bindings.cpp", "layout.cpp", "pool_rows_cpu.cpp"]
+SOURCES = ["bindings.cpp", "layout.cpp", "pool_rows_cpu.cpp", "span_attention_cpu.cpp"]
 
 # The CPU kernels are compiled once per instruction set; pool_rows_cpu.cpp picks one at run time.
-KERNELS = "pool_rows_kernels.cpp"
+KERNELS = ["pool_rows_kernels.cpp", "span_attention_kernels.cpp"]
 KERNEL_FLAGS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     KERNEL_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -138,8 +139,8 @@ INCLUDE = f"-I{sysconfig.get_path('include')}"
 
 def native_module(library: str, cxx: "list[str]", cxxflags: "list[str]") -> Module:
     units = [Unit(name, f"{Path(name).stem}.o", [INCLUDE] if name == "bindings.cpp" else []) for name in SOURCES]
-    for isa, flags in KERNEL_FLAGS.items():
-        units.append(Unit(KERNELS, f"{Path(KERNELS).stem}_{isa}.o", [f"-DPK_ISA={isa}", *flags.split()]))
+    for name, (isa, flags) in itertools.product(KERNELS, KERNEL_FLAGS.items()):
+        units.append(Unit(name, f"{Path(name).stem}_{isa}.o", [f"-DPK_ISA={isa}", *flags.split()]))
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     return Module(library, "PATCHKERN_NATIVE", [*cxx, *FLAGS, *cxxflags], [*cxx, *shared, "-pthread", *cxxflags], units)
 
@@ -236,7 +237,7 @@ class BuildModules(build_ext):
 setup(
     ext_modules=[
         Extension(name, [f"csrc/{source}" for source in sources], optional=True, py_limited_api=STABLE_ABI)
-        for name, sources in (("patchkern._native", [*SOURCES, KERNELS]), ("patchkern._cuda", CUDA_SOURCES))
+        for name, sources in (("patchkern._native", [*SOURCES, *KERNELS]), ("patchkern._cuda", CUDA_SOURCES))
     ],
     cmdclass={"build_ext": BuildModules},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},

@@ -38,6 +38,8 @@ enum class Status : int {
   kTitleIndex = 18,       // title_index[position] outside [0, num_table_rows)
   kHead = 19,             // heads[position] is no head
   kCatalogOffsets = 20,   // the title of catalog item `position` does not lie within the catalog's tokens
+  kSpanOffsets = 21,      // cu_seqlens[position] does not start at 0, falls, or does not end at the number of rows
+  kSpanPrefix = 22,       // prefix[position] is no range of the stored rows
 };
 
 struct Outcome {

@@ -2,18 +2,15 @@
 //
 // pool_rows on the CPU: check every index, choose the instruction set, share the tiles out among threads.
 //
-// Threads live for one call: nothing survives a fork() into a DataLoader worker. They take tiles from a counter;
-// a tile's result depends on nothing but its inputs, so neither does the whole.
+// A tile's result depends on nothing but its inputs, so neither does the whole.
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "checks.h"
 #include "pool_rows.h"
+#include "threads.h"
 
 namespace patchkern {
 
@@ -75,24 +72,6 @@ const Kernels* choose_kernels(const char* isa) {
     if (automatic || std::strcmp(isa, (*level)->isa) == 0) chosen = *level;
   }
   return chosen;
-}
-
-// Calls work(tile) for tile in [0, num_tiles), the calling thread among num_threads.
-template <class Work>
-void share_out(int64_t num_tiles, int64_t num_threads, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto run = [&] {
-    for (int64_t tile = next++; tile < num_tiles; tile = next++) work(tile);
-  };
-  std::vector<std::thread> team;
-  const int64_t helpers = std::min(num_threads, num_tiles) - 1;
-  try {
-    for (int64_t i = 0; i < helpers; ++i) team.emplace_back(run);
-  } catch (const std::system_error&) {
-    // the system has no more threads to give: those that started, and this one, do the work
-  }
-  run();
-  for (std::thread& thread : team) thread.join();
 }
 
 int64_t threads_for(int64_t bytes, int num_threads) {
@@ -171,7 +150,7 @@ Outcome pool_rows(const PoolRows& call, int num_threads, const char* isa) {
   const bool stream = aligned && out_bytes > kStreamBytes;
   const int64_t rows_per_tile = std::max<int64_t>(kBytesPerTile / row_bytes, 1);
   const int64_t num_tiles = (call.num_rows + rows_per_tile - 1) / rows_per_tile;
-  share_out(num_tiles, threads_for(2 * out_bytes, num_threads), [&](int64_t tile) {
+  share_out(num_tiles, threads_for(2 * out_bytes, num_threads), [&](int64_t tile, int64_t) {
     const int64_t begin = tile * rows_per_tile;
     forward(call, begin, std::min(begin + rows_per_tile, call.num_rows), stream);
   });
@@ -200,7 +179,7 @@ Outcome pool_rows_grad(const PoolRowsGrad& call, int num_threads, const char* is
   }
   const int64_t num_token_tiles = static_cast<int64_t>(token_tiles.size()) - 1;
   const int64_t bytes = (call.num_contributions + call.num_tokens) * call.dim * column_bytes;
-  share_out(column_tiles * num_token_tiles, threads_for(bytes, num_threads), [&](int64_t tile) {
+  share_out(column_tiles * num_token_tiles, threads_for(bytes, num_threads), [&](int64_t tile, int64_t) {
     const int64_t column = tile / num_token_tiles * columns;
     const auto tokens = static_cast<size_t>(tile % num_token_tiles);
     backward(call, token_tiles[tokens], token_tiles[tokens + 1], column, std::min(column + columns, call.dim));

@@ -85,7 +85,7 @@ def pool_rows(
         means = (0, 0, 0, 0)
     else:
         means = (table.data_ptr(), table.shape[0], table.stride(0), title_index.data_ptr())
-    status, position = _module().pool_rows(
+    status, position = module().pool_rows(
         _DTYPES[weight.dtype],
         weight.data_ptr(),
         weight.shape[0],
@@ -128,7 +128,7 @@ def pool_rows_grad(
     Raises:
         ValueError: an index out of its range; ``out`` is untouched then.
     """
-    status, position = _module().pool_rows_grad(
+    status, position = module().pool_rows_grad(
         _DTYPES[grad_rows.dtype],
         grad_rows.data_ptr(),
         grad_rows.shape[0],
@@ -152,7 +152,8 @@ def pool_rows_grad(
     _check(status, position)
 
 
-def _module() -> ModuleType:
+def module() -> ModuleType:
+    """The compiled module, or a RuntimeError that says why there is none."""
     if _native is None:
         raise RuntimeError(_missing)
     return _native

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkern.ops import span_attention_native as native
 from patchkern.ops import span_attention_prefixed as prefixed
 from patchkern.ops.span_attention_flash import cuda_kernel
 
@@ -52,10 +53,12 @@ def span_attention(
         (1, T, H, d), differentiable in all five tensors. A prefix is read where it lies, not copied per span, and its
         gradient collects from all spans that see it.
 
-        Without prefixes this is ``flash_attn`` or torch's ``varlen_attn`` on CUDA in bfloat16 and float16, which wait
-        for the device only where ``max_seqlen`` is missing, and one `scaled_dot_product_attention` per span elsewhere,
-        which waits for ``cu_seqlens`` once a call. With prefixes it is `patchkern.ops.span_attention_prefixed`: kernels
-        on CUDA, which never wait and whose gradients are the same bit for bit from run to run, tiles of rows elsewhere.
+        On the CPU this is one call of the native kernels, with prefixes or without, unless there is dropout or a window
+        that hides something. On CUDA spans without prefixes take ``flash_attn`` or torch's ``varlen_attn`` in bfloat16
+        and float16, which wait for the device only where ``max_seqlen`` is missing, and those with prefixes kernels of
+        our own, which never wait and whose gradients are the same bit for bit from run to run. What none of these
+        takes goes over tiles of rows (`patchkern.ops.span_attention_prefixed`) where there are prefixes, else through
+        one `scaled_dot_product_attention` per span, which waits for ``cu_seqlens`` once a call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -77,6 +80,12 @@ def span_attention(
     if prefix_key is not None or prefix_value is not None:
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     kernel = cuda_kernel(query, key, value, dropout)
+    if kernel is None and _native_serves(query, max_seqlen, dropout, sliding_window):
+        none = torch.zeros(cu_seqlens.shape[0] - 1, 2, dtype=torch.int32)
+        _check_prefix(query, key, value, cu_seqlens, None, none, None, None)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows = (_by_row(query), _by_row(key), _by_row(value))
+        return prefixed.span_attention(*rows, cu_seqlens, none, None, None, scale).unsqueeze(0)
     if kernel is None:
         return _span_sdpa(query, key, value, cu_seqlens.tolist(), scaling, dropout, sliding_window)
     if max_seqlen is None:
@@ -84,6 +93,13 @@ def span_attention(
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     q, k, v = _by_row(query), _by_row(key), _by_row(value)
     return kernel(q, k, v, cu_seqlens, max_seqlen, scaling, dropout, window).unsqueeze(0)
+
+
+def _native_serves(query: Tensor, max_seqlen: int | None, dropout: float, sliding_window: int | None) -> bool:
+    """Whether spans without prefixes are attended in one call of the native kernels, which know no window."""
+    if sliding_window is not None and (max_seqlen is None or max_seqlen > sliding_window):
+        return False
+    return query.shape[0] == 1 and native.serves(query, dropout)
 
 
 def _by_row(heads: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op `span_attention`: causal attention inside each span, plus one fully visible prefix run of rows each.
 
-Two routes give the same results: Triton kernels, and tiles of matrix products (see the modules beside this one);
-`_kernels` decides which runs. Two calls of a variable-length kernel, merged by their log-sum-exps, would do too for a
-forward pass: they read a shared prefix once per span, and only newer versions of torch take ranges that overlap.
-FlexAttention expresses the mask, but wants it as blocks, built anew for every batch; on the CPU, where it has no
-backward pass, its forward pass takes 1 to 1.3 times as long (bench/bench_attention.py). On a GPU none of this has been
-measured.
+Three routes give the same results: Triton kernels on CUDA, C++ kernels on the CPU, and, where neither serves, tiles of
+matrix products (see the modules beside this one); `_forward` decides which runs. Two calls of a variable-length kernel,
+merged by their log-sum-exps, would do too for a forward pass: they read a shared prefix once per span, and only newer
+versions of torch take ranges that overlap. FlexAttention expresses the mask, but wants it as blocks, built anew for
+every batch; on the CPU it has no backward pass (bench/bench_attention.py). On a GPU none of this has been measured.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkern.ops import span_attention_native as native
 from patchkern.ops import span_attention_tiles as tiles
 
 _library = torch.library.Library("patchkern", "FRAGMENT")
@@ -50,6 +50,8 @@ def _forward(
     if (kernels := _kernels(query, value, dropout)) is not None:
         result: tuple[Tensor, Tensor] = kernels.forward(*rows, scale)
         return result
+    if native.serves(query, dropout):
+        return native.forward(*rows, scale)
     with torch.autocast(query.device.type, enabled=False):
         return tiles.forward(*rows, scale, dropout, seed)
 
@@ -73,6 +75,8 @@ def _backward(
     if (kernels := _kernels(query, value, dropout)) is not None:
         result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.backward(*rows, scale)
         return result
+    if native.serves(query, dropout):
+        return native.backward(*rows, scale)
     with torch.autocast(query.device.type, enabled=False):
         return tiles.backward(*rows, scale, dropout, seed)
 

@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`span_attention` over tiles of rows: the CPU's path, and any device's where no kernel serves.
+"""`span_attention` over tiles of rows: any device's path where no kernel serves, as with attention dropout.
 
 A tile is a run of consecutive query rows whose prefixes begin at the same row. It attends to its parts one after the
 other: the prefix, the earlier rows of its span, and itself. Each part gives an output and the log-sum-exp of its
 scores, by which they are merged. Given the merged output and log-sum-exp, the parts' gradients are exact on their own.
 Keys and values are read where they lie, never copied per span (narrow dtypes are widened a part at a time), and no
 temporary tensor is larger than a tile's.
-
-A part is attended by PyTorch's flash attention for the CPU where that is there and serves, else in matrix products.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Scores of a tile over all heads, where they are written out: read five times, they should stay in the caches.
+# Scores of a tile over all heads: read five times, they should stay in the caches.
 _SCORES = 1 << 18
 _ROWS = range(16, 129)  # query rows of a tile; few only where prefixes are so long that the bound above cannot hold
 # What calling a tile's dozen operators costs, in multiplications of queries with keys that fit into that time.
@@ -69,7 +66,7 @@ def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, width:
 
     Args:
         width: of all heads together.
-        n_heads: heads whose scores are written out at once; 0 where none are.
+        n_heads: whose scores are written out at once.
     """
     _check_ranges(cu_seqlens, prefix, n_rows, n_prefix)
     pending: _Tile | None = None
@@ -83,15 +80,15 @@ def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, width:
         if pending is not None and length and pending.prefix_length and pending.prefix_begin == prefix_begin:
             shared, furthest = min(pending.shared, length), max(pending.prefix_end, prefix_end)
             both = replace(pending, end=end, prefix_end=furthest, shared=shared, spans=pending.spans + 1)
-            if end - both.begin <= _limit(both, n_heads) and both.cost(width) <= pending.cost(width) + alone.cost(
+            if end - both.begin <= _rows_of(both.columns, n_heads) and both.cost(width) <= pending.cost(
                 width
-            ):
+            ) + alone.cost(width):
                 pending = both
                 continue
         if pending is not None:
             yield pending
         pending = None
-        rows = _limit(alone, n_heads)
+        rows = _rows_of(alone.columns, n_heads)
         if end - begin <= rows:
             pending = alone
             continue
@@ -99,10 +96,6 @@ def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, width:
             yield replace(alone, begin=start, end=min(start + rows, end))
     if pending is not None:
         yield pending
-
-
-def _limit(tile: _Tile, n_heads: int) -> int:
-    return _rows_of(tile.columns, n_heads) if n_heads else _ROWS.stop - 1
 
 
 def _check_ranges(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int) -> None:
@@ -131,9 +124,9 @@ class _Part(NamedTuple):
 class _Plan:
     """Tiles, and for each its parts, from the same integers in both passes."""
 
-    def __init__(self, query: Tensor, cu_seqlens: Tensor, prefix: Tensor, n_prefix: int, n_heads: int) -> None:
-        n_rows, width = query.shape[0], query.shape[1] * query.shape[2]
-        self.tiles = list(_plan(cu_seqlens, prefix, n_rows, n_prefix, width, n_heads))
+    def __init__(self, query: Tensor, cu_seqlens: Tensor, prefix: Tensor, n_prefix: int) -> None:
+        n_rows, n_heads, width = query.shape
+        self.tiles = list(_plan(cu_seqlens, prefix, n_rows, n_prefix, n_heads * width, n_heads))
         self._row = torch.arange(n_rows, device=cu_seqlens.device)
         span = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=n_rows)
         self._begin = cu_seqlens[:-1].long()[span]
@@ -159,56 +152,8 @@ class _Plan:
 # ------------------------------------------------------------------ attention of one part
 
 
-class _Attention(Protocol):
-    """Queries (H, R, d), keys (Hkv, N, d), values (Hkv, N, dv); every row sees at least one key."""
-
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-        """Output (H, R, dv) and log-sum-exp of the scores (H, R)."""
-
-    def backward(
-        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the three, for ``out`` and ``lse`` merged over all parts."""
-
-
-class _Flash:
-    """PyTorch's own, without a score matrix. Heads that share keys are rows of one head where nothing is hidden."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def _options(self, query: Tensor, part: _Part) -> tuple[bool, Tensor | None]:
-        if part.hidden is None:
-            return part.causal, None
-        return False, query.new_zeros(part.hidden.shape).masked_fill_(part.hidden, float("-inf"))[None, None]
-
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-        causal, mask = self._options(query, part)
-        seen = query if causal or mask is not None else query.view(len(keys), -1, query.shape[2])
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            seen[None], keys[None], values[None], is_causal=causal, attn_mask=mask, scale=self.scale
-        )
-        return out.reshape(query.shape), lse.reshape(query.shape[:2])
-
-    def backward(
-        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        causal, mask = self._options(query, part)
-        given = grad, query, out, lse
-        if not causal and mask is None:
-            given = tuple(x.view(len(keys), -1, *x.shape[2:]) for x in given)  # type: ignore[assignment]
-        grad, seen, out, lse = given
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(grad[None], seen[None], keys[None], values[None], out[None], lse[None]),
-            *(0.0, causal),
-            attn_mask=mask,
-            scale=self.scale,
-        )
-        return grads[0].reshape(query.shape), grads[1][0], grads[2][0]
-
-
-class _Products:
-    """Written out: any device, values of another width, dropout."""
+class _Attention:
+    """Attention of queries (H, R, d) over keys (Hkv, N, d) and values (Hkv, N, dv); every row sees at least one key."""
 
     def __init__(self, scale: float, dropout: float, seed: int, device: torch.device) -> None:
         self.scale, self.dropout = scale, dropout
@@ -232,6 +177,7 @@ class _Products:
         return (draws >= self.dropout).to(scores.dtype).div_(1 - self.dropout)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        """Output (H, R, dv) and log-sum-exp of the scores (H, R)."""
         weights = self._scores(query, keys, part)
         peak = weights.amax(dim=-1, keepdim=True)
         total = weights.sub_(peak).exp_().sum(dim=-1, keepdim=True)
@@ -243,6 +189,7 @@ class _Products:
     def backward(
         self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the three, for ``out`` and ``lse`` merged over all parts."""
         weights = self._scores(query, keys, part)
         weights.sub_(lse.view(len(keys), -1, 1)).exp_()
         balance = (grad * out).sum(dim=-1).view(len(keys), -1, 1)
@@ -255,33 +202,6 @@ class _Products:
         grad_scores.sub_(balance).mul_(weights).mul_(self.scale)
         grad_keys = torch.bmm(grad_scores.transpose(1, 2), query.view(len(keys), -1, query.shape[2]))
         return torch.bmm(grad_scores, keys).view(query.shape), grad_keys, grad_values
-
-
-def _attention(query: Tensor, value: Tensor, scale: float, dropout: float, seed: int) -> tuple[_Attention, int]:
-    """Which of the two serves, and the heads whose scores it writes out."""
-    if query.device.type == "cpu" and dropout == 0.0 and query.shape[2] == value.shape[2] and _flash_works():
-        return _Flash(scale), 0
-    return _Products(scale, dropout, seed, query.device), query.shape[1]
-
-
-@functools.cache
-def _flash_works() -> bool:
-    """Whether this PyTorch's private operators do what `_Flash` asks of them, tried on a few numbers."""
-    query, key = torch.linspace(-1, 1, 16).view(2, 4, 2), torch.linspace(1, -2, 8).view(1, 4, 2)
-    causal = _Part(False, slice(0, 4), causal=True)
-    masked = _Part(False, slice(0, 4), hidden=torch.ones(4, 4, dtype=torch.bool).triu(1))
-    products = _Products(0.5, 0.0, 0, query.device)
-    try:
-        for part in (causal, masked, _Part(False, slice(0, 4))):
-            out, lse = products.forward(query, key, key, part)
-            wanted = (out, lse, *products.backward(query, query, key, key, out, lse, part))
-            flash = _Flash(0.5)
-            got = (*flash.forward(query, key, key, part), *flash.backward(query, query, key, key, out, lse, part))
-            if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted, strict=True)):
-                return False
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return True
 
 
 # ------------------------------------------------------------------ both passes
@@ -322,9 +242,9 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from."""
-    attention, n_heads = _attention(query, value, scale, dropout, seed)
+    attention = _Attention(scale, dropout, seed, query.device)
     n_prefix = len(key if prefix_key is None else prefix_key)
-    plan = _Plan(query, cu_seqlens, prefix, n_prefix, n_heads)
+    plan = _Plan(query, cu_seqlens, prefix, n_prefix)
     run = _Pass(query, (key, value), (prefix_key, prefix_value))
     out = query.new_empty(*query.shape[:2], value.shape[2])
     lse = query.new_empty(query.shape[:2], dtype=run.wide)
@@ -366,9 +286,9 @@ def backward(
     The weights are recomputed from the log-sum-exp. A key's gradient collects from tile after tile in a fixed order,
     in at least float32, and is rounded once.
     """
-    attention, n_heads = _attention(query, value, scale, dropout, seed)
+    attention = _Attention(scale, dropout, seed, query.device)
     n_prefix = len(key if prefix_key is None else prefix_key)
-    plan = _Plan(query, cu_seqlens, prefix, n_prefix, n_heads)
+    plan = _Plan(query, cu_seqlens, prefix, n_prefix)
     run = _Pass(query, (key, value), (prefix_key, prefix_value))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     own = [torch.zeros(x.shape, dtype=run.wide, device=x.device) for x in (key, value)]

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The ABI of span attention on the CPU: addresses, sizes and status codes. No torch, no Python.
+//
+// Row r of span s sees rows prefix[2 s] .. prefix[2 s + 1] - 1 of the stored keys, and rows cu_seqlens[s] .. r of the
+// batch's own. Scores, weights and sums are float32 (float64 for float64), whatever is stored.
+
+#pragma once
+
+#include <cstdint>
+
+#include "pool_rows.h"
+
+namespace patchkern {
+
+// (rows, heads, width), unit stride in the last dimension; strides count elements.
+struct Heads {
+  const void* data;
+  int64_t row_stride, head_stride;
+};
+
+struct SpanAttention {
+  DType dtype;  // of all but lse; not float16
+  int64_t num_rows, num_spans, heads, key_heads, width, value_width;
+  const int32_t* cu_seqlens;  // num_spans + 1
+  const int32_t* prefix;      // num_spans x 2
+  double scale;
+  Heads query, key, value;
+  int64_t num_stored;
+  Heads stored_key, stored_value;  // key and value themselves where `apart` is false
+  bool apart;
+  void* out;  // (num_rows, heads, value_width)
+  void* lse;  // (num_rows, heads), wide: the log-sum-exp of each row's scores
+};
+
+// `attention` with what its forward pass wrote. Keys' and values' gradients are wide, and added to what is there.
+struct SpanAttentionGrad {
+  SpanAttention attention;
+  Heads grad_out;
+  void* grad_query;  // (num_rows, heads, width)
+  void *grad_key, *grad_value;                // (num_rows, key_heads, ...)
+  void *grad_stored_key, *grad_stored_value;  // (num_stored, key_heads, ...), or the two above
+};
+
+// Both check all offsets and ranges before they write anything. The result depends on neither num_threads nor timing.
+Outcome span_attention(const SpanAttention& call, int num_threads, const char* isa);
+Outcome span_attention_grad(const SpanAttentionGrad& call, int num_threads, const char* isa);
+
+// Query rows begin .. end - 1, attended together: rows of one span, or all rows of several whose prefixes begin alike.
+struct SpanBlock {
+  int64_t begin, end;
+  int64_t first_span, last_span;              // whose rows these are, the last included
+  int64_t prefix_begin, prefix_end, shared;   // the longest prefix, and where the shortest ends
+
+  int64_t rows() const { return end - begin; }
+};
+
+// Query rows times heads per key head of a block, at most, unless one row has more.
+constexpr int64_t kSpanLanes = 192;
+
+// One instruction set's kernels, one function per dtype. A kernel handles one block and one key head, and checks nothing.
+struct SpanKernels {
+  const char* isa;
+  // bytes of scratch, 64-aligned, for blocks of `lanes` at most
+  int64_t (*scratch)(const SpanAttention& call, int64_t lanes, bool backward);
+  void (*forward[kNumDTypes])(const SpanAttention& call, int64_t key_head, const SpanBlock& block, void* scratch);
+  void (*backward[kNumDTypes])(const SpanAttentionGrad& call, int64_t key_head, const SpanBlock& block, void* scratch);
+};
+
+}  // namespace patchkern

@@ -51,6 +51,7 @@ from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 
 if TYPE_CHECKING:
+    from patchkern.budget.training import TrainingPlan, plan_training
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
     from patchkern.search.prior import PopularityPrior, PriorFit, TransitionPrior, fit_prior_weight
@@ -82,6 +83,7 @@ __all__ = [
     "SessionPatches",
     "TextOnly",
     "TimeSessions",
+    "TrainingPlan",
     "TransitionPrior",
     "TrunkPolicy",
     "UnprovenSearchWarning",
@@ -94,6 +96,7 @@ __all__ = [
     "item_table",
     "join_layouts",
     "plan_memory",
+    "plan_training",
     "pool_rows",
     "pool_rows_grad",
     "read_recommendations",
@@ -111,11 +114,13 @@ _LAZY = {
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",
     "PriorFit": "patchkern.search.prior",
+    "TrainingPlan": "patchkern.budget.training",
     "TransitionPrior": "patchkern.search.prior",
     "UnprovenSearchWarning": "patchkern.search.summary",
     "UserCache": "patchkern.search.user_cache",
     "fit_prior_weight": "patchkern.search.prior",
     "plan_memory": "patchkern.search.batching",
+    "plan_training": "patchkern.budget.training",
     "read_recommendations": "patchkern.search.results",
     "read_summary": "patchkern.search.results",
     "recommend_to_disk": "patchkern.search.results",

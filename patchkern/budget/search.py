@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from patchkern.batch.policies import AnyPolicy
-from patchkern.budget.counted_pass import count_pass, on_meta
+from patchkern.budget.counted_pass import count_pass, on_meta, without_memory
 
 CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
@@ -73,7 +73,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     return int(value)
 
 
-def _in_units(count: int) -> str:
+def in_units(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
@@ -137,7 +137,7 @@ class MicroBatch:
 
     def __repr__(self) -> str:
         chunks = "" if self.chunk_rows is None else f" in chunks of {self.chunk_rows:,} rows"
-        return f"MicroBatch({self.users.size:,} users{chunks}, peak {_in_units(self.needed.peak)})"
+        return f"MicroBatch({self.users.size:,} users{chunks}, peak {in_units(self.needed.peak)})"
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class SearchPlan:
 
     def __repr__(self) -> str:
         facts = [f"{len(self.batches):,} batches of up to {self.users_per_batch:,} users"]
-        facts.append(f"peak {_in_units(self.peak)}")
-        facts.append("no budget" if self.budget is None else f"budget {_in_units(self.budget)}")
+        facts.append(f"peak {in_units(self.peak)}")
+        facts.append("no budget" if self.budget is None else f"budget {in_units(self.budget)}")
         return f"SearchPlan({', '.join(facts if self.policy is None else [*facts, repr(self.policy)])})"
 
     @property
@@ -207,7 +207,7 @@ class SearchCost:
         hf_model: Any = getattr(model, "hf_model", model)
         place = device or ("cpu" if isinstance(hf_model, PretrainedConfig) else hf_model.device)
         self._on_cuda = torch.device(place).type == "cuda"
-        copied = on_meta(hf_model, dtype)
+        copied = without_memory(hf_model, dtype, on_meta).requires_grad_(False).eval()
         config = copied.config.get_text_config()
         tensors = {id(t): t.nbytes for t in (*copied.parameters(), *copied.buffers())}
         item_embedding = getattr(model, "item_embedding", None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkern.budget.counted_attention import CountedAttention
+from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.live_bytes import LiveBytes
 
@@ -41,6 +42,8 @@ class PassShape(NamedTuple):
     rows: int
     logit_rows: int
     """those with logits: whose next token is supervised"""
+    item_rows: int
+    """those that predict an item, with an item head"""
     longest: int
     """of the longest prefix"""
 
@@ -110,6 +113,7 @@ class StepKind:
         smoothing: whether labels are smoothed.
         on_cuda: whose kernels run.
         prefixes: whether spans have prefixes, as the branches of a trunk do.
+        chunks: of the item head's loss; None where items are not learned.
     """
 
     autocast: torch.dtype | None = None
@@ -119,6 +123,7 @@ class StepKind:
     smoothing: bool = False
     on_cuda: bool = False
     prefixes: bool = True
+    chunks: Chunks | None = None
 
 
 class FakeModel:
@@ -128,9 +133,10 @@ class FakeModel:
         model: a transformers model or its configuration, with adapters or without, or what has one as its ``hf_model``.
         dtype: of the weights; the model's own where not given.
         lora: put adapters around it.
+        n_items: give it an item head for so many.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype | None, lora: Lora | None) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype | None, lora: Lora | None, n_items: int | None) -> None:
         self._mode = FakeTensorMode()
         inner = getattr(model, "hf_model", model)
         if lora is not None:
@@ -140,6 +146,10 @@ class FakeModel:
         self.item_embedding: nn.Parameter | None = None
         if embedding is not None:
             self.item_embedding = nn.Parameter(self._fake(embedding.shape, embedding.dtype))
+        self.item_head: CountedItems | None = None
+        if n_items is not None:
+            with self._mode:
+                self.item_head = CountedItems(n_items, self._output_weight.shape[1], self.hf_model.dtype)
 
     def _fake(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         with self._mode:
@@ -147,8 +157,9 @@ class FakeModel:
 
     def parameters(self) -> list[nn.Parameter]:
         """All of them, each once."""
-        extra = [] if self.item_embedding is None else [self.item_embedding]
-        return [*self.hf_model.parameters(), *extra]
+        own = [] if self.item_embedding is None else [self.item_embedding]
+        of_head = [] if self.item_head is None else self.item_head.parameters()
+        return [*self.hf_model.parameters(), *own, *of_head]
 
     @property
     def weights(self) -> int:
@@ -182,6 +193,7 @@ class FakeModel:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         hooks: list[Any] = []
         layers_end = 0
+        states: list[Tensor] = []
 
         def gradient_is_there(parameter: Tensor) -> None:
             if kind.sharded:
@@ -189,18 +201,18 @@ class FakeModel:
             elif parameter.grad is not None:
                 counter.move(parameter.grad, "gradients")
 
-        def logits_begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def logits_begin(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal layers_end
             layers_end = len(counter.held) - 1
             counter.part = "logits"
-            if inputs[0].requires_grad:
-                hooks.append(inputs[0].register_hook(logits_end))
+            states.append(output[0])
+            hooks.append(output[0].register_hook(logits_end))
 
         def logits_end(gradient: Tensor) -> None:
             counter.part = "activations"
 
         hooks += [parameter.register_post_accumulate_grad_hook(gradient_is_there) for parameter in trainable]
-        hooks.append(self.hf_model.get_output_embeddings().register_forward_pre_hook(logits_begin))
+        hooks.append(self.hf_model.get_decoder().register_forward_hook(logits_begin))
         collected = gc.isenabled()
         gc.disable()  # whose moments are not the same from step to step
         try:
@@ -209,7 +221,7 @@ class FakeModel:
                     with counter.within("gradients"):
                         for parameter in trainable:
                             parameter.grad = torch.empty_like(parameter)
-                self._loss(shape, kind, counter).backward()
+                self._loss(shape, kind, counter, states).backward()
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ValueError(
                 f"model: expected one whose training step runs on fake tensors, to count its memory; "
@@ -227,7 +239,9 @@ class FakeModel:
             self._embedding_hooks.update(hooks_before)
         return np.array(counter.held, dtype=np.int64), layers_end
 
-    def _loss(self, shape: PassShape, kind: StepKind, counter: LiveBytes) -> Tensor:
+    def _loss(self, shape: PassShape, kind: StepKind, counter: LiveBytes, states: list[Tensor]) -> Tensor:
+        """``states`` is where the decoder's hidden states (1, T, D) come."""
+
         def integers(*size: int) -> Tensor:
             return torch.empty(size, dtype=torch.int64)
 
@@ -237,51 +251,49 @@ class FakeModel:
             autocast = torch.autocast("cpu", kind.autocast)
         labels = integers(1, shape.logit_rows)
         inputs: dict[str, Any] = {"position_ids": integers(1, shape.rows), "logits_to_keep": integers(shape.logit_rows)}
-        if not kind.smoothing:
+        if shape.logit_rows and not kind.smoothing:
             inputs |= {"labels": labels, "shift_labels": labels}
         attention = CountedAttention(counter, kind.prefixes, shape.longest, kind.on_cuda)
+        losses = []
         with autocast:
             rows = self._rows(shape.rows)
             output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
-            loss: Tensor = output.loss
-            if kind.smoothing:
-                loss = F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1)
+            if shape.logit_rows and kind.smoothing:
+                losses.append(F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1))
+            elif shape.logit_rows:
+                losses.append(output.loss)
+            if kind.chunks is not None and self.item_head is not None:
+                of_items = states.pop()[0][integers(shape.item_rows)]
+                losses.append(self.item_head.loss(of_items, self._output_weight, self.item_embedding, kind.chunks))
+        states.clear()
         del layout
-        return loss
+        return sum(losses[1:], start=losses[0])
+
+    @property
+    def _output_weight(self) -> Tensor:
+        output = self.hf_model.get_output_embeddings()
+        if hasattr(output, "modules_to_save"):  # a whole copy that peft trains
+            output = output.modules_to_save[self.hf_model.active_adapter]
+        weight: Tensor = output.weight
+        return weight
 
     def _rows(self, count: int) -> Tensor:
         embedding = self.hf_model.get_input_embeddings()
         is_weight = isinstance(embedding, nn.Embedding)
         if is_weight and not embedding._forward_hooks:
-            rows: Tensor = _Pooled.apply(embedding.weight, count)
+            rows: Tensor = PooledRows.apply(embedding.weight, count)
         else:  # called on the batch's distinct tokens
             tokens = torch.empty(1, count, dtype=torch.int64)
             if is_weight:
-                table: Tensor = _Pooled.apply(embedding.weight, tokens.shape[1])
+                table: Tensor = PooledRows.apply(embedding.weight, tokens.shape[1])
                 for hook in embedding._forward_hooks.values():
                     hook(embedding, (tokens,), table)
             else:
                 table = embedding(tokens)[0]
-            rows = _Pooled.apply(table, count)
+            rows = PooledRows.apply(table, count)
         if self.item_embedding is not None:
-            rows = rows.add_(_Pooled.apply(self.item_embedding, count).to(rows.dtype))
+            rows = rows.add_(PooledRows.apply(self.item_embedding, count).to(rows.dtype))
         return rows
-
-
-class _Pooled(torch.autograd.Function):
-    """Rows of a table and its dense gradient, as of `patchkern.ops.pool_rows`, without a layout."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: int) -> Tensor:
-        ctx.shape = table.shape
-        return table.new_empty(rows, table.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        made = grad.new_zeros(ctx.shape)
-        del made
-        # autograd adds real gradients of tied weights in place, but fake ones into a third
-        return grad.new_zeros(()).expand(ctx.shape), None
 
 
 def _adapted(hf_model: Any, lora: Lora) -> Any:

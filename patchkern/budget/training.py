@@ -25,13 +25,14 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from patchkern.batch.histories import check_count
+from patchkern.budget.counted_items import Chunks
 from patchkern.budget.counted_step import FakeModel, Lora, PassShape, StepBytes, StepKind
 from patchkern.budget.search import in_units, parse_bytes
 
@@ -40,6 +41,8 @@ _MARGIN = 1.01  # of a pass, for what its operators take while they run
 _EIGHT_BIT_BLOCK = 256  # numbers that share a factor of four bytes
 _EIGHT_BIT_LEAST = 4096  # numbers of a parameter, below which its state stays in float32
 _ROUND = 64  # rows per pass are planned in steps of so many
+
+Head = Literal["titles", "items", "both"]
 
 OPTIMIZERS = {
     "adamw": "fused",
@@ -165,12 +168,13 @@ class TrainingCost:
         autocast: torch.dtype | None = None,
         accumulates: bool = False,
         smoothing: bool = False,
+        n_items: int | None = None,
         prefixes: bool = True,
         world_size: int = 1,
         sharded: bool = False,
         on_cuda: bool = False,
     ) -> None:
-        self._fake = lru_cache(maxsize=None)(lambda lora: FakeModel(model, dtype, lora))
+        self._fake = lru_cache(maxsize=None)(lambda lora: FakeModel(model, dtype, lora, n_items))
         self._shape, self._world_size = shape, world_size
         self._kind = StepKind(
             autocast,
@@ -179,6 +183,7 @@ class TrainingCost:
             smoothing=smoothing,
             on_cuda=on_cuda,
             prefixes=prefixes,
+            chunks=Chunks.of(shape.item_rows, n_items, on_cuda) if shape.item_rows and n_items else None,
         )
         self._counted = lru_cache(maxsize=None)(self._count)
 
@@ -261,7 +266,10 @@ def plan_training(
     checkpointing: bool = False,
     accumulates: bool = False,
     label_smoothing: float = 0.0,
+    head: Head = "titles",
+    n_items: int | None = None,
     logit_rows: int | None = None,
+    item_rows: int | None = None,
     prefixes: bool = True,
     longest: int | None = None,
     world_size: int = 1,
@@ -286,8 +294,11 @@ def plan_training(
         checkpointing: recompute activations in the backward pass.
         accumulates: a step consists of several passes, so that gradients are there when one begins.
         label_smoothing: of the loss.
+        head: what is learned: "titles", "items" or "both". A model with an item head has it in any case.
+        n_items: of the item head; the model's catalogue where not given.
         logit_rows: of ``rows_per_pass``, those with logits: response tokens, and the history's text where it is
-            supervised too. Fewer in proportion where fewer rows fit. All where not given.
+            supervised too. Fewer in proportion where fewer rows fit. All where not given, none for items alone.
+        item_rows: of ``rows_per_pass``, those that predict an item. All where not given, none for titles alone.
         prefixes: whether users' targets are branches of one pass over the history, as in `build_training_layout`.
         longest: rows of the longest user; a whole pass where not given. Matters on CPUs only.
         world_size: processes; with ``sharded`` they share weights, gradients and optimiser as FSDP2 does, else each has
@@ -319,10 +330,11 @@ def plan_training(
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast}")
-    logit_rows = rows_per_pass if logit_rows is None else logit_rows
-    check_count("logit_rows", logit_rows, minimum=1)
-    if logit_rows > rows_per_pass:
-        raise ValueError(f"logit_rows: expected at most rows_per_pass, {rows_per_pass}, got {logit_rows}")
+    if head not in ("titles", "items", "both"):
+        raise ValueError(f"head: expected 'titles', 'items' or 'both', got {head!r}")
+    logit_rows = _labelled("logit_rows", logit_rows, rows_per_pass, head != "items")
+    item_rows = _labelled("item_rows", item_rows, rows_per_pass, head != "titles")
+    n_items = _items_of(model, n_items, head)
     longest = rows_per_pass if longest is None else longest
     inner = getattr(model, "hf_model", model)
     if lora is not None and hasattr(inner, "peft_config"):
@@ -331,11 +343,12 @@ def plan_training(
     place = device or ("cpu" if isinstance(inner, PretrainedConfig) else inner.device)
     cost = TrainingCost(
         model,
-        PassShape(rows_per_pass, logit_rows, longest),
+        PassShape(rows_per_pass, logit_rows, item_rows, longest),
         dtype=dtype,
         autocast=autocast,
         accumulates=accumulates,
         smoothing=label_smoothing > 0,
+        n_items=n_items,
         prefixes=prefixes,
         world_size=world_size,
         sharded=sharded,
@@ -362,6 +375,32 @@ def plan_training(
     kept, recomputed = (cost.row_bytes(choice._replace(checkpointing=on)) for on in (False, True))
     asked_for = (rows_per_pass, asked)
     return TrainingPlan(rows, choice, cost.needed(rows, choice), budget, kept, recomputed, tuple(tried), asked_for)
+
+
+def _labelled(name: str, given: int | None, rows: int, wanted: bool) -> int:
+    if not wanted:
+        if given:
+            raise ValueError(f"{name}: expected None with this head, got {given}")
+        return 0
+    if given is None:
+        return rows
+    check_count(name, given, minimum=1)
+    if given > rows:
+        raise ValueError(f"{name}: expected at most rows_per_pass, {rows}, got {given}")
+    return given
+
+
+def _items_of(model: Any, given: int | None, head: Head) -> int | None:
+    """Of the item head that there is, or is to be."""
+    has_head = getattr(model, "item_head", None) is not None
+    if head == "titles" and not has_head:
+        return None
+    if given is None and hasattr(model, "catalog"):
+        return len(model.catalog)
+    if given is None:
+        raise ValueError(f"n_items: expected the items of the catalogue with head={head!r}, got None")
+    check_count("n_items", given, minimum=1)
+    return given
 
 
 def _choices(asked: Choice, hf_model: Any) -> list[Choice]:

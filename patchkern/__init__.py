@@ -52,6 +52,7 @@ from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 
 if TYPE_CHECKING:
+    from patchkern.budget.training import TrainingPlan, plan_training
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
@@ -89,6 +90,7 @@ __all__ = [
     "SessionPatches",
     "TextOnly",
     "TimeSessions",
+    "TrainingPlan",
     "TransitionPrior",
     "TrunkPolicy",
     "UnprovenSearchWarning",
@@ -101,6 +103,7 @@ __all__ = [
     "item_table",
     "join_layouts",
     "plan_memory",
+    "plan_training",
     "pool_rows",
     "pool_rows_grad",
     "read_recommendations",
@@ -120,11 +123,13 @@ _LAZY = {
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",
     "PriorFit": "patchkern.search.prior_weight",
+    "TrainingPlan": "patchkern.budget.training",
     "TransitionPrior": "patchkern.search.prior",
     "UnprovenSearchWarning": "patchkern.search.summary",
     "UserCache": "patchkern.search.user_cache",
     "fit_prior_weight": "patchkern.search.prior_weight",
     "plan_memory": "patchkern.search.batching",
+    "plan_training": "patchkern.budget.training",
     "read_recommendations": "patchkern.search.results",
     "read_summary": "patchkern.search.results",
     "recommend_to_disk": "patchkern.search.results",

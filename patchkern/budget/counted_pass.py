@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -82,29 +83,34 @@ def count_pass(model: Any, packed: bool) -> PassBytes:
     return PassBytes(-(-counter.peak // rows), -(-stand_in.live // rows))
 
 
-def on_meta(model: Any, dtype: torch.dtype | None) -> Any:
-    """The model without its memory, with patchkern's attention, ready for inference."""
+def on_meta(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor that has no memory, for `without_memory`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def without_memory(model: Any, dtype: torch.dtype | None, empty: Callable[[torch.Size, torch.dtype], Tensor]) -> Any:
+    """The model, or one of the configuration, of tensors that ``empty`` makes in place of the model's own.
+
+    Its attention is ``span_cache.attend`` of the keyword argument ``span_cache`` that its forward pass then takes.
+    """
     if isinstance(model, PretrainedConfig):
         dtype = dtype or getattr(model, "dtype", None) or torch.float32
         with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(model), dtype=dtype, attn_implementation=_Attention.NAME
             )
-        return made.eval()
     if not hasattr(model, "config"):
         raise TypeError(f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}")
     _check_tensors(model)
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for tensor in (*model.parameters(), *model.buffers()):
+        wanted = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+        made = empty(tensor.shape, wanted)
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     copied = copy.deepcopy(model, memo)
-    if dtype is not None:
-        copied = copied.to(dtype)
     if copied.config._attn_implementation != _Attention.NAME:
         copied.set_attn_implementation(_Attention.NAME)
-    return copied.eval()
+    return copied
 
 
 def _check_tensors(model: Any) -> None:

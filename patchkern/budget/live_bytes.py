@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting memory: what a pass on the meta device would hold, and what a real run held at most."""
+"""Counting memory: what a pass on meta or fake tensors would hold, and what a real run held at most."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is active, count the bytes that the meta tensors made since would hold, as long as they are referenced.
+    """While it is active, count the bytes that the tensors made since would hold, as long as they are referenced.
 
-    Storages are counted, so a view costs nothing. What an operator only needs while it runs is not seen.
+    Tensors of the meta device and fake ones are counted, by storage, so that a view costs nothing. What an operator
+    only needs while it runs is not seen.
     """
 
     def __init__(self) -> None:
@@ -30,32 +32,65 @@ class LiveBytes(TorchDispatchMode):
         """bytes referenced now"""
         self.peak = 0
         """the most of `live` since the start"""
-        self._counted: set[int] = set()
+        self._counted: dict[int, str] = {}
+        self.part = ""
+        """what tensors that are made now belong to"""
+        self.live_of: dict[str, int] = {}
+        """`live` by part"""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # what a model asks the values of its inputs, positions for instance, has no answer here
-        arguments = {tensor.untyped_storage()._cdata for tensor in _meta_tensors((args, kwargs))}
+        arguments = {tensor.untyped_storage()._cdata for tensor in _counted_tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in _meta_tensors(result):
+        for tensor in _counted_tensors(result):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._counted and key not in arguments:
-                self._counted.add(key)
-                self.live += storage.nbytes()
+                self._counted[key] = self.part
+                self._add(self.part, storage.nbytes())
                 weakref.finalize(storage, self._free, key, storage.nbytes())
         self.peak = max(self.peak, self.live)
+        self.after_operator()
         return result
 
+    def after_operator(self) -> None:
+        """For those who want to know more than the peak."""
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Let a tensor that was counted belong to another part from now on."""
+        storage = tensor.untyped_storage()
+        before = self._counted.get(storage._cdata)
+        if before is not None:
+            self._counted[storage._cdata] = part
+            self._add(before, -storage.nbytes())
+            self._add(part, storage.nbytes())
+
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """Tensors that are made meanwhile belong to ``part``."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def _add(self, part: str, size: int) -> None:
+        self.live += size
+        self.live_of[part] = self.live_of.get(part, 0) + size
+
     def _free(self, key: int, size: int) -> None:
-        self._counted.discard(key)
-        self.live -= size
+        self._add(self._counted.pop(key), -size)
 
 
-def _meta_tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_meta)
+def _counted_tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and _is_counted(leaf))
+
+
+def _is_counted(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 class Peak:

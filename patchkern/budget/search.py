@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from patchkern.batch.policies import AnyPolicy
-from patchkern.budget.counted_pass import count_pass, on_meta
+from patchkern.budget.counted_pass import count_pass, on_meta, without_memory
 
 CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
@@ -207,7 +207,7 @@ class SearchCost:
         hf_model: Any = getattr(model, "hf_model", model)
         place = device or ("cpu" if isinstance(hf_model, PretrainedConfig) else hf_model.device)
         self._on_cuda = torch.device(place).type == "cuda"
-        copied = on_meta(hf_model, dtype)
+        copied = without_memory(hf_model, dtype, on_meta).requires_grad_(False).eval()
         config = copied.config.get_text_config()
         tensors = {id(t): t.nbytes for t in (*copied.parameters(), *copied.buffers())}
         item_embedding = getattr(model, "item_embedding", None)

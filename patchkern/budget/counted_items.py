@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The item head in a training step that is counted: its parameters, the items' vectors and the loss over them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# of `patchkern.models.item_head.ItemHead`
+_SAMPLED_ABOVE, _NUM_SAMPLED = 50_000, 8192
+# of `patchkern.ops.item_softmax`
+_CPU_ELEMENTS, _GPU_ELEMENTS, _LEAST_ROWS = 1 << 19, 1 << 26, 64
+
+
+class Chunks(NamedTuple):
+    """How a softmax over items is computed: so many rows at once, and whether once or more often."""
+
+    rows: int
+    several: bool
+
+    @classmethod
+    def of(cls, item_rows: int, n_items: int, on_cuda: bool) -> Chunks:
+        """As `patchkern.ops.item_softmax` chooses."""
+        scored = n_items if n_items <= _SAMPLED_ABOVE else item_rows + _NUM_SAMPLED
+        rows = max((_GPU_ELEMENTS if on_cuda else _CPU_ELEMENTS) // max(scored, 1), _LEAST_ROWS)
+        return cls(min(rows, item_rows), rows < item_rows)
+
+
+class CountedItems(nn.Module):
+    """Has the parameters of an item head, for ``n_items`` of width D, and takes what its loss takes."""
+
+    def __init__(self, n_items: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.n_items = n_items
+        self.transform = nn.Linear(width, width, bias=False, dtype=dtype)
+        self.log_temperature = nn.Parameter(torch.empty((), dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_items, dtype=dtype))
+
+    def loss(self, states: Tensor, weight: Tensor, own: Tensor | None, chunks: Chunks) -> Tensor:
+        """Of ``states`` (M, D); ``weight`` (V, D) is the output embedding, ``own`` (n_items, D) the items' vectors."""
+        queries = self.transform(states) * self.log_temperature.exp()
+        bias: Tensor = self.bias
+        count = self.n_items
+        if count > _SAMPLED_ABOVE:
+            drawn = self._draw(len(states))
+            bias, count = bias[drawn], len(drawn)
+            own = None if own is None else own[drawn]
+        vectors: Tensor = PooledRows.apply(weight, count)
+        if own is not None:
+            vectors = vectors + own.to(vectors.dtype)
+        if torch.is_autocast_enabled("cpu"):
+            queries, vectors = (x.to(torch.get_autocast_dtype("cpu")) for x in (queries, vectors))
+        loss: Tensor = _Softmax.apply(queries, vectors, bias, chunks)
+        return loss
+
+    def _draw(self, labels: int) -> Tensor:
+        with torch.no_grad():
+            wide = self.bias.detach().double()
+            _ = wide.softmax(dim=0).cumsum(0)
+            return torch.empty(labels + _NUM_SAMPLED, dtype=torch.int64)
+
+
+class PooledRows(torch.autograd.Function):
+    """Rows of a table and its dense gradient, as of `patchkern.ops.pool_rows`, without a layout."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: int) -> Tensor:
+        ctx.shape = table.shape
+        return table.new_empty(rows, table.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape), None
+
+
+class _Softmax(torch.autograd.Function):
+    """`patchkern.ops.item_softmax`, of whose chunks two hold as much as all."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, items: Tensor, bias: Tensor, chunks: Chunks) -> Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        given, wants = (states, items, bias), ctx.needs_input_grad[:3]
+        grads = [torch.zeros_like(x, dtype=wide) if want else None for x, want in zip(given, wants, strict=True)]
+        for _ in range(1 + chunks.several):
+            rows = states[: chunks.rows]
+            logits = (rows @ items.T).to(wide).add_(bias.to(wide))
+            _ = torch.empty_like(logits).exp()  # what logsumexp makes
+            del _
+            slope = logits.to(states.dtype)
+            if grads[0] is not None:
+                grads[0][: chunks.rows] = slope @ items
+            if grads[1] is not None:
+                grads[1] += slope.T @ rows
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        ctx.dtypes = [x.dtype for x in given]
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        found = [
+            (next(saved) * grad).to(dtype) if want else None
+            for want, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
+        ]
+        return (*found, None)

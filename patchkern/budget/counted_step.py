@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of a model followed on fake tensors, and what it holds counted: no memory, and about a second.
+
+The step is the model's own: its forward pass under autocast, its loss, and what autograd makes of them, recomputation
+included. Two things are stood in for: rows are not pooled but made, and the gradient of the embedding with them;
+attention is `patchkern.budget.counted_attention`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from patchkern.budget.counted_attention import CountedAttention
+from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
+from patchkern.budget.counted_pass import on_meta, without_memory
+from patchkern.budget.live_bytes import LiveBytes
+
+_ROW_INTEGERS = 64  # bytes of a row of the layout, of its transpose, of positions and masks of integers
+
+
+class Lora(NamedTuple):
+    """Adapters of low rank, as `peft.LoraConfig` has them."""
+
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class PassShape(NamedTuple):
+    """Of the rows that are computed together."""
+
+    rows: int
+    logit_rows: int
+    """those with logits: whose next token is supervised"""
+    item_rows: int
+    """those that predict an item, with an item head"""
+    longest: int
+    """of the longest prefix"""
+
+
+class HeldBytes(NamedTuple):
+    """What a step holds beside weights and the optimiser's state, by what made it."""
+
+    gradients: int
+    activations: int
+    attention: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+class StepBytes:
+    """A step's memory after each of its operators, by part, for every number of rows.
+
+    The operators are the same whatever the rows, and a tensor has a size that is a constant or grows with them: two
+    counted steps say all.
+
+    Args:
+        rows: of the first counted step; the second has twice as many.
+        first, second: ``(operators, 4)`` bytes.
+        layers_end: after how many operators the forward pass of the layers ends.
+    """
+
+    def __init__(self, rows: int, first: NDArray[np.int64], second: NDArray[np.int64], layers_end: int) -> None:
+        self._rows, self._first, self._per_row = rows, first, (second - first) / rows
+        self._layers_end = layers_end
+
+    def peak(self, rows: int) -> HeldBytes:
+        """At the worst moment."""
+        held = self._first + (rows - self._rows) * self._per_row
+        return HeldBytes(*map(math.ceil, held[held.sum(1).argmax()]))
+
+    @property
+    def kept_per_row(self) -> int:
+        """Of activations and attention, from the forward to the backward pass."""
+        return math.ceil(self._per_row[self._layers_end].sum())
+
+
+class _Timeline(LiveBytes):
+    """`LiveBytes` after every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "activations"
+        self.held: list[tuple[int, ...]] = []
+
+    def after_operator(self) -> None:
+        self.held.append(tuple(self.live_of.get(part, 0) for part in HeldBytes._fields))
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """How a step is computed, whatever its rows.
+
+    Attributes:
+        autocast: dtype; None: that of the weights.
+        checkpointing: whether activations are recomputed.
+        accumulates: whether gradients of a pass before are there.
+        sharded: whether gradients go elsewhere as soon as they are made.
+        smoothing: whether labels are smoothed.
+        on_cuda: whose kernels run.
+        prefixes: whether spans have prefixes, as the branches of a trunk do.
+        chunks: of the item head's loss; None where items are not learned.
+    """
+
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+    accumulates: bool = False
+    sharded: bool = False
+    smoothing: bool = False
+    on_cuda: bool = False
+    prefixes: bool = True
+    chunks: Chunks | None = None
+
+
+class FakeModel:
+    """A causal language model without its memory, in training.
+
+    Args:
+        model: a transformers model or its configuration, with adapters or without, or what has one as its ``hf_model``.
+        dtype: of the weights; the model's own where not given.
+        lora: put adapters around it.
+        n_items: give it an item head for so many.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype | None, lora: Lora | None, n_items: int | None) -> None:
+        self._mode = FakeTensorMode()
+        inner = getattr(model, "hf_model", model)
+        if lora is not None:
+            inner, dtype = _adapted(without_memory(inner, dtype, on_meta), lora), None
+        self.hf_model = without_memory(inner, dtype, self._fake).train()
+        embedding = getattr(model, "item_embedding", None)
+        self.item_embedding: nn.Parameter | None = None
+        if embedding is not None:
+            self.item_embedding = nn.Parameter(self._fake(embedding.shape, embedding.dtype))
+        self.item_head: CountedItems | None = None
+        if n_items is not None:
+            with self._mode:
+                self.item_head = CountedItems(n_items, self._output_weight.shape[1], self.hf_model.dtype)
+
+    def _fake(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        with self._mode:
+            return torch.empty(shape, dtype=dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them, each once."""
+        own = [] if self.item_embedding is None else [self.item_embedding]
+        of_head = [] if self.item_head is None else self.item_head.parameters()
+        return [*self.hf_model.parameters(), *own, *of_head]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of parameters and buffers."""
+        return sum(x.nbytes for x in (*self.parameters(), *self.hf_model.buffers()))
+
+    @property
+    def _embedding_hooks(self) -> dict[int, Any]:
+        hooks: dict[int, Any] = self.hf_model.get_input_embeddings()._forward_hooks
+        return hooks
+
+    def count_step(self, shape: PassShape, kind: StepKind) -> StepBytes:
+        """Follow a forward and a backward pass of so many rows, and of twice as many.
+
+        Raises:
+            ValueError: a model that does not run on fake tensors.
+        """
+        (first, end), (second, _) = (self._follow(PassShape(*(n * x for x in shape)), kind) for n in (1, 2))
+        if first.shape != second.shape:
+            raise ValueError(
+                f"model: expected one that runs the same operators for {shape.rows} rows and for {2 * shape.rows}, to "
+                f"count its memory; {type(self.hf_model).__name__} runs {len(first)} and {len(second)}"
+            )
+        return StepBytes(shape.rows, first, second, end)
+
+    def _follow(self, shape: PassShape, kind: StepKind) -> tuple[NDArray[np.int64], int]:
+        """``(operators, 4)`` bytes after each, and at which the layers' forward pass ends."""
+        hooks_before = dict(self._embedding_hooks)
+        _set_checkpointing(self.hf_model, kind.checkpointing)
+        counter = _Timeline()
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        hooks: list[Any] = []
+        layers_end = 0
+        states: list[Tensor] = []
+
+        def gradient_is_there(parameter: Tensor) -> None:
+            if kind.sharded:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                counter.move(parameter.grad, "gradients")
+
+        def logits_begin(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal layers_end
+            layers_end = len(counter.held) - 1
+            counter.part = "logits"
+            states.append(output[0])
+            hooks.append(output[0].register_hook(logits_end))
+
+        def logits_end(gradient: Tensor) -> None:
+            counter.part = "activations"
+
+        hooks += [parameter.register_post_accumulate_grad_hook(gradient_is_there) for parameter in trainable]
+        hooks.append(self.hf_model.get_decoder().register_forward_hook(logits_begin))
+        collected = gc.isenabled()
+        gc.disable()  # whose moments are not the same from step to step
+        try:
+            with self._mode, counter:
+                if kind.accumulates and not kind.sharded:
+                    with counter.within("gradients"):
+                        for parameter in trainable:
+                            parameter.grad = torch.empty_like(parameter)
+                self._loss(shape, kind, counter, states).backward()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise ValueError(
+                f"model: expected one whose training step runs on fake tensors, to count its memory; "
+                f"{type(self.hf_model).__name__} does not: {error}"
+            ) from error
+        finally:
+            if collected:
+                gc.enable()
+            for hook in hooks:
+                hook.remove()
+            for parameter in trainable:
+                parameter.grad = None
+            # transformers puts one there with checkpointing, and leaves it
+            self._embedding_hooks.clear()
+            self._embedding_hooks.update(hooks_before)
+        return np.array(counter.held, dtype=np.int64), layers_end
+
+    def _loss(self, shape: PassShape, kind: StepKind, counter: LiveBytes, states: list[Tensor]) -> Tensor:
+        """``states`` is where the decoder's hidden states (1, T, D) come."""
+
+        def integers(*size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.int64)
+
+        layout = torch.empty(shape.rows * _ROW_INTEGERS, dtype=torch.uint8)
+        autocast: Any = contextlib.nullcontext()
+        if kind.autocast is not None:
+            autocast = torch.autocast("cpu", kind.autocast)
+        labels = integers(1, shape.logit_rows)
+        inputs: dict[str, Any] = {"position_ids": integers(1, shape.rows), "logits_to_keep": integers(shape.logit_rows)}
+        if shape.logit_rows and not kind.smoothing:
+            inputs |= {"labels": labels, "shift_labels": labels}
+        attention = CountedAttention(counter, kind.prefixes, shape.longest, kind.on_cuda)
+        losses = []
+        with autocast:
+            rows = self._rows(shape.rows)
+            output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
+            if shape.logit_rows and kind.smoothing:
+                losses.append(F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1))
+            elif shape.logit_rows:
+                losses.append(output.loss)
+            if kind.chunks is not None and self.item_head is not None:
+                of_items = states.pop()[0][integers(shape.item_rows)]
+                losses.append(self.item_head.loss(of_items, self._output_weight, self.item_embedding, kind.chunks))
+        states.clear()
+        del layout
+        return sum(losses[1:], start=losses[0])
+
+    @property
+    def _output_weight(self) -> Tensor:
+        output = self.hf_model.get_output_embeddings()
+        if hasattr(output, "modules_to_save"):  # a whole copy that peft trains
+            output = output.modules_to_save[self.hf_model.active_adapter]
+        weight: Tensor = output.weight
+        return weight
+
+    def _rows(self, count: int) -> Tensor:
+        embedding = self.hf_model.get_input_embeddings()
+        is_weight = isinstance(embedding, nn.Embedding)
+        if is_weight and not embedding._forward_hooks:
+            rows: Tensor = PooledRows.apply(embedding.weight, count)
+        else:  # called on the batch's distinct tokens
+            tokens = torch.empty(1, count, dtype=torch.int64)
+            if is_weight:
+                table: Tensor = PooledRows.apply(embedding.weight, tokens.shape[1])
+                for hook in embedding._forward_hooks.values():
+                    hook(embedding, (tokens,), table)
+            else:
+                table = embedding(tokens)[0]
+            rows = PooledRows.apply(table, count)
+        if self.item_embedding is not None:
+            rows = rows.add_(PooledRows.apply(self.item_embedding, count).to(rows.dtype))
+        return rows
+
+
+def _adapted(hf_model: Any, lora: Lora) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(f"lora: expected peft to be installed, to plan with adapters: {error}") from error
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    return get_peft_model(hf_model, LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def _set_checkpointing(hf_model: Any, on: bool) -> None:
+    name = "activation" if hasattr(hf_model, "activation_checkpointing_enable") else "gradient"
+    getattr(hf_model, f"{name}_checkpointing_{'enable' if on else 'disable'}")()

@@ -69,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.write()
 
 
-def counted(
-    data: Interactions, catalog: pk.Catalog, policy: pk.TrunkPolicy, prompt: pk.Prompt
-) -> dict[str, float]:
+def counted(data: Interactions, catalog: pk.Catalog, policy: pk.TrunkPolicy, prompt: pk.Prompt) -> dict[str, float]:
     """Rows per target of the training split, by what learns them."""
     samples = samples_of(data, "train")
     users, first, count = np.unique(samples.users, return_index=True, return_counts=True)

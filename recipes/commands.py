@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parser that all recipes share: flags have one form, and a mistyped one is answered with the nearest."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose flags are written with underscores, in full.
+
+    A flag that it does not know is refused with the nearest one that it does, before anything is asked of the others:
+    ``--dta ml-100k`` is not answered with a missing ``--data``. Of several spellings that `add_argument` is given, as
+    transformers does, those with dashes are left out: ``class TrainingParser(Parser, HfArgumentParser)`` is one parser
+    for a recipe's own flags and those of its dataclasses.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("allow_abbrev", False)
+        super().__init__(*arguments, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        return super().add_argument(*(name for name in names if not re.match("--.*-", name)), **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown(given)
+        return super().parse_known_args(given, namespace)
+
+    def _refuse_unknown(self, given: Sequence[str]) -> None:
+        """Exit with an error if one of the flags is not known."""
+        for argument in given:
+            if argument == "--":
+                return
+            flag = argument.partition("=")[0]
+            if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in self._option_string_actions:
+                near = nearest(flag, self._option_string_actions)
+                self.error(f"{flag}: expected {f'{near}?' if near else 'a flag that --help lists'}")
+
+
+def nearest(flag: str, known: Iterable[str]) -> str | None:
+    """The flag that was probably meant, None where none is like it."""
+    words = {name.lstrip("-"): name for name in known if name.startswith("--")}
+    found = get_close_matches(flag.lstrip("-").replace("-", "_").lower(), words, n=1)
+    return words[found[0]] if found else None

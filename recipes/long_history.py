@@ -44,7 +44,7 @@ import patchkern as pk
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.budget.search import SearchCost, UserTooLarge, parse_bytes
-from patchkern.data import Interactions, Samples
+from patchkern.data import Interactions
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
@@ -52,6 +52,7 @@ from patchkern.ops.backends import describe as describe_backend
 from patchkern.search.batching import size_of_beams
 from patchkern.search.trie import Trie
 from patchkern.training import find_model
+from recipes.commands import Parser
 
 POLICIES: dict[str, pk.Policy] = {
     "text": pk.TextOnly(max_items=None),
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_arguments(parser, default="synthetic")
     parser.add_argument("--min_items", type=int, default=500, help="users with more interactions than this")
     parser.add_argument("--users", type=int, help="the first so many of them")
@@ -301,8 +302,7 @@ def accuracy(
 ) -> Accuracy:
     """Of the users' test targets, with as many items as fit; items already seen are left out even where cut off."""
     samples = data.samples("test")
-    chosen = np.isin(samples.users, users)
-    samples = Samples(samples.users[chosen], samples.positions[chosen])
+    samples = samples.take(np.isin(samples.users, users))
     histories = data.before(samples)
     unseen = np.ones((len(histories), len(model.catalog)), np.bool_)
     owner = np.repeat(np.arange(len(histories)), histories.lengths)
@@ -324,7 +324,7 @@ def accuracy(
     except UserTooLarge as error:
         histories = cut(model, histories, policy, error.max_rows)
         lists = recommend(histories)
-    evaluation = evaluate(lists, data.targets(samples), [args.k], catalog=model.catalog)
+    evaluation = evaluate(lists, data.targets(samples), [args.k], catalog=model.catalog, users=samples.users)
     return Accuracy(evaluation, histories.lengths)
 
 

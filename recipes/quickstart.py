@@ -37,6 +37,7 @@ from patchkern.evaluation import Ranking, metrics, most_popular, transitions
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import SETTINGS, PatchTrainer
+from recipes.commands import Parser
 from recipes.report import KS, Lists, Model, Report
 
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit
@@ -87,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
     tokenizer = fit_tokenizer(data.titles.values(), args.vocab_size)
     catalog = pk.Catalog.from_titles(data.titles, tokenizer)
     prior = pk.TransitionPrior(data, catalog)
-    chosen = spread(data.samples(args.split), args.limit)
+    chosen = data.samples(args.split).spread(args.limit)
     # the prior's weight is fitted on the validation split, and would flatter there
-    to_fit = spread(data.samples("val"), args.fit_limit) if args.split == "test" else None
+    to_fit = data.samples("val").spread(args.fit_limit) if args.split == "test" else None
     popular, yardsticks = without_model(data, catalog, chosen, prior if to_fit else None)
 
     models: list[Model] = []
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         yardsticks=yardsticks,
         popular=popular,
         models=models,
-        fitted_on=0 if to_fit is None else to_fit.users.size,
+        fitted_on=to_fit,
         num_examples=args.examples,
         command=command,
         settings=vars(args),
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
     add_arguments(data, default="synthetic")
     data.add_argument("--split", default="test", choices=["val", "test"], help="val is the one to tune on")
@@ -185,13 +186,6 @@ def new_model(tokenizer: Any, catalog: pk.Catalog, policy: pk.Policy, args: argp
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"model: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens, {catalog.lengths.mean():.2f} a title")
     return model
-
-
-def spread(samples: Samples, limit: int | None) -> Samples:
-    """At most ``limit`` of the samples, evenly spread over users and time."""
-    size = samples.users.size
-    chosen = np.linspace(0, size - 1, min(limit or size, size)).astype(np.int64)
-    return Samples(samples.users[chosen], samples.positions[chosen])
 
 
 def train(
@@ -276,7 +270,7 @@ def recommend(
 ) -> tuple[Lists, metrics.Evaluation]:
     k = max(KS)
     lists = model.recommend(data.before(samples), stage.policy, k=k, num_beams=k, exclude_seen=True, **options)
-    evaluation = metrics.evaluate(lists, data.targets(samples), KS, catalog=model.catalog)
+    evaluation = metrics.evaluate(lists, data.targets(samples), KS, catalog=model.catalog, users=samples.users)
     say(f"{stage.name}{' + prior' if options else ''}: {evaluation}")
     return lists, evaluation
 
@@ -291,7 +285,10 @@ def without_model(
     if prior is not None:
         rankings["prior alone"] = likeliest(data, catalog, samples, prior)
     targets = data.targets(samples)
-    found = {name: metrics.evaluate(each.as_lists(), targets, KS, catalog=catalog) for name, each in rankings.items()}
+    found = {
+        name: metrics.evaluate(each.as_lists(), targets, KS, catalog=catalog, users=samples.users)
+        for name, each in rankings.items()
+    }
     return popular.as_lists(), found
 
 

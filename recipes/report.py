@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from patchkern.data import Interactions, Samples
 from patchkern.data.synthetic_titles import genre_of
-from patchkern.evaluation.metrics import Evaluation, standard_error
+from patchkern.evaluation import Evaluation, estimate
 from patchkern.search.prior_weight import PriorFit
 from recipes import plots
 
@@ -62,8 +62,8 @@ class Report:
     yardsticks: Mapping[str, Evaluation]
     popular: Lists
     models: Sequence[Model]
-    fitted_on: int
-    """validation samples that the prior's weights were fitted on"""
+    fitted_on: Samples | None
+    """validation samples that the prior's weights were fitted on, if there is a prior"""
     num_examples: int
     command: Sequence[str]
     """arguments of the quickstart"""
@@ -162,7 +162,11 @@ class Report:
                 f"the prior alone: {_verdict(best, alone)}; against {model.alone.hr(20):.3f} of the model alone: "
                 f"{_verdict(best, model.alone)}."
             )
-        lines.append(f"- ± is one standard error over the {count:,} samples; a difference counts from two of them.")
+        users = np.unique(self.samples.users).size
+        lines.append(
+            f"- ± is one standard error over the {users:,} users of the {count:,} samples; a difference counts from "
+            "two of them."
+        )
         return [*lines, ""]
 
     def _quality(self) -> list[str]:
@@ -172,23 +176,25 @@ class Report:
         rows = [[name, *_scores(found), *[""] * (len(header) - 6)] for name, found in self.yardsticks.items()]
         for model in self.models:
             rows.append([_bold(model), *_scores(model.alone), *[""] * (len(header) - 6)])
-            if model.with_prior is not None and model.fit is not None:
-                low, high = equally_good(model.fit)
+            if model.with_prior is not None and model.fit is not None and self.fitted_on is not None:
+                low, high = equally_good(model.fit, self.fitted_on.users)
                 weight = [f"{model.fit.weight:g}", f"{low:g} to {high:g}"]
                 rows.append([f"{_bold(model)} + prior", *_scores(model.with_prior), *weight])
         lines = ["## How good are the recommendations?", "", *markdown_table([header, *rows]), ""]
         lines.append(
             "HR@k: the share of samples with the next item among the first k recommended. NDCG@k: the same, where a "
-            "hit counts less the further down it stands. Higher is better. HR@20 ±: one standard error."
+            "hit counts less the further down it stands. Higher is better. HR@20 ±: one standard "
+            "error, over users."
         )
         if self.fitted_on:
             tried = [f"{weight:g}" for weight in (next(m.fit for m in self.models if m.fit)).curve]
             lines += [
                 "",
-                f"The prior's weight is the one of {', '.join(tried)} with the best NDCG@20 on {self.fitted_on} "
-                "validation samples. Between the weights under *as good* these samples see no difference (two standard "
-                f"errors), so that the number itself says little: 0 is the model alone, and at {tried[-1]} the prior "
-                "decides and the model only orders what the prior finds about equally likely.",
+                f"The prior's weight is the one of {', '.join(tried)} with the best NDCG@20 on "
+                f"{self.fitted_on.users.size:,} validation samples. Between the weights under *as good* these samples "
+                "see no difference (two standard errors), so that the number itself says little: 0 is the model alone, "
+                f"and at {tried[-1]} the prior decides and the model only orders what the prior finds about equally "
+                "likely.",
             ]
         return [*lines, "", "![HR@20 against rows per user](accuracy.png)", ""]
 
@@ -315,13 +321,17 @@ for item, score in model.recommend([history], k=5, exclude_seen=True)[0]:
         return ["## Settings", "", settings, "", self.backend, ""]
 
 
-def equally_good(fit: PriorFit, k: int = 20) -> tuple[float, float]:
-    """The weights next to the best, down and up, whose NDCG@k is within two standard errors of the best one's."""
+def equally_good(fit: PriorFit, users: NDArray[np.int64] | None = None, k: int = 20) -> tuple[float, float]:
+    """The weights next to the best, down and up, whose NDCG@k is within two standard errors of the best one's.
+
+    Args:
+        users: whose sample each is that was fitted on.
+    """
     tried = list(fit.curve)
     best = tried.index(fit.weight)
 
     def good(place: int) -> bool:
-        loss, error = difference(fit.curve[fit.weight].gains(k), fit.curve[tried[place]].gains(k))
+        loss, error = estimate(fit.curve[fit.weight].gains(k) - fit.curve[tried[place]].gains(k), users)
         return loss <= 2 * error
 
     low = high = best
@@ -330,11 +340,6 @@ def equally_good(fit: PriorFit, k: int = 20) -> tuple[float, float]:
     while high + 1 < len(tried) and good(high + 1):
         high += 1
     return tried[low], tried[high]
-
-
-def difference(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and standard error of ``one - other``, of the same samples: far less noise than in two means apart."""
-    return float((one - other).mean()), standard_error(one - other)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:
@@ -354,7 +359,7 @@ def _bold(model: Model) -> str:
 
 
 def _rate(found: Evaluation) -> tuple[float, float]:
-    return found.hr(20), standard_error(found.hits(20))
+    return found.estimate(found.hits(20))
 
 
 def _scores(found: Evaluation) -> list[str]:
@@ -365,9 +370,10 @@ def _scores(found: Evaluation) -> list[str]:
 
 
 def _verdict(one: Evaluation, other: Evaluation) -> str:
-    gain, error = difference(one.hits(20), other.hits(20))
+    gain, error = one.estimate(one.hits(20) - other.hits(20))
     if not abs(gain) > 2 * error:
-        return f"no difference that {one.ranks.size:,} samples could show ({gain:+.3f} ± {error:.3f})"
+        of = f"{one.ranks.size:,} samples" if one.users is None else f"{one.num_users:,} users"
+        return f"no difference that {of} could show ({gain:+.3f} ± {error:.3f})"
     return f"{'better' if gain > 0 else 'worse'} ({gain:+.3f} ± {error:.3f})"
 
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.columns import id_array, number_array
 from patchkern.batch.frozen import freeze, frozen
-from patchkern.batch.histories import Histories
+from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.instants import instants
 
 logger = logging.getLogger("patchkern.data")
@@ -39,6 +39,18 @@ class Samples(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Samples({self.users.size:,} targets)"
+
+    def take(self, samples: ArrayLike) -> Samples:
+        """Some of them: their numbers, or ``(S,)`` bool."""
+        chosen = np.asarray(samples)
+        return Samples(self.users[chosen], self.positions[chosen])
+
+    def spread(self, limit: int | None) -> Samples:
+        """At most ``limit`` of them, evenly spread over all, and so over users and time; None: all."""
+        if limit is None or limit >= self.users.size:
+            return self
+        check_count("limit", limit, minimum=1)
+        return self.take(np.linspace(0, self.users.size - 1, limit).astype(np.int64))
 
 
 @dataclass(frozen=True, eq=False)

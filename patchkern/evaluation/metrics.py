@@ -1,40 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hit rate and NDCG of recommendation lists: by item, and the way the PatchRec authors count."""
+"""Hit rate, NDCG and MRR of recommendation lists: by item, and the way the PatchRec authors count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
 
 METRICS = ("strict", "paper")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """HR@k and NDCG@k of one set of recommendation lists.
+    """HR@k, NDCG@k and MRR@k of one set of recommendation lists, each with its standard error over users.
+
+    A sample has one target, so Recall@k is HR@k.
 
     Attributes:
         metric: ``"strict"`` or ``"paper"``.
         ks: the list lengths counted.
-        ranks: ``(B,)`` int64, the target's place in each user's list, from 1; 0 where it is not in the list.
-        ambiguous: ``(B,)`` bool, users whose target shares its title with another item of the catalogue.
+        ranks: ``(B,)`` int64, the target's place in each sample's list, from 1; 0 where it is not in the list.
+        ambiguous: ``(B,)`` bool, samples whose target shares its title with another item of the catalogue.
+        users: ``(B,)`` int64, whose sample each is; None: everyone's own.
     """
 
     metric: str
     ks: tuple[int, ...]
     ranks: NDArray[np.int64]
     ambiguous: NDArray[np.bool_]
+    users: NDArray[np.int64] | None = None
 
     @property
     def num_ambiguous(self) -> int:
-        """Users whose target shares its title with another item."""
+        """Samples whose target shares its title with another item."""
         return int(self.ambiguous.sum())
+
+    @property
+    def num_users(self) -> int:
+        """Users that the samples are of."""
+        return int(self.ranks.size if self.users is None else np.unique(self.users).size)
 
     def hits(self, k: int) -> NDArray[np.float64]:
         """``(B,)`` 1 where the target is among the first ``k``, else 0."""
@@ -44,30 +54,67 @@ class Evaluation:
         """``(B,)`` 1 / log2(rank + 1) where the target is among the first ``k``, else 0: NDCG with one target."""
         return self.hits(k) / np.log2(np.maximum(self.ranks, 1) + 1)
 
+    def reciprocals(self, k: int) -> NDArray[np.float64]:
+        """``(B,)`` 1 / rank where the target is among the first ``k``, else 0."""
+        return self.hits(k) / np.maximum(self.ranks, 1)
+
     def hr(self, k: int) -> float:
-        """HR@k: share of users whose target is among the first ``k``; NaN without users."""
-        return _mean(self.hits(k))
+        """HR@k: share of samples whose target is among the first ``k``; NaN without samples."""
+        return self.estimate(self.hits(k)).mean
 
     def ndcg(self, k: int) -> float:
-        """NDCG@k; NaN without users."""
-        return _mean(self.gains(k))
+        """NDCG@k; NaN without samples."""
+        return self.estimate(self.gains(k)).mean
+
+    def mrr(self, k: int) -> float:
+        """MRR@k: mean reciprocal rank; NaN without samples."""
+        return self.estimate(self.reciprocals(k)).mean
+
+    def estimate(self, values: ArrayLike) -> Estimate:
+        """Mean of ``(B,)`` values of these samples, with its standard error over users."""
+        return estimate(values, self.users)
+
+    def per_sample(self) -> dict[str, NDArray[np.float64]]:
+        """``HR@k``, ``NDCG@k`` and ``MRR@k`` for every k, of each sample."""
+        measures = {"HR": self.hits, "NDCG": self.gains, "MRR": self.reciprocals}
+        return {f"{name}@{k}": of(k) for name, of in measures.items() for k in self.ks}
 
     def as_dict(self) -> dict[str, float]:
-        """``HR@k`` and ``NDCG@k`` for every k, each followed by its standard error over users as ``... ±``."""
+        """Mean of all that `per_sample` has, each followed by its standard error over users as ``... ±``."""
         row = {}
-        for name, per_user in (("HR", self.hits), ("NDCG", self.gains)):
-            for k in self.ks:
-                row[f"{name}@{k}"] = _mean(per_user(k))
-                row[f"{name}@{k} ±"] = standard_error(per_user(k))
+        for name, values in self.per_sample().items():
+            row[name], row[f"{name} ±"] = self.estimate(values)
         return row
+
+    def take(self, samples: ArrayLike) -> Evaluation:
+        """Of some of the samples: their numbers, or ``(B,)`` bool."""
+        chosen = np.asarray(samples)
+        users = None if self.users is None else self.users[chosen]
+        return replace(self, ranks=self.ranks[chosen], ambiguous=self.ambiguous[chosen], users=users)
+
+    def minus(self, other: Evaluation) -> dict[str, Difference]:
+        """By how much it is above another of the same samples, in all that `per_sample` has: see `paired_difference`.
+
+        Raises:
+            ValueError: the other is of another number of samples, of other users or counts other list lengths.
+        """
+        for name in ("metric", "ks"):
+            if getattr(other, name) != getattr(self, name):
+                raise ValueError(f"other: expected {name} {getattr(self, name)}, got {getattr(other, name)}")
+        if other.ranks.size != self.ranks.size:
+            raise ValueError(f"other: expected {self.ranks.size} samples, got {other.ranks.size}")
+        if not np.array_equal(_users(self), _users(other)):
+            raise ValueError("other: expected the same samples, got others: their users differ")
+        pairs = zip(self.per_sample().items(), other.per_sample().values(), strict=True)
+        return {name: paired_difference(own, theirs, self.users) for (name, own), theirs in pairs}
 
     def __repr__(self) -> str:
         return f"Evaluation({self})"
 
     def __str__(self) -> str:
-        row = self.as_dict()
-        numbers = "  ".join(f"{name} {row[name]:.4f} ± {row[name + ' ±']:.4f}" for name in row if "±" not in name)
-        return f"{numbers}  ({self.metric}, {self.ranks.size} samples, {self.num_ambiguous} with a shared title)"
+        numbers = "  ".join(f"{name} {self.estimate(values)}" for name, values in self.per_sample().items())
+        of = "" if self.users is None else f" of {self.num_users} users"
+        return f"{numbers}  ({self.metric}, {self.ranks.size} samples{of}, {self.num_ambiguous} with a shared title)"
 
 
 def evaluate(
@@ -77,8 +124,9 @@ def evaluate(
     metric: str = "strict",
     *,
     catalog: Catalog,
+    users: ArrayLike | None = None,
 ) -> Evaluation:
-    """Compare each user's list with the item that came next.
+    """Compare each list with the item that came next.
 
     ``metric="strict"`` compares items. Items whose titles have equal tokens cannot be told apart by a model that
     generates titles, so they stand for each other: a list is ranked by its distinct titles, and the target counts at
@@ -90,11 +138,14 @@ def evaluate(
     `patchkern.search.recommend.generate_titles` with ``num_beams=k`` and a single k, once for each.
 
     Args:
-        recommendations: one list per user, best first: item ids, or ``(item_id, score)`` as `recommend` returns them.
+        recommendations: one list per sample, best first: item ids, or ``(item_id, score)`` as `recommend` returns
+            them.
         targets: ``(B,)`` item ids.
         ks: list lengths to count.
         metric: ``"strict"`` or ``"paper"``.
         catalog: the items' titles; ``"paper"`` needs them as text.
+        users: ``(B,)`` whose sample each is, integers or strings, such as ``Samples.users``. Where users have several,
+            errors without them are too small.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -130,16 +181,12 @@ def evaluate(
         else:
             ranks[user] = _paper_rank([texts[item] for item in listed], texts[target])
     ambiguous = np.bincount(title)[title[target_index]] > 1
-    return Evaluation(metric, ks, ranks, ambiguous)
+    numbers = None if users is None else user_numbers(users, target_index.size)
+    return Evaluation(metric, ks, ranks, ambiguous, numbers)
 
 
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Standard error of the mean of ``(B,)`` values; NaN for fewer than two."""
-    return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else float("nan")
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(values.mean()) if values.size else float("nan")
+def _users(found: Evaluation) -> NDArray[np.int64]:
+    return np.arange(found.ranks.size) if found.users is None else found.users
 
 
 def _list_lengths(ks: Sequence[int]) -> tuple[int, ...]:

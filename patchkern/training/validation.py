@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.sample_layout import build_layout
+from patchkern.data.interactions import Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.search.arguments import known_histories
@@ -70,8 +71,7 @@ class Validation:
         histories.at(users, positions)
         if limit is not None:
             check_count("eval_limit", limit, minimum=1)
-            chosen = np.linspace(0, users.size - 1, min(limit, users.size)).astype(np.int64)
-            users, positions = users[chosen], positions[chosen]
+            users, positions = Samples(users, positions).spread(limit)
         fixed = {"policy", "k", "unknown"}.intersection(options or {})
         if fixed:
             raise ValueError(f"eval_options: expected none that the training decides, got {', '.join(sorted(fixed))}")
@@ -131,12 +131,11 @@ class Validation:
 
 
 def summary(parts: Iterable[Measured]) -> dict[str, float]:
-    """``loss``, ``HR@k`` and ``NDCG@k`` over the samples of all parts."""
+    """``loss``, ``HR@k``, ``NDCG@k`` and ``MRR@k`` over the samples of all parts."""
     parts = list(parts)
     ranks, ambiguous = (
         np.concatenate([getattr(part.evaluation, name) for part in parts]) for name in ("ranks", "ambiguous")
     )
     whole = Evaluation("strict", KS, ranks, ambiguous)
     result = {"loss": sum(part.loss for part in parts) / sum(part.num_tokens for part in parts)}
-    result |= {f"HR@{k}": whole.hr(k) for k in KS}
-    return result | {f"NDCG@{k}": whole.ndcg(k) for k in KS}
+    return result | {name: whole.estimate(values).mean for name, values in whole.per_sample().items()}

@@ -341,3 +341,14 @@ def test_k_core_equals_the_loop(rows: list[tuple[int, int, int]], k: int, item_k
     got = list(zip(core.user_ids[core.user_index].tolist(), core.histories.items.tolist(), strict=True))
     assert sorted(got) == sorted(expected)
     assert sorted(core.titles) == sorted({item for _, item in expected})
+
+
+def test_samples_are_spread() -> None:
+    samples = Samples(np.repeat(np.arange(5), 4), np.tile(np.arange(3, 7), 5))
+    assert samples.spread(None) is samples and samples.spread(20) is samples
+    few = samples.spread(5)
+    assert few.users.tolist() == [0, 1, 2, 3, 4] and few.positions.tolist() == [3, 3, 4, 5, 6]
+    assert samples.spread(1).users.tolist() == [0]
+    assert samples.take(samples.positions == 6).users.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="limit: expected an integer in 1"):
+        samples.spread(0)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HR and NDCG against tables worked out by hand, and the paper's count against its own arithmetic."""
+"""HR, NDCG and MRR against tables worked out by hand, and the paper's count against its own arithmetic."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchkern as pk
-from patchkern.evaluation.metrics import evaluate
+from patchkern.evaluation import evaluate, standard_error
 
 TITLES = {10: "Alien", 11: "Aliens", 12: "Heat", 13: "Heat", 14: "Fargo", 15: "Alien 3"}
 CATALOG = pk.Catalog.from_titles(TITLES, lambda title: [ord(letter) for letter in title])
@@ -52,13 +53,42 @@ def test_table_by_hand() -> None:
     assert result.ambiguous.tolist() == [False, False, True, False] and result.num_ambiguous == 1
     assert result.hr(1) == 0.25 and result.hr(3) == 0.75
     assert result.ndcg(1) == 0.25 and result.ndcg(3) == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    assert result.mrr(1) == 0.25 and result.mrr(3) == pytest.approx((1 + 1 / 3 + 0 + 1 / 3) / 4)
     row = result.as_dict()
-    assert list(row) == [f"{name}@{k}{tail}" for name in ("HR", "NDCG") for k in (1, 3) for tail in ("", " ±")]
+    assert list(row) == [f"{name}@{k}{tail}" for name in ("HR", "NDCG", "MRR") for k in (1, 3) for tail in ("", " ±")]
     assert row["HR@3"] == 0.75 and row["NDCG@3"] == pytest.approx(0.5)
     # hits 1 1 0 1: variance 0.25 with three degrees of freedom, over four users
     assert row["HR@3 ±"] == pytest.approx(math.sqrt(0.25 / 4))
     assert "HR@3 0.7500" in str(result) and str(result).endswith("(strict, 4 samples, 1 with a shared title)")
     assert repr(result) == f"Evaluation({result})"
+
+
+def test_errors_are_over_users() -> None:
+    lists, targets = [[10], [10], [14], [14]], [10, 10, 10, 10]
+    result = evaluate(lists, targets, [1], catalog=CATALOG, users=["x", "x", "y", "y"])
+    assert result.users is not None and result.users.tolist() == [0, 0, 1, 1] and result.num_users == 2
+    assert result.as_dict()["HR@1 ±"] == pytest.approx(0.5)
+    assert str(result).endswith("(strict, 4 samples of 2 users, 0 with a shared title)")
+
+
+def test_two_recommenders_on_the_same_samples() -> None:
+    users, targets = [5, 5, 9], [10, 11, 12]
+    one = evaluate([[10], [11], [14]], targets, [1], catalog=CATALOG, users=users)
+    other = evaluate([[10], [14], [14]], targets, [1], catalog=CATALOG, users=users)
+    found = one.minus(other)
+    assert list(found) == ["HR@1", "NDCG@1", "MRR@1"]
+    assert found["HR@1"].mean == pytest.approx(1 / 3)
+    assert found["HR@1"].error == pytest.approx(standard_error([0, 1, 0], users))
+    for changed, message in (
+        ({"ks": (2,)}, r"other: expected ks \(1,\), got \(2,\)"),
+        ({"metric": "paper"}, "other: expected metric strict, got paper"),
+        ({"users": np.array([0, 1, 1])}, "other: expected the same samples, got others: their users differ"),
+        ({"users": None}, "other: expected the same samples, got others: their users differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one.minus(replace(other, **changed))
+    with pytest.raises(ValueError, match="other: expected 3 samples, got 2"):
+        one.minus(other.take([0, 1]))
 
 
 def test_no_users() -> None:
@@ -98,6 +128,7 @@ def test_string_ids() -> None:
         ({"ks": (1.5,)}, TypeError, "ks: expected integers, got 1.5"),
         ({"targets": [10, 11]}, ValueError, r"targets: expected one per list \(1\), got 2"),
         ({"targets": [99]}, ValueError, "targets: .*99"),
+        ({"users": [1, 2]}, ValueError, r"users: expected one per sample \(1\), got shape \(2,\)"),
         ({"recommendations": [[99]]}, ValueError, r"recommendations\[0\]: .*99"),
     ],
 )

@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,10 +150,19 @@ def test_a_difference_needs_two_standard_errors(one: list[int], other: list[int]
     assert reports._verdict(ranks(*one), ranks(*other)) == said
 
 
+def test_a_difference_is_judged_by_users() -> None:
+    one, other = ranks(*[1] * 40), ranks(*[0] * 20, *[1] * 20)
+    assert reports._verdict(one, other) == "better (+0.500 ± 0.080)"
+    few = np.repeat([0, 1], 20)  # one user makes all of it
+    said = "no difference that 2 users could show (+0.500 ± 0.500)"
+    assert reports._verdict(replace(one, users=few), replace(other, users=few)) == said
+
+
 def test_weights_as_good_as_the_best() -> None:
     best, same, worse = ranks(*[1] * 50), ranks(*[1] * 49, 0), ranks(*[0] * 50)
     curve = {0.0: worse, 1.0: same, 2.0: best, 5.0: worse, 10.0: same}
     assert reports.equally_good(PriorFit(2.0, curve)) == (1.0, 2.0)
+    assert reports.equally_good(PriorFit(2.0, curve), users=np.arange(50)) == (1.0, 2.0)
     assert reports.equally_good(PriorFit(0.0, {0.0: best})) == (0.0, 0.0)
 
 

@@ -35,7 +35,7 @@ def test_evaluation_recommends_for_the_held_out_samples(tmp_path: Path) -> None:
     for name, value in expected.as_dict().items():
         assert "±" in name or found[f"eval_{name}"] == pytest.approx(value)
     assert set(found) == {
-        *("eval_loss", "eval_HR@10", "eval_HR@20", "eval_NDCG@10", "eval_NDCG@20"),
+        *("eval_loss", "eval_HR@10", "eval_HR@20", "eval_NDCG@10", "eval_NDCG@20", "eval_MRR@10", "eval_MRR@20"),
         *("eval_runtime", "eval_samples_per_second", "epoch"),
     }
     assert evaluations_of(trainer)[0]["eval_HR@20"] == found["eval_HR@20"]

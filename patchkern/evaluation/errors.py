@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sure a mean over samples is, when the samples of one user are alike: errors over users."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_SIGNS_AT_ONCE = 1 << 22
+
+
+class Estimate(NamedTuple):
+    """A mean over samples and its standard error, which is NaN with fewer than two users; without samples both are."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.error:.4f}"
+
+
+class Difference(NamedTuple):
+    """By how much one recommender is above another on the same samples."""
+
+    mean: float
+    error: float
+    """standard error over users: far smaller than that of either mean, as what the users have in common cancels"""
+    p: float
+    """how often a difference as large, in either direction, would come about by chance"""
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.error:.4f} (p {self.p:.4f})"
+
+
+def estimate(values: ArrayLike, users: ArrayLike | None = None) -> Estimate:
+    """Mean of ``(B,)`` values of samples, with its `standard_error`."""
+    array = np.asarray(values, np.float64)
+    return Estimate(float(array.mean()) if array.size else float("nan"), standard_error(array, users))
+
+
+def standard_error(values: ArrayLike, users: ArrayLike | None = None) -> float:
+    """Standard error of the mean of ``(B,)`` values, clustered by user.
+
+    With ``r[g]`` the sum over user g's samples of what each is above the mean, and G users,
+    ``sqrt(G / (G - 1) * sum of r[g] ** 2) / B``. Users may have any number of samples. Where each has one, or none are
+    given, it is the ordinary standard error. With few users it is itself uncertain, by about one part in
+    ``sqrt(2 G)``, and rather too small than too large.
+
+    Args:
+        values: one number per sample.
+        users: ``(B,)`` whose sample each is, any ids; None: everyone's own.
+
+    Returns:
+        NaN for fewer than two users.
+
+    Raises:
+        TypeError, ValueError: users that are not ids, one per value.
+
+    Examples:
+        Four samples of two users: one was always right, the other never.
+
+        >>> from patchkern.evaluation import standard_error
+        >>> hits = [1, 1, 0, 0]
+        >>> round(standard_error(hits), 3), round(standard_error(hits, users=["a", "a", "b", "b"]), 3)
+        (0.289, 0.5)
+    """
+    array = np.asarray(values, np.float64)
+    sums = _sums(array - array.mean(), users) if array.size else array
+    if sums.size < 2:
+        return float("nan")
+    return float(np.sqrt(sums.size / (sums.size - 1) * np.square(sums).sum()) / array.size)
+
+
+def paired_difference(
+    one: ArrayLike, other: ArrayLike, users: ArrayLike | None = None, *, draws: int = 10_000, seed: int = 0
+) -> Difference:
+    """Mean of ``one - other`` over the same samples, with its error over users and a test by randomisation.
+
+    The test asks how the difference would be spread if it were chance which of the two recommenders a user's numbers
+    are of: all of a user's samples change sides together, ``draws`` times. It needs no normal distribution, so it holds
+    for few users too.
+
+    Args:
+        one, other: ``(B,)`` values of the two, sample by sample.
+        users: as in `standard_error`.
+        draws: of the test; the smallest ``p`` is ``1 / (1 + draws)``.
+        seed: of the draws.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"other: expected one value per sample of one, shape {a.shape}, got shape {b.shape}")
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    mean, error = estimate(a - b, users)
+    sums = _sums(a - b, users)
+    if not sums.size:
+        return Difference(mean, error, float("nan"))
+    # what is equal but for the order of the additions counts as equal
+    reached = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
+    rng = np.random.default_rng(seed)
+    step = max(_SIGNS_AT_ONCE // sums.size, 1)
+    larger = 0
+    for first in range(0, draws, step):
+        signs = 1 - 2.0 * rng.integers(0, 2, (min(step, draws - first), sums.size), np.int8)
+        larger += int((np.abs(signs @ sums) >= reached).sum())
+    return Difference(mean, error, (1 + larger) / (1 + draws))
+
+
+def user_numbers(users: ArrayLike, size: int) -> NDArray[np.int64]:
+    """``(B,)`` users from 0, for one id per sample."""
+    ids = np.asarray(users)
+    if ids.dtype.kind not in "iuUO":
+        raise TypeError(f"users: expected integer or string ids, got dtype {ids.dtype}")
+    if ids.shape != (size,):
+        raise ValueError(f"users: expected one per sample ({size}), got shape {ids.shape}")
+    return np.unique(ids, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
+def _sums(values: NDArray[np.float64], users: ArrayLike | None) -> NDArray[np.float64]:
+    """``(G,)`` sum of each user's values."""
+    if users is None or not values.size:
+        return values
+    return np.bincount(user_numbers(users, values.size), values).astype(np.float64, copy=False)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lists show beside hits: how much of the catalogue, and how popular it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import check_count
+
+
+def coverage(recommendations: Sequence[Sequence[Any]], k: int, *, catalog: Catalog) -> float:
+    """The share of the catalogue's items that are among the first ``k`` of anybody's list.
+
+    It grows with the number of lists: compare recommenders on the same samples.
+
+    Args:
+        recommendations: as in `patchkern.evaluation.evaluate`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    shown = np.zeros(len(catalog), np.bool_)
+    for items in _firsts(recommendations, k, catalog):
+        shown[items] = True
+    return float(shown.mean()) if shown.size else float("nan")
+
+
+def log_popularity(
+    recommendations: Sequence[Sequence[Any]], k: int, counts: ArrayLike, *, catalog: Catalog
+) -> NDArray[np.float64]:
+    """``(B,)`` mean of ``log(1 + count)`` over the first ``k`` of each list; NaN for an empty one.
+
+    What the users took, ``log1p(counts[targets])``, is what to compare it with: above it the recommender is biased
+    towards what is popular.
+
+    Args:
+        recommendations: as in `patchkern.evaluation.evaluate`.
+        counts: ``(n_items,)`` such as those of `patchkern.evaluation.training_counts`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    each = np.log1p(np.asarray(counts, np.float64))
+    if each.shape != (len(catalog),):
+        raise ValueError(f"counts: expected one per item ({len(catalog)}), got shape {each.shape}")
+    firsts = _firsts(recommendations, k, catalog)
+    return np.array([each[items].mean() if items.size else np.nan for items in firsts], np.float64)
+
+
+def _firsts(recommendations: Sequence[Sequence[Any]], k: int, catalog: Catalog) -> Iterator[NDArray[np.integer[Any]]]:
+    check_count("k", k, minimum=1)
+    for user, row in enumerate(recommendations):
+        ids = [entry[0] if isinstance(entry, tuple) else entry for entry in row[:k]]
+        yield catalog.index_of(np.asarray(ids), f"recommendations[{user}]")

@@ -117,6 +117,13 @@ class Isolation:
                 "keep fewer items (max_items), or put longer users into batches of their own"
             )
 
+    def takes_branches(self, hf_model: PreTrainedModel) -> bool:
+        """Would `check_layout` let spans with prefixes pass, on the device that the model is on?"""
+        self.check(hf_model, hf_model.device)
+        return implementation_of(hf_model) == attention.NAME and not self._no_branches.get(
+            _key(hf_model, hf_model.device)
+        )
+
     def check_search(self, hf_model: PreTrainedModel, layout: PatchLayout, depth: int) -> None:
         """Refuse a search over the prompts of a layout and titles of up to ``depth`` tokens.
 

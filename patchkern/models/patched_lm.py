@@ -330,6 +330,12 @@ class PatchedCausalLM(wrapped.WrappedLM):
         """See `patchkern.search.protocol.SearchModel`."""
         return Searching(self)
 
+    @property
+    def takes_branches(self) -> bool:
+        """Can it be given layouts of `build_training_layout`, with spans that share a prefix?"""
+        with self._undisturbed():
+            return self._isolation.takes_branches(self.hf_model)
+
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """See `patchkern.search.protocol.SearchModel`."""
         self._isolation.check_search(self.hf_model, layout, depth)

@@ -2,7 +2,8 @@
 """Training: settings, passes, collators, the trainer, validation."""
 
 from patchkern.training.checkpoints import checkpoints, find_model
+from patchkern.training.likelihood import target_nll
 from patchkern.training.settings import SETTINGS, STAGES, Settings
 from patchkern.training.trainer import PatchTrainer
 
-__all__ = ["SETTINGS", "STAGES", "PatchTrainer", "Settings", "checkpoints", "find_model"]
+__all__ = ["SETTINGS", "STAGES", "PatchTrainer", "Settings", "checkpoints", "find_model", "target_nll"]

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The likelihood of targets against titles forced token by token through the plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import POLICIES, make_histories, make_titles
+from search_oracle import HF_MODELS, forced_scores, make_model
+
+import patchkern as pk
+from patchkern.training import likelihood, target_nll
+
+TITLES = make_titles(23)
+ITEMS = list(TITLES)
+WHOLE = make_histories(TITLES, [40, 7, 12])
+SAMPLES = (np.array([0, 2, 0, 1, 0, 2, 0]), np.array([33, 5, 12, 0, 13, 11, 39]))
+
+
+def expected(model: pk.PatchedCausalLM, family: str, policy: Any) -> list[float]:
+    histories = [WHOLE[user][:position] for user, position in zip(*SAMPLES, strict=True)]
+    tables = forced_scores(model, family, histories, policy, TITLES)
+    targets = [WHOLE[user][position] for user, position in zip(*SAMPLES, strict=True)]
+    return [-table[target] for table, target in zip(tables, targets, strict=True)]
+
+
+@pytest.mark.parametrize("rows_per_pass", [1, 60, 4096])
+@pytest.mark.parametrize("policy", ["text", "text-cut", "items", "sessions-end", "sessions-start-cut"])
+def test_against_forced_titles(policy: str, rows_per_pass: int) -> None:
+    model = make_model(TITLES)
+    got = target_nll(model, WHOLE, SAMPLES, POLICIES[policy], rows_per_pass=rows_per_pass)
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, expected(model, "llama", POLICIES[policy]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", HF_MODELS)
+def test_every_family(family: str) -> None:
+    model = make_model(TITLES, family)
+    got = target_nll(model, WHOLE, SAMPLES, POLICIES["items"])
+    np.testing.assert_allclose(got, expected(model, family, POLICIES["items"]), rtol=0, atol=1e-10)
+
+
+def test_histories_are_computed_once_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of trunks and branches, or, where the model cannot take them or items are cut off, of samples."""
+    model = make_model(TITLES)
+    rows: list[int] = []
+    forward = pk.PatchedCausalLM.forward
+
+    def counted(self: pk.PatchedCausalLM, layout: pk.PatchLayout, *rest: Any) -> Any:
+        rows.append(layout.num_rows)
+        return forward(self, layout, *rest)
+
+    monkeypatch.setattr(pk.PatchedCausalLM, "forward", counted)
+    samples = (np.zeros(30, np.int64), np.arange(10, 40))
+    together = target_nll(model, WHOLE, samples, POLICIES["items"])
+    shared = sum(rows)
+    rows.clear()
+    monkeypatch.setattr(likelihood, "_share_trunks", lambda *_: False)
+    apart = target_nll(model, WHOLE, samples, POLICIES["items"])
+    assert shared < sum(rows) / 2
+    np.testing.assert_allclose(together, apart, rtol=0, atol=1e-10)
+
+
+def test_models_and_policies_without_trunks() -> None:
+    model, positions = make_model(TITLES), SAMPLES[1]
+    share = likelihood._share_trunks
+    assert share(model, pk.TextOnly(None), positions) and share(model, pk.TextOnly(39), positions)
+    assert not share(model, pk.TextOnly(38), positions)
+    assert not share(model, pk.FitRows(50), positions) and not share(model, pk.RandomItemPatches(0.5, None), positions)
+    model.hf_model.set_attn_implementation("sdpa")
+    assert not model.takes_branches and not share(model, pk.TextOnly(None), positions)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_model(TITLES)
+    for training in (True, False):
+        model.train(training)
+        target_nll(model, WHOLE, SAMPLES, POLICIES["items"])
+        assert model.training is training and all(parameter.grad is None for parameter in model.parameters())
+    nothing = np.zeros(0, np.int64)
+    assert target_nll(model, WHOLE, (nothing, nothing), POLICIES["items"]).shape == (0,)
+
+
+def test_single_precision_is_summed_in_it() -> None:
+    model, exact = make_model(TITLES), make_model(TITLES)
+    model.hf_model.to(torch.bfloat16)
+    got = target_nll(model, WHOLE, SAMPLES, POLICIES["items"])
+    np.testing.assert_allclose(got, target_nll(exact, WHOLE, SAMPLES, POLICIES["items"]), rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows_per_pass": 0}, "rows_per_pass: expected an integer in 1"),
+        ({"policy": None}, "policy: expected one"),
+        ({"samples": (np.array([0]), np.array([40]))}, "40"),
+        ({"histories": [[ITEMS[0], 12345]], "samples": (np.array([0]), np.array([1]))}, "samples: .*12345"),
+    ],
+)
+def test_errors_name_the_argument(arguments: dict[str, Any], message: str) -> None:
+    given = {"histories": WHOLE, "samples": SAMPLES, "policy": POLICIES["items"], **arguments}
+    with pytest.raises(ValueError, match=message):
+        target_nll(make_model(TITLES), **given)

@@ -33,11 +33,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import patchkern as pk
 from patchkern.data import Interactions, Samples
 from patchkern.data.preparation import add_arguments, load
-from patchkern.evaluation import Ranking, metrics, most_popular, transitions
+from patchkern.evaluation import metrics, most_popular, transitions
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import SETTINGS, PatchTrainer
 from recipes.commands import Parser
+from recipes.ranking import likeliest
 from recipes.report import KS, Lists, Model, Report
 
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit
@@ -290,18 +291,6 @@ def without_model(
         for name, each in rankings.items()
     }
     return popular.as_lists(), found
-
-
-def likeliest(data: Interactions, catalog: pk.Catalog, samples: Samples, prior: pk.TransitionPrior) -> Ranking:
-    """The unseen items that a prior gives the highest probability."""
-    best, scores = [], []
-    for begin in range(0, samples.users.size, 256):
-        past = data.before(Samples(*(column[begin : begin + 256] for column in samples)))
-        table = prior(past)
-        table[np.repeat(np.arange(len(past)), past.lengths), catalog.index_of(past.items)] = -np.inf
-        best.append(np.argsort(-table, axis=1, kind="stable")[:, : max(KS)])
-        scores.append(np.take_along_axis(table, best[-1], axis=1))
-    return Ranking(catalog.item_ids[np.concatenate(best)], np.concatenate(scores))
 
 
 def backend_line() -> str:

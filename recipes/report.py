@@ -20,6 +20,7 @@ from patchkern.data.synthetic_titles import genre_of
 from patchkern.evaluation import Evaluation, estimate
 from patchkern.search.prior_weight import PriorFit
 from recipes import plots
+from recipes.tables import markdown_table
 
 KS = (10, 20)
 LATEST = 10  # items of a history that are shown, and whose genres a recommendation should be of
@@ -340,18 +341,6 @@ def equally_good(fit: PriorFit, users: NDArray[np.int64] | None = None, k: int =
     while high + 1 < len(tried) and good(high + 1):
         high += 1
     return tried[low], tried[high]
-
-
-def markdown_table(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:
-    """A Markdown table, the first row its header, that is also readable in a terminal; numbers stand right."""
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    cells = [
-        [cell.ljust(width) if left or not column else cell.rjust(width) for column, (cell, width) in
-         enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]  # fmt: skip
-    rule = ["-" * width if left or not column else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]
 
 
 def _bold(model: Model) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recommend to the users of a data set and compare with what they took next: HR and NDCG at 10 and 20.
+"""Recommend to the users of a data set and compare with what they took next: HR, NDCG, MRR, likelihood of the target.
 
     python recipes/evaluate.py runs/sessions --data synthetic
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --num_beams 40
@@ -7,94 +7,132 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --prior transitions
     python recipes/evaluate.py runs/text --data ml-1m --exclude_seen --max_items 20     # what do fewer rows cost?
+    python recipes/evaluate.py Llama-3.2-1B-Instruct --data ml-1m --policy text --limit 500     # zero-shot
 
-The yardsticks, which any recommender should beat, are computed on the same samples. "Unseen" leaves out the items of
-the whole history with --exclude_seen, as the model then does, else those among the latest 100. One line per user goes
-to a CSV.
+Errors are over users, whose samples are not independent. The yardsticks, which any recommender should beat, are
+computed on the same samples; so is a prior alone. "Unseen" leaves out the items of the whole history with
+--exclude_seen, as the model then does, else those among the latest 100. NLL title: minus the log-probability of the
+target's title, all its tokens together. --slices adds tables by length of history and by how often the target occurs in
+training. One line per sample goes to a CSV, of which recipes/compare.py compares any two.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
+from patchkern.budget.search import parse_bytes
 from patchkern.data import Interactions, Samples, samples_of
 from patchkern.data.preparation import add_arguments, load
-from patchkern.evaluation import most_popular, transitions
-from patchkern.evaluation.metrics import METRICS, Evaluation, evaluate
+from patchkern.evaluation import Evaluation, most_popular, transitions
+from patchkern.evaluation.metrics import METRICS, evaluate
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.search.arguments import SEARCHES
 from patchkern.search.recommend import generate_titles
-from patchkern.training import find_model
+from patchkern.training import find_model, target_nll
+from recipes import models
+from recipes.commands import Parser
+from recipes.ranking import Lists, likeliest, recommend
+from recipes.results import KS, Result, Results
 
-KS = (10, 20)
-PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior}
+PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
+POLICIES = ("text", "items", "sessions")
+K = max(KS)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     args = parse(argv)
-    folder = find_model(args.checkpoint, "checkpoint")
-    path = Path(args.output) if args.output else folder / f"{args.split}-{args.metric}.csv"
+    path = output_path(args)
     check_writable(path)
     data = load(args)
-    samples = Samples(*(column[: args.limit] for column in samples_of(data, args.split)))
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
-    model = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=getattr(torch, args.dtype))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"BACKEND {describe_backend(model.device)}")
-    policy = chosen_policy(model, args)
-    rows = pk.build_layout(catalog, data.before(samples), policy, model.prompt)
-    print(f"{data}\n{folder}: {policy}, {samples.users.size:,} {args.split} samples")
-    print(
-        f"{rows.num_rows / samples.users.size:.1f} rows a prompt, compression {rows.compression_ratio:.2f}", flush=True
+    samples = samples_of(data, args.split).spread(args.limit)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # flash attention takes no float32
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    words = models.words_of(data)
+    model, _ = models.load_model(
+        args.checkpoint, data.titles, dtype=getattr(torch, dtype), words=words, argument="checkpoint"
     )
+    model.to(device).eval()
+    print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"BACKEND {describe_backend(model.device)}, {dtype}")
+    policy = chosen_policy(model, args)
+    rows = pk.row_counts(model.catalog, data.before(samples), policy, model.prompt)
+    first = pk.build_layout(model.catalog, data.before(samples.spread(1000)), policy, model.prompt)
+    results = Results(data, samples, model.catalog)
+    print(f"{data}\n{args.checkpoint}: {policy}, {samples.users.size:,} {args.split} samples", end="")
+    print(f" of {results.num_users:,} users")
+    print(f"{rows.mean():.1f} rows a prompt, compression {first.compression_ratio:.2f}", flush=True)
 
+    priors = [PRIORS[name](data, model.catalog) for name in args.prior]
     started = time.perf_counter()
-    found = recommend(model, data, samples, policy, args)
+    found, lists = recommended(model, data, samples, policy, args)
     seconds = time.perf_counter() - started
-    results = {"this model": found}
+    nll = {}
+    if args.metric == "strict":
+        nll["NLL title"] = target_nll(model, data.histories, samples, policy)
+    results["this model"] = Result(found, lists, nll)
     say(results)
-    write_csv(path, data, samples, found)
-    if args.prior != "none":
-        prior = PRIORS[args.prior](data, catalog)
-        weight = fitted_weight(model, data, policy, prior, args) if args.prior_weight is None else args.prior_weight
-        found = recommend(model, data, samples, policy, args, prior=prior, prior_weight=weight)
-        results[f"+ {args.prior} (weight {weight:g})"] = found
+    results.write("this model", path)
+    if priors:
+        weights = fitted_weights(model, data, policy, priors, args)
+        name = f"+ {' + '.join(args.prior)} (weight {', '.join(f'{weight:g}' for weight in weights)})"
+        results[name] = Result(
+            *recommended(model, data, samples, policy, args, prior=together(priors, weights), prior_weight=1.0)
+        )
         say(results)
-        write_csv(path.with_name(f"{path.stem}-{args.prior}{path.suffix}"), data, samples, found)
-    results |= yardsticks(data, samples, catalog, None if args.exclude_seen else 100)
+        results.write(name, path.with_name(f"{path.stem}-{'-'.join(args.prior)}{path.suffix}"))
+    for name, prior in zip(args.prior, priors, strict=True):
+        alone = likeliest(data, model.catalog, samples, prior, K, unseen=args.exclude_seen).as_lists()
+        results[f"{name} prior alone"] = counted(alone, data, samples, model.catalog)
+    yardsticks(results, None if args.exclude_seen else 100)
 
-    print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks by item\n")
-    print("\n".join(table(results)))
+    print(
+        f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; errors over {results.num_users:,} users; "
+    )
+    print("yardsticks and priors by item\n")
+    parts = [results.table(), results.further()]
+    if args.metric == "strict":
+        parts.append(results.differences())
+    for part in parts:
+        print("\n".join([*part, ""]))
+    if args.slices:
+        sliced = path.with_name(f"{path.stem}-slices{path.suffix}")
+        results.write_slices(sliced)
+        print("\n".join([*results.by_slices(), "", f"all measures by slices: {sliced}"]))
     ambiguous = found[-1].num_ambiguous
-    print(f"\n{ambiguous:,} samples whose target shares its title with another item; per user: {path}", flush=True)
-    return results
+    print(f"{ambiguous:,} samples whose target shares its title with another item; per sample: {path}", flush=True)
+    return {name: result.found for name, result in results.items()}
 
 
-def say(results: dict[str, list[Evaluation]]) -> None:
+def say(results: Results) -> None:
     """The latest result, before it is written: a failing write must not take it along."""
-    name, found = list(results.items())[-1]
-    print(f"{name}: {'; '.join(map(str, found))}", flush=True)
+    name, result = list(results.items())[-1]
+    print(f"{name}: {'; '.join(map(str, result.found))}", flush=True)
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """--output, else a file beside a model that patchkern saved, or below runs/ for any other."""
+    name = f"{args.split}-{args.metric}.csv"
+    if args.output:
+        return Path(args.output)
+    if models.is_saved(args.checkpoint):
+        return find_model(args.checkpoint, "checkpoint") / name
+    return Path("runs") / f"{Path(args.checkpoint).name}-{args.policy}" / name
 
 
 def check_writable(path: Path) -> None:
@@ -109,163 +147,168 @@ def check_writable(path: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run of recipes/train.py, or one of its checkpoints")
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", help="a run of recipes/train.py, one of its checkpoints, or any causal LM")
     add_arguments(parser)
     parser.add_argument("--split", choices=["test", "val"], default="test")
-    parser.add_argument("--limit", type=int, help="the first so many samples only")
+    parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
     parser.add_argument("--search", choices=SEARCHES, default="beam")
-    parser.add_argument("--num_beams", type=int, default=max(KS), help="of both searches; at least %(default)s")
-    parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained)")
+    parser.add_argument("--num_beams", type=int, default=K, help="of all searches; at least %(default)s")
+    parser.add_argument("--policy", choices=POLICIES, help="how histories are read (default: as trained)")
+    parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
+    parser.add_argument("--keep_text", type=int, help="latest items that stay text beside item patches")
+    parser.add_argument("--group_size", type=int, help="items of a session patch")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
-    parser.add_argument("--prior", choices=["none", *PRIORS], default="none", help="another row, with this prior")
-    parser.add_argument("--prior_weight", type=float, help="of the prior (default: fitted on the validation split)")
+    parser.add_argument("--prior", nargs="+", choices=PRIORS, default=[], help="another row, with these priors")
+    parser.add_argument(
+        "--prior_weight", nargs="+", type=float, help="of each prior (default: fitted on the validation split)"
+    )
     parser.add_argument(
         "--fit_limit", type=int, default=1000, help="validation samples to fit on (default: %(default)s)"
     )
+    parser.add_argument("--slices", action="store_true", help="also by length of history and by count in training")
     parser.add_argument("--batch_size", type=int, default=64, help="users searched together")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--memory_budget", help='of the searches, such as "40GiB": fewer users together where needed')
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32, on a GPU bfloat16)"
+    )
     parser.add_argument("--output", help="the CSV (default: beside the model)")
     args = parser.parse_args(argv)
-    for name in ("limit", "max_items"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    least = {"limit": 1, "max_items": 1, "keep_text": 0, "group_size": 1, "batch_size": 1}
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            parser.error(f"--{name}: expected at least {smallest}, got {value}")
+    if args.memory_budget is not None:
+        try:
+            parse_bytes("--memory_budget", args.memory_budget)
+        except ValueError as error:
+            parser.error(str(error))
     check_prior(parser, args)
-    if args.num_beams < max(KS):
-        parser.error(f"--num_beams: expected at least {max(KS)}, the length of the lists, got {args.num_beams}")
-    if args.metric == "paper" and (args.exclude_seen or args.num_beams != max(KS)):
+    if args.num_beams < K:
+        parser.error(f"--num_beams: expected at least {K}, the length of the lists, got {args.num_beams}")
+    if args.metric == "paper" and (args.exclude_seen or args.num_beams != K):
         parser.error(
             "--metric paper: expected neither --exclude_seen nor --num_beams, which its protocol does not have"
         )
+    if args.policy is None and not models.is_saved(args.checkpoint):
+        parser.error("--policy: expected one with a model that patchkern did not save, which has none")
     return args
 
 
 def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.fit_limit < 1:
         parser.error(f"--fit_limit: expected at least 1, got {args.fit_limit}")
-    if args.prior == "none":
+    if not args.prior:
         if args.prior_weight is not None:
             parser.error("--prior_weight: expected a --prior that it weighs")
         return
+    if len(set(args.prior)) < len(args.prior):
+        parser.error(f"--prior: expected each once, got {' '.join(args.prior)}")
     if args.metric == "paper" or args.search == "diverse":
         parser.error("--prior: expected none with --metric paper or --search diverse, whose protocol has none")
     if args.prior_weight is None and args.split == "val":
         parser.error("--prior_weight: expected with --split val, or it would be fitted to the samples it is shown on")
-    if args.prior_weight is not None and not 0 <= args.prior_weight < float("inf"):
-        parser.error(f"--prior_weight: expected at least 0, got {args.prior_weight}")
+    if args.prior_weight is None:
+        return
+    if len(args.prior_weight) != len(args.prior):
+        parser.error(f"--prior_weight: expected one for each --prior ({len(args.prior)}), got {len(args.prior_weight)}")
+    wrong = [weight for weight in args.prior_weight if not 0 <= weight < float("inf")]
+    if wrong:
+        parser.error(f"--prior_weight: expected at least 0, got {wrong[0]}")
 
 
 def chosen_policy(model: pk.PatchedCausalLM, args: argparse.Namespace) -> AnyPolicy:
-    """The model's, with fewer items or more if that is asked for."""
-    if model.policy is None:
-        raise ValueError(f"checkpoint: expected a model saved with its policy, got {args.checkpoint!r} without one")
+    """--policy, else the model's; with what is asked for of it."""
+    given = {name: getattr(args, name) for name in ("max_items", "keep_text", "group_size")}
+    given = {name: value for name, value in given.items() if value is not None}
     policy: Any = model.policy
-    return policy if args.max_items is None else replace(policy, max_items=args.max_items)
+    if args.policy is not None:
+        kinds = {"text": pk.TextOnly(), "items": pk.ItemPatches(), "sessions": pk.SessionPatches(align="start")}
+        policy = kinds[args.policy]
+    if policy is None:
+        raise ValueError(f"--policy: expected one, as {args.checkpoint!r} was saved without")
+    own = {field.name for field in fields(policy)}
+    for name in given:
+        if name not in own:
+            raise ValueError(f"--{name}: expected only with a policy that has it, got {policy}")
+    return replace(policy, **given)
 
 
-def fitted_weight(
-    model: pk.PatchedCausalLM, data: Interactions, policy: AnyPolicy, prior: Any, args: argparse.Namespace
-) -> float:
-    """The best on validation samples, spread evenly over the split."""
-    samples = data.samples("val")
-    if not samples.users.size:
-        raise ValueError("--prior_weight: expected one for data without validation samples to fit it on")
-    chosen = np.unique(np.linspace(0, samples.users.size - 1, args.fit_limit).astype(np.int64))
-    samples = Samples(*(column[chosen] for column in samples))
-    fit = pk.fit_prior_weight(
-        model,
-        data.before(samples),
-        data.targets(samples),
-        policy,
-        prior,
-        k=max(KS),
-        exclude_seen=args.exclude_seen,
-        batch_size=args.batch_size,
-    )
-    curve = "  ".join(f"{weight:g}: {found.ndcg(max(KS)):.4f}" for weight, found in fit.curve.items())
-    print(f"{args.prior}: NDCG@{max(KS)} on {chosen.size:,} validation samples by weight: {curve}", flush=True)
-    return fit.weight
+# ------------------------------------------------------------------ recommending
 
 
-def recommend(
+def recommended(
     model: pk.PatchedCausalLM,
     data: Interactions,
     samples: Samples,
     policy: AnyPolicy,
     args: argparse.Namespace,
     **options: Any,
-) -> list[Evaluation]:
-    """One evaluation for all k, or, as the paper decodes anew for each k, one per k."""
-    histories, targets = data.before(samples), data.targets(samples)
+) -> tuple[list[Evaluation], Lists]:
+    """One evaluation for all k, or, as the paper decodes anew for each k, one per k; and the longest lists."""
+    shared = {"batch_size": args.batch_size, "memory_budget": args.memory_budget}
     if args.metric == "paper":
+        decoded = [generate_titles(model, data.before(samples), policy, num_beams=k, **shared) for k in KS]
+        targets = data.targets(samples)
         return [
-            evaluate(
-                generate_titles(model, histories, policy, num_beams=k, batch_size=args.batch_size),
-                targets,
-                [k],
-                "paper",
-                catalog=model.catalog,
-            )
-            for k in KS
-        ]
-    lists = model.recommend(
-        histories,
+            evaluate(lists, targets, [k], "paper", catalog=model.catalog, users=samples.users)
+            for k, lists in zip(KS, decoded, strict=True)
+        ], decoded[-1]
+    options |= {"k": K, "num_beams": args.num_beams, "search": args.search, "exclude_seen": args.exclude_seen}
+    result = counted(recommend(model, data, samples, policy, **shared, **options), data, samples, model.catalog)
+    return result.found, result.lists
+
+
+def counted(lists: Lists, data: Interactions, samples: Samples, catalog: pk.Catalog) -> Result:
+    return Result([evaluate(lists, data.targets(samples), KS, catalog=catalog, users=samples.users)], lists)
+
+
+def yardsticks(results: Results, max_items: int | None) -> None:
+    """Recommenders without a model."""
+    data, samples = results.data, results.samples
+    rankings = {
+        "most popular": most_popular(data, samples, K),
+        "most popular, unseen": most_popular(data, samples, K, unseen=True, max_items=max_items),
+        "transitions, unseen": transitions(data, samples, K, max_items=max_items),
+    }
+    for name, ranking in rankings.items():
+        results[name] = counted(ranking.as_lists(), data, samples, results.catalog)
+
+
+# ------------------------------------------------------------------ priors
+
+
+def fitted_weights(
+    model: pk.PatchedCausalLM, data: Interactions, policy: AnyPolicy, priors: list[Any], args: argparse.Namespace
+) -> list[float]:
+    """--prior_weight, else the best on validation samples, spread evenly over the split."""
+    if args.prior_weight is not None:
+        return list(args.prior_weight)
+    samples = data.samples("val").spread(args.fit_limit)
+    if not samples.users.size:
+        raise ValueError("--prior_weight: expected one for data without validation samples to fit it on")
+    (prior,) = priors
+    fit = pk.fit_prior_weight(
+        model,
+        data.before(samples),
+        data.targets(samples),
         policy,
-        k=max(KS),
-        num_beams=args.num_beams,
-        search=args.search,
+        prior,
+        k=K,
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
-        **options,
+        memory_budget=args.memory_budget,
     )
-    return [evaluate(lists, targets, KS, catalog=model.catalog)]
+    curve = "  ".join(f"{weight:g}: {found.ndcg(K):.4f}" for weight, found in fit.curve.items())
+    print(f"{args.prior[0]}: NDCG@{K} on {samples.users.size:,} validation samples by weight: {curve}", flush=True)
+    return [fit.weight]
 
 
-def yardsticks(
-    data: Interactions, samples: Samples, catalog: pk.Catalog, max_items: int | None
-) -> dict[str, list[Evaluation]]:
-    """Recommenders without a model, counted by item."""
-    k, targets = max(KS), data.targets(samples)
-    rankings = {
-        "most popular": most_popular(data, samples, k),
-        "most popular, unseen": most_popular(data, samples, k, unseen=True, max_items=max_items),
-        "transitions, unseen": transitions(data, samples, k, max_items=max_items),
-    }
-    return {name: [evaluate(r.as_lists(), targets, KS, catalog=catalog)] for name, r in rankings.items()}
-
-
-def table(results: dict[str, list[Evaluation]]) -> list[str]:
-    rows = {
-        name: {key: value for part in parts for key, value in part.as_dict().items()} for name, parts in results.items()
-    }
-    width = 2 + max(map(len, rows))
-    columns = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
-    lines = ["".ljust(width) + "".join(column.rjust(18) for column in columns)]
-    for name, row in rows.items():
-        cells = [f"{row[column]:.4f} ± {row[column + ' ±']:.4f}".rjust(18) for column in columns]
-        lines.append(name.ljust(width) + "".join(cells))
-    return lines
-
-
-def write_csv(path: Path, data: Interactions, samples: Samples, found: Sequence[Evaluation]) -> None:
-    """One line per sample; a rank of 0: not in the list. With one list per k, ``rank`` is that of the longest."""
-    hits: dict[str, Any] = {f"hit@{k}": part.hits(k).astype(int) for part in found for k in part.ks}
-    columns = {
-        "user": data.user_ids[samples.users],
-        "position": samples.positions,
-        "target": data.targets(samples),
-        "rank": found[-1].ranks,
-        **hits,
-        "shared_title": found[-1].ambiguous.astype(int),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-    unfinished.replace(path)
+def together(priors: list[Any], weights: list[float]) -> Any:
+    """The weighted sum of priors, as one of weight 1."""
+    return lambda histories: sum(weight * prior(histories) for prior, weight in zip(priors, weights, strict=True))
 
 
 if __name__ == "__main__":

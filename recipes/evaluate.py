@@ -101,10 +101,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         results[f"{name} prior alone"] = counted(alone, data, samples, model.catalog)
     yardsticks(results, None if args.exclude_seen else 100)
 
-    print(
-        f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; errors over {results.num_users:,} users; "
-    )
-    print("yardsticks and priors by item\n")
+    print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks and priors alone by item")
+    print(f"± one standard error over {results.num_users:,} users\n")
     parts = [results.table(), results.further()]
     if args.metric == "strict":
         parts.append(results.differences())

@@ -291,7 +291,7 @@ def test_filters_that_take_everything_are_named_before_anything_is_written(
     assert "rated 1 or better" in capsys.readouterr().out and trainer.state.global_step == 1
     with pytest.raises(ValueError, match="rated above 3: 0 of"):
         evaluate.main([str(output), "--data", str(likes)])
-    short = ["--data", str(likes), "--min_rating", "1", "--split", "val", "--limit", "2", "--prior", "none"]
+    short = ["--data", str(likes), "--min_rating", "1", "--split", "val", "--limit", "2"]
     assert "this model" in evaluate.main([str(output), *short])
 
 

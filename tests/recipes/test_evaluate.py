@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate.py on a tiny model of random weights, against the library called directly; compare.py on what it writes."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import patchkern as pk
+from patchkern.data import Interactions, open_dataset, synthetic, write_parquet
+from patchkern.evaluation import TRAINING_COUNTS, estimate, paired_difference, training_counts
+from patchkern.evaluation.metrics import evaluate as count
+from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.training import target_nll
+from recipes import compare, evaluate, per_sample, ranking
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Interactions]:
+    path = tmp_path_factory.mktemp("data") / "small"
+    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
+    return str(path), open_dataset(path)
+
+
+@pytest.fixture(scope="module")
+def plain(data: tuple[str, Interactions], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a transformers model, as any hub has it."""
+    folder = tmp_path_factory.mktemp("models") / "plain"
+    tokenizer = fit_tokenizer(data[1].titles.values(), 300)
+    scratch_model(tokenizer, **SHAPE).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(data: tuple[str, Interactions], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pk.PatchedCausalLM]:
+    """A model that patchkern saved."""
+    folder = tmp_path_factory.mktemp("runs") / "items"
+    tokenizer = fit_tokenizer(data[1].titles.values(), 300)
+    catalog = pk.Catalog.from_titles(data[1].titles, tokenizer)
+    policy = pk.ItemPatches(1, max_items=None)
+    model = pk.PatchedCausalLM(scratch_model(tokenizer, **SHAPE), catalog, scratch_prompt(tokenizer), policy).eval()
+    model.save_pretrained(folder, tokenizer=tokenizer)
+    return str(folder), model
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+# ------------------------------------------------------------------ evaluate.py
+
+
+def test_everything_at_once(
+    data: tuple[str, Interactions],
+    run: tuple[str, pk.PatchedCausalLM],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (source, interactions), (folder, model) = data, run
+    output = tmp_path / "out.csv"
+    priors = ["--prior", "transitions", "linear", "--prior_weight", "0.5", "2"]
+    flags = ["--exclude_seen", "--slices", "--memory_budget", "2GiB", "--batch_size", "5", "--output", str(output)]
+    results = evaluate.main([folder, "--data", source, *priors, *flags])
+    printed = capsys.readouterr().out
+    together = "+ transitions + linear (weight 0.5, 2)"
+    assert list(results) == [
+        *("this model", together, "transitions prior alone", "linear prior alone"),
+        *("most popular", "most popular, unseen", "transitions, unseen"),
+    ]
+    samples = interactions.samples("test")
+    histories, targets = interactions.before(samples), interactions.targets(samples)
+    expected = count(model.recommend(histories, exclude_seen=True), targets, catalog=model.catalog, users=samples.users)
+    (found,) = results["this model"]
+    assert found.ranks.tolist() == expected.ranks.tolist()
+    assert found.as_dict() == expected.as_dict(), "errors are over users"
+    assert (
+        found.as_dict()["HR@20 ±"]
+        != count(model.recommend(histories, exclude_seen=True), targets, catalog=model.catalog).as_dict()["HR@20 ±"]
+    )
+    for name in results:
+        assert f"\n{name} " in printed
+    assert f"errors over {np.unique(samples.users).size} users" in printed.replace(
+        "± one standard error over", "errors over"
+    )
+
+    first, second = (kind(interactions, model.catalog) for kind in (pk.TransitionPrior, pk.LinearPrior))
+    lists = model.recommend(histories, exclude_seen=True, prior=lambda past: 0.5 * first(past) + 2 * second(past))
+    assert results[together][0].ranks.tolist() == count(lists, targets, catalog=model.catalog).ranks.tolist()
+    assert [int(row["rank"]) for row in rows_of(tmp_path / "out-transitions-linear.csv")] == (
+        results[together][0].ranks.tolist()
+    )
+
+    rows = rows_of(output)
+    nll = target_nll(model, interactions.histories, samples)
+    assert [float(row["NLL title"]) for row in rows] == pytest.approx(nll.tolist(), abs=1e-4)
+    assert [int(row["history_length"]) for row in rows] == histories.lengths.tolist()
+    counts = training_counts(interactions, model.catalog)[model.catalog.index_of(targets)]
+    assert [int(row["training_count"]) for row in rows] == counts.tolist()
+    assert f"{estimate(nll, samples.users).mean:.4f} ± " in printed
+
+    sliced = {
+        (row["result"], row["by"], row["slice"], row["measure"]): row for row in rows_of(tmp_path / "out-slices.csv")
+    }
+    own = [row for key, row in sliced.items() if key[0] == together and key[3] == "HR@20"]
+    parts = [row for row in own if row["by"].startswith("training")]
+    assert [row["slice"] for row in parts] == ["0", "1-4", "5-19", "20+"] and len(parts) == len(TRAINING_COUNTS)
+    assert sum(int(row["samples"]) for row in parts) == samples.users.size
+    hits = sum(int(row["samples"]) * float(row["mean"] or 0) for row in parts)
+    assert hits == pytest.approx(results[together][0].hits(20).sum())
+    few = (counts >= 5) & (counts < 20)
+    if few.any():
+        assert float(sliced[together, "training interactions of the target", "5-19", "HR@20"]["mean"]) == (
+            pytest.approx(results[together][0].take(few).hr(20))
+        )
+    assert "training interactions of the target (0: cold)" in printed and "HR@20 by history length" in printed
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_limit_is_spread_over_all_samples(
+    data: tuple[str, Interactions], run: tuple[str, pk.PatchedCausalLM], tmp_path: Path
+) -> None:
+    output = tmp_path / "few.csv"
+    evaluate.main([run[0], "--data", data[0], "--limit", "9", "--output", str(output)])
+    samples = data[1].samples("test")
+    chosen = np.linspace(0, samples.users.size - 1, 9).astype(int)
+    assert [int(row["user"]) for row in rows_of(output)] == data[1].user_ids[samples.users[chosen]].tolist()
+    assert [int(row["position"]) for row in rows_of(output)] == samples.positions[chosen].tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        (["--policy", "text", "--max_items", "7"], pk.TextOnly(7)),
+        (["--policy", "items", "--keep_text", "2"], pk.ItemPatches(2)),
+        (["--policy", "sessions", "--group_size", "3"], pk.SessionPatches(3, align="start")),
+    ],
+)
+def test_zero_shot(
+    flags: list[str], policy: Any, data: tuple[str, Interactions], plain: str, run: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "zero.csv"
+    (found,) = evaluate.main([plain, "--data", data[0], "--output", str(output), "--limit", "20", *flags])["this model"]
+    samples = data[1].samples("test").spread(20)
+    # the same weights, catalogue and prompt
+    lists = run[1].recommend(data[1].before(samples), policy)
+    expected = count(lists, data[1].targets(samples), catalog=run[1].catalog)
+    assert found.ranks.tolist() == expected.ranks.tolist()
+    assert not list(Path(plain).glob("*.csv"))
+
+
+def test_another_policy_than_the_model_was_saved_with(data: Any, run: Any, tmp_path: Path) -> None:
+    flags = ["--data", data[0], "--limit", "12", "--output", str(tmp_path / "x.csv")]
+    samples = data[1].samples("test").spread(12)
+
+    def ranks(policy: Any) -> list[int]:
+        lists = run[1].recommend(data[1].before(samples), policy)
+        return count(lists, data[1].targets(samples), catalog=run[1].catalog).ranks.tolist()
+
+    (found,) = evaluate.main([run[0], *flags, "--policy", "text"])["this model"]
+    assert found.ranks.tolist() == ranks(pk.TextOnly())
+    (found,) = evaluate.main([run[0], *flags, "--keep_text", "3"])["this model"]
+    assert found.ranks.tolist() == ranks(pk.ItemPatches(3, None))
+    with pytest.raises(ValueError, match="--group_size: expected only with a policy that has it, got ItemPatches"):
+        evaluate.main([run[0], *flags, "--group_size", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["runs", "--nu_beams", "40"], "--nu_beams: expected --num_beams?"),
+        (["runs", "--exclude-seen"], "--exclude-seen: expected --exclude_seen?"),
+        (["runs", "--limit", "0"], "--limit: expected at least 1, got 0"),
+        (["runs"], "--policy: expected one with a model that patchkern did not save"),
+        (["runs", "--policy", "text", "--memory_budget", "much"], "--memory_budget: expected"),
+        (["runs", "--prior_weight", "1"], "--prior_weight: expected a --prior that it weighs"),
+        (["runs", "--prior", "linear", "linear"], "--prior: expected each once, got linear linear"),
+        (["runs", "--prior", "linear", "--prior_weight", "1", "2"], "expected one for each --prior (1), got 2"),
+        (["runs", "--prior", "linear", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
+        (["runs", "--prior", "linear", "--search", "diverse"], "--prior: expected none with --metric paper or"),
+        (["runs", "--prior", "linear", "--split", "val"], "--prior_weight: expected with --split val"),
+    ],
+)
+def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.parse([*flags, "--data", "synthetic"])
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ prompts that samples share
+
+
+@pytest.mark.parametrize("policy", [pk.TextOnly(None), pk.ItemPatches(1, None), pk.SessionPatches(3, None, "start")])
+def test_shared_prompts_change_nothing(policy: Any, data: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision the scores too, up to its rounding."""
+    model = pk.PatchedCausalLM(run[1].hf_model.to(torch.float64), run[1].catalog, run[1].prompt, policy)
+    samples = data[1].samples("test")
+    monkeypatch.setattr(ranking, "SHARED_ENOUGH", 0.0)
+    options = {"batch_size": 7, "k": 5, "num_beams": 5, "exclude_seen": True}
+    caches = []
+    make = pk.UserCache
+
+    def kept(*arguments: Any) -> pk.UserCache:
+        caches.append(make(*arguments))
+        return caches[-1]
+
+    monkeypatch.setattr(pk, "UserCache", kept)
+    shared = ranking.recommend(model, data[1], samples, policy, **options)
+    apart = model.recommend(data[1].before(samples), policy, **options)
+    run[1].hf_model.to(torch.float32)
+    (cache,) = caches
+    assert 0 < cache.num_bytes <= cache.max_bytes
+    assert [[item for item, _ in row] for row in shared] == [[item for item, _ in row] for row in apart]
+    scores = [[[score for _, score in row] for row in lists] for lists in (shared, apart)]
+    np.testing.assert_allclose(*scores, rtol=0, atol=1e-10)
+
+
+def test_prompts_are_shared_where_that_pays(data: Any, run: Any) -> None:
+    model, samples = run[1], data[1].samples("test")
+    histories = data[1].before(samples)
+    text = ranking.shared_rows(model, histories, pk.TextOnly(None))
+    assert 0.5 < text < 1 and ranking.shared_rows(model, histories, pk.TextOnly(2)) < 0.1
+    # by hand: what two samples one after the other begin with
+    one, other = (pk.build_layout(model.catalog, histories.take([n]), pk.TextOnly(None), model.prompt) for n in (0, 1))
+    rows = [pk.row_hashes(layout).tolist() for layout in (one, other)]
+    same = next(n for n, (a, b) in enumerate(zip(*rows, strict=False)) if a != b)
+    prefix = len(model.prompt.prefix)
+    expected = (same - prefix) / (len(rows[1]) - prefix)
+    assert ranking.shared_rows(model, histories.take([0, 1]), pk.TextOnly(None)) == pytest.approx(expected)
+
+    def cache(policy: Any, batch_size: int = 8, budget: Any = None) -> Any:
+        return ranking.prompt_cache(model, histories, policy, batch_size, budget)
+
+    assert cache(pk.TextOnly(None)) is not None
+    assert cache(pk.TextOnly(2)) is None, "nothing to share"
+    assert cache(pk.TextOnly(None), batch_size=len(histories)) is None, "one batch"
+    most = cache(pk.TextOnly(None)).max_bytes
+    assert (
+        cache(pk.TextOnly(None), budget=4 * most) is not None and cache(pk.TextOnly(None), budget=4 * most - 1) is None
+    )
+
+
+@pytest.mark.parametrize(("size", "width"), [(0, 3), (1, 3), (7, 3), (9, 3), (10, 4), (5, 64)])
+def test_lanes_hold_every_sample_once_and_in_order(size: int, width: int) -> None:
+    rounds = list(ranking.lanes(size, width))
+    assert sorted(sample for _, chosen in rounds for sample in chosen.tolist()) == list(range(size))
+    assert all(len(set(lane.tolist())) == lane.size <= width for lane, _ in rounds)
+    last: dict[int, int] = {}
+    for lane, chosen in rounds:
+        for number, sample in zip(lane.tolist(), chosen.tolist(), strict=True):
+            assert sample == last.get(number, sample - 1) + 1
+            last[number] = sample
+
+
+# ------------------------------------------------------------------ compare.py
+
+
+def written(path: Path, users: list[Any], ranks: list[int], **changed: Any) -> Path:
+    size = len(users)
+    columns = {
+        "user": users, "position": range(size), "target": [10 + n for n in range(size)], "rank": ranks,
+        "hit@1": [int(rank == 1) for rank in ranks], "hit@3": [int(0 < rank <= 3) for rank in ranks],
+        "NLL title": [0.5 * rank for rank in ranks], "history_length": [30] * size, "training_count": range(size),
+        **changed,
+    }  # fmt: skip
+    per_sample.write(path, {name: np.array(list(column)) for name, column in columns.items()})
+    return path
+
+
+def test_two_files_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    users, ranks = ["a", "a", "b", "c"], ([1, 0, 3, 2], [1, 1, 0, 1])
+    one, other = (written(tmp_path / f"{n}.csv", users, ranks[n]) for n in (0, 1))
+    found = compare.main([str(one), str(other), "--slices"])
+    assert list(found) == ["HR@1", "HR@3", "NDCG@3", "MRR@3", "NLL title"]
+    first, second, difference = found["HR@1"]
+    assert first == estimate([1, 0, 0, 0], users) and second == estimate([1, 1, 0, 1], users)
+    assert difference == paired_difference([1, 1, 0, 1], [1, 0, 0, 0], users)
+    gains = [[1, 0, 0.5, 1 / math.log2(3)], [1, 1, 0, 1]]
+    assert found["NDCG@3"][2].mean == pytest.approx(np.mean(gains[1]) - np.mean(gains[0]))
+    assert found["MRR@3"][0].mean == pytest.approx((1 + 1 / 3 + 1 / 2) / 4)
+    assert found["NLL title"][2] == paired_difference([0.5, 0.5, 0, 0.5], [0.5, 0, 1.5, 1], users)
+    printed = capsys.readouterr().out
+    assert "4 samples of 3 users" in printed and f"| HR@1      | {first} | {second} | " in printed
+    assert "history length 20-49: 4 samples of 3 users" in printed
+    assert "training interactions of the target 1-4: 3 samples of 3 users" in printed
+
+
+def test_another_order_is_the_same(tmp_path: Path) -> None:
+    one = written(tmp_path / "1.csv", [1, 1, 2], [1, 0, 2])
+    other = written(tmp_path / "2.csv", [2, 1, 1], [2, 0, 1], position=[2, 1, 0], target=[12, 11, 10])
+    assert all(difference.mean == 0 for _, _, difference in compare.main([str(one), str(other)]).values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"target": [10, 11, 99]}, "1 only in .*2.csv, such as the one of user 2 at position 2, target 99; 1 only in "),
+        ({"users": [1, 1, 3]}, "1 only in .*2.csv, such as the one of user 3 at position 2, target 12"),
+        ({"position": [0, 0, 2], "target": [10, 10, 12]}, "expected every sample once, got the one of user 1 at posi"),
+        ({"hit@1": ["x", "0", "0"]}, "2.csv: expected 9 values in line 2"),
+    ],
+)
+def test_files_of_other_samples_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    one = written(tmp_path / "1.csv", [1, 1, 2], [1, 0, 2])
+    other = written(tmp_path / "2.csv", changed.pop("users", [1, 1, 2]), [1, 0, 2], **changed)
+    with pytest.raises(ValueError, match=message):
+        compare.main([str(one), str(other)])
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"x.csv: expected a file of evaluate.py, with user, .* got columns a, b"):
+        per_sample.read(path)
+
+
+def test_what_evaluate_writes_is_read(data: Any, run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    flags = [
+        "--data",
+        data[0],
+        "--prior",
+        "popularity",
+        "--prior_weight",
+        "1",
+        "--limit",
+        "30",
+        "--output",
+        str(output),
+    ]
+    results = evaluate.main([run[0], *flags])
+    found = compare.main([str(output), str(tmp_path / "out-popularity.csv")])
+    (alone,), (together,) = list(results.values())[:2]
+    for name, difference in together.minus(alone).items():
+        if name in found:
+            assert found[name][2].mean == pytest.approx(difference.mean)
+            assert found[name][2].error == pytest.approx(difference.error)
+    assert list(found) == ["HR@10", "HR@20", "NDCG@20", "MRR@20"], "a likelihood is only the model's own"

@@ -20,7 +20,7 @@ copy in the same run.
 
 On the CPU the allocator is as every process has it: large results come in fresh memory, whose page faults cost more
 than the work on most virtual machines, and `native` is the only provider that can write into memory it is given. With
---warm-memory glibc keeps what was freed, no provider meets a page fault, and the kernels alone are compared. Timings
+--warm_memory glibc keeps what was freed, no provider meets a page fault, and the kernels alone are compared. Timings
 are CPU time of one thread unless told otherwise, so that busy neighbours only cost cache and bandwidth. On a GPU they
 are CUDA events with a cold L2 cache. A provider whose result is wrong gets no timing, and the script fails.
 """
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="cpu: one thread's own time")
     parser.add_argument("--cold", action="store_true", help="sweep the CPU's caches before every call")
-    parser.add_argument("--warm-memory", action="store_true", help="let the allocator keep what is freed")
+    parser.add_argument("--warm_memory", action="store_true", help="let the allocator keep what is freed")
     output.add_option(parser, "pool_rows_cuda.csv" if kind == "cuda" else "pool_rows.csv or pool_rows_warm_memory.csv")
     parser.set_defaults(**DEFAULTS[kind])
     arguments = parser.parse_args(argv)

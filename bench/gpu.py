@@ -10,7 +10,7 @@ Steps run in order of value, each under a limit of its own, and none prevents th
 to the folder --output (default: $OUT, else runs/bench/gpu, numbered where there is one already). The last lines say how
 each step ended and which targets were met.
 
-On a machine without a CUDA device, and with --dry-run, the same steps run on the CPU with tiny sizes, so that no typing
+On a machine without a CUDA device, and with --dry_run, the same steps run on the CPU with tiny sizes, so that no typing
 error waits for a GPU; what that measures means nothing and goes to build/gpu-dry-run.
 """
 
@@ -112,9 +112,9 @@ STEPS = (
         "bench-search",
         6,
         "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies peers scaling "
-        "--rounds 2 --long-batch 58 --output {out}/search_cuda.csv",
-        "{python} bench/bench_search.py --shape tiny --parts policies scaling --long-users 1 --long-rounds 1 "
-        "--scaling-items 200 400 --output {out}/search_cuda.csv",
+        "--rounds 2 --long_batch 58 --output {out}/search_cuda.csv",
+        "{python} bench/bench_search.py --shape tiny --parts policies scaling --long_users 1 --long_rounds 1 "
+        "--scaling_items 200 400 --output {out}/search_cuda.csv",
     ),
     Step(
         "long-history",
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of tables, plots and the log, which are replaced (default: $OUT, else runs/bench/gpu, numbered where "
         "there is one already)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--dry_run", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
     args = parser.parse_args(argv)
     if args.list:

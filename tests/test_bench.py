@@ -416,12 +416,12 @@ def test_no_step_prevents_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gpu.Step(name, 1, "", f"{{python}} -c 'raise SystemExit({code})'") for name, code in (("a", 1), ("b", 0))
     )
     monkeypatch.setattr(gpu, "STEPS", steps)
-    assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 1
+    assert gpu.main(["--dry_run", "--output", str(tmp_path)]) == 1
     summary = capsys.readouterr().out.partition("=== summary")[2].splitlines()
     assert [line.split()[0] for line in summary[1:3]] == ["a", "b"]
     assert summary[1].endswith("exit status 1") and summary[2].endswith("ok")
-    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--only", "b"]) == 0
-    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--minutes", "0"]) == 1
+    assert gpu.main(["--dry_run", "--output", str(tmp_path), "--only", "b"]) == 0
+    assert gpu.main(["--dry_run", "--output", str(tmp_path), "--minutes", "0"]) == 1
 
 
 def test_targets_are_told_met_from_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

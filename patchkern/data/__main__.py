@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m patchkern.data", description=__doc__.splitlines()[0])
     parser.add_argument("path", help="folder or file of a data set")
     parser.add_argument("--tokenizer", help="folder of a transformers tokenizer")
-    parser.add_argument("--keep-text", type=int, default=5, help="of item patches (default: %(default)s)")
-    parser.add_argument("--group-size", type=int, nargs="+", default=[5, 20], help="of session patches (default: 5 20)")
-    parser.add_argument("--max-items", type=int, default=100, help="latest items of a history (default: %(default)s)")
+    parser.add_argument("--keep_text", type=int, default=5, help="of item patches (default: %(default)s)")
+    parser.add_argument("--group_size", type=int, nargs="+", default=[5, 20], help="of session patches (default: 5 20)")
+    parser.add_argument("--max_items", type=int, default=100, help="latest items of a history (default: %(default)s)")
     add_filters(parser)
     arguments = parser.parse_args(argv)
 

@@ -62,8 +62,10 @@ def target_nll(
     model.eval()
     try:
         for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass):
+            targets = model.catalog.index_of(given.at(users[chosen], positions[chosen]))
+            sizes = model.catalog.lengths[targets] + len(model.prompt.response_end)
             with torch.no_grad():
-                nll[chosen] = _per_sample(model(layout).logits, layout)
+                nll[chosen] = _per_sample(model(layout).logits, layout, sizes)
     finally:
         model.train(training)
     return nll
@@ -120,16 +122,15 @@ def _filled(rows: Int64, most: int) -> Iterator[Int64]:
         yield np.arange(begin, rows.size)
 
 
-def _per_sample(logits: Tensor, layout: PatchLayout) -> NDArray[np.float64]:
-    """``(n,)`` for the layout's samples, in the order of their spans."""
-    if layout.logit_rows is None or layout.logit_labels is None:
-        raise RuntimeError("a layout with targets has no labels")
+def _per_sample(logits: Tensor, layout: PatchLayout, sizes: Int64) -> NDArray[np.float64]:
+    """``(n,)`` for the layout's samples, whose labels follow each other, so many of each."""
+    if layout.logit_labels is None or layout.logit_labels.shape[0] != sizes.sum():
+        raise RuntimeError(f"expected a layout with {sizes.sum()} labels, got {layout}")
     labels = layout.logit_labels.to(logits.device)
     double = logits.dtype == torch.float64
     pieces = [
         nn.functional.cross_entropy(part if double else part.float(), own, reduction="none")
         for part, own in zip(logits.split(_LABELS_AT_ONCE), labels.split(_LABELS_AT_ONCE), strict=True)
     ]
-    span = np.searchsorted(layout.cu_seqlens.cpu().numpy(), layout.logit_rows.cpu().numpy(), side="right")
-    _, sample = np.unique(span, return_inverse=True)
-    return np.bincount(sample, torch.cat(pieces).double().cpu().numpy()).astype(np.float64, copy=False)
+    nll = torch.cat(pieces).double().cpu().numpy()
+    return np.bincount(np.repeat(np.arange(sizes.size), sizes), nll).astype(np.float64, copy=False)

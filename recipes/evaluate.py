@@ -46,7 +46,7 @@ from patchkern.search.recommend import generate_titles
 from patchkern.training import find_model, target_nll
 from recipes import models
 from recipes.commands import Parser
-from recipes.ranking import Lists, likeliest, recommend
+from recipes.ranking import Lists, cache_of, likeliest, recommend
 from recipes.results import KS, Result, Results
 
 PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
@@ -288,9 +288,11 @@ def fitted_weights(
     if not samples.users.size:
         raise ValueError("--prior_weight: expected one for data without validation samples to fit it on")
     (prior,) = priors
+    histories = data.before(samples)
+    rows = int(pk.row_counts(model.catalog, histories, policy, model.prompt).sum())
     fit = pk.fit_prior_weight(
         model,
-        data.before(samples),
+        histories,
         data.targets(samples),
         policy,
         prior,
@@ -298,6 +300,7 @@ def fitted_weights(
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
         memory_budget=args.memory_budget,
+        user_cache=cache_of(model, rows, args.memory_budget),  # it searches twice
     )
     curve = "  ".join(f"{weight:g}: {found.ndcg(K):.4f}" for weight, found in fit.curve.items())
     print(f"{args.prior[0]}: NDCG@{K} on {samples.users.size:,} validation samples by weight: {curve}", flush=True)

@@ -75,9 +75,14 @@ def prompt_cache(
     if len(histories) <= batch_size or shared_rows(model, histories, policy) < SHARED_ENOUGH:
         return None
     longest = int(pk.row_counts(model.catalog, histories, policy, model.prompt).max())
-    needed = batch_size * longest * SearchCost(model, SearchSize(1, 1)).row_bytes
+    return cache_of(model, batch_size * longest, memory_budget)
+
+
+def cache_of(model: pk.PatchedCausalLM, rows: int, memory_budget: int | str | None) -> pk.UserCache | None:
+    """A cache for so many rows of prompts, or None where that would take too much of the memory."""
+    needed = rows * SearchCost(model, SearchSize(1, 1)).row_bytes
     most = CACHE_BYTES if memory_budget is None else parse_bytes("memory_budget", memory_budget) // 4
-    return pk.UserCache(model, needed) if needed <= most else None
+    return pk.UserCache(model, needed) if 0 < needed <= most else None
 
 
 def shared_rows(model: pk.PatchedCausalLM, histories: pk.Histories, policy: AnyPolicy, pairs: int = 200) -> float:

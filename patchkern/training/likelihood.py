@@ -63,7 +63,7 @@ def target_nll(
     try:
         for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass):
             targets = model.catalog.index_of(given.at(users[chosen], positions[chosen]))
-            sizes = model.catalog.lengths[targets] + len(model.prompt.response_end)
+            sizes = model.catalog.lengths[targets].astype(np.int64) + len(model.prompt.response_end)
             with torch.no_grad():
                 nll[chosen] = _per_sample(model(layout).logits, layout, sizes)
     finally:

@@ -20,7 +20,7 @@ struct Heads {
 };
 
 struct SpanAttention {
-  DType dtype;  // of all but lse; not float16
+  DType dtype;  // of all but lse
   int64_t num_rows, num_spans, heads, key_heads, width, value_width;
   const int32_t* cu_seqlens;  // num_spans + 1
   const int32_t* prefix;      // num_spans x 2

@@ -111,6 +111,23 @@ struct BFloat16 : Single {
     return static_cast<uint16_t>(x == x ? nearest_even : (raw >> 16) | 0x40u);
   }
 };
+// By arithmetic on the bits, which vectorises everywhere; subnormal numbers are numbers.
+struct Float16 : Single {
+  using Element = uint16_t;
+  static float widen(uint16_t x) {
+    const uint32_t magnitude = (x & 0x7fffu) << 13, special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+    const uint32_t raw = bits<uint32_t>(bits<float>(magnitude) * 0x1p112f) | special;
+    return bits<float>(raw | (x & 0x8000u) << 16);
+  }
+  static uint16_t round(float x) {
+    const uint32_t raw = bits<uint32_t>(x), magnitude = raw & 0x7fffffffu;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t rounded = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal;
+    return static_cast<uint16_t>(rounded | (raw >> 16 & 0x8000u));
+  }
+};
 
 // ---------------------------------------------------------------- products
 
@@ -557,8 +574,8 @@ void backward(const SpanAttentionGrad& call, int64_t key_head, const SpanBlock& 
 extern const SpanKernels span_kernels;
 const SpanKernels span_kernels = {PK_STRING(PK_ISA),
                                   scratch_bytes,
-                                  {forward<Float32>, forward<BFloat16>, nullptr, forward<Float64>},
-                                  {backward<Float32>, backward<BFloat16>, nullptr, backward<Float64>}};
+                                  {forward<Float32>, forward<BFloat16>, forward<Float16>, forward<Float64>},
+                                  {backward<Float32>, backward<BFloat16>, backward<Float16>, backward<Float64>}};
 
 }  // namespace PK_ISA
 }  // namespace patchkern

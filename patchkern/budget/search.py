@@ -41,6 +41,8 @@ from transformers import PretrainedConfig
 
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.counted_pass import count_pass, on_meta, without_memory
+from patchkern.ops import native
+from patchkern.ops.span_attention_native import forward_scratch
 
 CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
@@ -48,8 +50,7 @@ _USUAL_CHUNK = 2048  # smaller ones are slow: only to make room for a user who w
 
 _CUBLAS_WORKSPACE = 32 << 20  # what PyTorch gives to cuBLAS on Hopper, from the memory that it counts; less before
 _ROW_INTEGERS = 32  # bytes of a row of the layout and of where it belongs
-_TILE_ROWS = 128  # of `patchkern.ops.span_attention_tiles`
-_FLASH_SCRATCH = 160 << 10  # of PyTorch's flash attention on the CPU, for each thread
+_TILE_ROWS, _TILE_SCORES = 128, 1 << 18  # of `patchkern.ops.span_attention_tiles`
 
 _DECIMAL = {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
 _UNITS = {"B": 1, **_DECIMAL, **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}}
@@ -311,12 +312,16 @@ class SearchCost:
         )
 
     def _prefill_attention(self, rows: int, longest: int, has_prefix: bool) -> int:
-        """Output and sums of all rows; without a kernel of its own also `patchkern.ops.span_attention_tiles`."""
+        """Output and sums of all rows, and on the CPU what the native kernels hold, or else the tiles."""
         query = self._heads * self._head_dim
         needed = rows * (2 * query * self._item + self._heads * self._wide)
-        if has_prefix and not self._on_cuda:
-            tile = min(_TILE_ROWS, rows)
-            needed += 4 * tile * query * self._wide + torch.get_num_threads() * _FLASH_SCRATCH
+        if self._on_cuda:
+            return needed
+        if native.unusable_reason() is None:
+            group = self._heads // self._kv_heads
+            return needed + torch.get_num_threads() * forward_scratch(group, self._head_dim, self._wide)
+        if has_prefix:
+            needed += 4 * (min(_TILE_ROWS, rows) * query + _TILE_SCORES) * self._wide
             if self._item < self._wide:
                 needed += 2 * longest * self._kv_heads * self._head_dim * self._wide
         return needed

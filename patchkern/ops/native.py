@@ -25,7 +25,7 @@ except ImportError as error:
 ENVIRONMENT = "PATCHKERN_ISA"
 
 # DType in csrc/pool_rows.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # Status in csrc/pool_rows.h: the argument at fault, and what was expected of it
 _FAULTS = {
@@ -86,7 +86,7 @@ def pool_rows(
     else:
         means = (table.data_ptr(), table.shape[0], table.stride(0), title_index.data_ptr())
     status, position = module().pool_rows(
-        _DTYPES[weight.dtype],
+        DTYPES[weight.dtype],
         weight.data_ptr(),
         weight.shape[0],
         weight.shape[1],
@@ -129,7 +129,7 @@ def pool_rows_grad(
         ValueError: an index out of its range; ``out`` is untouched then.
     """
     status, position = module().pool_rows_grad(
-        _DTYPES[grad_rows.dtype],
+        DTYPES[grad_rows.dtype],
         grad_rows.data_ptr(),
         grad_rows.shape[0],
         grad_rows.shape[1],

@@ -16,15 +16,22 @@ from torch import Tensor
 
 from patchkern.ops import native
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 3}  # DType in csrc/pool_rows.h
-_SPAN_OFFSETS, _SPAN_PREFIX = 21, 22  # Status there
+_SPAN_OFFSETS, _SPAN_PREFIX = 21, 22  # Status in csrc/pool_rows.h
+
+
+_LANES, _KEYS, _VECTOR = 192, 64, 16  # of a block, and of a vector at most: csrc/span_attention.h and its kernels
+
+
+def forward_scratch(group: int, width: int, item: int) -> int:
+    """Bytes that each thread holds in the forward pass, for ``group`` heads per key head and sums of ``item`` bytes."""
+    lanes = max(_LANES // group, 1) * group + _VECTOR
+    width += _VECTOR
+    return item * (lanes * (3 * width + _KEYS + 6) + 2 * _KEYS * width)
 
 
 def serves(query: Tensor, dropout: float) -> bool:
     """Whether these tensors are attended here; attention dropout is not."""
-    if query.device.type != "cpu" or dropout > 0 or native.unusable_reason() is not None:
-        return False
-    return query.dtype in _DTYPES or query.dtype == torch.float16
+    return query.device.type == "cpu" and dropout == 0 and native.unusable_reason() is None
 
 
 def forward(
@@ -39,11 +46,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from."""
     call = _Call(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale)
-    out = call.query.new_empty(*query.shape[:2], value.shape[2])
+    out = query.new_empty(*query.shape[:2], value.shape[2])
     lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
     status, position = native.module().span_attention(*call.arguments(out, lse), *_threads())
     call.check(status, position)
-    return out.to(query.dtype), lse
+    return out, lse
 
 
 def backward(
@@ -64,8 +71,8 @@ def backward(
     A key's gradient is summed in at least float32, block after block in the order of the rows, and rounded once.
     """
     call = _Call(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale)
-    out, lse, grad_out = _stored(out).contiguous(), lse.contiguous(), _stored(grad_out)
-    grad_query = torch.empty(query.shape, dtype=call.query.dtype)
+    out, lse, grad_out = out.contiguous(), lse.contiguous(), _by_head(grad_out)
+    grad_query = torch.empty(query.shape, dtype=query.dtype)
     own = [torch.zeros(x.shape, dtype=lse.dtype) for x in (key, value)]
     stored = [
         x if y is None else torch.zeros(y.shape, dtype=lse.dtype)
@@ -75,7 +82,7 @@ def backward(
     arguments = call.arguments(out, lse, grad_out)
     status, position = native.module().span_attention_grad(*arguments, *grads, *_threads())
     call.check(status, position)
-    results = [x.to(query.dtype) for x in (grad_query, *own)]
+    results = [grad_query, *(x.to(query.dtype) for x in own)]
     for given, total in zip((prefix_key, prefix_value), stored, strict=True):
         results.append(query.new_empty(0) if given is None else total.to(query.dtype))
     return results[0], results[1], results[2], results[3], results[4]
@@ -85,9 +92,8 @@ def _threads() -> tuple[int, str]:
     return torch.get_num_threads(), os.environ.get(native.ENVIRONMENT, "auto")
 
 
-def _stored(rows: Tensor) -> Tensor:
-    """As the kernels take them: float16 has none of its own, and heads are contiguous."""
-    rows = rows.float() if rows.dtype == torch.float16 else rows
+def _by_head(rows: Tensor) -> Tensor:
+    """As the kernels take them: each head's numbers side by side."""
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 
 
@@ -105,10 +111,10 @@ class _Call:
         prefix_value: Tensor | None,
         scale: float,
     ) -> None:
-        self.query, self.key, self.value = _stored(query), _stored(key), _stored(value)
+        self.query, self.key, self.value = _by_head(query), _by_head(key), _by_head(value)
         self.apart = prefix_key is not None
-        self.prefix_key = self.key if prefix_key is None else _stored(prefix_key)
-        self.prefix_value = self.value if prefix_value is None else _stored(prefix_value)
+        self.prefix_key = self.key if prefix_key is None else _by_head(prefix_key)
+        self.prefix_value = self.value if prefix_value is None else _by_head(prefix_value)
         self.cu_seqlens, self.prefix = cu_seqlens.contiguous(), prefix.contiguous()
         self.scale = scale
 
@@ -117,7 +123,7 @@ class _Call:
         tensors = (self.query, self.key, self.value, self.prefix_key, self.prefix_value, *grads)
         self.strided = torch.tensor([(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors])
         return (
-            *(_DTYPES[self.query.dtype], rows, len(self.prefix), heads, self.key.shape[1], width, self.value.shape[2]),
+            *(native.DTYPES[self.query.dtype], rows, len(self.prefix), heads, self.key.shape[1], width, self.value.shape[2]),
             *(self.cu_seqlens.data_ptr(), self.prefix.data_ptr(), self.scale, self.strided.data_ptr()),
             *(len(self.prefix_key), self.apart, out.data_ptr(), lse.data_ptr()),
         )

@@ -123,7 +123,8 @@ class _Call:
         tensors = (self.query, self.key, self.value, self.prefix_key, self.prefix_value, *grads)
         self.strided = torch.tensor([(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors])
         return (
-            *(native.DTYPES[self.query.dtype], rows, len(self.prefix), heads, self.key.shape[1], width, self.value.shape[2]),
+            *(native.DTYPES[self.query.dtype], rows, len(self.prefix), heads, self.key.shape[1], width),
+            self.value.shape[2],
             *(self.cu_seqlens.data_ptr(), self.prefix.data_ptr(), self.scale, self.strided.data_ptr()),
             *(len(self.prefix_key), self.apart, out.data_ptr(), lse.data_ptr()),
         )

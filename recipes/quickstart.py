@@ -5,10 +5,11 @@
     python recipes/quickstart.py --data path/to/ml-100k           # a data set of your own, under 20 minutes
     make quickstart DATA=path/to/ml-100k                          # the same, setting everything up first
 
-Small language models are trained on titles from random weights, all targets of a user in one pass: one reads histories
-as text, one as item patches, and the latter goes on with session patches. All of them recommend to the same test users,
-alone and with item-to-item transitions as a prior whose weight is fitted on the validation split, beside two yardsticks
-that know no titles at all. The report with its plots is written to runs/<name>/report.md, each model to a folder beside
+Small language models are trained from random weights, all targets of a user in one pass. Three learn titles: one reads
+histories as text, one as item patches, and the latter goes on with session patches. A fourth has an item head: it reads
+item patches, learns which item comes next from the row of the one before, and ranks all items in one product. All of
+them recommend to the same test users, alone and with item-to-item transitions as a prior whose weight is fitted on the
+validation split, beside yardsticks that know no titles at all. The report with its plots is written to runs/<name>/report.md, each model to a folder beside
 it, which recipes/evaluate.py takes. How the settings were chosen is told in recipes/LOG.md.
 """
 
@@ -51,6 +52,7 @@ DEFAULTS = {
         "dropout": 0.1,
         "jitter": 0.0,
         "fit_limit": 300,
+        "head_epochs": 12.0,
     },
     "real": {
         "epochs": 8.0,
@@ -60,6 +62,7 @@ DEFAULTS = {
         "dropout": SETTINGS["scratch"].dropout,
         "jitter": SETTINGS["scratch"].jitter,
         "fit_limit": 1000,
+        "head_epochs": 8.0,
     },
 }
 
@@ -74,6 +77,8 @@ class Stage:
     policy: pk.Policy
     epochs: float
     learning_rate: float
+    head: str = "titles"
+    """what it learns and is searched by"""
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     model = None
     for stage in plan(args):
         if model is None or stage.after is None:
-            model = new_model(tokenizer, catalog, stage.policy, args)
+            model = new_model(tokenizer, catalog, stage, args)
         seconds, targets = train(model, data, stage, args, folder)
         own = folder / stage.name.replace(" ", "-")
         model.save_pretrained(own, tokenizer=tokenizer)
@@ -142,6 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--session_epochs", type=float, help="of session patches, after item patches (default: 1, synthetic 0.25)"
     )
+    model.add_argument("--head_epochs", type=float, help="of the item head (default: 8, synthetic 12)")
     model.add_argument("--learning_rate", type=float, help="(default: 3e-3, synthetic 1e-3; session patches: a third)")
     model.add_argument("--rows_per_pass", type=int, help="rows of a step (default: 4096, synthetic 1536)")
     model.add_argument("--dropout", type=float, help="(default: 0.2, synthetic 0.1)")
@@ -172,18 +178,32 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         f"the latest {g} items as text, {g} to {2 * g - 1} before them as item patches, and every {g} older ones as "
         "one row, the mean of their item patches"
     )
+    of_head = pk.ItemPatches(keep_text=0, max_items=None)
+    reads_head = (
+        "each item as one row, as above, and ranks all items in one product with the last row's hidden state instead "
+        "of writing titles"
+    )
     return [
         Stage("text", "every title as text", None, pk.TextOnly(max_items=None), args.epochs, args.learning_rate),
         Stage("item patches", reads_items, None, items, args.epochs, args.learning_rate),
         Stage("session patches", reads_sessions, "item patches", sessions, args.session_epochs, args.learning_rate / 3),
+        Stage("item head", reads_head, None, of_head, args.head_epochs, SETTINGS["scratch-head"].learning_rate, "items"),
     ]
 
 
-def new_model(tokenizer: Any, catalog: pk.Catalog, policy: pk.Policy, args: argparse.Namespace) -> pk.PatchedCausalLM:
+def new_model(tokenizer: Any, catalog: pk.Catalog, stage: Stage, args: argparse.Namespace) -> pk.PatchedCausalLM:
     """Random weights; for patches every item has an embedding of its own beside those of its title."""
-    hf_model = scratch_model(tokenizer, "tiny", seed=args.seed, dropout=args.dropout)
-    of_items = not isinstance(policy, pk.TextOnly)
-    model = pk.PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_embeddings=of_items)
+    by_items = stage.head == "items"
+    hf_model = scratch_model(
+        tokenizer, "tiny", seed=args.seed, dropout=SETTINGS["scratch-head"].dropout if by_items else args.dropout
+    )
+    model = pk.PatchedCausalLM(
+        hf_model,
+        catalog,
+        scratch_prompt(tokenizer, separator=not by_items),
+        item_embeddings=not isinstance(stage.policy, pk.TextOnly),
+        item_head=by_items,
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"model: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens, {catalog.lengths.mean():.2f} a title")
     return model
@@ -193,7 +213,8 @@ def train(
     model: pk.PatchedCausalLM, data: Interactions, stage: Stage, args: argparse.Namespace, folder: Path
 ) -> tuple[float, int]:
     """Run one stage; returns its seconds and how many targets it learned from, each of them once an epoch."""
-    arguments = SETTINGS["scratch"].arguments(
+    by_items = stage.head == "items"
+    arguments = SETTINGS["scratch-head" if by_items else "scratch"].arguments(
         "sft",
         folder / "training",
         num_train_epochs=stage.epochs,
@@ -209,8 +230,9 @@ def train(
         data.histories,
         data.samples("train"),
         stage.policy,
+        head=stage.head,
         rows_per_pass=args.rows_per_pass,
-        jitter=args.jitter,
+        jitter=min(args.jitter, SETTINGS["scratch-head"].jitter) if by_items else args.jitter,
     )
     trainer.remove_callback(PrinterCallback)
     targets = trainer.train_dataset.num_targets
@@ -230,7 +252,7 @@ def evaluate(
     seconds: float,
     targets: int,
 ) -> Model:
-    layout = pk.build_layout(model.catalog, data.before(samples), stage.policy, model.prompt)
+    layout = pk.build_layout(model.catalog, data.before(samples), stage.policy, model.prompt, head=stage.head)
     rows = np.diff(layout.cu_seqlens.numpy()).astype(np.int64)
     started = time.perf_counter()
     lists, alone = recommend(model, data, samples, stage)
@@ -247,6 +269,7 @@ def evaluate(
         users_per_second=speed,
         lists=lists,
         alone=alone,
+        search=search_of(stage),
     )
 
 
@@ -261,7 +284,10 @@ def with_prior(
 ) -> Model:
     """The model's numbers with a prior too, whose weight ranks the targets of the validation split best."""
     histories, targets = data.before(to_fit), data.targets(to_fit)
-    fit = pk.fit_prior_weight(model, histories, targets, stage.policy, prior, k=max(KS), exclude_seen=True)
+    search = search_of(stage)
+    fit = pk.fit_prior_weight(
+        model, histories, targets, stage.policy, prior, k=max(KS), exclude_seen=True, search=search
+    )
     _, together = recommend(model, data, samples, stage, prior=prior, prior_weight=fit.weight)
     return replace(found, fit=fit, with_prior=together)
 
@@ -270,10 +296,16 @@ def recommend(
     model: pk.PatchedCausalLM, data: Interactions, samples: Samples, stage: Stage, **options: Any
 ) -> tuple[Lists, metrics.Evaluation]:
     k = max(KS)
-    lists = model.recommend(data.before(samples), stage.policy, k=k, num_beams=k, exclude_seen=True, **options)
+    lists = model.recommend(
+        data.before(samples), stage.policy, k=k, num_beams=k, search=search_of(stage), exclude_seen=True, **options
+    )
     evaluation = metrics.evaluate(lists, data.targets(samples), KS, catalog=model.catalog, users=samples.users)
     say(f"{stage.name}{' + prior' if options else ''}: {evaluation}")
     return lists, evaluation
+
+
+def search_of(stage: Stage) -> str:
+    return "items" if stage.head == "items" else "beam"
 
 
 def without_model(

@@ -47,6 +47,8 @@ class Model:
     users_per_second: float
     lists: Lists
     alone: Evaluation
+    search: str
+    """how it is searched, as of `recommend`"""
     fit: PriorFit | None = None
     with_prior: Evaluation | None = None
 
@@ -110,7 +112,7 @@ class Report:
             f"# patchkern quickstart: {data.name}",
             "",
             f"{data.num_users:,} users, {data.num_items:,} items, {data.num_interactions:,} interactions. Small "
-            "language models learned, from random weights, to name the item that a user takes next. Here they recommend"
+            "language models learned, from random weights, which item a user takes next. Here they recommend"
             f" 20 items each for {count:,} {self.split} samples: a sample is a user's whole history up to some moment, "
             "and a hit if the item taken next is among the recommended ones. Items already taken are left out.",
             "",
@@ -137,7 +139,7 @@ class Report:
                 "",
                 "The users are synthetic: each likes a few genres and goes on with series, nothing else. And the runs "
                 "are short, and text learns slower. So this shows that everything works, not how good it is on real "
-                "users: on ml-100k, trained for longer, the three models are equally good. How to take real data is "
+                "users: on ml-100k, trained for longer, the models of titles are equally good. How to take real data is "
                 "said at the end.",
             ]
         return [*lines, ""]
@@ -154,6 +156,15 @@ class Report:
                 f"per second. HR@20 is {model.alone.hr(20):.3f} against {text.alone.hr(20):.3f}: "
                 f"{_verdict(model.alone, text.alone)}."
             )
+        counted = self.yardsticks["transitions"]
+        for model in self.models:
+            if model.search == "items":
+                lines.append(
+                    f"- {_bold(model)} alone against a count of transitions: HR@20 {model.alone.hr(20):.3f} against "
+                    f"{counted.hr(20):.3f}: {_verdict(model.alone, counted)}. It learned from "
+                    f"{model.targets / model.seconds:,.0f} targets a second, {text.name} from "
+                    f"{text.targets / text.seconds:,.0f}."
+                )
         if self.fitted_on:
             alone = self.yardsticks["prior alone"]
             found = [(model, model.with_prior) for model in self.models if model.with_prior is not None]
@@ -276,6 +287,8 @@ class Report:
         last = self.models[-1]
         commands = [("this report again", [python, "recipes/quickstart.py", *self.command])]
         evaluate = [python, "recipes/evaluate.py", str(last.folder), "--data", self.source, "--exclude_seen"]
+        if last.search != "beam":
+            evaluate += ["--search", last.search]
         if self.split != "test":
             evaluate += ["--split", self.split]
         if self.fitted_on:
@@ -306,6 +319,7 @@ class Report:
         names, read = ("synthetic", "synthetic()")
         if not self.synthetic:
             names, read = ("open_dataset, prepare", f"prepare(open_dataset({self.source!r}))")
+        search = "" if model.search == "beam" else f", search={model.search!r}"
         return f"""\
 import patchkern as pk
 from patchkern.data import {names}
@@ -313,7 +327,7 @@ from patchkern.data import {names}
 data, folder = {read}, {str(model.folder)!r}
 model = pk.PatchedCausalLM.from_pretrained(folder)
 history = data.histories[0]  # item ids, oldest first; or a list of your own
-for item, score in model.recommend([history], k=5, exclude_seen=True)[0]:
+for item, score in model.recommend([history], k=5, exclude_seen=True{search})[0]:
     print(f"{{score:7.2f}}  {{data.titles[item]}}")
 """
 

@@ -67,7 +67,8 @@ class PatchTrainer(Trainer):
             that starts from random weights learns many times faster from it.
         jitter: blur the order of the items up to a pass's last target by so many positions, anew in every pass
             (`Histories.jittered`); for models from scratch, and with ``rows_per_pass`` only.
-        head: what is learned: "titles"; "items", by the model's item head, a row or two a target; or "both".
+        head: what is learned: "titles"; "items", by the model's item head, a row or two a target; or "both". A head
+            without biases begins with how often the samples' items are taken (`ItemHead.start_from_counts`).
         title_weight, item_weight: of the two losses, each a mean over its own labels of the step.
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
@@ -132,6 +133,9 @@ class PatchTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
             raise TypeError(f"processing_class: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+        if head != "titles" and model.item_head is not None and not bool(model.item_head.bias.any()):
+            taken = model.catalog.index_of(histories.at(users, positions), "samples")
+            model.item_head.start_from_counts(np.bincount(taken, minlength=len(model.catalog)))
         model.policy = policy
         model.tokenizer = model.tokenizer if tokenizer is None else tokenizer
 

@@ -82,7 +82,7 @@ gpu: $(BUILT) ## build, test, sanitize and measure on a GPU; without one a dry r
 
 # The package is built a second time, beside the first, and found first; nothing in .venv changes.
 SANITIZE := build/sanitize
-SANITIZED_TESTS := tests/ops/test_native.py tests/test_fuzz.py tests/test_fuzz_memory.py tests/batch/test_training_layout.py
+SANITIZED_TESTS := tests/ops/test_native.py tests/ops/test_span_attention_native.py tests/test_fuzz.py tests/test_fuzz_memory.py tests/batch/test_training_layout.py
 FUZZ_CALLS ?= 100000
 SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 # CXXFLAGS is not a variable of the target: its prerequisite, the ordinary build, would inherit it. libstdc++ is loaded

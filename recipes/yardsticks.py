@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,12 @@ from patchkern.evaluation import evaluate, most_popular, transitions
 Lists = list[list[Any]]
 
 KS = (10, 20)
+PRIORS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "transitions": (pk.TransitionPrior, {}),
+    "ridge": (pk.LinearPrior, {}),
+    "EASE": (pk.LinearPrior, {"form": "ease"}),
+}
+TOGETHER = (("ridge", "transitions"), ("EASE", "transitions"), ("ridge", "EASE", "transitions"))
 _USERS_AT_ONCE = 256
 
 
@@ -49,38 +55,30 @@ def table(data: Interactions, unseen: bool, limit: int | None) -> str:
     targets = data.targets(test)
     rows = []
 
-    def add(name: str, lists: Lists, seconds: float) -> None:
+    def add(name: str, lists: Lists, seconds: float | None = None) -> None:
         found = evaluate(lists, targets, KS, catalog=catalog)
-        numbers = [f"{mean:.4f} ± {error_over_users(test, per_user):.4f}" for mean, per_user in (
-            *((found.hr(k), found.hits(k)) for k in KS), *((found.ndcg(k), found.gains(k)) for k in KS),
-        )]  # fmt: skip
-        rows.append(f"| {name} | {' | '.join(numbers)} | {seconds:.1f} |")
+        means = [found.hr(k) for k in KS] + [found.ndcg(k) for k in KS]
+        errors = [error_over_users(test, per(k)) for per in (found.hits, found.gains) for k in KS]
+        cells = [f"{mean:.4f} ± {error:.4f}" for mean, error in zip(means, errors, strict=True)]
+        rows.append(f"| {' | '.join([name, *cells, '' if seconds is None else f'{seconds:.1f}'])} |")
 
-    def timed(make: Callable[[], Any]) -> tuple[Any, float]:
+    add("most popular", most_popular(data, test, max(KS), unseen=unseen, max_items=None).as_lists())
+    add("transitions", transitions(data, test, max(KS), unseen=unseen, max_items=None).as_lists())
+    fitted: dict[str, tuple[Any, float]] = {}
+    for name, (kind, settings) in PRIORS.items():
         begin = time.process_time()
-        return make(), time.process_time() - begin
-
-    for name, rank in (("most popular", most_popular), ("transitions", transitions)):
-        ranking, _ = timed(lambda rank=rank: rank(data, test, max(KS), unseen=unseen, max_items=None))
-        add(name, ranking.as_lists(), 0.0)
-    priors, seconds = {}, {}
-    for name, make in (
-        ("`TransitionPrior`", lambda: pk.TransitionPrior(data, catalog)),
-        ("`LinearPrior`, ridge", lambda: pk.LinearPrior(data, catalog)),
-        ("`LinearPrior`, EASE", lambda: pk.LinearPrior(data, catalog, "ease")),
-    ):
-        priors[name], seconds[name] = timed(make)
-        add(name, likeliest(data, catalog, test, priors[name], unseen), seconds[name])
-    first, *others = priors
-    for names in (*((other, first) for other in others), (*others, first)):
-        parts = [priors[name] for name in names]
+        prior = kind(data, catalog, **settings)
+        fitted[name] = prior, time.process_time() - begin
+        add(f"{name} alone", likeliest(data, catalog, test, prior, unseen), fitted[name][1])
+    for names in TOGETHER:
+        parts = [fitted[name][0] for name in names]
         both = pk.CombinedPrior.fit(
             parts, catalog, data.before(val), data.targets(val), k=max(KS), exclude_seen=unseen
         )  # fmt: skip
         weighted = " + ".join(f"{weight:.2g} {name}" for name, weight in zip(names, both.weights, strict=True))
-        add(weighted, likeliest(data, catalog, test, both, unseen), sum(seconds[name] for name in names))
-    names = " | ".join([*(f"HR@{k}" for k in KS), *(f"NDCG@{k}" for k in KS)])
-    head = f"| {data.name} | {names} | fit s |\n| --- |{' --: |' * (2 * len(KS) + 1)}\n"
+        add(weighted, likeliest(data, catalog, test, both, unseen), sum(fitted[name][1] for name in names))
+    columns = " | ".join([*(f"HR@{k}" for k in KS), *(f"NDCG@{k}" for k in KS)])
+    head = f"| {data.name} | {columns} | fit s |\n| --- |{' --: |' * (2 * len(KS) + 1)}\n"
     return head + "\n".join(rows) + "\n"
 
 

@@ -72,6 +72,8 @@ def known_histories(
 
 def of_users(name: str, value: Any, users: NDArray[np.int64], n_users: int) -> Any:
     """The part of an argument that is about some users; what is about all of them stays."""
+    if name == "prior" and isinstance(value, (list, tuple)):
+        return [of_users(f"prior[{place}]", one, users, n_users) for place, one in enumerate(value)]
     is_array = isinstance(value, (np.ndarray, Tensor))
     if value.ndim != 2 if is_array else not (is_sequence(value) and len(value) and is_sequence(value[0])):
         return value
@@ -107,12 +109,30 @@ def check_search(search: Any, length_penalty: Any, normalize: Any, max_expansion
             raise ValueError(f"max_expansions: expected None with normalize={normalize!r}, got {max_expansions}")
 
 
-def check_prior(search: str, prior: Any, prior_weight: Any) -> None:
-    _check_number("prior_weight", prior_weight)
-    if prior_weight < 0:
-        raise ValueError(f"prior_weight: expected at least 0, got {prior_weight}")
-    if prior is None and prior_weight != 1:
+def priors_of(prior: Any, prior_weight: Any = 1.0) -> tuple[list[Any], list[float]]:
+    """The priors that a caller means, one or several or None, and the weight of each, checked."""
+    several = isinstance(prior, (list, tuple))
+    if several and not prior:
+        raise TypeError("prior: expected at least one, or None, got an empty sequence")
+    priors = list(prior) if several else [] if prior is None else [prior]
+    if is_sequence(prior_weight):
+        if not several or len(prior_weight) != len(priors):
+            expected = f"a number, or one per prior ({len(priors)})" if several else "a number for one prior"
+            raise ValueError(f"prior_weight: expected {expected}, got {len(prior_weight)} of them")
+        named = [(f"prior_weight[{place}]", weight) for place, weight in enumerate(prior_weight)]
+    else:
+        named = [("prior_weight", prior_weight)] * max(len(priors), 1)
+    for name, weight in named:
+        _check_number(name, weight)
+        if weight < 0:
+            raise ValueError(f"{name}: expected at least 0, got {weight}")
+    if not priors and prior_weight != 1:
         raise ValueError(f"prior: expected one for a prior_weight of {prior_weight}, got None")
+    return priors, [float(weight) for _, weight in named[: len(priors)]]
+
+
+def check_prior(search: str, prior: Any, prior_weight: Any) -> None:
+    priors_of(prior, prior_weight)
     if prior is not None and search == "diverse":
         raise ValueError('prior: expected None with search="diverse", whose protocol has none')
 

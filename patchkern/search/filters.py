@@ -15,6 +15,7 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.frozen import freeze
 from patchkern.batch.histories import Histories, is_sequence
+from patchkern.search.arguments import priors_of
 
 
 class ItemFilter:
@@ -157,17 +158,18 @@ class ItemFilter:
 
 
 class ItemPrior:
-    """The prior of every user's items, times its weight.
+    """The sum of what is known of every user's items, each prior times its weight.
 
     Args:
         catalog: all items.
         histories: of the users.
         items: which of them each user may get.
         prior: floats in catalogue order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a
-            callable that returns the latter for the `Histories` of B users. -inf leaves an item out.
-        weight: at least 0.
+            callable that returns the latter for the `Histories` of B users. -inf leaves an item out. Or a list of such.
+        weight: at least 0; or one per prior.
         k: items that every user must be left with; 0 where lists may be shorter.
         dtype: of the scores.
+        name: of the prior, in errors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Of what a callable returns, when it
@@ -182,15 +184,22 @@ class ItemPrior:
         histories: Histories,
         items: ItemFilter,
         prior: Any,
-        weight: float,
+        weight: Any,
         k: int,
         dtype: torch.dtype,
+        name: str = "prior",
     ) -> None:
+        several = isinstance(prior, (list, tuple))
+        priors, self._weights = priors_of(prior if several else [prior], weight)
+        names = [f"{name}[{place}]" for place in range(len(priors))] if several else [name]
+        self._priors = list(zip(names, priors, strict=True))
         self._catalog, self._histories, self._items, self._k = catalog, histories, items, k
-        self._prior, self._weight, self._dtype = prior, float(weight), dtype
-        if callable(prior):
+        self._dtype = dtype
+        for own_name, given in self._priors:
+            if not callable(given):
+                _check_floats(own_name, given, [(len(catalog),), (len(histories), len(catalog))])
+        if any(callable(given) for given in priors):
             return
-        _check_floats("prior", prior, [(len(catalog),), (len(histories), len(catalog))])
         for first in range(0, len(histories), self._AT_ONCE):
             users = np.arange(first, min(first + self._AT_ONCE, len(histories)))
             self.of(users, torch.device("cpu"))
@@ -198,22 +207,18 @@ class ItemPrior:
     @property
     def user_bytes(self) -> int:
         """What `of` takes on the way, per user: the values as they came, as they are returned, and what decides."""
-        return len(self._catalog) * (8 + 4 * self._dtype.itemsize + 4)
+        return len(self._catalog) * (8 + (4 + (len(self._priors) > 1)) * self._dtype.itemsize + 4)
 
     def of(self, users: NDArray[np.int64], device: torch.device) -> Tensor:
         """``(len(users), n_items)``, -inf for what a user may not get; one row where all users have the same."""
-        if callable(self._prior):
-            given = self._prior(self._histories.take(users))
-            _check_floats("prior", given, [(users.size, len(self._catalog))], "the callable to return ")
-        else:
-            given = self._prior if self._prior.ndim == 1 else self._prior[users]
-        values = given.detach() if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given))
-        values = values.to(device).reshape(-1, len(self._catalog))
-        left_out = values == -math.inf
-        weighted = torch.where(left_out, -math.inf, values.to(self._dtype) * self._weight)
-        is_bad = ~(weighted.isfinite() | left_out)
-        if bool(is_bad.any()):
-            raise self._error(values, is_bad, users)
+        weighted = torch.zeros(1, len(self._catalog), dtype=self._dtype, device=device)
+        for (name, prior), weight in zip(self._priors, self._weights, strict=True):
+            values = self._values(name, prior, users).to(device)
+            left_out = (values == -math.inf) | (weighted == -math.inf)
+            weighted = torch.where(left_out, -math.inf, weighted + values.to(self._dtype) * weight)
+            is_bad = ~(weighted.isfinite() | left_out)
+            if bool(is_bad.any()):
+                raise self._error(name, weight, values, is_bad, users)
         allowed = self._items.mask(users).to(device)
         weighted = torch.where(allowed, weighted, -math.inf)
         left = (weighted > -math.inf).sum(dim=1)
@@ -227,11 +232,22 @@ class ItemPrior:
             )
         return weighted
 
-    def _error(self, values: Tensor, is_bad: Tensor, users: NDArray[np.int64]) -> ValueError:
+    def _values(self, name: str, prior: Any, users: NDArray[np.int64]) -> Tensor:
+        """``(len(users) or 1, n_items)`` as they are given."""
+        if callable(prior):
+            given = prior(self._histories.take(users))
+            _check_floats(name, given, [(users.size, len(self._catalog))], "the callable to return ")
+        else:
+            given = prior if prior.ndim == 1 else prior[users]
+        values = given.detach() if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given))
+        return values.reshape(-1, len(self._catalog))
+
+    def _error(self, name: str, weight: float, values: Tensor, is_bad: Tensor, users: NDArray[np.int64]) -> ValueError:
         user, item = is_bad.nonzero()[0].tolist()
+        values = values.expand(len(is_bad), -1)
         return ValueError(
-            f"prior: expected -inf, or numbers that are finite in {self._dtype} when multiplied by prior_weight="
-            f"{self._weight}, got {float(values[user, item])} for user "
+            f"{name}: expected -inf, or numbers that are finite in {self._dtype} when multiplied by prior_weight="
+            f"{weight}, got {float(values[user, item])} for user "
             f"{self._items.names[users[user]]!r} and item {self._catalog.item_ids.item(item)!r}"
         )
 

@@ -39,6 +39,8 @@ def _hash_into(hashed: Any, value: Any) -> None:
         hashed.update(f"[{len(value)}]".encode())
         for part in value:
             _hash_into(hashed, part)
+    elif callable(value):
+        hashed.update(str(described(value)).encode())
     else:
         hashed.update(repr(value).encode())
 

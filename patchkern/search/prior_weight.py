@@ -16,14 +16,15 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count, is_sequence
 from patchkern.batch.policies import AnyPolicy
 from patchkern.evaluation.metrics import Evaluation, evaluate
-from patchkern.search.arguments import check_leniency, known_histories, of_users, users_named
+from patchkern.search.arguments import check_leniency, known_histories, of_users, priors_of, users_named
 from patchkern.search.filters import ItemFilter, ItemPrior
 from patchkern.search.protocol import SearchModel
 from patchkern.search.recommend import recommend
 from patchkern.search.summary import PartialListsWarning
+from patchkern.search.weights import OBJECTIVES, fit_weights
 
 WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
-"""What `fit_prior_weight` tries."""
+"""Of one prior: what the curve of `fit_prior_weight` shows beside the weight that it found."""
 
 _USERS_AT_ONCE = 256
 
@@ -31,10 +32,10 @@ _USERS_AT_ONCE = 256
 class PriorFit(NamedTuple):
     """What `fit_prior_weight` found."""
 
-    weight: float
-    """the best of those tried; 0 where the prior does not help"""
-    curve: dict[float, Evaluation]
-    """every weight tried, ascending, and what it gives"""
+    weight: Any
+    """a float, or, of several priors, one float for each; 0 where a prior does not help"""
+    curve: dict[Any, Evaluation]
+    """weights, ascending, and what each gives; the one found is among them"""
 
 
 def fit_prior_weight(
@@ -44,7 +45,8 @@ def fit_prior_weight(
     policy: AnyPolicy | None,
     prior: Any,
     *,
-    weights: Sequence[float] = WEIGHTS,
+    weights: Sequence[Any] | None = None,
+    objective: str = "ndcg",
     k: int = 20,
     candidates: int = 50,
     exclude_seen: bool = False,
@@ -54,24 +56,29 @@ def fit_prior_weight(
     user_ids: Sequence[Hashable] | None = None,
     **options: Any,
 ) -> PriorFit:
-    """The weight of a prior that ranks best, found with two searches for all weights together.
+    """The weight of a prior that ranks best, or of several, found with two searches for all weights together.
 
-    The candidates of a user are the model's best titles, found by a beam of ``candidates``, and as many of the prior's
-    best items that are not among them, whose titles are then scored. Every weight ranks them anew. An item that is
-    among neither is missing at all weights, so with few candidates the weights in between look worse than they are.
+    The candidates of a user are the model's best titles, found by a beam of ``candidates``, and as many of every
+    prior's best items that are not among them, whose titles are then scored. `patchkern.search.weights.fit_weights`
+    finds the weights on these. An item that is not among them is missing at all weights, so with few candidates the
+    weights in between look worse than they are.
 
     Weights are compared by NDCG@k and not by HR@k: it moves with every place that a target gains, where the hit rate
-    stands still until one crosses the k-th place and then jumps by a whole sample. Equally good weights: the smallest.
+    stands still until one crosses the k-th place and then jumps by a whole sample. Still one sample more or less would
+    move the best weight far; an average over weights nearby does not.
 
     Args:
         model: the model.
         histories: B users of a validation split; the test split would make the result look better than it is.
         targets: ``(B,)`` the item that each took next.
         policy, exclude_seen, allowed_items: as in ``recommend``.
-        prior: as in ``recommend``.
-        weights: to try, at least 0.
+        prior: as in ``recommend``; a list of several.
+        weights: compare these alone, as they are, and take the best, of equally good ones the first in ascending order:
+            numbers of at least 0, or, of several priors, one such number for each. None: find them, from 0 to 128.
+        objective: ``"ndcg"`` or ``"nll"``, as of `patchkern.search.weights.fit_weights`; the latter moves least from
+            sample to sample.
         k: of the NDCG.
-        candidates: at least ``k``, of the model and of the prior each; fewer where a user may get fewer items.
+        candidates: at least ``k``, of the model and of every prior; fewer where a user may get fewer items.
         short: users for whom fewer than ``k`` items are left: ``"error"`` refuses the call, ``"allow"`` leaves their
             samples out of the fit.
         unknown: as in ``recommend``; ``"drop"`` also leaves samples out of the fit whose target the catalogue does not
@@ -86,7 +93,11 @@ def fit_prior_weight(
     Raises:
         TypeError, ValueError: naming the argument, the user, what was expected and what came; no sample is left.
     """
-    tried = _weights(weights)
+    several = isinstance(prior, (list, tuple))
+    priors, _ = priors_of(prior if several else [prior])
+    tried = _weights(weights, len(priors) if several else None)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     check_count("k", k, minimum=1)
     check_count("candidates", candidates, minimum=k)
     check_leniency(short, unknown)
@@ -105,11 +116,14 @@ def fit_prior_weight(
     items = ItemFilter(catalog, kept, allowed_items, exclude_seen, names, unknown == "drop")
     least = k if short == "error" else 0
     items.check(least)
-    known = ItemPrior(catalog, kept, items, prior, 1.0, least, torch.float64)
+    known = [
+        ItemPrior(catalog, kept, items, one, 1.0, least, torch.float64, f"prior[{place}]" if several else "prior")
+        for place, one in enumerate(priors)
+    ]
     shared: dict[str, Any] = {"allowed_items": allowed_items, "exclude_seen": exclude_seen, "prior": prior}
     options |= {"user_ids": names, "unknown": unknown}
 
-    counts = torch.cat([(table > -math.inf).sum(dim=1) for _, table in _tables(known, n_users)]).numpy()
+    counts = torch.cat([allowed.sum(dim=1) for _, _, allowed in _tables(known, n_users)]).numpy()
     useful = np.flatnonzero((expected >= 0) & (counts >= k))
     if useful.size < n_users:
         told = (
@@ -123,67 +137,105 @@ def fit_prior_weight(
         options["user_ids"] = [names[user] for user in useful]
         own = shared.pop("prior")
         return fit_prior_weight(
-            model, given.take(useful), target_ids[useful], policy, own, weights=weights, k=k, candidates=candidates,
+            model, given.take(useful), target_ids[useful], policy, own, weights=weights, objective=objective, k=k,
+            candidates=candidates,
             **shared, **options,
         )  # fmt: skip
     left = int(counts.min())
-    own, further = min(candidates, left), min(candidates, left - min(candidates, left))
+    own = min(candidates, left)
     found = recommend(model, given, policy, own, own, prior_weight=0.0, **shared, **options)
     scored = _Candidates.of(found, catalog, known)
+    further = min(candidates * len(priors), left - own)
     if further:
-        items_too = list(catalog.item_ids[scored.missing(known, further)])
+        items_too = list(catalog.item_ids[scored.missing(known, candidates, further)])
         # as many beams as items: nothing is cut, so these are their scores and no search
         found_too = recommend(model, given, policy, further, further, allowed_items=items_too, **options)
         found = [one + two for one, two in zip(found, found_too, strict=True)]
         scored = _Candidates.of(found, catalog, known)
-    curve = {
-        weight: evaluate(catalog.item_ids[scored.best(weight, k)].tolist(), target_ids, [k], catalog=catalog)
-        for weight in tried
-    }
-    return PriorFit(max(tried, key=lambda weight: curve[weight].ndcg(k)), curve)
+
+    def rated(weight: Any) -> Evaluation:
+        rows = catalog.item_ids[scored.best(np.atleast_1d(weight), k)].tolist()
+        return evaluate(rows, target_ids, [k], catalog=catalog)
+
+    if weights is not None:
+        curve = {weight: rated(weight) for weight in tried}
+        return PriorFit(max(tried, key=lambda weight: curve[weight].ndcg(k)), curve)
+    fitted = fit_weights(
+        np.concatenate([scored.score[:, :, None], scored.prior], axis=2), scored.places(expected), objective, k,
+        depth=max(k, scored.item.shape[1]),
+    ).tolist()  # fmt: skip
+    best = tuple(fitted) if several else fitted[0]
+    return PriorFit(best, {weight: rated(weight) for weight in sorted({*tried, best})})
 
 
 class _Candidates(NamedTuple):
-    """Some items of every user, in catalogue order, and what the model and the prior give them."""
+    """Some items of every user, in catalogue order, and what the model and the priors give them."""
 
     item: NDArray[np.int64]  # (B, C)
     score: NDArray[np.float64]  # (B, C)
-    prior: NDArray[np.float64]  # (B, C)
+    prior: NDArray[np.float64]  # (B, C, P)
 
     @classmethod
-    def of(cls, found: list[list[tuple[Any, float]]], catalog: Catalog, known: ItemPrior) -> _Candidates:
+    def of(cls, found: list[list[tuple[Any, float]]], catalog: Catalog, known: list[ItemPrior]) -> _Candidates:
         item = np.stack([catalog.index_of([item for item, _ in row]) for row in found]).astype(np.int64)
         score = np.array([[score for _, score in row] for row in found])
         order = item.argsort(axis=1)
         item, score = (np.take_along_axis(x, order, axis=1) for x in (item, score))
-        prior = [table.gather(1, torch.from_numpy(item[users])) for users, table in _tables(known, len(item))]
+        prior = [
+            torch.stack([table.gather(1, torch.from_numpy(item[users])) for table in tables], dim=2)
+            for users, tables, _ in _tables(known, len(item))
+        ]
         return cls(item, score, torch.cat(prior).numpy())
 
-    def missing(self, known: ItemPrior, count: int) -> NDArray[np.int64]:
-        """``(B, count)`` the best items by the prior that are not among these."""
-        others = [
-            table.scatter(1, torch.from_numpy(self.item[users]), -math.inf).topk(count, dim=1).indices
-            for users, table in _tables(known, len(self.item))
-        ]
+    def missing(self, known: list[ItemPrior], candidates: int, count: int) -> NDArray[np.int64]:
+        """``(B, count)`` further items: ``candidates`` of the best by the first prior, then by the next, ..."""
+        others = []
+        for users, tables, allowed in _tables(known, len(self.item)):
+            free = allowed.scatter(1, torch.from_numpy(self.item[users]), False)
+            chosen: list[torch.Tensor] = []
+            for place, table in enumerate(tables):
+                number = min(candidates, count - place * candidates)
+                if number > 0:
+                    chosen.append(table.masked_fill(~free, -math.inf).topk(number, dim=1).indices)
+                    free.scatter_(1, chosen[-1], False)
+            others.append(torch.cat(chosen, dim=1))
         return torch.cat(others).numpy()
 
-    def best(self, weight: float, k: int) -> NDArray[np.int64]:
+    def places(self, items: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """``(B,)`` where each user's item is among these, -1 where it is not."""
+        same = self.item == items[:, None]
+        return np.where(same.any(axis=1), same.argmax(axis=1), -1)
+
+    def best(self, weights: NDArray[np.float64], k: int) -> NDArray[np.int64]:
         """``(B, k)`` items with the best sum."""
-        order = (-(self.score + weight * self.prior)).argsort(axis=1, kind="stable")
+        order = (-(self.score + self.prior @ weights)).argsort(axis=1, kind="stable")
         return np.take_along_axis(self.item, order[:, :k], axis=1)
 
 
-def _tables(known: ItemPrior, n_users: int) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
-    """Some users at a time, and their ``(n, n_items)`` prior."""
+def _tables(
+    known: list[ItemPrior], n_users: int
+) -> Iterator[tuple[NDArray[np.int64], list[torch.Tensor], torch.Tensor]]:
+    """Some users at a time, their ``(n, n_items)`` priors, and which items none of these leaves out."""
     for first in range(0, n_users, _USERS_AT_ONCE):
         users = np.arange(first, min(first + _USERS_AT_ONCE, n_users))
-        yield users, known.of(users, torch.device("cpu")).expand(users.size, -1)
+        tables = [one.of(users, torch.device("cpu")).expand(users.size, -1) for one in known]
+        allowed = torch.stack([table > -math.inf for table in tables]).all(dim=0)
+        yield users, tables, allowed
 
 
-def _weights(weights: Any) -> list[float]:
+def _weights(weights: Any, several: int | None) -> list[Any]:
+    """What to try, ascending: numbers, or tuples of as many as there are priors."""
+    if weights is None:
+        return list(WEIGHTS) if several is None else [(0.0,) * several]
     if not is_sequence(weights) or len(weights) == 0:
         raise TypeError(f"weights: expected a sequence of numbers, got {weights!r}")
-    tried = sorted({float(weight) for weight in weights})
-    if not all(math.isfinite(weight) and weight >= 0 for weight in tried):
+    tried = sorted({float(one) if several is None else _one_each(one, several) for one in weights})
+    if not all(math.isfinite(number) and number >= 0 for one in tried for number in np.atleast_1d(one)):
         raise ValueError(f"weights: expected finite numbers of at least 0, got {list(weights)}")
     return tried
+
+
+def _one_each(weight: Any, several: int) -> tuple[float, ...]:
+    if not is_sequence(weight) or len(weight) != several:
+        raise ValueError(f"weights: expected one number per prior ({several}) in each, got {weight!r}")
+    return tuple(float(number) for number in weight)

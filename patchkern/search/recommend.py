@@ -69,7 +69,7 @@ def recommend(
     length_penalty: float = 0.0,
     normalize: str | None = None,
     prior: Any = None,
-    prior_weight: float = 1.0,
+    prior_weight: float | Sequence[float] = 1.0,
     max_expansions: int | None = None,
     user_cache: UserCache | None = None,
     user_ids: Sequence[Hashable] | None = None,
@@ -131,8 +131,10 @@ def recommend(
             `Histories` of some of the users, whole and not cut by ``policy``, and returns the latter for them, such as
             `patchkern.TransitionPrior`: it is called for each batch of users, so no table of all users is ever held.
             -inf leaves an item out, whatever the weight. An exact search is exact with it; the beam goes on with the
-            hypotheses that have the best sum of log-probability and best prior below them. Not for ``"diverse"``.
-        prior_weight: at least 0; `patchkern.fit_prior_weight` finds a good one.
+            hypotheses that have the best sum of log-probability and best prior below them. Not for ``"diverse"``. A
+            list of priors: their weighted sum.
+        prior_weight: at least 0, one for all priors or a sequence of one for each; `patchkern.fit_prior_weight` finds
+            good ones.
         max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
             search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
         user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.

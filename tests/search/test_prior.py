@@ -280,7 +280,7 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     (np.zeros((3, 9)), ValueError, r"prior: expected .*\(2, 9\), users and items of the catalog, got \(3, 9\)"),
     (np.zeros((2, 9, 1)), ValueError, r"prior: expected .*\(2, 9\), .* got \(2, 9, 1\)"),
     (np.zeros(8), ValueError, r"prior: expected .*\(2, 9\), .* got \(8,\)"),
-    ([[0.0] * 9] * 2, TypeError, "prior: expected .*an array or a tensor.*, got list"),
+    ([[0.0] * 9] * 2, TypeError, r"prior(\[0\])?: expected .*an array or a tensor.*, got list"),
     (np.where(np.arange(18).reshape(2, 9) < 16, -math.inf, 0.0), ValueError,
      "k: expected at most 0, the items of user 0 that prior does not leave out, got 3"),
 ]  # fmt: skip

@@ -32,13 +32,16 @@ class Step(NamedTuple):
     smoothing: float = 0.0
     optimizer: str = "adamw"
     item_embeddings: bool = False
+    head: Any = "titles"
+    n_items: int = 60
 
 
 def layout_of(step: Step, model: pk.PatchedCausalLM) -> pk.PatchLayout:
-    histories, policy = users(*[step.items] * step.users), pk.TextOnly(None)
+    histories = users(*[step.items] * step.users, n_items=step.n_items)
+    policy = pk.TextOnly(None) if step.head == "titles" else pk.ItemPatches(0, None)
     if step.branches:
         ranges = [(step.items - step.targets, step.items - 1)] * step.users
-        layout = pk.build_training_layout(model.catalog, histories, policy, model.prompt, ranges)
+        layout = pk.build_training_layout(model.catalog, histories, policy, model.prompt, ranges, head=step.head)
     else:
         layout = pk.build_layout(
             model.catalog,
@@ -54,9 +57,8 @@ def model_of(step: Step) -> pk.PatchedCausalLM:
     inner = copy.deepcopy(hf_model(step.family, step.dtype))
     if step.lora:
         inner = get_peft_model(inner, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model = pk.PatchedCausalLM(
-        inner, make_catalog(make_titles(60)), PROMPT, item_embeddings=step.item_embeddings
-    ).train()
+    catalog, head = make_catalog(make_titles(step.n_items)), step.head != "titles"
+    model = pk.PatchedCausalLM(inner, catalog, PROMPT, item_embeddings=step.item_embeddings, item_head=head).train()
     if step.checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -84,8 +86,8 @@ def measured_step(step: Step, model: pk.PatchedCausalLM, layout: pk.PatchLayout)
     return weights + state + peak.bytes
 
 
-def predicted_step(step: Step, model: pk.PatchedCausalLM, layout: pk.PatchLayout, **options: Any) -> pk.TrainingPlan:
-    assert layout.logit_labels is not None
+def planned_step(step: Step, model: pk.PatchedCausalLM, layout: pk.PatchLayout, **options: Any) -> pk.TrainingPlan:
+    logit_rows = 0 if layout.logit_labels is None else len(layout.logit_labels)
     return pk.plan_training(
         model,
         layout.num_rows,
@@ -93,8 +95,10 @@ def predicted_step(step: Step, model: pk.PatchedCausalLM, layout: pk.PatchLayout
         checkpointing=step.checkpointing,
         accumulates=step.accumulates,
         label_smoothing=step.smoothing,
-        logit_rows=len(layout.logit_labels),
-        prefixes=step.branches,
+        head=step.head,
+        logit_rows=logit_rows or None,
+        item_rows=None if layout.item_labels is None else len(layout.item_labels),
+        prefixes=layout.prefix is not None,
         longest=layout.max_seqlen + layout.max_prefix,
         optimizer=step.optimizer,
         **options,

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchkern.budget.live_bytes import LiveBytes
+from patchkern.ops import native
+from patchkern.ops.span_attention_native import forward_scratch
 
 PART = "attention"
 
@@ -44,11 +46,13 @@ class CountedAttention:
             if torch.is_autocast_enabled("cpu"):
                 dtype = torch.get_autocast_dtype("cpu")
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-            if not self._prefixes and not self._on_cuda:  # a call per span, of which all together keep what one would
+            has_kernels = self._on_cuda or native.unusable_reason() is None
+            if not self._prefixes and not has_kernels:  # a call per span, of which all together keep what one would
                 groups = query.shape[1] != key.shape[1]
                 out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups)
                 return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-            scratch = self._tiles if not self._on_cuda else _triton if self._prefixes else _varlen
+            on_cuda = _triton if self._prefixes else _varlen
+            scratch = on_cuda if self._on_cuda else _native if has_kernels else self._tiles
             rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
             packed: Tensor = _Kernel.apply(*rows, scratch, self._counter)
             return packed.unsqueeze(0)
@@ -65,6 +69,14 @@ class CountedAttention:
         for x in (key, value):  # the gradient of one prefix, and the prefix itself where it had to be widened
             made += [x.new_empty(1 + narrow, self._longest, *x.shape[1:], dtype=wide)]
         return made
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """What each thread holds, twice that of a forward pass, and gradients of keys and values in float32."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    held = 2 * forward_scratch(query.shape[1] // key.shape[1], query.shape[2], wide.itemsize)
+    made = [query.new_empty(torch.get_num_threads() * held, dtype=torch.uint8)]
+    return made if query.dtype == wide else [*made, *(x.new_empty(x.shape, dtype=wide) for x in (key, value))]
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

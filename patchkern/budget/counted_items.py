@@ -44,9 +44,9 @@ class CountedItems(nn.Module):
         bias: Tensor = self.bias
         count = self.n_items
         if count > _SAMPLED_ABOVE:
-            drawn = self._draw(len(states))
-            bias, count = bias[drawn], len(drawn)
-            own = None if own is None else own[drawn]
+            count = self._draw(len(states))
+            bias = PooledRows.apply(bias[:, None], count)[:, 0]
+            own = None if own is None else PooledRows.apply(own, count)
         vectors: Tensor = PooledRows.apply(weight, count)
         if own is not None:
             vectors = vectors + own.to(vectors.dtype)
@@ -55,15 +55,14 @@ class CountedItems(nn.Module):
         loss: Tensor = _Softmax.apply(queries, vectors, bias, chunks)
         return loss
 
-    def _draw(self, labels: int) -> Tensor:
-        with torch.no_grad():
-            wide = self.bias.detach().double()
-            _ = wide.softmax(dim=0).cumsum(0)
-            return torch.empty(labels + _NUM_SAMPLED, dtype=torch.int64)
+    def _draw(self, labels: int) -> int:
+        """How many items stand for the catalogue."""
+        self.bias.detach().double().softmax(dim=0).cumsum(0)
+        return labels + _NUM_SAMPLED
 
 
 class PooledRows(torch.autograd.Function):
-    """Rows of a table and its dense gradient, as of `patchkern.ops.pool_rows`, without a layout."""
+    """Rows of a table and its dense gradient, as of `patchkern.ops.pool_rows` and of indexing, without the integers."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: int) -> Tensor:
@@ -84,13 +83,12 @@ class _Softmax(torch.autograd.Function):
         given, wants = (states, items, bias), ctx.needs_input_grad[:3]
         grads = [torch.zeros_like(x, dtype=wide) if want else None for x, want in zip(given, wants, strict=True)]
         for _ in range(1 + chunks.several):
-            rows = states[: chunks.rows]
+            rows = states.narrow(0, 0, chunks.rows)
             logits = (rows @ items.T).to(wide).add_(bias.to(wide))
-            _ = torch.empty_like(logits).exp()  # what logsumexp makes
-            del _
+            torch.empty_like(logits)  # what logsumexp takes
             slope = logits.to(states.dtype)
             if grads[0] is not None:
-                grads[0][: chunks.rows] = slope @ items
+                grads[0].narrow(0, 0, chunks.rows).copy_(slope @ items)
             if grads[1] is not None:
                 grads[1] += slope.T @ rows
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))

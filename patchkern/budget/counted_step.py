@@ -263,7 +263,7 @@ class FakeModel:
             elif shape.logit_rows:
                 losses.append(output.loss)
             if kind.chunks is not None and self.item_head is not None:
-                of_items = states.pop()[0][integers(shape.item_rows)]
+                of_items = PooledRows.apply(states[0][0], shape.item_rows)
                 losses.append(self.item_head.loss(of_items, self._output_weight, self.item_embedding, kind.chunks))
         states.clear()
         del layout

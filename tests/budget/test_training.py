@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of training steps: what is tried in which order, what is said of it, and arguments that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from memory_cases import hf_model, make_model
+from peft import LoraConfig, get_peft_model
+
+import patchkern as pk
+from patchkern.budget.counted_step import Lora
+from patchkern.budget.training import TrainingTooLarge
+from patchkern.budget.training_cost import Choice, TrainingBytes
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return hf_model("llama", torch.float32)
+
+
+def needed(model: Any, rows: int, **options: Any) -> int:
+    return pk.plan_training(model, rows, logit_rows=max(rows // 100, 1), **options).peak
+
+
+def test_less_is_changed_first(model: Any) -> None:
+    asked = Choice(False, "adamw", None)
+    wants = [needed(model, 1000)]
+    wants.append(needed(model, 1000, checkpointing=True))
+    wants.append(needed(model, 1000, checkpointing=True, optimizer="adamw_bnb_8bit"))
+    wants.append(needed(model, 1000, checkpointing=True, lora=16))
+    assert wants == sorted(wants, reverse=True)
+    choices = [asked, asked._replace(checkpointing=True), Choice(True, "adamw_bnb_8bit", None)]
+    choices.append(Choice(True, "adamw", Lora()))
+    flags = [(), ("--activation_checkpointing",), ("--activation_checkpointing", "--optim adamw_bnb_8bit")]
+    flags.append(("--activation_checkpointing", "--lora 16"))
+    for budget, choice, changed in zip(wants, choices, flags, strict=True):
+        plan = pk.plan_training(model, 1000, budget, logit_rows=10, least_rows=1000)
+        assert (plan.choice, plan.rows_per_pass, plan.flags) == (choice, 1000, changed)
+        assert plan.tried[-1] == (choice, 1000) and all(rows == 0 for _, rows in plan.tried[:-1])
+    with pytest.raises(TrainingTooLarge, match=r"budget: expected at least \d+ bytes for 1000 rows per pass") as error:
+        pk.plan_training(model, 1000, wants[-1] - 1, logit_rows=10, least_rows=1000)
+    assert error.value.needed == wants[-1]
+
+
+def test_as_many_rows_as_fit(model: Any) -> None:
+    budget = needed(model, 3000)
+    plan = pk.plan_training(model, 5000, budget, logit_rows=50, least_rows=500)
+    assert 2900 <= plan.rows_per_pass <= 3000 and plan.choice.checkpointing is False
+    assert plan.flags == (f"--rows_per_pass {plan.rows_per_pass}",)
+    assert plan.peak <= budget < pk.plan_training(model, plan.rows_per_pass + 100, logit_rows=31).peak
+
+
+def test_adapters_that_are_there_are_planned_with(model: Any) -> None:
+    config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        adapted = get_peft_model(type(model)(model.config), config)
+    given = pk.plan_training(adapted, 100)
+    made = pk.plan_training(model, 100, lora=16)
+    assert given.needed == made.needed and given.choice.lora is None
+    with pytest.raises(ValueError, match="lora: expected None, as the model has adapters, got 16"):
+        pk.plan_training(adapted, 100, lora=16)
+
+
+def test_a_table_says_what_is_planned() -> None:
+    plan = pk.TrainingPlan(
+        rows_per_pass=4096,
+        choice=Choice(True, "adamw", None),
+        needed=TrainingBytes(2 << 30, 1 << 30, 4 << 30, 3 << 28, 0, 1 << 20, 0, 1 << 20),
+        budget=8 << 30,
+        row_bytes=2 << 20,
+        row_bytes_checkpointed=1 << 18,
+        tried=((Choice(False, "adamw", None), 0), (Choice(True, "adamw", None), 4096)),
+        asked=(8192, Choice(False, "adamw", None)),
+    )
+    assert str(plan).splitlines() == [
+        "4,096 rows per pass, all parameters, adamw, activation checkpointing: peak 7.75 GiB of 8.00 GiB",
+        "  weights         2.00 GiB",
+        "  gradients       1.00 GiB",
+        "  optimizer       4.00 GiB",
+        "  activations    768.0 MiB",
+        "  logits           1.0 MiB",
+        "  workspace        1.0 MiB",
+        "  a row keeps 2.0 MiB, 0.2 MiB with checkpointing",
+        "          0 rows fit with all parameters, adamw",
+        "      4,096 rows fit with all parameters, adamw, activation checkpointing",
+        "  to fit: --rows_per_pass 4096 --activation_checkpointing",
+    ]
+
+
+def test_the_catalogue_says_how_many_items() -> None:
+    patched = make_model()
+    plan = pk.plan_training(patched, 100, head="items")
+    assert plan.needed.weights > pk.plan_training(patched, 100).needed.weights
+    assert plan.needed == pk.plan_training(patched.hf_model, 100, head="items", n_items=60).needed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "lion"}, "optimizer: expected one of adamw, .*, got 'lion'"),
+        ({"autocast": torch.float64}, "autocast: expected torch.bfloat16, torch.float16 or None, got torch.float64"),
+        ({"head": "words"}, "head: expected 'titles', 'items' or 'both', got 'words'"),
+        ({"head": "items"}, "n_items: expected the items of the catalogue with head='items', got None"),
+        ({"logit_rows": 101}, "logit_rows: expected at most rows_per_pass, 100, got 101"),
+        ({"item_rows": 5}, "item_rows: expected None with this head, got 5"),
+        ({"budget": "40"}, "budget: expected bytes, such as"),
+        ({"world_size": 0}, "world_size: expected .*at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pk.plan_training(model, 100, **options)

@@ -7,13 +7,15 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --prior transitions
     python recipes/evaluate.py runs/text --data ml-1m --exclude_seen --max_items 20     # what do fewer rows cost?
+    python recipes/evaluate.py runs/head --data ml-1m --exclude_seen --search items --prior transitions linear
     python recipes/evaluate.py Llama-3.2-1B-Instruct --data ml-1m --policy text --limit 500     # zero-shot
 
 Errors are over users, whose samples are not independent. The yardsticks, which any recommender should beat, are
 computed on the same samples; so is a prior alone. "Unseen" leaves out the items of the whole history with
 --exclude_seen, as the model then does, else those among the latest 100. NLL title: minus the log-probability of the
-target's title, all its tokens together. --slices adds tables by length of history and by how often the target occurs in
-training. One line per sample goes to a CSV, of which recipes/compare.py compares any two.
+target's title, all its tokens together; NLL item: of the item, by the item head or a prior. --slices adds tables by
+length of history and by how often the target occurs in training. One line per sample goes to a CSV, of which
+recipes/compare.py compares any two.
 """
 
 from __future__ import annotations

@@ -261,6 +261,18 @@ def test_weights_are_fitted_on_the_items_that_the_head_finds(data: Any, head: An
     assert name == f"+ popularity (weight {fit.weight:g})"
 
 
+def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp_path: Path) -> None:
+    flags = ["--search", "items", "--fit_limit", "12", "--limit", "5", "--exclude_seen"]
+    output = ["--output", str(tmp_path / "fit.csv")]
+    names = list(evaluate.main([head[0], "--data", data[0], "--prior", "popularity", "transitions", *flags, *output]))
+    val = data[1].samples("val").spread(12)
+    priors = [kind(data[1], head[1].catalog) for kind in (pk.PopularityPrior, pk.TransitionPrior)]
+    fit = pk.fit_prior_weight(
+        head[1], data[1].before(val), data[1].targets(val), None, priors, search="items", exclude_seen=True
+    )
+    assert names[3] == f"+ popularity + transitions (weight {', '.join(f'{weight:g}' for weight in fit.weight)})"
+
+
 def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: expected one with an item head"):
         evaluate.main([run[0], "--data", data[0], "--search", "items", "--output", str(tmp_path / "x.csv")])

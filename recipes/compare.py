@@ -6,8 +6,8 @@
     python recipes/compare.py text.csv items.csv
 
 Both are files of evaluate.py with one line per sample. Errors are over users, whose samples are not independent. That
-of the difference is far smaller than that of either result, for what the samples have in common cancels. p: how often a
-difference as large, in either direction, would come about if it were chance which of the two a user's results are of.
+of the difference is far smaller than that of either result, for what the samples have in common cancels. p: how often
+a difference as large, in either direction, would come about if it were chance which of the two a user's results are of.
 """
 
 from __future__ import annotations

@@ -7,13 +7,15 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --metric paper       # the paper's search and its counting
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --prior transitions
     python recipes/evaluate.py runs/text --data ml-1m --exclude_seen --max_items 20     # what do fewer rows cost?
+    python recipes/evaluate.py runs/head --data ml-1m --exclude_seen --search items --prior transitions linear
     python recipes/evaluate.py Llama-3.2-1B-Instruct --data ml-1m --policy text --limit 500     # zero-shot
 
 Errors are over users, whose samples are not independent. The yardsticks, which any recommender should beat, are
 computed on the same samples; so is a prior alone. "Unseen" leaves out the items of the whole history with
 --exclude_seen, as the model then does, else those among the latest 100. NLL title: minus the log-probability of the
-target's title, all its tokens together. --slices adds tables by length of history and by how often the target occurs in
-training. One line per sample goes to a CSV, of which recipes/compare.py compares any two.
+target's title, all its tokens together; NLL item: of the item, by the item head or a prior. --slices adds tables by
+length of history and by how often the target occurs in training. One line per sample goes to a CSV, of which
+recipes/compare.py compares any two.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import parse_bytes
-from patchkern.data import Interactions, Samples, samples_of
+from patchkern.data import Interactions, samples_of
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import Evaluation, most_popular, transitions
 from patchkern.evaluation.metrics import METRICS, evaluate
@@ -46,7 +48,7 @@ from patchkern.search.recommend import generate_titles
 from patchkern.training import find_model, target_nll
 from recipes import models
 from recipes.commands import Parser
-from recipes.ranking import Lists, cache_of, likeliest, recommend
+from recipes.ranking import Lists, by_item_head, by_prior, cache_of, recommend
 from recipes.results import KS, Result, Results
 
 PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
@@ -78,27 +80,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     print(f" of {results.num_users:,} users")
     print(f"{rows.mean():.1f} rows a prompt, compression {first.compression_ratio:.2f}", flush=True)
 
-    priors = [PRIORS[name](data, model.catalog) for name in args.prior]
-    started = time.perf_counter()
-    found, lists = recommended(model, data, samples, policy, args)
-    seconds = time.perf_counter() - started
-    nll = {}
-    if args.metric == "strict":
-        nll["NLL title"] = target_nll(model, data.histories, samples, policy)
-    results["this model"] = Result(found, lists, nll)
-    say(results)
-    results.write("this model", path)
-    if priors:
-        weights = fitted_weights(model, data, policy, priors, args)
-        name = f"+ {' + '.join(args.prior)} (weight {', '.join(f'{weight:g}' for weight in weights)})"
-        results[name] = Result(
-            *recommended(model, data, samples, policy, args, prior=together(priors, weights), prior_weight=1.0)
-        )
-        say(results)
-        results.write(name, path.with_name(f"{path.stem}-{'-'.join(args.prior)}{path.suffix}"))
-    for name, prior in zip(args.prior, priors, strict=True):
-        alone = likeliest(data, model.catalog, samples, prior, K, unseen=args.exclude_seen).as_lists()
-        results[f"{name} prior alone"] = counted(alone, data, samples, model.catalog)
+    priors = {name: PRIORS[name](data, model.catalog) for name in args.prior}
+    if args.search == "items" and args.metric == "strict":
+        seconds = ranked_by_head(results, model, policy, priors, args, path)
+    else:
+        seconds = searched(results, model, policy, priors, args, path)
+    for name, prior in priors.items():
+        scored = by_prior(data, model.catalog, samples, prior, K, unseen=args.exclude_seen)
+        results[f"{name} prior alone"] = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
     yardsticks(results, None if args.exclude_seen else 100)
 
     print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks and priors alone by item")
@@ -112,15 +101,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         sliced = path.with_name(f"{path.stem}-slices{path.suffix}")
         results.write_slices(sliced)
         print("\n".join([*results.by_slices(), "", f"all measures by slices: {sliced}"]))
-    ambiguous = found[-1].num_ambiguous
+    ambiguous = results["this model"].found[-1].num_ambiguous
     print(f"{ambiguous:,} samples whose target shares its title with another item; per sample: {path}", flush=True)
     return {name: result.found for name, result in results.items()}
-
-
-def say(results: Results) -> None:
-    """The latest result, before it is written: a failing write must not take it along."""
-    name, result = list(results.items())[-1]
-    print(f"{name}: {'; '.join(map(str, result.found))}", flush=True)
 
 
 def output_path(args: argparse.Namespace) -> Path:
@@ -237,30 +220,95 @@ def chosen_policy(model: pk.PatchedCausalLM, args: argparse.Namespace) -> AnyPol
 # ------------------------------------------------------------------ recommending
 
 
-def recommended(
+def searched(
+    results: Results,
     model: pk.PatchedCausalLM,
-    data: Interactions,
-    samples: Samples,
     policy: AnyPolicy,
+    priors: Mapping[str, Any],
     args: argparse.Namespace,
-    **options: Any,
-) -> tuple[list[Evaluation], Lists]:
-    """One evaluation for all k, or, as the paper decodes anew for each k, one per k; and the longest lists."""
+    path: Path,
+) -> float:
+    """The model alone, and with all priors together, by searches for titles; the seconds of the first."""
+    data, samples = results.data, results.samples
+    started = time.perf_counter()
+    alone = recommended(results, model, policy, args)
+    seconds = time.perf_counter() - started
+    if args.metric == "strict":
+        alone.nll["NLL title"] = target_nll(model, data.histories, samples, policy)
+        if model.item_head is not None:
+            alone.nll["NLL item"] = target_nll(model, data.histories, samples, policy, head="items")
+    keep(results, "this model", alone, path)
+    if priors:
+        weights = fitted_weights(model, data, policy, priors, args)
+        prior = together(priors, weights)
+        found = recommended(results, model, policy, args, prior=prior, prior_weight=1.0)
+        keep(results, with_priors(weights), found, beside(path, priors))
+    return seconds
+
+
+def ranked_by_head(
+    results: Results,
+    model: pk.PatchedCausalLM,
+    policy: AnyPolicy,
+    priors: Mapping[str, Any],
+    args: argparse.Namespace,
+    path: Path,
+) -> float:
+    """The model alone, with each prior and with all of them, from one pass over the histories; its seconds."""
+    data, samples = results.data, results.samples
+    sets = [{name: priors[name]} for name in priors]
+    if len(priors) > 1:
+        sets.append(dict(priors))
+    rows: dict[str, Any] = {"this model": None}
+    files = {"this model": path}
+    for chosen in sets:
+        weights = fitted_weights(model, data, policy, chosen, args)
+        rows[with_priors(weights)] = together(chosen, weights)
+        files[with_priors(weights)] = beside(path, chosen)
+    started = time.perf_counter()
+    found = by_item_head(model, data, samples, policy, rows, K, unseen=args.exclude_seen)
+    seconds = time.perf_counter() - started
+    for name, scored in found.items():
+        result = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
+        if name == "this model":
+            result.nll["NLL title"] = target_nll(model, data.histories, samples, policy)
+        keep(results, name, result, files[name])
+    return seconds
+
+
+def keep(results: Results, name: str, result: Result, path: Path) -> None:
+    """Print a result before it is written: a failing write must not take it along."""
+    results[name] = result
+    print(f"{name}: {'; '.join(map(str, result.found))}", flush=True)
+    results.write(name, path)
+
+
+def beside(path: Path, priors: Mapping[str, Any]) -> Path:
+    """The file of a result with priors."""
+    return path.with_name(f"{path.stem}-{'-'.join(priors)}{path.suffix}")
+
+
+def recommended(
+    results: Results, model: pk.PatchedCausalLM, policy: AnyPolicy, args: argparse.Namespace, **options: Any
+) -> Result:
+    """One evaluation for all k, or, as the paper decodes anew for each k, one per k."""
+    data, samples = results.data, results.samples
     shared = {"batch_size": args.batch_size, "memory_budget": args.memory_budget}
     if args.metric == "paper":
         decoded = [generate_titles(model, data.before(samples), policy, num_beams=k, **shared) for k in KS]
-        targets = data.targets(samples)
-        return [
-            evaluate(lists, targets, [k], "paper", catalog=model.catalog, users=samples.users)
+        evaluations = [
+            evaluate(lists, data.targets(samples), [k], "paper", catalog=model.catalog, users=samples.users)
             for k, lists in zip(KS, decoded, strict=True)
-        ], decoded[-1]
+        ]
+        return Result(evaluations, decoded[-1])
     options |= {"k": K, "num_beams": args.num_beams, "search": args.search, "exclude_seen": args.exclude_seen}
-    result = counted(recommend(model, data, samples, policy, **shared, **options), data, samples, model.catalog)
-    return result.found, result.lists
+    return counted(results, recommend(model, data, samples, policy, **shared, **options))
 
 
-def counted(lists: Lists, data: Interactions, samples: Samples, catalog: pk.Catalog) -> Result:
-    return Result([evaluate(lists, data.targets(samples), KS, catalog=catalog, users=samples.users)], lists)
+def counted(results: Results, lists: Lists, nll: dict[str, Any] | None = None) -> Result:
+    data, samples = results.data, results.samples
+    found = evaluate(lists, data.targets(samples), KS, catalog=results.catalog, users=samples.users)
+    return Result([found], lists, nll or {})
 
 
 def yardsticks(results: Results, max_items: int | None) -> None:
@@ -272,44 +320,61 @@ def yardsticks(results: Results, max_items: int | None) -> None:
         "transitions, unseen": transitions(data, samples, K, max_items=max_items),
     }
     for name, ranking in rankings.items():
-        results[name] = counted(ranking.as_lists(), data, samples, results.catalog)
+        results[name] = counted(results, ranking.as_lists())
 
 
 # ------------------------------------------------------------------ priors
 
 
 def fitted_weights(
-    model: pk.PatchedCausalLM, data: Interactions, policy: AnyPolicy, priors: list[Any], args: argparse.Namespace
-) -> list[float]:
-    """--prior_weight, else the best on validation samples, spread evenly over the split."""
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    policy: AnyPolicy,
+    priors: Mapping[str, Any],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Of each prior --prior_weight, else the best on validation samples, spread evenly over the split."""
     if args.prior_weight is not None:
-        return list(args.prior_weight)
+        given = dict(zip(args.prior, args.prior_weight, strict=True))
+        return {name: given[name] for name in priors}
     samples = data.samples("val").spread(args.fit_limit)
     if not samples.users.size:
         raise ValueError("--prior_weight: expected one for data without validation samples to fit it on")
-    (prior,) = priors
     histories = data.before(samples)
     rows = int(pk.row_counts(model.catalog, histories, policy, model.prompt).sum())
+    several = list(priors.values())
     fit = pk.fit_prior_weight(
         model,
         histories,
         data.targets(samples),
         policy,
-        prior,
+        several if len(several) > 1 else several[0],
         k=K,
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
         memory_budget=args.memory_budget,
+        search=args.search,
         user_cache=cache_of(model, rows, args.memory_budget),  # it searches twice
     )
-    curve = "  ".join(f"{weight:g}: {found.ndcg(K):.4f}" for weight, found in fit.curve.items())
-    print(f"{args.prior[0]}: NDCG@{K} on {samples.users.size:,} validation samples by weight: {curve}", flush=True)
-    return [fit.weight]
+    curve = "  ".join(f"{_numbers(weight)}: {found.ndcg(K):.4f}" for weight, found in fit.curve.items())
+    told = f"NDCG@{K} on {samples.users.size:,} validation samples by weight"
+    print(f"{' + '.join(priors)}: {told}: {curve}", flush=True)
+    weight: Any = fit.weight
+    return dict(zip(priors, weight if len(several) > 1 else [weight], strict=True))
 
 
-def together(priors: list[Any], weights: list[float]) -> Any:
+def with_priors(weights: Mapping[str, float]) -> str:
+    """What the model with these priors is called."""
+    return f"+ {' + '.join(weights)} (weight {_numbers(tuple(weights.values()))})"
+
+
+def together(priors: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
     """The weighted sum of priors, as one of weight 1."""
-    return lambda histories: sum(weight * prior(histories) for prior, weight in zip(priors, weights, strict=True))
+    return lambda histories: sum(weights[name] * prior(histories) for name, prior in priors.items())
+
+
+def _numbers(weights: Any) -> str:
+    return ", ".join(f"{weight:g}" for weight in (weights if isinstance(weights, tuple) else (weights,)))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_promp
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import SETTINGS, PatchTrainer
 from recipes.commands import Parser
-from recipes.ranking import likeliest
+from recipes.ranking import by_prior
 from recipes.report import KS, Lists, Model, Report
 
 # synthetic users choose by the order of their history; a short run needs many steps, and has no time to overfit
@@ -316,7 +316,7 @@ def without_model(
     popular = most_popular(data, samples, max(KS), unseen=True, max_items=None)
     rankings = {"most popular": popular, "transitions": transitions(data, samples, max(KS), max_items=None)}
     if prior is not None:
-        rankings["prior alone"] = likeliest(data, catalog, samples, prior)
+        rankings["prior alone"] = by_prior(data, catalog, samples, prior, max(KS)).ranking
     targets = data.targets(samples)
     found = {
         name: metrics.evaluate(each.as_lists(), targets, KS, catalog=catalog, users=samples.users)

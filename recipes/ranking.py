@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import SearchCost, SearchSize, parse_bytes
 from patchkern.data import Interactions, Samples
 from patchkern.evaluation import Ranking
+from patchkern.evaluation.yardsticks import top
+from patchkern.training import item_log_probs
 
 SHARED_ENOUGH = 0.5  # of a prompt's rows; with fewer in common there was no gain to be measured
 CACHE_BYTES = 2 << 30  # at most, where no budget is given; of a budget a quarter
@@ -104,22 +106,72 @@ def shared_rows(model: pk.PatchedCausalLM, histories: pk.Histories, policy: AnyP
     return shared / max(total, 1)
 
 
-def likeliest(
-    data: Interactions,
-    catalog: pk.Catalog,
-    samples: Samples,
-    prior: Any,
-    k: int = 20,
-    *,
-    unseen: bool = True,
-) -> Ranking:
-    """The ``k`` items that a prior alone gives the highest values, without those of the whole history if ``unseen``."""
-    best, scores = [], []
+class ScoredItems:
+    """Rankings and likelihoods from scores of every item, given part by part.
+
+    Args:
+        data, samples: whose targets are ranked.
+        catalog: the items, in the order of the scores.
+        k: length of the lists.
+        unseen: leave items of the whole history out of the lists.
+    """
+
+    def __init__(self, data: Interactions, samples: Samples, catalog: pk.Catalog, k: int, unseen: bool) -> None:
+        self.data, self.samples, self.catalog, self.unseen = data, samples, catalog, unseen
+        self._items = np.zeros((samples.users.size, k), np.int64)
+        self._scores = np.zeros((samples.users.size, k))
+        self.nll = np.zeros(samples.users.size)
+        """``(S,)`` minus the log-probability of each target, the scores being those of all items up to a constant"""
+
+    def add(self, chosen: NDArray[np.int64], scores: NDArray[np.floating[Any]]) -> None:
+        """``(n, n_items)`` scores of some of the samples."""
+        part = self.samples.take(chosen)
+        targets = self.catalog.index_of(self.data.targets(part))
+        largest = scores.max(axis=1)
+        total = np.log(np.exp(scores - largest[:, None]).sum(axis=1, dtype=np.float64)) + largest
+        self.nll[chosen] = total - scores[np.arange(chosen.size), targets]
+        if self.unseen:
+            past = self.data.before(part)
+            scores = np.array(scores)
+            scores[np.repeat(np.arange(len(past)), past.lengths), self.catalog.index_of(past.items)] = -np.inf
+        best = top(scores, self._items.shape[1])
+        self._items[chosen] = best
+        self._scores[chosen] = np.take_along_axis(scores, best, axis=1)
+
+    @property
+    def ranking(self) -> Ranking:
+        """The best items of each sample, equal ones in catalogue order."""
+        return Ranking(self.catalog.item_ids[self._items], self._scores)
+
+
+def by_prior(
+    data: Interactions, catalog: pk.Catalog, samples: Samples, prior: Any, k: int = 20, *, unseen: bool = True
+) -> ScoredItems:
+    """What a prior finds likeliest, without those of the whole history if ``unseen``."""
+    scored = ScoredItems(data, samples, catalog, k, unseen)
     for begin in range(0, samples.users.size, USERS_AT_ONCE):
-        past = data.before(samples.take(np.arange(begin, min(begin + USERS_AT_ONCE, samples.users.size))))
-        table = np.array(prior(past))
-        if unseen:
-            table[np.repeat(np.arange(len(past)), past.lengths), catalog.index_of(past.items)] = -np.inf
-        best.append(np.argsort(-table, axis=1, kind="stable")[:, :k])
-        scores.append(np.take_along_axis(table, best[-1], axis=1))
-    return Ranking(catalog.item_ids[np.concatenate(best)], np.concatenate(scores))
+        chosen = np.arange(begin, min(begin + USERS_AT_ONCE, samples.users.size))
+        scored.add(chosen, prior(data.before(samples.take(chosen))))
+    return scored
+
+
+def by_item_head(
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    samples: Samples,
+    policy: AnyPolicy,
+    priors: Mapping[str, Any],
+    k: int,
+    *,
+    unseen: bool,
+) -> dict[str, ScoredItems]:
+    """What the model's item head ranks first, with each of the priors (None: alone), from one pass over the histories.
+
+    A prior is added as it is, its weight included.
+    """
+    found = {name: ScoredItems(data, samples, model.catalog, k, unseen) for name in priors}
+    for chosen, log_probs in item_log_probs(model, data.histories, samples, policy):
+        past = data.before(samples.take(chosen))
+        for name, prior in priors.items():
+            found[name].add(chosen, log_probs if prior is None else log_probs + prior(past))
+    return found

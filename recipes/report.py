@@ -294,7 +294,7 @@ class Report:
         if self.fitted_on:
             evaluate += ["--prior", "transitions", "--fit_limit", str(self.settings["fit_limit"])]
         same = "" if self.whole_split else ", on all samples"
-        commands.append((f"the numbers of {last.name} again, one line per user in a CSV{same}", evaluate))
+        commands.append((f"the numbers of {last.name} again, one line per sample in a CSV{same}", evaluate))
         if self.synthetic:
             commands.append(("the same on data of your own; --help lists what can be set",
                              [python, "recipes/quickstart.py", "--data", "path/to/ml-100k"]))  # fmt: skip

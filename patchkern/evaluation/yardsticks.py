@@ -182,13 +182,13 @@ def rank(
         if unseen:
             seen = interactions.before(part, max_items)
             table[np.repeat(np.arange(len(seen)), seen.lengths), positions_of(item_ids, seen.items)] = -np.inf
-        top = _top(table, k)
-        best[begin : begin + step] = top
-        scores[begin : begin + step] = np.take_along_axis(table, top, axis=1)
+        chosen = top(table, k)
+        best[begin : begin + step] = chosen
+        scores[begin : begin + step] = np.take_along_axis(table, chosen, axis=1)
     return Ranking(item_ids[best], scores)
 
 
-def _top(table: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+def top(table: NDArray[np.floating[Any]], k: int) -> NDArray[np.int64]:
     """``(S, k)`` columns of the k largest values per row, equal ones in order, without sorting whole rows."""
     kth = np.partition(table, table.shape[1] - k, axis=1)[:, [table.shape[1] - k]]
     rows, columns = np.nonzero(table >= kth)

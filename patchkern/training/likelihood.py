@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely a model finds what users took next: the negative log-likelihood of each target."""
+"""How likely a model finds what users took next: of each target, and of all items where the model has an item head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
 from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.models.wrapped import hidden_states
 from patchkern.search.protocol import policy_of
 from patchkern.training.passes import cut_to_passes
 
@@ -24,6 +28,7 @@ Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
 Int64 = NDArray[np.int64]
 
 _LABELS_AT_ONCE = 1024
+_SCORES_AT_ONCE = 1 << 24
 
 
 def target_nll(
@@ -33,12 +38,12 @@ def target_nll(
     policy: AnyPolicy | None = None,
     *,
     rows_per_pass: int = 4096,
+    head: str = "titles",
 ) -> NDArray[np.float64]:
-    """Minus the log-probability of each target's title: of its tokens and ``response_end``, over the full vocabulary.
+    """Minus the log-probability of each target.
 
-    It is what `PatchedCausalLM.score_items` says of the target, without scoring the other titles. Where the policy
-    allows it, a user's history is computed once for all targets, as in training: with the same results, from a fraction
-    of the rows.
+    It is what `PatchedCausalLM.score_items` says of the target. Where the policy allows it, a user's history is
+    computed once for all targets, as in training: with the same results, from a fraction of the rows.
 
     Args:
         model: it runs in evaluation mode and is left as it was.
@@ -46,6 +51,8 @@ def target_nll(
         samples: ``(users, positions)``, ``(S,)`` int64 each, as in `Histories.before`.
         policy: how histories are compressed; the model's own where None.
         rows_per_pass: of one forward pass, at most, unless a single sample has more.
+        head: "titles": of the tokens of its title and ``response_end``, over the full vocabulary; "items": of the item,
+            over the catalogue, by the model's item head.
 
     Returns:
         ``(S,)`` float64, in nats.
@@ -53,33 +60,88 @@ def target_nll(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    check_count("rows_per_pass", rows_per_pass, minimum=1)
-    policy = policy_of(model, policy)
+    if head not in ("titles", "items"):
+        raise ValueError(f"head: expected titles or items, got {head!r}")
     given, (users, positions) = Histories.coerce(histories), samples
-    model.catalog.index_of(given.at(users, positions), "samples")
+    index = model.catalog.index_of(given.at(users, positions), "samples").astype(np.int64)
     nll = np.zeros(users.size)
-    training = model.training
-    model.eval()
-    try:
-        for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass):
-            targets = model.catalog.index_of(given.at(users[chosen], positions[chosen]))
-            sizes = model.catalog.lengths[targets].astype(np.int64) + len(model.prompt.response_end)
-            with torch.no_grad():
-                nll[chosen] = _per_sample(model(layout).logits, layout, sizes)
-    finally:
-        model.train(training)
+    if head == "items":
+        for chosen, scores in item_log_probs(model, given, samples, policy, rows_per_pass=rows_per_pass):
+            nll[chosen] = -scores[np.arange(chosen.size), index[chosen]]
+        return nll
+    for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass, head):
+        sizes = model.catalog.lengths[index[chosen]].astype(np.int64) + len(model.prompt.response_end)
+        with torch.no_grad(), _evaluating(model):
+            nll[chosen] = _per_sample(model(layout).logits, layout, sizes)
     return nll
 
 
+def item_log_probs(
+    model: PatchedCausalLM,
+    histories: HistoriesLike,
+    samples: Samples,
+    policy: AnyPolicy | None = None,
+    *,
+    rows_per_pass: int = 4096,
+) -> Iterator[tuple[Int64, NDArray[np.floating[Any]]]]:
+    """What ``score_items(head="items")`` says of every sample, part by part: full rankings of any number of them.
+
+    Samples of one user come out of one pass over the history where the policy allows it.
+
+    Args:
+        model: one with an item head; it runs in evaluation mode and is left as it was.
+        histories, samples, policy, rows_per_pass: as of `target_nll`.
+
+    Returns:
+        ``(n,)`` which of the samples, and ``(n, n_items)`` their log-probabilities, float32, or float64 for a float64
+        model; every sample once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if model.item_head is None:
+        raise ValueError("model: expected one with an item head (item_head=True), got one without")
+    given, (users, positions) = Histories.coerce(histories), samples
+    most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
+    for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
+        # states are all that is asked of it
+        with torch.no_grad(), _evaluating(model), hidden_states(model.hf_model) as found:
+            model(replace(layout, item_labels=None))
+        if layout.item_rows is None:
+            raise RuntimeError("a layout for items has no item rows")
+        states = found[-1][layout.item_rows.to(found[-1].device)]
+        for begin in range(0, chosen.size, most):
+            yield chosen[begin : begin + most], model.item_scores(states[begin : begin + most]).cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: PatchedCausalLM) -> Generator[None, None, None]:
+    """Evaluation mode, and then whichever it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _passes(
-    model: PatchedCausalLM, histories: Histories, users: Int64, positions: Int64, policy: AnyPolicy, rows_per_pass: int
+    model: PatchedCausalLM,
+    histories: Histories,
+    users: Int64,
+    positions: Int64,
+    policy: AnyPolicy | None,
+    rows_per_pass: int,
+    head: str,
 ) -> Iterator[tuple[Int64, PatchLayout]]:
     """Layouts of some samples each, and which those are, in the order of their labels."""
+    check_count("rows_per_pass", rows_per_pass, minimum=1)
+    policy = policy_of(model, policy)
     catalog, prompt = model.catalog, model.prompt
-    if users.size and _share_trunks(model, policy, positions):
+    if users.size and _share_trunks(model, policy, positions, head):
 
         def count_rows(users: Int64, ranges: Int64) -> Int64:
-            counts = training_rows(catalog, histories.take(users), policy, prompt, ranges)
+            counts = training_rows(catalog, histories.take(users), policy, prompt, ranges, head=head)
             # a sample alone is a pass, however long
             return np.where(ranges[:, 0] == ranges[:, 1], np.minimum(counts, rows_per_pass), counts)
 
@@ -89,7 +151,9 @@ def _passes(
         done = 0
         for runs in _filled(rows, rows_per_pass):
             users, targets = of[runs], ranges[runs]
-            layout = build_training_layout(catalog, histories.take(users), policy, prompt, targets, transpose=False)
+            layout = build_training_layout(
+                catalog, histories.take(users), policy, prompt, targets, transpose=False, head=head
+            )
             yield order[done : ends[runs[-1]]], layout
             done = int(ends[runs[-1]])
         return
@@ -99,15 +163,15 @@ def _passes(
     for places in _filled(rows[order], rows_per_pass):
         chosen = order[places]
         targets = histories.at(users[chosen], positions[chosen])
-        yield chosen, build_layout(catalog, every.take(chosen), policy, prompt, targets, transpose=False)
+        yield chosen, build_layout(catalog, every.take(chosen), policy, prompt, targets, transpose=False, head=head)
 
 
-def _share_trunks(model: PatchedCausalLM, policy: AnyPolicy, positions: Int64) -> bool:
+def _share_trunks(model: PatchedCausalLM, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:
     """Are passes of many targets exactly their samples?"""
     whole = policy.max_items is None or int(positions.max()) <= policy.max_items
     drawn = isinstance(policy, RandomItemPatches)  # for every prompt anew
-    exact = isinstance(policy, TrunkPolicy) and whole and not drawn and bool(model.prompt.suffix)
-    return exact and model.takes_branches
+    begun = bool(model.prompt.suffix) or head == "items"  # a branch for a title begins with a row of its own
+    return isinstance(policy, TrunkPolicy) and whole and not drawn and begun and model.takes_branches
 
 
 def _filled(rows: Int64, most: int) -> Iterator[Int64]:

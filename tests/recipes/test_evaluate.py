@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 from pathlib import Path
@@ -193,6 +194,88 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         evaluate.parse([*flags, "--data", "synthetic"])
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ the item head
+
+
+@pytest.fixture(scope="module")
+def head(data: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pk.PatchedCausalLM]:
+    folder = tmp_path_factory.mktemp("runs") / "head"
+    hf_model, policy = copy.deepcopy(run[1].hf_model), pk.ItemPatches(1, max_items=None)
+    model = pk.PatchedCausalLM(hf_model, run[1].catalog, run[1].prompt, policy, item_head=True).eval()
+    assert model.item_head is not None
+    model.item_head.start_from_counts(training_counts(data[1], model.catalog))
+    model.save_pretrained(folder, tokenizer=run[1].tokenizer or fit_tokenizer(data[1].titles.values(), 300))
+    return str(folder), model
+
+
+def test_everything_from_one_pass(data: Any, head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source, interactions), (folder, model) = data, head
+    output = tmp_path / "items.csv"
+    flags = ["--search", "items", "--exclude_seen", "--prior", "transitions", "linear", "--prior_weight", "0.5", "2"]
+    results = evaluate.main([folder, "--data", source, "--output", str(output), *flags])
+    samples = interactions.samples("test")
+    histories, targets = interactions.before(samples), interactions.targets(samples)
+    first, second = (kind(interactions, model.catalog) for kind in (pk.TransitionPrior, pk.LinearPrior))
+    priors = {
+        "this model": None,
+        "+ transitions (weight 0.5)": lambda past: 0.5 * first(past),
+        "+ linear (weight 2)": lambda past: 2 * second(past),
+        "+ transitions + linear (weight 0.5, 2)": lambda past: 0.5 * first(past) + 2 * second(past),
+    }
+    assert list(results)[:4] == list(priors)
+    log_probs = model.score_items(histories, head="items").astype(np.float64)
+    index = model.catalog.index_of(targets)
+    files = ["items", "items-transitions", "items-linear", "items-transitions-linear"]
+    for (name, prior), file in zip(priors.items(), files, strict=True):
+        lists = model.recommend(histories, search="items", exclude_seen=True, prior=prior)
+        expected = count(lists, targets, catalog=model.catalog)
+        assert results[name][0].ranks.tolist() == expected.ranks.tolist()
+        scores = log_probs if prior is None else log_probs + prior(histories)
+        nll = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(index.size), index]
+        written = [float(row["NLL item"]) for row in rows_of(tmp_path / f"{file}.csv")]
+        assert written == pytest.approx(nll.tolist(), abs=1e-4)
+    alone = estimate(-first(histories)[np.arange(index.size), index], samples.users)
+    printed = capsys.readouterr().out
+    assert f"{alone}" in printed, "the prior's own likelihood"
+    assert "NLL item" in printed and "NLL title" in printed and "users/s" in printed
+
+
+def test_a_search_for_titles_says_the_likelihood_of_items_too(data: Any, head: Any, tmp_path: Path) -> None:
+    output = tmp_path / "titles.csv"
+    evaluate.main([head[0], "--data", data[0], "--limit", "9", "--output", str(output)])
+    samples = data[1].samples("test").spread(9)
+    nll = target_nll(head[1], data[1].histories, samples, head="items")
+    assert [float(row["NLL item"]) for row in rows_of(output)] == pytest.approx(nll.tolist(), abs=1e-4)
+
+
+def test_weights_are_fitted_on_the_items_that_the_head_finds(data: Any, head: Any, tmp_path: Path) -> None:
+    flags = ["--search", "items", "--prior", "popularity", "--exclude_seen", "--output", str(tmp_path / "fit.csv")]
+    name = list(evaluate.main([head[0], "--data", data[0], *flags]))[1]
+    val = data[1].samples("val")
+    prior = pk.PopularityPrior(data[1], head[1].catalog)
+    fit = pk.fit_prior_weight(
+        head[1], data[1].before(val), data[1].targets(val), None, prior, search="items", exclude_seen=True
+    )
+    assert name == f"+ popularity (weight {fit.weight:g})"
+
+
+def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp_path: Path) -> None:
+    flags = ["--search", "items", "--fit_limit", "12", "--limit", "5", "--exclude_seen"]
+    output = ["--output", str(tmp_path / "fit.csv")]
+    names = list(evaluate.main([head[0], "--data", data[0], "--prior", "popularity", "transitions", *flags, *output]))
+    val = data[1].samples("val").spread(12)
+    priors = [kind(data[1], head[1].catalog) for kind in (pk.PopularityPrior, pk.TransitionPrior)]
+    fit = pk.fit_prior_weight(
+        head[1], data[1].before(val), data[1].targets(val), None, priors, search="items", exclude_seen=True
+    )
+    assert names[3] == f"+ popularity + transitions (weight {', '.join(f'{weight:g}' for weight in fit.weight)})"
+
+
+def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model: expected one with an item head"):
+        evaluate.main([run[0], "--data", data[0], "--search", "items", "--output", str(tmp_path / "x.csv")])
 
 
 # ------------------------------------------------------------------ prompts that samples share

@@ -126,7 +126,7 @@ def test_the_prior_alone_ranks_unseen_items_by_the_prior() -> None:
     catalog = pk.Catalog.from_token_ids(np.arange(60), np.arange(61))
     samples = Samples(*(column[:7] for column in data.samples("test")))
     prior = pk.TransitionPrior(data, catalog)
-    ranking = quickstart.likeliest(data, catalog, samples, prior)
+    ranking = quickstart.by_prior(data, catalog, samples, prior).ranking
     for row, history in zip(ranking.as_lists(), data.before(samples), strict=True):
         own = prior(pk.Histories.coerce([history]))[0]
         left = sorted((item for item in range(60) if item not in set(history.tolist())), key=lambda item: -own[item])

@@ -12,7 +12,7 @@ from cases import POLICIES, make_histories, make_titles
 from search_oracle import HF_MODELS, forced_scores, make_model
 
 import patchkern as pk
-from patchkern.training import likelihood, target_nll
+from patchkern.training import item_log_probs, likelihood, target_nll
 
 TITLES = make_titles(23)
 ITEMS = list(TITLES)
@@ -66,7 +66,10 @@ def test_histories_are_computed_once_where_they_can(monkeypatch: pytest.MonkeyPa
 
 def test_models_and_policies_without_trunks() -> None:
     model, positions = make_model(TITLES), SAMPLES[1]
-    share = likelihood._share_trunks
+
+    def share(model: pk.PatchedCausalLM, policy: Any, positions: Any) -> bool:
+        return likelihood._share_trunks(model, policy, positions, "titles")
+
     assert share(model, pk.TextOnly(None), positions) and share(model, pk.TextOnly(39), positions)
     assert not share(model, pk.TextOnly(38), positions)
     assert not share(model, pk.FitRows(50), positions) and not share(model, pk.RandomItemPatches(0.5, None), positions)
@@ -104,3 +107,45 @@ def test_errors_name_the_argument(arguments: dict[str, Any], message: str) -> No
     given = {"histories": WHOLE, "samples": SAMPLES, "policy": POLICIES["items"], **arguments}
     with pytest.raises(ValueError, match=message):
         target_nll(make_model(TITLES), **given)
+
+
+# ------------------------------------------------------------------ the item head
+
+
+def with_head() -> pk.PatchedCausalLM:
+    """A head that is not the identity any more."""
+    plain = make_model(TITLES)
+    model = pk.PatchedCausalLM(plain.hf_model, plain.catalog, plain.prompt, item_head=True)
+    assert model.item_head is not None
+    with torch.no_grad():
+        for number, parameter in enumerate(model.item_head.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+@pytest.mark.parametrize("rows_per_pass", [1, 60, 4096])
+@pytest.mark.parametrize("policy", ["text", "text-cut", "items", "items-all", "sessions-end", "sessions-start-cut"])
+def test_items_against_the_scores_of_each_history(
+    policy: str, rows_per_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (users, positions) = with_head(), SAMPLES
+    histories = [WHOLE[user][:position] for user, position in zip(users, positions, strict=True)]
+    expected = model.score_items(histories, POLICIES[policy], head="items")
+    monkeypatch.setattr(likelihood, "_SCORES_AT_ONCE", 3 * len(TITLES))
+    options = {"rows_per_pass": rows_per_pass}
+    got = np.full_like(expected, np.nan)
+    for chosen, scores in item_log_probs(model, WHOLE, SAMPLES, POLICIES[policy], **options):
+        assert scores.shape == (chosen.size, len(TITLES)) and chosen.size <= 3 and np.isnan(got[chosen]).all()
+        got[chosen] = scores
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+    targets = model.catalog.index_of([WHOLE[user][position] for user, position in zip(users, positions, strict=True)])
+    nll = target_nll(model, WHOLE, SAMPLES, POLICIES[policy], head="items", **options)
+    np.testing.assert_allclose(nll, -expected[np.arange(users.size), targets], rtol=0, atol=1e-10)
+
+
+def test_items_need_a_head() -> None:
+    with pytest.raises(ValueError, match="model: expected one with an item head"):
+        next(item_log_probs(make_model(TITLES), WHOLE, SAMPLES, POLICIES["items"]))
+    with pytest.raises(ValueError, match="head: expected titles or items, got 'both'"):
+        target_nll(with_head(), WHOLE, SAMPLES, POLICIES["items"], head="both")

@@ -199,7 +199,7 @@ def asked(model: Any, tokenizer: Any) -> str:
 
 def minutes(folder: Path, data: Interactions, args: argparse.Namespace) -> float:
     """What an epoch will take, said beforehand: the rows of one, at the speed of a pass that is measured."""
-    model, _ = models.load_model(str(folder), data.titles, prompt_file=args.prompt, wrapper={"item_head": True})
+    model, _ = models.load_model(str(folder), data.titles, prompt_file=args.prompt, item_head=True)
     policy = pk.ItemPatches(keep_text=0, max_items=args.max_items)
     samples = samples_of(data, "train")
     users, first, count = np.unique(samples.users, return_index=True, return_counts=True)

@@ -229,8 +229,8 @@ def minutes(folder: Path, data: Interactions, args: argparse.Namespace) -> float
     expected = (rows.sum() / rate + targets / args.targets_per_step * min(steps[1:])) / 60
     say(
         f"{targets:,} targets in {rows.sum():,} rows, {rows.sum() / targets:.1f} a target; measured {rate:.0f} rows a "
-        f"second and {min(steps[1:]):.1f} s for AdamW's step of {args.targets_per_step} targets: an epoch takes about {expected:.0f} minutes on "
-        f"{torch.get_num_threads()} threads"
+        f"second and {min(steps[1:]):.1f} s for AdamW's step of {args.targets_per_step} targets: an epoch takes about "
+        f"{expected:.0f} minutes on {torch.get_num_threads()} threads"
     )
     return expected
 

@@ -31,6 +31,7 @@ def load_model(
     words: pk.PromptWords | None = None,
     prompt_file: str | None = None,
     item_embeddings: bool = False,
+    item_head: bool = False,
     lora: int | None = None,
     random_weights: bool = False,
     seed: int = 0,
@@ -38,7 +39,6 @@ def load_model(
     dropout: float = 0.0,
     separator: bool = True,
     argument: str = "--model",
-    wrapper: Mapping[str, Any] | None = None,
     **hf_kwargs: Any,
 ) -> tuple[pk.PatchedCausalLM, Any]:
     """A model over ``titles``, and its tokenizer.
@@ -51,13 +51,12 @@ def load_model(
         dtype: of the weights.
         words: of the prompt of a transformers model whose tokenizer has a chat template; without any, general ones.
         prompt_file: of words (`patchkern.PromptWords.read`) to use instead; an error where the model has no use for it.
-        item_embeddings: have a vector per item, also where a saved model has none.
+        item_embeddings, item_head: have them, also where a saved model has none.
         lora: train a LoRA adapter of this rank on a transformers model instead of its weights, with its marker rows.
         random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
         seed: of whatever is drawn.
         vocab_size, dropout, separator: of a model from scratch.
         argument: that errors name.
-        wrapper: further arguments of `PatchedCausalLM` and of its ``from_pretrained``.
         hf_kwargs: for the transformers model's ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
@@ -65,7 +64,7 @@ def load_model(
         ValueError: ``prompt_file`` is no such file, or the model has its prompt or no chat template; ``lora`` for a
             model whose base could not be found again.
     """
-    wrapping = {"item_embeddings": item_embeddings, **(wrapper or {})}
+    wrapping: dict[str, Any] = {"item_embeddings": item_embeddings, "item_head": item_head}
     if lora is not None and (name in SIZES or is_saved(name) or random_weights):
         raise ValueError("lora: expected None but for the weights of a transformers model, which an adapter names")
     if prompt_file is not None and (name in SIZES or is_saved(name)):

@@ -97,8 +97,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gguf", help="a GGUF file to take instead of fetching one")
     parser.add_argument("--fetch_only", action="store_true", help="fetch and convert, no more")
     parser.add_argument("--prompt", default=str(MOVIES), help="the prompt's words (default: %(default)s)")
-    parser.add_argument("--max_items", type=int, default=100, help="latest items of a history (default: %(default)s)")
-    parser.add_argument("--rows_per_pass", type=int, default=1536, help="of a step (default: %(default)s)")
+    parser.add_argument("--max_items", type=int, default=1000, help="latest items of a history (default: %(default)s)")
+    parser.add_argument("--rows_per_pass", type=int, default=2048, help="computed together (default: %(default)s)")
+    parser.add_argument("--targets_per_step", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--output_dir", help="of the run (default: runs/pretrained-<data set>)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: %(default)s)")
     args, rest = parser.parse_known_args(argv)
@@ -115,15 +116,17 @@ def data_flags(args: argparse.Namespace) -> list[str]:
 
 
 def training_flags(args: argparse.Namespace, folder: Path, output: Path) -> list[str]:
-    """The item head on a trunk of patches alone; a rate for a model of this size."""
+    """The item head on a trunk of patches alone, rates for a model of this size, steps of one size."""
     chosen: dict[str, Any] = {
         "stage": "items",
         "model": folder,
         "prompt": args.prompt,
+        "settings": "pretrained-small",
         "head": "items",
         "keep_text": 0,
         "max_items": args.max_items,
         "rows_per_pass": args.rows_per_pass,
+        "targets_per_step": args.targets_per_step,
         "output_dir": output,
     }
     return data_flags(args) + flags(chosen)
@@ -199,7 +202,7 @@ def asked(model: Any, tokenizer: Any) -> str:
 
 def minutes(folder: Path, data: Interactions, args: argparse.Namespace) -> float:
     """What an epoch will take, said beforehand: the rows of one, at the speed of a pass that is measured."""
-    model, _ = models.load_model(str(folder), data.titles, prompt_file=args.prompt, wrapper={"item_head": True})
+    model, _ = models.load_model(str(folder), data.titles, prompt_file=args.prompt, item_head=True)
     policy = pk.ItemPatches(keep_text=0, max_items=args.max_items)
     samples = samples_of(data, "train")
     users, first, count = np.unique(samples.users, return_index=True, return_counts=True)
@@ -211,20 +214,23 @@ def minutes(folder: Path, data: Interactions, args: argparse.Namespace) -> float
         model.catalog, histories.take(np.arange(users.size)[some]), policy, model.prompt, ranges[some], head="items"
     )
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0)
-    seconds = []
-    for _ in range(2):  # the first one makes AdamW's state
+    passes, steps = [], []
+    for bfloat16 in (False, False, True):  # the first one makes AdamW's state; train.py takes the faster of the others
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(layout).loss
         loss.backward()
+        passes.append(time.perf_counter() - started)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-    expected = rows.sum() / layout.num_rows * seconds[-1] / 60
+        steps.append(time.perf_counter() - started - passes[-1])
+    rate = layout.num_rows / min(passes[1:])
+    targets = samples.users.size
+    expected = (rows.sum() / rate + targets / args.targets_per_step * min(steps[1:])) / 60
     say(
-        f"{samples.users.size:,} targets in {rows.sum():,} rows, {rows.sum() / samples.users.size:.1f} a target; "
-        f"measured {layout.num_rows / seconds[-1]:.0f} rows a second: an epoch takes about {expected:.0f} minutes on "
-        f"{torch.get_num_threads()} threads"
+        f"{targets:,} targets in {rows.sum():,} rows, {rows.sum() / targets:.1f} a target; measured {rate:.0f} rows a "
+        f"second and {min(steps[1:]):.1f} s for AdamW's step of {args.targets_per_step} targets: an epoch takes about "
+        f"{expected:.0f} minutes on {torch.get_num_threads()} threads"
     )
     return expected
 

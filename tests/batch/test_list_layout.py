@@ -82,3 +82,19 @@ def test_rows_are_limited_and_patches_have_branches() -> None:
     patches = pk.build_training_layout(CATALOG, HISTORIES[:1], pk.ItemPatches(0, None), LIST, [[2, 4]])
     assert patches.prefix is not None and patches.num_users == 4
     assert not pk.Prompt((1,), (2,), (2,), (3,)).is_list and not pk.Prompt((1,)).is_list and LIST.is_list
+
+
+def test_items_are_predicted_from_the_same_rows() -> None:
+    ranges = [[1, 4], [1, 1], [7, 39], [0, -1], [0, 11]]
+    both = pk.build_training_layout(CATALOG, HISTORIES, pk.TextOnly(None), LIST, ranges, head="both")
+    titles = pk.build_training_layout(CATALOG, HISTORIES, pk.TextOnly(None), LIST, ranges)
+    items = pk.build_training_layout(CATALOG, HISTORIES, pk.TextOnly(None), LIST, ranges, head="items")
+    assert both.labels is not None and titles.labels is not None and torch.equal(both.labels, titles.labels)
+    assert torch.equal(both.lo, titles.lo) and both.prefix is None
+    assert both.item_labels is not None and items.item_labels is not None
+    assert torch.equal(both.item_labels, items.item_labels)
+    # the row before the separator that the target's title follows
+    read = [(layout.position_ids[layout.item_rows], layout.lo[layout.item_rows]) for layout in (both, items)]
+    assert all(torch.equal(*pair) for pair in zip(*read, strict=True))
+    counts = [pk.training_rows(CATALOG, HISTORIES, pk.TextOnly(None), LIST, ranges, head=h) for h in ("both", "titles")]
+    assert counts[0].tolist() == counts[1].tolist() and counts[0].sum() == both.num_rows

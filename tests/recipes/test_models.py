@@ -18,7 +18,9 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import patchkern as pk
+from patchkern.data import synthetic, write_parquet
 from patchkern.models.gguf_file import read_gguf
+from patchkern.training import find_model
 from recipes import models, pretrained
 from recipes.models import load_model
 
@@ -101,6 +103,27 @@ def test_what_is_refused(tmp_path: Path) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
     with pytest.raises(ValueError, match="--prompt: expected none, as the model's tokenizer has no chat template"):
         models.make_prompt(plain, prompt_file=words)
+
+
+# ------------------------------------------------------------------ the pretrained recipe
+
+
+def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Converted, measured, trained, evaluated, described; from a file that is here."""
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "tiny.gguf")
+    write_parquet(synthetic(40, 50, mean_length=15.0, num_genres=4), tmp_path / "small")
+    command = ["--data", "small", "--gguf", "tiny.gguf", "--folder", "kept", "--output_dir", "run", "--threads", "1"]
+    pretrained.main([*command, "--max_items", "40", "--max_steps", "2", "--use_cpu", "--disable_tqdm", "true"])
+    printed = capsys.readouterr().out
+    said = ["rows a second", "an epoch takes about", "trained in", "this model", "most popular", "model card: "]
+    places = [printed.index(text) for text in said]
+    assert places == sorted(places)
+    saved = find_model(tmp_path / "run")
+    card = (saved / "README.md").read_text()
+    assert "| this model |" in card and "--gguf tiny.gguf" in card and "- history: last" in card
+    model = pk.PatchedCausalLM.from_pretrained(saved)
+    assert model.item_head is not None and model.prompt.is_list and model.policy == pk.ItemPatches(0, 40)
 
 
 # ------------------------------------------------------------------ fetching

@@ -72,6 +72,8 @@ class PatchTrainer(Trainer):
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
             target, as published.
+        targets_per_step: with ``rows_per_pass``, the targets of an optimisation step over all processes, whatever their
+            rows; ``gradient_accumulation_steps`` becomes what that takes. None: as many as its passes have.
         eval_samples: like ``samples``, to validate on.
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
@@ -98,6 +100,7 @@ class PatchTrainer(Trainer):
         pretrain: bool = False,
         supervise_history: bool = False,
         rows_per_pass: int | None = None,
+        targets_per_step: int | None = None,
         jitter: float = 0.0,
         head: str = "titles",
         title_weight: float = 1.0,
@@ -125,6 +128,10 @@ class PatchTrainer(Trainer):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
         self._weights = {"title_weight": title_weight, "item_weight": item_weight}
+        if targets_per_step is not None:
+            check_count("targets_per_step", targets_per_step, minimum=1)
+            if rows_per_pass is None:
+                raise ValueError(f"targets_per_step: expected None without rows_per_pass, got {targets_per_step}")
         users, positions = samples
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
@@ -159,12 +166,14 @@ class PatchTrainer(Trainer):
         else:
             check_count("rows_per_pass", rows_per_pass, minimum=1)
             args.per_device_train_batch_size = 1
-            per_step = args.gradient_accumulation_steps * args.world_size
+            per_step = (1 if targets_per_step else args.gradient_accumulation_steps) * args.world_size
             # how many steps there are depends on the rows, and those on whether there are two trunks
             collator = PassCollator(*kept, 1 if pretrain else None, *planned, jitter)
+            epochs = args.num_train_epochs
             dataset = PassDataset(
-                users, positions, collator.rows, rows_per_pass, args.num_train_epochs, steps, per_step, seed
+                users, positions, collator.rows, rows_per_pass, epochs, steps, per_step, seed, targets_per_step
             )
+            args.gradient_accumulation_steps = dataset.passes_per_step // args.world_size
             args.max_steps = dataset.steps
             collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
         _count_epochs_in_steps(args, args.max_steps * users.size // dataset.num_targets)

@@ -225,6 +225,10 @@ def _pieces(folder: Path) -> dict[str, Any]:
             "num_beams: expected at least k=20",
         ),
         (lambda p: {"policy": pk.TextOnly(), "jitter": 2.0}, "jitter: expected .* 0 without rows_per_pass, got 2.0"),
+        (
+            lambda p: {"policy": pk.TextOnly(), "targets_per_step": 9},
+            "targets_per_step: expected None without rows_per",
+        ),
         (lambda p: {"policy": pk.TextOnly(), "jitter": -1.0, "rows_per_pass": 500}, "jitter: expected .* got -1.0"),
         (
             lambda p: (
@@ -302,6 +306,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "samples": {},
     "passes": {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
     "pre-training on passes": {"rows_per_pass": 500, "stage": "pretrain"},
+    "a number of targets": {"rows_per_pass": 250, "targets_per_step": 25},
 }
 _SHORT = EARLY | {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 
@@ -367,11 +372,18 @@ def test_two_processes_train_as_one(kind: str, together: Path, tmp_path: Path) -
         torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("stage", ["sft", "pretrain", "items", "sessions"])
-def test_training_on_passes_resumes_and_does_not_depend_on_accumulation(stage: str, tmp_path: Path) -> None:
-    whole = make_trainer(tmp_path / "whole", stage, rows_per_pass=250, max_steps=4, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize(
+    ("stage", "targets_per_step"),
+    [("sft", None), ("pretrain", None), ("items", None), ("items", 60), ("sessions", None)],
+)
+def test_training_on_passes_resumes_and_does_not_depend_on_accumulation(
+    stage: str, targets_per_step: int | None, tmp_path: Path
+) -> None:
+    passes = {"rows_per_pass": 250, "targets_per_step": targets_per_step, "max_steps": 4}
+    whole = make_trainer(tmp_path / "whole", stage, **passes, save_strategy="steps", save_steps=2)
+    assert (whole.args.gradient_accumulation_steps > 1) == (targets_per_step is not None)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", stage, rows_per_pass=250, max_steps=4)
+    resumed = make_trainer(tmp_path / "resumed", stage, **passes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert losses_of(resumed) == losses_of(whole) and len(losses_of(whole)) == 4
     assert all(np.isfinite(losses_of(whole)))

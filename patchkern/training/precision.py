@@ -54,7 +54,7 @@ def measure_autocast(model: PatchedCausalLM, layout: PatchLayout) -> Speed:
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
                     loss = model(layout).loss
                 loss.backward()
-                float(loss)  # waits for a GPU
+                float(loss.detach())  # waits for a GPU
                 best[dtype] = min(best[dtype], time.perf_counter() - begin)
             if number and time.perf_counter() - started > _SECONDS:
                 break

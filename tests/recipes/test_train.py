@@ -326,7 +326,7 @@ def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None
     [
         (["--model", "huge"], FileNotFoundError, "--model: expected the folder of a model, a GGUF file or a hub id"),
         (["--from", "nowhere"], FileNotFoundError, "--from: expected a model saved by patchkern, or a run"),
-        (["--model", "."], ValueError, "--settings: expected one of ml-1m, ml-100k, goodreads, scratch"),
+        (["--model", "."], ValueError, "--settings: expected one of ml-1m, ml-100k, goodreads, pretrained"),
     ],
 )
 def test_wrong_flags_are_named_before_anything_is_written(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -400,3 +401,40 @@ def test_accumulated_passes_weigh_by_targets(tmp_path: Path) -> None:
     expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert counts[0] != counts[1]
     assert losses_of(trainer)[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_heads_parameters_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    """On the same schedule, with and without weight decay, and after resuming."""
+    histories, samples = make_data()
+    wrapped, _ = make_model()
+
+    def trainer(folder: str) -> PatchTrainer:
+        torch.manual_seed(0)
+        model = PatchedCausalLM(copy.deepcopy(wrapped.hf_model), wrapped.catalog, wrapped.prompt, item_embeddings=True)
+        arguments = UNTUNED.arguments(
+            "items", tmp_path / folder, max_steps=4, use_cpu=True, disable_tqdm=True, weight_decay=0.1, save_steps=2
+        )
+        return PatchTrainer(
+            model,
+            arguments,
+            histories,
+            samples,
+            pk.ItemPatches(0, 10),
+            rows_per_pass=250,
+            head_learning_rate=0.05,
+        )
+
+    whole = trainer("whole")
+    optimizer = whole.create_optimizer()
+    of_head = [group for group in optimizer.param_groups if group["lr"] == 0.05]
+    assert [parameter for group in of_head for parameter in group["params"]] == [whole.model.item_embedding]
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, whole.model.parameters())), "each once"
+    assert whole.create_optimizer() is optimizer and len(optimizer.param_groups) == 3
+    whole.train()
+    first, *_, last = whole.lr_scheduler.base_lrs
+    assert (first, last) == (1e-3, 0.05)
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name

@@ -42,9 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
@@ -54,8 +52,9 @@ from patchkern.data import Interactions, samples_of
 from patchkern.data.preparation import load
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, PatchTrainer, Settings, checkpoints
-from patchkern.training.precision import measure_autocast
+from patchkern.training.collators import PassCollator
 from recipes import models, training_flags
+from recipes.training_choices import CHECKPOINTING, choose_bf16, plan_passes
 from recipes.training_run import banner, check_output, describe, peak_memory, read_arguments, write_arguments
 
 # What a resumed run must share with the run it continues, or its losses would not be the uninterrupted run's.
@@ -67,7 +66,6 @@ SHARED = (
 )
 PAPERS = ("ml-1m", "ml-100k", "goodreads")
 _SMALL = 400e6  # parameters, below which the paper's rates are too low
-_PROBE_ROWS = 256
 
 
 def main(argv: Sequence[str] | None = None) -> PatchTrainer:
@@ -80,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     before = read_arguments(folder) if args.resume else {}
     if "bf16" in before:  # perhaps by a measurement, which might come out otherwise now
         defaults["bf16"] = before["bf16"] == "True"
+    if args.memory_budget is not None:
+        args.rows_per_pass = before.get("rows_per_pass", args.rows_per_pass)
     arguments = training_flags.training_arguments(parser, argv, args, defaults)
 
     def description() -> dict[str, Any]:
@@ -95,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         defaults["bf16"] = choose_bf16(model, data, policy, arguments)
         arguments = training_flags.training_arguments(parser, argv, args, defaults)
     together = args.targets_per_pass == "all"
+    if args.memory_budget is not None:
+        plan = plan_steps(args, model, data, policy, arguments)
+        args.rows_per_pass, defaults[CHECKPOINTING] = plan.rows_per_pass, plan.choice.checkpointing
+        arguments = training_flags.training_arguments(parser, argv, args, defaults)
+        if arguments.process_index == 0:
+            print(plan, flush=True)
     trainer = PatchTrainer(
         model,
         arguments,
@@ -170,29 +176,24 @@ def load_model(
     )
 
 
-def choose_bf16(model: pk.PatchedCausalLM, data: Interactions, policy: pk.Policy, arguments: TrainingArguments) -> bool:
-    """Whether autocast is faster on this CPU: measured by the first process, for all."""
-    chosen = [False]
-    if arguments.process_index == 0:
-        users, positions = samples_of(data, "train")
-        spread = np.linspace(0, users.size - 1, 9).astype(int)[4:]
-
-        def layout(some: Any) -> pk.PatchLayout:
-            histories = data.histories.before(users[some], positions[some], policy.max_items)
-            return pk.build_layout(
-                model.catalog, histories, policy, model.prompt, data.histories.at(users[some], positions[some])
-            )
-
-        rows = layout(spread).num_rows / spread.size
-        speed = measure_autocast(model, layout(spread[: max(1, int(_PROBE_ROWS / rows))]))
-        chosen = [speed.bfloat16_pays]
-        print(
-            f"{speed}: bfloat16 {'on' if chosen[0] else 'off'} (--bf16 true or false decides without measuring)",
-            flush=True,
-        )
-    if arguments.world_size > 1:
-        broadcast_object_list(chosen)
-    return chosen[0]
+def plan_steps(
+    args: argparse.Namespace,
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    policy: pk.Policy,
+    arguments: TrainingArguments,
+) -> pk.TrainingPlan:
+    accumulates = args.targets_per_step is not None or arguments.gradient_accumulation_steps > 1
+    collator = PassCollator(
+        model.catalog,
+        data.histories,
+        policy,
+        model.prompt,
+        1 if args.stage == "pretrain" else None,
+        arguments.seed,
+        args.supervise_history,
+    )
+    return plan_passes(args.memory_budget, args.rows_per_pass, model, data, arguments, collator, accumulates)
 
 
 if __name__ == "__main__":

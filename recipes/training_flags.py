@@ -89,6 +89,11 @@ def make_parser(description: str | None) -> Parser:
         "--gradient_accumulation_steps come to)",
     )
     group.add_argument(
+        "--memory_budget",
+        metavar="SIZE",
+        help='such as "40GiB": fewer rows a pass, or recomputed activations, if that is what it takes; none: refuse',
+    )
+    group.add_argument(
         "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
     )
     group.add_argument(
@@ -139,6 +144,10 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.targets_per_step is not None and args.targets_per_pass == "one",
             "--targets_per_step: expected none with --targets_per_pass one, whose steps are "
             "--per_device_train_batch_size times --gradient_accumulation_steps",
+        ),
+        (
+            args.memory_budget is not None and args.targets_per_pass == "one",
+            "--memory_budget: expected none with --targets_per_pass one, whose batches it does not choose",
         ),
         (args.load_in_4bit and args.lora is None, "--load_in_4bit: expected only with --lora, which trains beside it"),
         (args.lora is not None and not _installed("peft"), "--lora: expected peft to be installed, got none"),

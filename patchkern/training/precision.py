@@ -74,7 +74,7 @@ def share_at_rest(parameters: Iterable[Tensor], learning_rate: float) -> float:
     for parameter in parameters:
         if parameter.dtype is torch.bfloat16:
             exponent = torch.frexp(parameter.detach().float()).exponent
-            half_a_digit = torch.ldexp(torch.ones((), device=parameter.device), exponent - 9)
+            half_a_digit = torch.exp2(exponent.float() - 9)
             weights += parameter.numel()
             at_rest += int((half_a_digit > learning_rate).sum())
     return at_rest / weights if weights else 0.0

@@ -24,7 +24,7 @@ from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate as count
 from patchkern.training import SETTINGS, PatchTrainer, checkpoints
 from patchkern.training.precision import Speed
-from recipes import evaluate, train, training_flags
+from recipes import evaluate, train, training_choices, training_flags
 
 FAST = [
     "--use_cpu",
@@ -262,6 +262,24 @@ def test_help_lists_every_flag_once_and_ours_first(capsys: pytest.CaptureFixture
     assert "--learning-rate" not in printed and "transformers.TrainingArguments:" in printed
 
 
+def test_a_budget_chooses_the_passes(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "2", "--save_steps", "1")
+    flags += ("--targets_per_step", "40", "--rows_per_pass", "4000", "--memory_budget")
+    wide = _train("items", folder, tmp_path / "wide", *flags, "4GiB")
+    assert wide.train_dataset.rows_per_pass == 4000 and not getattr(wide.args, training_choices.CHECKPOINTING)
+    assert "4,000 rows per pass, all parameters, adamw_torch_fused: peak" in capsys.readouterr().out
+    narrow = _train("items", folder, tmp_path / "narrow", *flags, "80MiB")
+    assert 2048 <= narrow.train_dataset.rows_per_pass < 4000
+    shutil.rmtree(tmp_path / "narrow" / "checkpoint-2")
+    again = _train("items", folder, tmp_path / "narrow", *flags, "80MiB", "--resume")
+    assert again.train_dataset.rows_per_pass == narrow.train_dataset.rows_per_pass and _losses(again) == _losses(narrow)
+    with pytest.raises(
+        ValueError, match="--memory_budget: expected 8MiB to be enough|--memory_budget: budget: expected"
+    ):
+        _train("items", folder, tmp_path / "none", *flags, "8MiB")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("pays", [True, False])
 def test_bfloat16_is_measured_once_a_run(
     pays: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -272,14 +290,14 @@ def test_bfloat16_is_measured_once_a_run(
         measured.append(layout.num_rows)
         return Speed(2.0, 1.0 if pays else 1.9)
 
-    monkeypatch.setattr(train, "measure_autocast", measure)
+    monkeypatch.setattr(training_choices, "measure_autocast", measure)
     flags = ["--stage", "items", "--data", folder, "--output_dir", str(tmp_path), "--model", "tiny", "--vocab_size"]
     flags += ["300", "--max_items", "12", "--max_steps", "2", "--save_steps", "1"]
     trainer = train.main(flags)
     assert trainer.args.bf16 == pays and trainer.model.dtype == torch.float32
     assert f"bfloat16 {'on' if pays else 'off'} (--bf16" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "checkpoint-2")
-    monkeypatch.setattr(train, "measure_autocast", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(training_choices, "measure_autocast", lambda *_: pytest.fail("measured again"))
     assert train.main([*flags, "--resume"]).args.bf16 == pays
     assert len(measured) == 1 and 0 < measured[0] <= 400
 

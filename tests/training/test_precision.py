@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_a_rate_that_bfloat16_weights_round_away_is_warned_of(tmp_path: Path) ->
     histories, samples = make_data()
     model, _ = make_model()
     arguments = UNTUNED.arguments("items", tmp_path, learning_rate=1e-5, use_cpu=True)
-    PatchTrainer(model, arguments, histories, samples, pk.TextOnly(10), rows_per_pass=250)  # warnings are errors
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PatchTrainer(model, arguments, histories, samples, pk.TextOnly(10), rows_per_pass=250)
     with pytest.warns(UserWarning, match=r"learning_rate: 1e-05 is too low to move [89]\d% of the model's bfloat16"):
         PatchTrainer(model.bfloat16(), arguments, histories, samples, pk.TextOnly(10), rows_per_pass=250)

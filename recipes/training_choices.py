@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run decides before its first step: the precision that is faster, and the passes that fit into memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import patchkern as pk
+from patchkern.data import Interactions, samples_of
+from patchkern.training.collators import PassCollator
+from patchkern.training.passes import PassDataset
+from patchkern.training.precision import measure_autocast
+
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""The flag's name, which transformers 5.23 has changed."""
+
+_PROBE_ROWS = 256
+_TRIED_PASSES = 4
+
+
+def choose_bf16(model: pk.PatchedCausalLM, data: Interactions, policy: pk.Policy, arguments: TrainingArguments) -> bool:
+    """Whether autocast is faster on this CPU: measured by the first process, for all."""
+    chosen = [False]
+    if arguments.process_index == 0:
+        users, positions = samples_of(data, "train")
+        middle = np.linspace(0, users.size - 1, 9).astype(int)[4:]
+
+        def layout(some: Any) -> pk.PatchLayout:
+            histories = data.histories.before(users[some], positions[some], policy.max_items)
+            targets = data.histories.at(users[some], positions[some])
+            return pk.build_layout(model.catalog, histories, policy, model.prompt, targets)
+
+        rows = layout(middle).num_rows / middle.size
+        speed = measure_autocast(model, layout(middle[: max(1, int(_PROBE_ROWS / rows))]))
+        chosen = [speed.bfloat16_pays]
+        decided = "on" if speed.bfloat16_pays else "off"
+        print(f"{speed}: bfloat16 {decided} (--bf16 true or false decides without measuring)", flush=True)
+    if arguments.world_size > 1:
+        broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def plan_passes(
+    budget: str,
+    rows_per_pass: int,
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    arguments: TrainingArguments,
+    collator: PassCollator,
+    accumulates: bool,
+) -> pk.TrainingPlan:
+    """The most rows a pass, up to ``rows_per_pass``, with which training needs no more than the budget.
+
+    Recomputed activations are the only other thing that it changes.
+
+    Args:
+        budget: such as "40GiB".
+        arguments: of the run, with its optimiser and precision.
+        collator: makes the run's passes.
+        accumulates: whether a step has several of them.
+
+    Raises:
+        ValueError: no such pass fits; the message says what would help.
+    """
+    while True:
+        logit_rows, longest = _of_passes(rows_per_pass, data, collator)
+        try:
+            plan = pk.plan_training(
+                model,
+                rows_per_pass,
+                budget,
+                optimizer=OptimizerNames(arguments.optim).value,
+                autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+                checkpointing=getattr(arguments, CHECKPOINTING),
+                accumulates=accumulates,
+                label_smoothing=arguments.label_smoothing_factor,
+                logit_rows=logit_rows,
+                longest=longest,
+                world_size=arguments.world_size,
+                sharded=bool(arguments.fsdp),
+                device=arguments.device,
+            )
+        except ValueError as error:
+            raise ValueError(f"--memory_budget: {error}") from error
+        if plan.choice._replace(checkpointing=False) != plan.asked[1]._replace(checkpointing=False):
+            raise ValueError(f"--memory_budget: expected {budget} to be enough with what was asked for, got\n{plan}")
+        if plan.rows_per_pass == rows_per_pass:
+            return plan
+        rows_per_pass = plan.rows_per_pass  # whose passes may have other shares of logits, and longer prefixes
+
+
+def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> tuple[int, int]:
+    """Rows with logits, and of the longest user, in passes of so many rows."""
+    dataset = PassDataset(
+        *samples_of(data, "train"), collator.rows, rows_per_pass, 1.0, _TRIED_PASSES, 1, collator.seed
+    )
+    layouts = [collator([dataset[number]])["layout"] for number in range(len(dataset))]
+    share = max(0 if layout.logit_rows is None else len(layout.logit_rows) / layout.num_rows for layout in layouts)
+    longest = max(layout.max_seqlen + layout.max_prefix for layout in layouts)
+    return max(1, round(share * rows_per_pass)), min(longest, rows_per_pass)

@@ -24,6 +24,12 @@ rates are noisy, and low for a while at first: less patience can end a run befor
     python recipes/train.py --stage items --model tiny --data ml-100k --output_dir runs/items \\
         --num_train_epochs 20 --early_stopping 5 --dropout 0.3 --label_smoothing_factor 0.1
 
+--head items learns the items themselves, each from one hidden state: a target costs a row or two instead of a title's,
+and the model recommends in one pass and one product (search="items").
+
+    python recipes/train.py --stage items --model tiny --head items --item_embeddings --no_separator --data ml-100k \\
+        --output_dir runs/head --rows_per_pass 4096 --num_train_epochs 12 --early_stopping 5
+
 Pretrained models far below 1B learn at higher rates than the paper's, and in steps of one size whatever their rows:
 
     python recipes/train.py --stage items --model SmolLM2-135M-Instruct --data ml-100k --output_dir runs/small \\
@@ -42,8 +48,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
@@ -91,12 +98,24 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     set_seed(arguments.seed)
     model, tokenizer = load_model(args, data, settings, arguments.seed)
     policy = settings.policy(args.stage, args.max_items)
+    pretrain, together = args.stage == "pretrain", args.targets_per_pass == "all"
+    collator = PassCollator(
+        model.catalog,
+        data.histories,
+        policy,
+        model.prompt,
+        1 if pretrain else None,
+        arguments.seed,
+        args.supervise_history,
+        model.item_embedding is not None,
+        args.head,
+    )
     if args.bf16 is None and "bf16" not in before and arguments.device.type == "cpu" and model.dtype is torch.float32:
-        defaults["bf16"] = choose_bf16(model, data, policy, arguments)
+        defaults["bf16"] = choose_bf16(model, data, arguments, collator)
         arguments = training_flags.training_arguments(parser, argv, args, defaults)
-    together = args.targets_per_pass == "all"
     if args.memory_budget is not None:
-        plan = plan_steps(args, model, data, policy, arguments)
+        accumulates = args.targets_per_step is not None or arguments.gradient_accumulation_steps > 1
+        plan = plan_passes(args.memory_budget, args.rows_per_pass, model, data, arguments, collator, accumulates)
         args.rows_per_pass, defaults[CHECKPOINTING] = plan.rows_per_pass, plan.choice.checkpointing
         arguments = training_flags.training_arguments(parser, argv, args, defaults)
         if arguments.process_index == 0:
@@ -107,13 +126,17 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         data.histories,
         samples_of(data, "train"),
         policy,
-        pretrain=args.stage == "pretrain",
+        pretrain=pretrain,
         supervise_history=args.supervise_history,
         rows_per_pass=args.rows_per_pass if together else None,
         targets_per_step=args.targets_per_step,
         jitter=settings.jitter if together else 0.0,
+        head=args.head,
+        title_weight=args.title_weight,
+        item_weight=args.item_weight,
         head_learning_rate=settings.head_learning_rate,
         eval_samples=None if arguments.eval_strategy == "no" else data.samples("val"),
+        eval_options=None if args.head == "titles" else {"search": "items"},
         processing_class=tokenizer,
         callbacks=[] if args.early_stopping is None else [EarlyStoppingCallback(args.early_stopping)],
     )
@@ -142,7 +165,7 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
     """--settings, else those of the run we start from, of scratch models, or of the data set of that name."""
     name = args.settings
     if name is None and args.model in SIZES:
-        name = "scratch"
+        name = "scratch" if args.head == "titles" else "scratch-head"
     name = name or next((known for known in SETTINGS if data.name.startswith(known)), None)
     if name is None:
         raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {data.name!r}")
@@ -158,7 +181,7 @@ def load_model(
     if args.load_in_4bit:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         quantized["quantization_config"] = config
-    return models.load_model(
+    model, tokenizer = models.load_model(
         args.checkpoint or args.model,
         data.titles,
         dtype=getattr(torch, args.dtype),
@@ -172,28 +195,13 @@ def load_model(
         dropout=settings.dropout if args.dropout is None else args.dropout,
         separator=not args.no_separator,
         argument="--from" if args.checkpoint else "--model",
+        wrapper={"item_head": args.head != "titles"},
         **quantized,
     )
-
-
-def plan_steps(
-    args: argparse.Namespace,
-    model: pk.PatchedCausalLM,
-    data: Interactions,
-    policy: pk.Policy,
-    arguments: TrainingArguments,
-) -> pk.TrainingPlan:
-    accumulates = args.targets_per_step is not None or arguments.gradient_accumulation_steps > 1
-    collator = PassCollator(
-        model.catalog,
-        data.histories,
-        policy,
-        model.prompt,
-        1 if args.stage == "pretrain" else None,
-        arguments.seed,
-        args.supervise_history,
-    )
-    return plan_passes(args.memory_budget, args.rows_per_pass, model, data, arguments, collator, accumulates)
+    if model.item_head is not None and not bool(model.item_head.bias.any()):  # a new one
+        taken = model.catalog.index_of(data.targets(samples_of(data, "train")))
+        model.item_head.start_from_counts(np.bincount(taken, minlength=len(model.catalog)))
+    return model, tokenizer
 
 
 if __name__ == "__main__":

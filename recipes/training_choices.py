@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
@@ -14,7 +12,7 @@ from transformers.training_args import OptimizerNames
 import patchkern as pk
 from patchkern.data import Interactions, samples_of
 from patchkern.training.collators import PassCollator
-from patchkern.training.passes import PassDataset
+from patchkern.training.passes import Pass, PassDataset
 from patchkern.training.precision import measure_autocast
 
 CHECKPOINTING = next(
@@ -28,20 +26,17 @@ _PROBE_ROWS = 256
 _TRIED_PASSES = 4
 
 
-def choose_bf16(model: pk.PatchedCausalLM, data: Interactions, policy: pk.Policy, arguments: TrainingArguments) -> bool:
+def choose_bf16(
+    model: pk.PatchedCausalLM, data: Interactions, arguments: TrainingArguments, collator: PassCollator
+) -> bool:
     """Whether autocast is faster on this CPU: measured by the first process, for all."""
     chosen = [False]
     if arguments.process_index == 0:
         users, positions = samples_of(data, "train")
-        middle = np.linspace(0, users.size - 1, 9).astype(int)[4:]
-
-        def layout(some: Any) -> pk.PatchLayout:
-            histories = data.histories.before(users[some], positions[some], policy.max_items)
-            targets = data.histories.at(users[some], positions[some])
-            return pk.build_layout(model.catalog, histories, policy, model.prompt, targets)
-
-        rows = layout(middle).num_rows / middle.size
-        speed = measure_autocast(model, layout(middle[: max(1, int(_PROBE_ROWS / rows))]))
+        spread = np.linspace(0, users.size - 1, 2 + _PROBE_ROWS).astype(int)[1:-1]
+        users, ranges = users[spread], np.stack([positions[spread]] * 2, axis=1)
+        count = max(1, int(np.searchsorted(np.cumsum(collator.rows(users, ranges)), _PROBE_ROWS)))
+        speed = measure_autocast(model, collator([Pass(0, 0, users[:count], ranges[:count])])["layout"])
         chosen = [speed.bfloat16_pays]
         decided = "on" if speed.bfloat16_pays else "off"
         print(f"{speed}: bfloat16 {decided} (--bf16 true or false decides without measuring)", flush=True)

@@ -18,7 +18,13 @@ from recipes.training_run import read_arguments
 
 # What a run started with --from takes over from the one before, unless its own flags say otherwise; and what it is
 # where neither does.
-HANDED_ON: dict[str, Any] = {"settings": None, "keep_text": None, "group_size": None, "max_items": 100}
+HANDED_ON: dict[str, Any] = {
+    "settings": None,
+    "keep_text": None,
+    "group_size": None,
+    "max_items": 100,
+    "head": "titles",
+}
 # Twenty evaluations a run; --eval_steps and --save_steps change that.
 EARLY_STOPPING = {
     "eval_strategy": "steps",
@@ -96,6 +102,14 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument(
         "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
     )
+    group.add_argument(
+        "--head",
+        choices=["titles", "items", "both"],
+        help="what is learned, and validated by: titles token by token "
+        "(the default), or items by the item head; both: validated by items",
+    )
+    group.add_argument("--title_weight", type=float, default=1.0, help="of the titles' loss")
+    group.add_argument("--item_weight", type=float, default=1.0, help="of the items' loss")
     group.add_argument(
         "--head_learning_rate", type=float, help="of item head and item embeddings (default: of the settings)"
     )

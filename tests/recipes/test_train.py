@@ -262,6 +262,35 @@ def test_help_lists_every_flag_once_and_ours_first(capsys: pytest.CaptureFixture
     assert "--learning-rate" not in printed and "transformers.TrainingArguments:" in printed
 
 
+def test_the_item_head_learns_and_is_validated_by_its_own_search(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--head", "items", "--item_embeddings", "--no_separator")
+    flags += ("--rows_per_pass", "600", "--max_steps", "40", "--early_stopping", "9", "--eval_steps", "20")
+    flags += ("--save_steps", "20", "--metric_for_best_model", "NDCG@20", "--warmup_steps", "0")
+    trainer = _train("items", folder, tmp_path / "head", *flags, "--head_learning_rate", "0.02")
+    assert np.mean(_losses(trainer)[-5:]) < 0.9 * np.mean(_losses(trainer)[:5])
+    assert trainer.eval_dataset.options["search"] == "items" and trainer.args.learning_rate == 2e-3
+    assert trainer.state.best_metric == max(
+        entry["eval_NDCG@20"] for entry in trainer.state.log_history if "eval_NDCG@20" in entry
+    )
+    assert trainer.lr_scheduler.base_lrs[-1] == 0.02 and trainer.model.policy == pk.ItemPatches(0, 12)
+
+    then = ("--from", str(tmp_path / "head"), "--rows_per_pass", "600", "--max_steps", "1")
+    after = _train("items", folder, tmp_path / "next", *then, "--learning_rate", "0", "--head_learning_rate", "0")
+    assert after.data_collator.head == "items" and torch.equal(after.model.item_head.bias, trainer.model.item_head.bias)
+    both = _train("items", folder, tmp_path / "both", *then, "--head", "both", "--title_weight", "0.5")
+    assert both.data_collator.head == "both" and len(_losses(both)) == 1
+
+
+def test_a_new_item_head_begins_with_what_is_popular(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--head", "items", "--max_steps", "1", "--learning_rate", "0")
+    flags += ("--rows_per_pass", "600")
+    head = _train("items", folder, tmp_path, *flags).model.item_head
+    data = open_dataset(folder)
+    taken = pk.Catalog.index_of(head.catalog, data.targets(data.samples("train")))
+    expected = np.log1p(np.bincount(taken, minlength=len(head.catalog)))
+    np.testing.assert_allclose(head.bias.detach().numpy(), expected, rtol=1e-6)
+
+
 def test_a_budget_chooses_the_passes(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "2", "--save_steps", "1")
     flags += ("--targets_per_step", "40", "--rows_per_pass", "4000", "--memory_budget")
@@ -273,9 +302,7 @@ def test_a_budget_chooses_the_passes(folder: str, tmp_path: Path, capsys: pytest
     shutil.rmtree(tmp_path / "narrow" / "checkpoint-2")
     again = _train("items", folder, tmp_path / "narrow", *flags, "80MiB", "--resume")
     assert again.train_dataset.rows_per_pass == narrow.train_dataset.rows_per_pass and _losses(again) == _losses(narrow)
-    with pytest.raises(
-        ValueError, match=r"--memory_budget: (expected 8MiB to be enough|budget: expected)"
-    ):
+    with pytest.raises(ValueError, match=r"--memory_budget: (expected 8MiB to be enough|budget: expected)"):
         _train("items", folder, tmp_path / "none", *flags, "8MiB")
     assert not (tmp_path / "none").exists()
 

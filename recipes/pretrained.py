@@ -120,6 +120,7 @@ def training_flags(args: argparse.Namespace, folder: Path, output: Path) -> list
         "stage": "items",
         "model": folder,
         "prompt": args.prompt,
+        "settings": "pretrained-small",
         "head": "items",
         "keep_text": 0,
         "max_items": args.max_items,

@@ -68,7 +68,6 @@ def plan_passes(
         ValueError: no such pass fits; the message says what would help.
     """
     while True:
-        logit_rows, longest = _of_passes(rows_per_pass, data, collator)
         try:
             plan = pk.plan_training(
                 model,
@@ -79,8 +78,8 @@ def plan_passes(
                 checkpointing=getattr(arguments, CHECKPOINTING),
                 accumulates=accumulates,
                 label_smoothing=arguments.label_smoothing_factor,
-                logit_rows=logit_rows,
-                longest=longest,
+                head=collator.head,
+                **_of_passes(rows_per_pass, data, collator),
                 world_size=arguments.world_size,
                 sharded=bool(arguments.fsdp),
                 device=arguments.device,
@@ -94,12 +93,21 @@ def plan_passes(
         rows_per_pass = plan.rows_per_pass  # whose passes may have other shares of logits, and longer prefixes
 
 
-def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> tuple[int, int]:
-    """Rows with logits, and of the longest user, in passes of so many rows."""
+def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> dict[str, int | None]:
+    """Rows with logits, rows that predict an item, and rows of the longest user, in passes of so many rows."""
     dataset = PassDataset(
         *samples_of(data, "train"), collator.rows, rows_per_pass, 1.0, _TRIED_PASSES, 1, collator.seed
     )
     layouts = [collator([dataset[number]])["layout"] for number in range(len(dataset))]
-    share = max(0 if layout.logit_rows is None else len(layout.logit_rows) / layout.num_rows for layout in layouts)
+
+    def most(name: str) -> int | None:
+        if getattr(layouts[0], name) is None:
+            return None
+        return round(rows_per_pass * max(len(getattr(layout, name)) / layout.num_rows for layout in layouts))
+
     longest = max(layout.max_seqlen + layout.max_prefix for layout in layouts)
-    return max(1, round(share * rows_per_pass)), min(longest, rows_per_pass)
+    return {
+        "logit_rows": most("logit_rows"),
+        "item_rows": most("item_rows"),
+        "longest": min(longest, rows_per_pass),
+    }

@@ -187,7 +187,8 @@ def all_per_pass(
     users, positions = every_target(ranges)
     supervised = catalog.lengths[catalog.index_of(histories.at(users, positions))] + len(prompt.response_end)
     longest = int(count_rows(users, np.stack([positions, positions], axis=1)).max())
-    users, runs, rows = cut_to_passes(users, positions, count_rows, max(rows_per_pass, longest))
+    cut = np.array(cut_to_passes(users, positions, count_rows, max(rows_per_pass, longest)))
+    users, runs, rows = cut[:, 0], cut[:, 1:3], cut[:, 3]
     for part in in_passes(rows, rows_per_pass):
         layout = pk.build_training_layout(catalog, histories.take(users[part]), policy, prompt, runs[part])
         yield model(layout, num_items_in_batch=int(supervised.sum())).loss

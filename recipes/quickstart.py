@@ -187,7 +187,9 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         Stage("text", "every title as text", None, pk.TextOnly(max_items=None), args.epochs, args.learning_rate),
         Stage("item patches", reads_items, None, items, args.epochs, args.learning_rate),
         Stage("session patches", reads_sessions, "item patches", sessions, args.session_epochs, args.learning_rate / 3),
-        Stage("item head", reads_head, None, of_head, args.head_epochs, SETTINGS["scratch-head"].learning_rate, "items"),
+        Stage(
+            "item head", reads_head, None, of_head, args.head_epochs, SETTINGS["scratch-head"].learning_rate, "items"
+        ),
     ]
 
 

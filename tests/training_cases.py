@@ -46,6 +46,7 @@ def make_trainer(
     callbacks: Any = None,
     config: Any = None,
     rows_per_pass: int | None = None,
+    targets_per_step: int | None = None,
     jitter: float = 0.0,
     validate: dict[str, Any] | None = None,
     **arguments: Any,
@@ -69,6 +70,7 @@ def make_trainer(
         UNTUNED.policy(stage, max_items=10),
         pretrain=stage == "pretrain",
         rows_per_pass=rows_per_pass,
+        targets_per_step=targets_per_step,
         jitter=jitter,
         **({} if validate is None else {"eval_samples": held_out_samples(), **validate}),
         processing_class=tokenizer,
@@ -100,8 +102,14 @@ EARLY = {
 }
 
 
-def make_passes(rows_per_pass: int, steps: int | None = None, pretrain: bool = False, per_step: int = 1) -> PassDataset:
+def make_passes(
+    rows_per_pass: int,
+    steps: int | None = None,
+    pretrain: bool = False,
+    per_step: int = 1,
+    targets_per_step: int | None = None,
+) -> PassDataset:
     histories, samples = make_data()
     model, _ = make_model()
     collator = PassCollator(model.catalog, histories, pk.ItemPatches(2, 10), model.prompt, 1 if pretrain else None)
-    return PassDataset(*samples, collator.rows, rows_per_pass, 2.0, steps, per_step, seed=0)
+    return PassDataset(*samples, collator.rows, rows_per_pass, 2.0, steps, per_step, 0, targets_per_step)

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,11 @@ from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, PassCollator
 from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
+from patchkern.training.precision import share_at_rest
 from patchkern.training.validation import Validation, summary
 
+_HEAD = {"item_head", "item_embedding"}  # in the names of its parameters
+_MANY_AT_REST = 0.1
 _ASIDE = ".unfinished-checkpoint"
 
 
@@ -73,6 +77,9 @@ class PatchTrainer(Trainer):
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
             target, as published.
+        targets_per_step: with ``rows_per_pass``, the targets of an optimisation step over all processes, whatever their
+            rows; ``gradient_accumulation_steps`` becomes what that takes. None: as many as its passes have.
+        head_learning_rate: of the item head and the items' own vectors, on the same schedule; None: that of the rest.
         eval_samples: like ``samples``, to validate on.
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
@@ -99,10 +106,12 @@ class PatchTrainer(Trainer):
         pretrain: bool = False,
         supervise_history: bool = False,
         rows_per_pass: int | None = None,
+        targets_per_step: int | None = None,
         jitter: float = 0.0,
         head: str = "titles",
         title_weight: float = 1.0,
         item_weight: float = 1.0,
+        head_learning_rate: float | None = None,
         eval_samples: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
         eval_limit: int | None = 1000,
         eval_options: Mapping[str, Any] | None = None,
@@ -126,6 +135,10 @@ class PatchTrainer(Trainer):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
         self._weights = {"title_weight": title_weight, "item_weight": item_weight}
+        if targets_per_step is not None:
+            check_count("targets_per_step", targets_per_step, minimum=1)
+            if rows_per_pass is None:
+                raise ValueError(f"targets_per_step: expected None without rows_per_pass, got {targets_per_step}")
         users, positions = samples
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
@@ -163,12 +176,14 @@ class PatchTrainer(Trainer):
         else:
             check_count("rows_per_pass", rows_per_pass, minimum=1)
             args.per_device_train_batch_size = 1
-            per_step = args.gradient_accumulation_steps * args.world_size
+            per_step = (1 if targets_per_step else args.gradient_accumulation_steps) * args.world_size
             # how many steps there are depends on the rows, and those on whether there are two trunks
             collator = PassCollator(*kept, 1 if pretrain else None, *planned, jitter)
+            epochs = args.num_train_epochs
             dataset = PassDataset(
-                users, positions, collator.rows, rows_per_pass, args.num_train_epochs, steps, per_step, seed
+                users, positions, collator.rows, rows_per_pass, epochs, steps, per_step, seed, targets_per_step
             )
+            args.gradient_accumulation_steps = dataset.passes_per_step // args.world_size
             args.max_steps = dataset.steps
             collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
         _count_epochs_in_steps(args, args.max_steps * users.size // dataset.num_targets)
@@ -176,7 +191,15 @@ class PatchTrainer(Trainer):
             if head == "items":
                 eval_options = {"search": "items", **(eval_options or {})}
             kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
+        resting = share_at_rest((p for p in model.parameters() if p.requires_grad), args.learning_rate)
+        if resting > _MANY_AT_REST:
+            warnings.warn(
+                f"learning_rate: {args.learning_rate:g} is too low to move {resting:.0%} of the model's bfloat16 "
+                "weights, each of which rounds it away; float32 weights (dtype) with bf16=True are as fast",
+                stacklevel=2,
+            )
         self._saving = False
+        self._head_learning_rate = head_learning_rate
         self._losses = FiniteLosses()
         super().__init__(
             model=model,
@@ -192,6 +215,20 @@ class PatchTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """As any Trainer; with ``head_learning_rate``, the head's parameters are groups of their own."""
+        made = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(model)
+        if self._head_learning_rate is not None and not made:
+            named = (self.model if model is None else model).named_parameters()
+            head = {id(parameter) for name, parameter in named if _HEAD.intersection(name.split("."))}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in head]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                    optimizer.add_param_group({**group, "params": own, "lr": self._head_learning_rate})
+        return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, smoothed in training as ``label_smoothing_factor`` says."""

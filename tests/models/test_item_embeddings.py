@@ -541,7 +541,7 @@ def test_training_learns_them_and_resumes(stage: str, rows_per_pass: int | None,
 def test_recipe_hands_them_on(tmp_path: Path) -> None:
     flags = ["--data", "synthetic", "--use_cpu", "--disable_tqdm", "True", "--max_items", "12", "--max_steps", "3"]
     flags += ["--rows_per_pass", "400"]
-    first = [*flags, "--model", "tiny", "--vocab_size", "300", "--item-embeddings"]
+    first = [*flags, "--model", "tiny", "--vocab_size", "300", "--item_embeddings"]
     trained = train.main(["--stage", "items", "--output_dir", str(tmp_path / "items"), *first]).model
     assert trained.item_embedding.any()
     second = [*flags, "--from", str(tmp_path / "items"), "--learning_rate", "0"]

@@ -23,7 +23,8 @@ from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate as count
 from patchkern.training import SETTINGS, PatchTrainer, checkpoints
-from recipes import evaluate, train
+from patchkern.training.precision import Speed
+from recipes import evaluate, train, training_choices, training_flags
 
 FAST = [
     "--use_cpu",
@@ -35,6 +36,8 @@ FAST = [
     "12",
     "--logging_steps",
     "1",
+    "--bf16",  # else it is measured
+    "False",
 ]
 
 
@@ -212,7 +215,7 @@ def test_early_stopping_saves_the_best_model_in_the_run(folder: str, tmp_path: P
 
 
 def test_patches_alone_without_separators(folder: str, tmp_path: Path) -> None:
-    flags = ("--keep_text", "0", "--no-separator", "--jitter", "2", "--max_steps", "1")
+    flags = ("--keep_text", "0", "--no_separator", "--jitter", "2", "--max_steps", "1")
     trainer = _train("items", folder, tmp_path / "items", "--model", "tiny", "--vocab_size", "300", *flags)
     assert isinstance(trainer.model.policy, pk.ItemPatches) and trainer.model.policy.keep_text == 0
     assert trainer.model.prompt.separator == () and trainer.data_collator.jitter == 2.0
@@ -221,18 +224,130 @@ def test_patches_alone_without_separators(folder: str, tmp_path: Path) -> None:
     assert after.data_collator.jitter == SETTINGS["scratch"].jitter
 
 
+def test_a_run_hands_its_histories_on(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "1", "--keep_text", "3", "--group_size", "4")
+    _train("items", folder, tmp_path / "first", *flags, "--max_items", "9")
+    second = _train("sessions", folder, tmp_path / "second", "--from", str(tmp_path / "first"), "--max_steps", "1")
+    assert second.model.policy == pk.SessionPatches(4, 12), "but for what is given"
+    # through a run that has no use for it
+    third = _train("items", folder, tmp_path / "third", "--from", str(tmp_path / "second"), "--max_steps", "1")
+    assert third.model.policy == pk.ItemPatches(3, 12)
+    command = ["--stage", "items", "--data", folder, "--output_dir", str(tmp_path / "x"), "--from"]
+    args = training_flags.parse(training_flags.make_parser(None), [*command, str(tmp_path / "first" / "checkpoint-1")])
+    assert (args.max_items, args.settings) == (9, "scratch")
+
+
+def test_the_seed_reaches_everything_that_is_drawn(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "1", "--dropout", "0.3", "--learning_rate", "0")
+    runs = [
+        _train("items", folder, tmp_path / str(number), *flags, "--seed", seed)
+        for number, seed in enumerate(("5", "5", "6"))
+    ]
+    losses = [_losses(run) for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+    weights = [run.model.get_input_embeddings().weight for run in runs]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    users = [run.train_dataset[0].users.tolist() for run in runs]
+    assert users[0] == users[1] != users[2]
+
+
+def test_help_lists_every_flag_once_and_ours_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
+    order = [
+        printed.index(flag) for flag in ("\n  --stage", "\n  --model", "\n  --rows_per_pass", "\n  --learning_rate")
+    ]
+    assert order == sorted(order)
+    assert "--learning-rate" not in printed and "transformers.TrainingArguments:" in printed
+
+
+def test_the_item_head_learns_and_is_validated_by_its_own_search(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--head", "items", "--item_embeddings", "--no_separator")
+    flags += ("--rows_per_pass", "600", "--max_steps", "40", "--early_stopping", "9", "--eval_steps", "20")
+    flags += ("--save_steps", "20", "--metric_for_best_model", "NDCG@20", "--warmup_steps", "0")
+    trainer = _train("items", folder, tmp_path / "head", *flags, "--head_learning_rate", "0.02")
+    assert np.mean(_losses(trainer)[-5:]) < 0.9 * np.mean(_losses(trainer)[:5])
+    assert trainer.eval_dataset.options["search"] == "items" and trainer.args.learning_rate == 2e-3
+    assert trainer.state.best_metric == max(
+        entry["eval_NDCG@20"] for entry in trainer.state.log_history if "eval_NDCG@20" in entry
+    )
+    assert trainer.lr_scheduler.base_lrs[-1] == 0.02 and trainer.model.policy == pk.ItemPatches(0, 12)
+
+    then = ("--from", str(tmp_path / "head"), "--rows_per_pass", "600", "--max_steps", "1")
+    after = _train("items", folder, tmp_path / "next", *then, "--learning_rate", "0", "--head_learning_rate", "0")
+    assert after.data_collator.head == "items" and torch.equal(after.model.item_head.bias, trainer.model.item_head.bias)
+    both = _train("items", folder, tmp_path / "both", *then, "--head", "both", "--title_weight", "0.5")
+    assert both.data_collator.head == "both" and len(_losses(both)) == 1
+
+
+def test_a_new_item_head_begins_with_what_is_popular(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--head", "items", "--max_steps", "1", "--learning_rate", "0")
+    flags += ("--rows_per_pass", "600")
+    head = _train("items", folder, tmp_path, *flags).model.item_head
+    data = open_dataset(folder)
+    taken = pk.Catalog.index_of(head.catalog, data.targets(data.samples("train")))
+    expected = np.log1p(np.bincount(taken, minlength=len(head.catalog)))
+    np.testing.assert_allclose(head.bias.detach().numpy(), expected, rtol=1e-6)
+
+
+def test_a_budget_chooses_the_passes(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "2", "--save_steps", "1")
+    flags += ("--targets_per_step", "40", "--rows_per_pass", "4000", "--memory_budget")
+    wide = _train("items", folder, tmp_path / "wide", *flags, "4GiB")
+    assert wide.train_dataset.rows_per_pass == 4000 and not getattr(wide.args, training_choices.CHECKPOINTING)
+    assert "4,000 rows per pass, all parameters, adamw_torch_fused: peak" in capsys.readouterr().out
+    narrow = _train("items", folder, tmp_path / "narrow", *flags, "80MiB")
+    assert 2048 <= narrow.train_dataset.rows_per_pass < 4000
+    shutil.rmtree(tmp_path / "narrow" / "checkpoint-2")
+    again = _train("items", folder, tmp_path / "narrow", *flags, "80MiB", "--resume")
+    assert again.train_dataset.rows_per_pass == narrow.train_dataset.rows_per_pass and _losses(again) == _losses(narrow)
+    with pytest.raises(ValueError, match=r"--memory_budget: (expected 8MiB to be enough|budget: expected)"):
+        _train("items", folder, tmp_path / "none", *flags, "8MiB")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_bfloat16_is_measured_once_a_run(
+    pays: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = []
+
+    def measure(model: Any, layout: pk.PatchLayout) -> Speed:
+        measured.append(layout.num_rows)
+        return Speed(2.0, 1.0 if pays else 1.9)
+
+    monkeypatch.setattr(training_choices, "measure_autocast", measure)
+    flags = ["--stage", "items", "--data", folder, "--output_dir", str(tmp_path), "--model", "tiny", "--vocab_size"]
+    flags += ["300", "--max_items", "12", "--max_steps", "2", "--save_steps", "1"]
+    trainer = train.main(flags)
+    assert trainer.args.bf16 == pays and trainer.model.dtype == torch.float32
+    assert f"bfloat16 {'on' if pays else 'off'} (--bf16" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    monkeypatch.setattr(training_choices, "measure_autocast", lambda *_: pytest.fail("measured again"))
+    assert train.main([*flags, "--resume"]).args.bf16 == pays
+    assert len(measured) == 1 and 0 < measured[0] <= 400
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model", "tiny", "--early_stopping", "0"], "--early_stopping: expected at least 1, got 0"),
         (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
-        (["--from", "runs/sft", "--no-separator"], "--no-separator: expected only with --model tiny or small"),
+        (["--from", "runs/sft", "--no_separator"], "--no_separator: expected only with --model tiny or small"),
+        ([], "--model, --from: expected one of them"),
+        (["--model", "tiny", "--from", "runs/sft"], "--model, --from: expected one of them"),
+        (["--model", "tiny", "--random_weights"], "--random_weights: expected only with a transformers --model"),
+        (["--model", "x", "--targets_per_step", "9", "--targets_per_pass", "one"], "--targets_per_step: expected none"),
+        (["--model", "x", "--load_in_4bit"], "--load_in_4bit: expected only with --lora"),
+        (["--model", "tiny", "--lerning_rate", "1"], "--lerning_rate: expected --learning_rate?"),
+        (["--model", "tiny", "--targets-per-pass", "one"], "--targets-per-pass: expected --targets_per_pass?"),
     ],
 )
-def test_flags_of_models_from_scratch(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        train.parse(["--stage", "sft", "--data", "synthetic", *flags])
+        train.main(["--stage", "sft", "--data", "synthetic", "--output_dir", "runs/none", *flags])
     assert message in capsys.readouterr().err
 
 
@@ -256,7 +371,7 @@ def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None
     [
         (["--model", "huge"], FileNotFoundError, "--model: expected the folder of a model, a GGUF file or a hub id"),
         (["--from", "nowhere"], FileNotFoundError, "--from: expected a model saved by patchkern, or a run"),
-        (["--model", "."], ValueError, "--settings: expected one of ml-1m, ml-100k, goodreads, scratch"),
+        (["--model", "."], ValueError, "--settings: expected one of ml-1m, ml-100k, goodreads, pretrained"),
     ],
 )
 def test_wrong_flags_are_named_before_anything_is_written(
@@ -341,7 +456,8 @@ def test_a_place_that_cannot_be_written_is_known_before_the_search(tmp_path: Pat
     ("name", "expected"), [("ml-1m", "ml-1m"), ("ml-100k-raw", "ml-100k"), ("goodreads_interactions", "goodreads")]
 )
 def test_settings_follow_the_name_of_the_data(name: str, expected: str) -> None:
-    args, _ = train.parse(["--stage", "sft", "--data", "x", "--model", "somewhere"])
+    argv = ["--stage", "sft", "--data", "x", "--model", "somewhere", "--output_dir", "x"]
+    args = training_flags.parse(training_flags.make_parser(None), argv)
     data = synthetic(20, 30, name=name, num_genres=3)
     assert train.choose_settings(args, data)[0] == expected
 

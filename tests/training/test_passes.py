@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from training_cases import make_data, make_model, make_passes
 
 import patchkern as pk
+from patchkern.data import open_dataset
+from patchkern.models.scratch import fit_tokenizer, scratch_prompt
 from patchkern.training.collators import PassCollator
-from patchkern.training.passes import SlotDataset
+from patchkern.training.passes import PassDataset, SlotDataset
 
 
 def test_slots_visit_every_sample_once_an_epoch() -> None:
@@ -64,3 +68,45 @@ def test_passes_are_the_same_from_run_to_run_and_fill_every_step() -> None:
     assert len(make_passes(200, steps=7, per_step=2)) == 14
     with pytest.raises(ValueError, match=r"rows_per_pass: expected at least \d+ for the target of user"):
         make_passes(10)
+
+
+@pytest.mark.parametrize("per_step", [1, 3])
+@pytest.mark.parametrize("wanted", [7, 40])
+def test_steps_have_the_targets_that_are_wanted(wanted: int, per_step: int) -> None:
+    """However many passes of 200 rows that takes, and each target once an epoch."""
+    _, (users, positions) = make_data()
+    dataset = make_passes(200, per_step=per_step, targets_per_step=wanted)
+    assert dataset.passes_per_step % per_step == 0
+    passes = [dataset[number] for number in range(len(dataset))]
+    assert [one.step for one in passes] == [number // dataset.passes_per_step for number in range(len(passes))]
+    by_step = [0] * dataset.steps
+    taught = []
+    for one in passes:
+        assert one.users.size, "no process is without targets"
+        by_step[one.step] += int((one.ranges[:, 1] - one.ranges[:, 0] + 1).sum())
+        taught += [(u, p) for u, (a, b) in zip(one.users, one.ranges, strict=True) for p in range(a, b + 1)]
+    assert by_step == dataset.step_targets().tolist() and max(by_step) == wanted
+    assert min(by_step) >= 0.9 * wanted and sum(by_step) == dataset.num_targets == len(taught)
+    once = sorted(zip(users.tolist(), positions.tolist(), strict=True))
+    assert sorted(taught[: len(once)]) == once
+    assert sorted(taught[len(once) : 2 * len(once)]) == once
+    with pytest.raises(ValueError, match=r"targets_per_step: expected at least \d+, the passes of a step, got 1"):
+        make_passes(200, per_step=2, targets_per_step=1)
+
+
+@pytest.mark.parametrize("rows_per_pass", [1536, 4096, 16384])
+@pytest.mark.parametrize("policy", [pk.TextOnly(100), pk.ItemPatches(1, 100)])
+def test_passes_over_real_users_are_full(shared_data: Path, policy: pk.Policy, rows_per_pass: int) -> None:
+    data = open_dataset(shared_data / "ml-100k")
+    tokenizer = fit_tokenizer(data.titles.values(), 4096)
+    catalog = pk.Catalog.from_titles(data.titles, tokenizer)
+    collator = PassCollator(catalog, data.histories, policy, scratch_prompt(tokenizer))
+    dataset = PassDataset(*data.samples("train"), collator.rows, rows_per_pass, 1.0, None, 1, seed=0)
+    rows = [int(collator.rows(*dataset[number][2:]).sum()) for number in range(len(dataset))]
+    assert max(rows) <= rows_per_pass and sum(rows) >= 0.95 * rows_per_pass * len(rows)
+    assert dataset.fullness() == pytest.approx(sum(rows) / rows_per_pass / len(rows))
+    # a second epoch is another order, and a longer run begins as a shorter one
+    longer = PassDataset(*data.samples("train"), collator.rows, rows_per_pass, 2.0, None, 1, seed=0)
+    assert [longer[number].users.tolist() for number in range(len(rows))] == [
+        dataset[number].users.tolist() for number in range(len(rows))
+    ]

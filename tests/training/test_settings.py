@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import patchkern as pk
 from patchkern.training import SETTINGS
@@ -41,3 +42,19 @@ def test_settings_are_the_papers(tmp_path: Path) -> None:
 def test_unknown_stage_is_named(call: Callable[[str], Any]) -> None:
     with pytest.raises(ValueError, match="stage: expected one of sft, pretrain, items, sessions, got 'patch'"):
         call("patch")
+
+
+def test_settings_of_ones_own_schedule(tmp_path: Path) -> None:
+    arguments = SETTINGS["scratch-head"].arguments("items", tmp_path)
+    assert (arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.02})
+    assert (arguments.warmup_steps, arguments.max_grad_norm, arguments.learning_rate) == (100, 1.0, 2e-3)
+    other = SETTINGS["scratch-head"].arguments("items", tmp_path, lr_scheduler_type="linear")
+    assert other.lr_scheduler_kwargs is None, "they belong to the cosine"
+    small = SETTINGS["pretrained-small"]
+    assert (small.learning_rate, small.head_learning_rate) == (3e-4, 2e-3)
+    assert SETTINGS["ml-1m"].arguments("items", tmp_path).lr_scheduler_kwargs is None
+
+
+def test_bfloat16_is_allowed_on_a_machine_without_gpu(tmp_path: Path) -> None:
+    arguments = SETTINGS["ml-1m"].arguments("items", tmp_path, bf16=True)
+    assert arguments.bf16 and arguments.use_cpu != torch.accelerator.is_available()

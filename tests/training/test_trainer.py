@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -225,6 +226,10 @@ def _pieces(folder: Path) -> dict[str, Any]:
             "num_beams: expected at least k=20",
         ),
         (lambda p: {"policy": pk.TextOnly(), "jitter": 2.0}, "jitter: expected .* 0 without rows_per_pass, got 2.0"),
+        (
+            lambda p: {"policy": pk.TextOnly(), "targets_per_step": 9},
+            "targets_per_step: expected None without rows_per",
+        ),
         (lambda p: {"policy": pk.TextOnly(), "jitter": -1.0, "rows_per_pass": 500}, "jitter: expected .* got -1.0"),
         (
             lambda p: (
@@ -302,6 +307,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "samples": {},
     "passes": {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
     "pre-training on passes": {"rows_per_pass": 500, "stage": "pretrain"},
+    "a number of targets": {"rows_per_pass": 250, "targets_per_step": 25},
 }
 _SHORT = EARLY | {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 
@@ -367,11 +373,18 @@ def test_two_processes_train_as_one(kind: str, together: Path, tmp_path: Path) -
         torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("stage", ["sft", "pretrain", "items", "sessions"])
-def test_training_on_passes_resumes_and_does_not_depend_on_accumulation(stage: str, tmp_path: Path) -> None:
-    whole = make_trainer(tmp_path / "whole", stage, rows_per_pass=250, max_steps=4, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize(
+    ("stage", "targets_per_step"),
+    [("sft", None), ("pretrain", None), ("items", None), ("items", 60), ("sessions", None)],
+)
+def test_training_on_passes_resumes_and_does_not_depend_on_accumulation(
+    stage: str, targets_per_step: int | None, tmp_path: Path
+) -> None:
+    passes = {"rows_per_pass": 250, "targets_per_step": targets_per_step, "max_steps": 4}
+    whole = make_trainer(tmp_path / "whole", stage, **passes, save_strategy="steps", save_steps=2)
+    assert (whole.args.gradient_accumulation_steps > 1) == (targets_per_step is not None)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", stage, rows_per_pass=250, max_steps=4)
+    resumed = make_trainer(tmp_path / "resumed", stage, **passes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert losses_of(resumed) == losses_of(whole) and len(losses_of(whole)) == 4
     assert all(np.isfinite(losses_of(whole)))
@@ -388,3 +401,40 @@ def test_accumulated_passes_weigh_by_targets(tmp_path: Path) -> None:
     expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert counts[0] != counts[1]
     assert losses_of(trainer)[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_heads_parameters_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    """On the same schedule, with and without weight decay, and after resuming."""
+    histories, samples = make_data()
+    wrapped, _ = make_model()
+
+    def trainer(folder: str) -> PatchTrainer:
+        torch.manual_seed(0)
+        model = PatchedCausalLM(copy.deepcopy(wrapped.hf_model), wrapped.catalog, wrapped.prompt, item_embeddings=True)
+        arguments = UNTUNED.arguments(
+            "items", tmp_path / folder, max_steps=4, use_cpu=True, disable_tqdm=True, weight_decay=0.1, save_steps=2
+        )
+        return PatchTrainer(
+            model,
+            arguments,
+            histories,
+            samples,
+            pk.ItemPatches(0, 10),
+            rows_per_pass=250,
+            head_learning_rate=0.05,
+        )
+
+    whole = trainer("whole")
+    optimizer = whole.create_optimizer()
+    of_head = [group for group in optimizer.param_groups if group["lr"] == 0.05]
+    assert [parameter for group in of_head for parameter in group["params"]] == [whole.model.item_embedding]
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, whole.model.parameters())), "each once"
+    assert whole.create_optimizer() is optimizer and len(optimizer.param_groups) == 3
+    whole.train()
+    first, *_, last = whole.lr_scheduler.base_lrs
+    assert (first, last) == (1e-3, 0.05)
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name

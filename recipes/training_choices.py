@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run decides before its first step: the precision that is faster, and the passes that fit into memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import patchkern as pk
+from patchkern.data import Interactions, samples_of
+from patchkern.training.collators import PassCollator
+from patchkern.training.passes import Pass, PassDataset
+from patchkern.training.precision import measure_autocast
+
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""The flag's name, which transformers 5.23 has changed."""
+
+_PROBE_ROWS = 256
+_TRIED_PASSES = 4
+
+
+def choose_bf16(
+    model: pk.PatchedCausalLM, data: Interactions, arguments: TrainingArguments, collator: PassCollator
+) -> bool:
+    """Whether autocast is faster on this CPU: measured by the first process, for all."""
+    chosen = [False]
+    if arguments.process_index == 0:
+        users, positions = samples_of(data, "train")
+        spread = np.linspace(0, users.size - 1, 2 + _PROBE_ROWS).astype(int)[1:-1]
+        users, ranges = users[spread], np.stack([positions[spread]] * 2, axis=1)
+        count = max(1, int(np.searchsorted(np.cumsum(collator.rows(users, ranges)), _PROBE_ROWS)))
+        speed = measure_autocast(model, collator([Pass(0, 0, users[:count], ranges[:count])])["layout"])
+        chosen = [speed.bfloat16_pays]
+        decided = "on" if speed.bfloat16_pays else "off"
+        print(f"{speed}: bfloat16 {decided} (--bf16 true or false decides without measuring)", flush=True)
+    if arguments.world_size > 1:
+        broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def plan_passes(
+    budget: str,
+    rows_per_pass: int,
+    model: pk.PatchedCausalLM,
+    data: Interactions,
+    arguments: TrainingArguments,
+    collator: PassCollator,
+    accumulates: bool,
+) -> pk.TrainingPlan:
+    """The most rows a pass, up to ``rows_per_pass``, with which training needs no more than the budget.
+
+    Recomputed activations are the only other thing that it changes.
+
+    Args:
+        budget: such as "40GiB".
+        arguments: of the run, with its optimiser and precision.
+        collator: makes the run's passes.
+        accumulates: whether a step has several of them.
+
+    Raises:
+        ValueError: no such pass fits; the message says what would help.
+    """
+    while True:
+        try:
+            plan = pk.plan_training(
+                model,
+                rows_per_pass,
+                budget,
+                optimizer=OptimizerNames(arguments.optim).value,
+                autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+                checkpointing=getattr(arguments, CHECKPOINTING),
+                accumulates=accumulates,
+                label_smoothing=arguments.label_smoothing_factor,
+                head=collator.head,
+                **_of_passes(rows_per_pass, data, collator),
+                world_size=arguments.world_size,
+                sharded=bool(arguments.fsdp),
+                device=arguments.device,
+            )
+        except ValueError as error:
+            raise ValueError(f"--memory_budget: {error}") from error
+        if plan.choice._replace(checkpointing=False) != plan.asked[1]._replace(checkpointing=False):
+            raise ValueError(f"--memory_budget: expected {budget} to be enough with what was asked for, got\n{plan}")
+        if plan.rows_per_pass == rows_per_pass:
+            return plan
+        rows_per_pass = plan.rows_per_pass  # whose passes may have other shares of logits, and longer prefixes
+
+
+def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> dict[str, int | None]:
+    """Rows with logits, rows that predict an item, and rows of the longest user, in passes of so many rows."""
+    dataset = PassDataset(
+        *samples_of(data, "train"), collator.rows, rows_per_pass, 1.0, _TRIED_PASSES, 1, collator.seed
+    )
+    layouts = [collator([dataset[number]])["layout"] for number in range(len(dataset))]
+
+    def most(name: str) -> int | None:
+        if getattr(layouts[0], name) is None:
+            return None
+        return round(rows_per_pass * max(len(getattr(layout, name)) / layout.num_rows for layout in layouts))
+
+    longest = max(layout.max_seqlen + layout.max_prefix for layout in layouts)
+    return {
+        "logit_rows": most("logit_rows"),
+        "item_rows": most("item_rows"),
+        "longest": min(longest, rows_per_pass),
+    }

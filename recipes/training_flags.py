@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of recipes/train.py: its own, those of transformers.TrainingArguments, and what a run hands on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from patchkern.data.preparation import add_arguments
+from patchkern.models.scratch import SIZES
+from patchkern.training import SETTINGS, STAGES, find_model
+from recipes.commands import Parser
+from recipes.training_run import read_arguments
+
+# What a run started with --from takes over from the one before, unless its own flags say otherwise; and what it is
+# where neither does.
+HANDED_ON: dict[str, Any] = {
+    "settings": None,
+    "keep_text": None,
+    "group_size": None,
+    "max_items": 100,
+    "head": "titles",
+}
+# Twenty evaluations a run; --eval_steps and --save_steps change that.
+EARLY_STOPPING = {
+    "eval_strategy": "steps",
+    "eval_steps": 0.05,
+    "save_strategy": "steps",
+    "save_steps": 0.05,
+    "save_total_limit": 2,
+    "metric_for_best_model": "HR@20",
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,
+}
+
+
+class _OfDataclasses(Parser, HfArgumentParser):
+    """For flags that are the fields of a dataclass."""
+
+
+def make_parser(description: str | None) -> Parser:
+    """The recipe's flags, and after them those of transformers."""
+    own = Parser(add_help=False)
+    group = own.add_argument_group("stage and data")
+    group.add_argument("--stage", required=True, choices=STAGES)
+    add_arguments(group)
+
+    group = own.add_argument_group("model (one of --model and --from)")
+    group.add_argument(
+        "--model",
+        help=f"{', '.join(SIZES)} (from scratch), or a transformers model: a folder, a GGUF file or a hub id",
+    )
+    group.add_argument(
+        "--from",
+        dest="checkpoint",
+        help=f"a run of this recipe, or one of its checkpoints; {', '.join(HANDED_ON)}, "
+        "item embeddings and prompt are taken over",
+    )
+    group.add_argument("--prompt", metavar="FILE", help="the prompt's words, as JSON (default: of the data set)")
+    group.add_argument("--random_weights", action="store_true", help="of --model keep the architecture alone")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    group.add_argument("--lora", type=int, metavar="RANK", help="train an adapter, and the rows of added markers")
+    group.add_argument("--load_in_4bit", action="store_true", help="the weights under --lora, with bitsandbytes")
+    group.add_argument(
+        "--item_embeddings", action="store_true", help="learn a vector for each item's patches; later stages keep it"
+    )
+    group.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, from scratch only")
+    group.add_argument("--dropout", type=float, help="from scratch only (default: of the settings)")
+    group.add_argument("--no_separator", action="store_true", help="between items, from scratch only")
+
+    group = own.add_argument_group("histories")
+    group.add_argument("--max_items", type=int, help=f"latest items of a history (default: {HANDED_ON['max_items']})")
+    group.add_argument(
+        "--keep_text", type=int, help="latest items that stay text in the items stage (default: of the settings)"
+    )
+    group.add_argument("--group_size", type=int, help="items of a session patch (default: of the settings)")
+    group.add_argument(
+        "--jitter",
+        type=float,
+        help="of the order of training items, with all targets of a user in one pass (default: of the settings)",
+    )
+
+    group = own.add_argument_group("steps")
+    group.add_argument("--settings", choices=SETTINGS, help="rates, batch and patch sizes (default: by model and data)")
+    group.add_argument("--targets_per_pass", choices=["all", "one"], default="all", help="of a user")
+    group.add_argument("--rows_per_pass", type=int, default=16384, help="of a batch with all targets")
+    group.add_argument(
+        "--targets_per_step",
+        type=int,
+        help="in as many such batches as that takes (default: what --rows_per_pass and "
+        "--gradient_accumulation_steps come to)",
+    )
+    group.add_argument(
+        "--memory_budget",
+        metavar="SIZE",
+        help='such as "40GiB": fewer rows a pass, or recomputed activations, if that is what it takes; none: refuse',
+    )
+    group.add_argument(
+        "--supervise_history", action="store_true", help="train on the history's text too (for models from scratch)"
+    )
+    group.add_argument(
+        "--head",
+        choices=["titles", "items", "both"],
+        help="what is learned, and validated by: titles token by token "
+        "(the default), or items by the item head; both: validated by items",
+    )
+    group.add_argument("--title_weight", type=float, default=1.0, help="of the titles' loss")
+    group.add_argument("--item_weight", type=float, default=1.0, help="of the items' loss")
+    group.add_argument(
+        "--head_learning_rate", type=float, help="of item head and item embeddings (default: of the settings)"
+    )
+    group.add_argument(
+        "--early_stopping",
+        type=int,
+        metavar="PATIENCE",
+        help="evaluations without a better --metric_for_best_model "
+        "that end the run (default: HR@20; NDCG@20 and others do too)",
+    )
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
+    theirs = _OfDataclasses(TrainingArguments, add_help=False)
+    theirs._optionals.title = "transformers.TrainingArguments"
+    usage = "%(prog)s --stage STAGE --data DATA (--model MODEL | --from RUN) --output_dir FOLDER [flags]"
+    return Parser(usage=usage, description=description, parents=[own, theirs])
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """All flags, checked against each other, with what `--from` hands on; None where transformers decides by default.
+
+    Exits with an error that names the flag.
+
+    Raises:
+        FileNotFoundError: --from is no model.
+    """
+    # to know what was given
+    parser.set_defaults(bf16=None, lr_scheduler_type=None)
+    args = parser.parse_args(argv)
+    if (args.model is None) == (args.checkpoint is None):
+        parser.error("--model, --from: expected one of them")
+    if args.output_dir is None:
+        parser.error("--output_dir: expected a folder for the run")
+    scratch = f"expected only with --model {' or '.join(SIZES)}; other models"
+    for wrong, message in (
+        (
+            args.early_stopping is not None and args.early_stopping < 1,
+            f"--early_stopping: expected at least 1, got {args.early_stopping}",
+        ),
+        (args.dropout is not None and args.model not in SIZES, f"--dropout: {scratch} have their own"),
+        (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),
+        (
+            args.random_weights and (args.model is None or args.model in SIZES),
+            "--random_weights: expected only with a transformers --model",
+        ),
+        (
+            args.targets_per_step is not None and args.targets_per_pass == "one",
+            "--targets_per_step: expected none with --targets_per_pass one, whose steps are "
+            "--per_device_train_batch_size times --gradient_accumulation_steps",
+        ),
+        (
+            args.memory_budget is not None and args.targets_per_pass == "one",
+            "--memory_budget: expected none with --targets_per_pass one, whose batches it does not choose",
+        ),
+        (args.load_in_4bit and args.lora is None, "--load_in_4bit: expected only with --lora, which trains beside it"),
+        (args.lora is not None and not _installed("peft"), "--lora: expected peft to be installed, got none"),
+        (
+            args.load_in_4bit and not _installed("bitsandbytes"),
+            "--load_in_4bit: expected bitsandbytes to be installed, got none",
+        ),
+    ):
+        if wrong:
+            parser.error(message)
+    before = {} if args.checkpoint is None else read_arguments(find_model(args.checkpoint, "--from"))
+    for name, otherwise in HANDED_ON.items():
+        if getattr(args, name) is None:
+            setattr(args, name, before.get(name, otherwise))
+    return args
+
+
+def training_arguments(
+    parser: Parser, argv: Sequence[str] | None, given: argparse.Namespace, defaults: dict[str, Any]
+) -> TrainingArguments:
+    """What is ``given`` on the command line, and ``defaults`` where nothing is."""
+    if given.lr_scheduler_type is not None:
+        defaults = defaults | {"lr_scheduler_kwargs": None}  # they are of another one
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    fields = TrainingArguments.__dataclass_fields__.values()
+    return TrainingArguments(**{field.name: getattr(args, field.name) for field in fields if field.init})
+
+
+def own_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's flags of a parsed command line, without those of transformers."""
+    theirs = TrainingArguments.__dataclass_fields__
+    return {name: value for name, value in vars(args).items() if name not in theirs and name != "resume"}
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

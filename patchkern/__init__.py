@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
+    from patchkern.search.head_prior import ItemHeadPrior
     from patchkern.search.linear_prior import LinearPrior
     from patchkern.search.prior import PopularityPrior, TransitionPrior
     from patchkern.search.prior_weight import PriorFit, fit_prior_weight
@@ -72,6 +73,7 @@ __all__ = [
     "FitRows",
     "FittingPolicy",
     "Histories",
+    "ItemHeadPrior",
     "ItemPatches",
     "ItemTable",
     "Level",
@@ -117,6 +119,7 @@ __all__ = [
 
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
+    "ItemHeadPrior": "patchkern.search.head_prior",
     "LinearPrior": "patchkern.search.linear_prior",
     "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",

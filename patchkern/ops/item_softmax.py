@@ -169,10 +169,12 @@ class _ItemSoftmax(torch.autograd.Function):
 
 def _autocast(tensor: Tensor) -> Tensor:
     """In the dtype that torch's own products would have it in, which leave float64 alone."""
-    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(kind := tensor.device.type):
+    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64:
         return tensor
-    is_cast = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(torch.get_autocast_dtype(kind)) if is_cast else tensor
+    kind = tensor.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind)) if tensor.is_floating_point() else tensor
 
 
 def _check(states: Any, items: Any, bias: Any, labels: Any, log_weights: Any) -> None:

@@ -311,7 +311,7 @@ def test_layouts_are_checked() -> None:
         ({"item_labels": labels[1:]}, ValueError, "item_labels: expected"),
         ({"item_labels": labels - 1000}, ValueError, r"item_labels\[0\]: expected"),
         ({"item_rows": None}, ValueError, "item_labels: expected"),
-        ({"item_rows": rows.to("meta")}, ValueError, "item_rows: expected device cpu, got meta"),
+        ({"item_rows": rows.to("meta")}, ValueError, "item_rows: expected a dense tensor with values"),
     ):
         with pytest.raises(error, match=message):
             replace(layout, **changed)

@@ -199,9 +199,15 @@ def test_a_label_that_was_not_drawn_weighs_nothing_elsewhere() -> None:
 def test_sampled_gradients_are_those_of_weighted_logits(chunk_rows: int | None) -> None:
     states, items, bias, labels = make(n=300)
     sampled = sample_items(bias, labels, 64, torch.Generator().manual_seed(1))
-    some = (items[sampled.items], bias[sampled.items])
-    got = item_softmax(states, *some, sampled.labels, log_weights=sampled.log_weights, chunk_rows=chunk_rows)
-    logits = states @ some[0].T + some[1]
+    got = item_softmax(
+        states,
+        items[sampled.items],
+        bias[sampled.items],
+        sampled.labels,
+        log_weights=sampled.log_weights,
+        chunk_rows=chunk_rows,
+    )
+    logits = states @ items[sampled.items].T + bias[sampled.items]
     own = F.one_hot(sampled.labels, len(sampled.items)).bool()
     weighted = torch.where(own, logits, logits + sampled.log_weights)
     expected = F.cross_entropy(weighted, sampled.labels, reduction="sum")

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 import patchkern as pk
 from patchkern.models import wrapped
-from patchkern.models.item_head import ItemHead
 
 TITLES = cases.make_titles(23)
 PARTS = oracle.Parts([90, 91], [92], [], [])  # of the prompt, what is before and in a history
@@ -286,13 +285,13 @@ def test_more_items_than_sampled_above_are_sampled_in_training_only() -> None:
     model = make_model()
     layout = training_layout(model, POLICIES["items"])
     whole = model(layout).loss
-    model.item_head.sampled_above, model.item_head.num_sampled = 22, 12
-    assert torch.equal(model(layout).loss, whole)
+    model.item_head.sampled_above, model.item_head.num_sampled = 22, 5000
+    assert torch.equal(model(layout).loss, whole), "a new head is in the mode of its model"
     model.train()
-    sampled = torch.stack([model(layout).loss.detach() for _ in range(200)])
-    assert sampled.std() > 1e-3
+    sampled = torch.stack([model(layout).loss.detach() for _ in range(20)])
+    assert sampled.std() > 1e-4
     # the log of an unbiased estimate is a little low
-    assert abs(float(sampled.mean() - whole)) < 0.25
+    torch.testing.assert_close(sampled.mean(), whole.detach(), rtol=0, atol=0.05)
     model.item_head.sampled_above = 23
     assert torch.equal(model(layout).loss, whole)
 
@@ -538,6 +537,5 @@ def test_autocast_trains_it() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(layout).loss
     loss.backward()
-    assert loss.dtype == torch.float32 and abs(float(loss - exact)) < 0.05 * float(exact)
+    assert loss.dtype == torch.float32 and (loss - exact).abs() < 0.05 * exact
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.item_head.parameters())
-    assert isinstance(model.item_head, ItemHead)

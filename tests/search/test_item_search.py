@@ -134,7 +134,7 @@ def test_seen_items_are_left_out() -> None:
     "allowed",
     [
         range(2, 20),
-        [[user, 3, 4, 11, 20 + user] for user in range(5)],
+        [[5 + user, 3, 4, 12, 20 + user] for user in range(5)],
         np.arange(150).reshape(5, 30) % 3 > 0,
         torch.arange(30) % 2 == 0,
     ],

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
     from patchkern.search.combined_prior import CombinedPrior
+    from patchkern.search.head_prior import ItemHeadPrior
     from patchkern.search.linear_prior import LinearPrior
     from patchkern.search.prior import PopularityPrior, TransitionPrior
     from patchkern.search.prior_weight import PriorFit, fit_prior_weight
@@ -74,6 +75,7 @@ __all__ = [
     "FitRows",
     "FittingPolicy",
     "Histories",
+    "ItemHeadPrior",
     "ItemPatches",
     "ItemTable",
     "Level",
@@ -120,6 +122,7 @@ __all__ = [
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
     "CombinedPrior": "patchkern.search.combined_prior",
+    "ItemHeadPrior": "patchkern.search.head_prior",
     "LinearPrior": "patchkern.search.linear_prior",
     "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",

@@ -5,12 +5,13 @@
     python recipes/quickstart.py --data path/to/ml-100k           # a data set of your own, under 20 minutes
     make quickstart DATA=path/to/ml-100k                          # the same, setting everything up first
 
-Small language models are trained from random weights, all targets of a user in one pass. Three learn titles: one reads
-histories as text, one as item patches, and the latter goes on with session patches. A fourth has an item head: it reads
-item patches, learns which item comes next from the row of the one before, and ranks all items in one product. All of
-them recommend to the same test users, alone and with item-to-item transitions as a prior whose weight is fitted on the
-validation split, beside yardsticks that know no titles at all. The report with its plots is written to runs/<name>/report.md, each model to a folder beside
-it, which recipes/evaluate.py takes. How the settings were chosen is told in recipes/LOG.md.
+Small language models are trained from random weights, all targets of a user in one pass. Three learn titles: one
+reads histories as text, one as item patches, and the latter goes on with session patches. A fourth has an item head:
+it reads item patches, learns which item comes next from the row of the one before, and ranks all items in one
+product. All of them recommend to the same test users, alone and with item-to-item transitions as a prior whose weight
+is fitted on the validation split, beside yardsticks that know no titles at all. The report with its plots is written
+to runs/<name>/report.md, each model to a folder beside it, which recipes/evaluate.py takes. How the settings were
+chosen is told in recipes/LOG.md.
 """
 
 from __future__ import annotations

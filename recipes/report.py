@@ -139,8 +139,8 @@ class Report:
                 "",
                 "The users are synthetic: each likes a few genres and goes on with series, nothing else. And the runs "
                 "are short, and text learns slower. So this shows that everything works, not how good it is on real "
-                "users: on ml-100k, trained for longer, the models of titles are equally good. How to take real data is "
-                "said at the end.",
+                "users: on ml-100k, trained for longer, the models of titles are equally good. How to take real data "
+                "is said at the end.",
             ]
         return [*lines, ""]
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
@@ -93,7 +95,7 @@ def plan_passes(
         rows_per_pass = plan.rows_per_pass  # whose passes may have other shares of logits, and longer prefixes
 
 
-def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> dict[str, int | None]:
+def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> dict[str, Any]:
     """Rows with logits, rows that predict an item, and rows of the longest user, in passes of so many rows."""
     dataset = PassDataset(
         *samples_of(data, "train"), collator.rows, rows_per_pass, 1.0, _TRIED_PASSES, 1, collator.seed

@@ -32,11 +32,12 @@ def held_out_samples() -> tuple[np.ndarray, np.ndarray]:
     return np.arange(USERS), 5 + np.arange(USERS) % 6
 
 
-def make_model(tokenizer: Any = None, **config: Any) -> tuple[PatchedCausalLM, Any]:
+def make_model(tokenizer: Any = None, item_head: bool = False, **config: Any) -> tuple[PatchedCausalLM, Any]:
     tokenizer = tokenizer or fit_tokenizer(TITLES.values(), 280)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, **config}
     catalog = pk.Catalog.from_titles(TITLES, tokenizer)
-    return PatchedCausalLM(scratch_model(tokenizer, **shape), catalog, scratch_prompt(tokenizer)), tokenizer
+    hf_model = scratch_model(tokenizer, **shape)
+    return PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_head=item_head), tokenizer
 
 
 def make_trainer(
@@ -49,10 +50,12 @@ def make_trainer(
     targets_per_step: int | None = None,
     jitter: float = 0.0,
     validate: dict[str, Any] | None = None,
+    head: str = "titles",
+    weights: dict[str, float] | None = None,
     **arguments: Any,
 ) -> PatchTrainer:
     histories, samples = make_data()
-    model, tokenizer = make_model(**(config or {}))
+    model, tokenizer = make_model(item_head=head != "titles", **(config or {}))
     defaults = {
         "per_device_train_batch_size": 8,
         "logging_steps": 1,
@@ -72,6 +75,8 @@ def make_trainer(
         rows_per_pass=rows_per_pass,
         targets_per_step=targets_per_step,
         jitter=jitter,
+        head=head,
+        **(weights or {}),
         **({} if validate is None else {"eval_samples": held_out_samples(), **validate}),
         processing_class=tokenizer,
         callbacks=callbacks,

@@ -35,7 +35,7 @@ class CountedItems(nn.Module):
         super().__init__()
         self.n_items = n_items
         self.transform = nn.Linear(width, width, bias=False, dtype=dtype)
-        self.log_temperature = nn.Parameter(torch.empty((), dtype=dtype))
+        self.log_temperature = nn.Parameter(torch.empty(1, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(n_items, dtype=dtype))
 
     def loss(self, states: Tensor, weight: Tensor, own: Tensor | None, chunks: Chunks) -> Tensor:

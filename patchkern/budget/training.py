@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -16,8 +16,6 @@ from patchkern.batch.histories import check_count
 from patchkern.budget.counted_step import Lora, PassShape
 from patchkern.budget.search import in_units, parse_bytes
 from patchkern.budget.training_cost import OPTIMIZERS, Choice, TrainingBytes, TrainingCost
-
-Head = Literal["titles", "items", "both"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def plan_training(
     checkpointing: bool = False,
     accumulates: bool = False,
     label_smoothing: float = 0.0,
-    head: Head = "titles",
+    head: str = "titles",
     n_items: int | None = None,
     logit_rows: int | None = None,
     item_rows: int | None = None,
@@ -225,7 +223,7 @@ def _labelled(name: str, given: int | None, rows: int, wanted: bool) -> int:
     return given
 
 
-def _items_of(model: Any, given: int | None, head: Head) -> int | None:
+def _items_of(model: Any, given: int | None, head: str) -> int | None:
     """Of the item head that there is, or is to be."""
     has_head = getattr(model, "item_head", None) is not None
     if head == "titles" and not has_head:

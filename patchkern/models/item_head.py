@@ -39,7 +39,7 @@ class ItemHead(nn.Module):
 
     Attributes:
         transform: g.
-        log_temperature: ``()``, 0 at first: scores in the units of the model's own logits.
+        log_temperature: ``(1,)``, 0 at first: scores in the units of the model's own logits.
         bias: ``(n_items,)`` in catalogue order, 0 at first; see `start_from_counts`.
         sampled_above: with more items than this, training samples them.
         num_sampled: how many it draws in a batch then.
@@ -54,7 +54,8 @@ class ItemHead(nn.Module):
         self.transform = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
         with torch.no_grad():
             nn.init.eye_(self.transform.weight)
-        self.log_temperature = nn.Parameter(torch.zeros((), dtype=dtype, device=device))
+        # not a scalar, which fully_shard does not take
+        self.log_temperature = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(len(catalog), dtype=dtype, device=device))
         self._layout: PatchLayout | None = None
         self._known: tuple[Any, Tensor] | None = None

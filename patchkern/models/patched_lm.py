@@ -132,6 +132,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         self.item_head = None
         if item_head:
             self.item_head = ItemHead(catalog, output_weight(hf_model).shape[1], hf_model.dtype, hf_model.device)
+            self.item_head.train(hf_model.training)
         with lock_of(hf_model.config):  # the network may be another model's too, which is searched
             self._isolation = Isolation(hf_model, attn_implementation)
         self.register_state_dict_post_hook(files.drop_tied)

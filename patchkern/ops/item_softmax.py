@@ -56,9 +56,7 @@ def item_softmax(
         >>> round(float(item_softmax(states, items, bias, torch.tensor([0, 1, 2]))), 4)
         1.6543
     """
-    kind = states.device.type if isinstance(states, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind) and isinstance(items, Tensor):
-        states, items = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (states, items))
+    states, items = (_autocast(tensor) for tensor in (states, items))
     _check(states, items, bias, labels, log_weights)
     if not 0 <= smoothing < 1 or (smoothing and log_weights is not None):
         expected = "0 with log_weights" if log_weights is not None else "a share of at least 0 and below 1"
@@ -167,6 +165,16 @@ class _ItemSoftmax(torch.autograd.Function):
             for want, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
         ]
         return *found, None, None, None, None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """In the dtype that torch's own products would have it in, which leave float64 alone."""
+    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64:
+        return tensor
+    kind = tensor.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind)) if tensor.is_floating_point() else tensor
 
 
 def _check(states: Any, items: Any, bias: Any, labels: Any, log_weights: Any) -> None:

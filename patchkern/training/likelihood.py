@@ -146,16 +146,17 @@ def _passes(
             return np.where(ranges[:, 0] == ranges[:, 1], np.minimum(counts, rows_per_pass), counts)
 
         order = np.lexsort((positions, users))
-        of, ranges, rows = cut_to_passes(users, positions, count_rows, rows_per_pass)
-        ends = np.cumsum(ranges[:, 1] - ranges[:, 0] + 1)
+        runs = cut_to_passes(users, positions, count_rows, rows_per_pass)
+        of, first, last, run_rows = np.array(runs, np.int64).T
+        ends = np.cumsum(last - first + 1)
         done = 0
-        for runs in _filled(rows, rows_per_pass):
-            users, targets = of[runs], ranges[runs]
+        for places in _filled(run_rows, rows_per_pass):
+            ranges = np.stack([first[places], last[places]], axis=1)
             layout = build_training_layout(
-                catalog, histories.take(users), policy, prompt, targets, transpose=False, head=head
+                catalog, histories.take(of[places]), policy, prompt, ranges, transpose=False, head=head
             )
-            yield order[done : ends[runs[-1]]], layout
-            done = int(ends[runs[-1]])
+            yield order[done : ends[places[-1]]], layout
+            done = int(ends[places[-1]])
         return
     every = histories.before(users, positions)
     rows = row_counts(catalog, every, policy, prompt)

@@ -36,7 +36,7 @@ CATALOG = pk.Catalog.from_token_ids(np.concatenate(TITLES), np.cumsum([0, *map(l
 LENGTHS = [14, 3, 0, 9, 20, 1]  # three users per process, of different sizes
 
 
-def make_model(tied: bool) -> PatchedCausalLM:
+def make_model(tied: bool, item_head: bool = False) -> PatchedCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -47,21 +47,28 @@ def make_model(tied: bool) -> PatchedCausalLM:
         num_key_value_heads=2,
         tie_word_embeddings=tied,
     )
-    model = PatchedCausalLM(transformers.LlamaForCausalLM(config), CATALOG, PROMPT, item_embeddings=True)
+    hf_model = transformers.LlamaForCausalLM(config)
+    model = PatchedCausalLM(hf_model, CATALOG, PROMPT, item_embeddings=True, item_head=item_head)
     with torch.no_grad():
         model.item_embedding.normal_(std=0.02)
+        if item_head:
+            for parameter in model.item_head.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 
-def make_layout(users: slice) -> pk.PatchLayout:
+def make_layout(users: slice, head: str = "titles") -> pk.PatchLayout:
     draw = np.random.default_rng(0)
     histories = [draw.integers(0, len(TITLES), n).tolist() for n in LENGTHS]
     targets = draw.integers(0, len(TITLES), len(LENGTHS)).tolist()
-    return pk.build_layout(CATALOG, histories[users], pk.SessionPatches(3), PROMPT, targets[users])
+    return pk.build_layout(CATALOG, histories[users], pk.SessionPatches(3), PROMPT, targets[users], head=head)
 
 
-def supervised_tokens() -> int:
-    return make_layout(slice(None)).logit_labels.numel()
+def supervised(head: str) -> Tensor | int:
+    """Tokens, or items, of all users; both for both heads."""
+    layout = make_layout(slice(None), head)
+    tokens, items = (0 if x is None else x.numel() for x in (layout.logit_labels, layout.item_labels))
+    return torch.tensor([tokens, items]) if head == "both" else tokens + items
 
 
 # ------------------------------------------------------------------ what runs in each process
@@ -71,10 +78,10 @@ def whole(parameter: Tensor | None) -> Tensor | None:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def step(module: nn.Module, rank: int) -> dict[str, Any]:
+def step(module: nn.Module, rank: int, head: str = "titles") -> dict[str, Any]:
     """One training step on this process's users, by the convention of `transformers.Trainer`."""
     users = slice(rank * 3, rank * 3 + 3)
-    loss = module(make_layout(users), num_items_in_batch=supervised_tokens()).loss * WORLD
+    loss = module(make_layout(users, head), num_items_in_batch=supervised(head)).loss * WORLD
     loss.backward()
     mean = loss.detach().clone()
     dist.all_reduce(mean)
@@ -116,8 +123,16 @@ def accumulated_passes(rank: int, folder: Path) -> dict[str, Any]:
     return {"loss": mean / WORLD, "gradients": gradients}
 
 
-def sharded(tied: bool, apart: bool) -> PatchedCausalLM:
-    model = make_model(tied)
+def data_parallel_items(rank: int, folder: Path) -> dict[str, Any]:
+    return step(DistributedDataParallel(make_model(tied=False, item_head=True)), rank, "items")
+
+
+def data_parallel_both(rank: int, folder: Path) -> dict[str, Any]:
+    return step(DistributedDataParallel(make_model(tied=True, item_head=True)), rank, "both")
+
+
+def sharded(tied: bool, apart: bool, item_head: bool = False) -> PatchedCausalLM:
+    model = make_model(tied, item_head)
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.hf_model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -133,6 +148,14 @@ def layers_and_root(rank: int, folder: Path) -> dict[str, Any]:
 
 def embedding_apart(rank: int, folder: Path) -> dict[str, Any]:
     return step(sharded(tied=False, apart=True), rank)
+
+
+def sharded_items(rank: int, folder: Path) -> dict[str, Any]:
+    return step(sharded(tied=True, apart=False, item_head=True), rank, "items")
+
+
+def sharded_both(rank: int, folder: Path) -> dict[str, Any]:
+    return step(sharded(tied=False, apart=True, item_head=True), rank, "both")
 
 
 def saving(rank: int, folder: Path) -> dict[str, Any]:
@@ -164,6 +187,10 @@ CASES: list[Callable[[int, Path], dict[str, Any]]] = [
     accumulated_passes,
     layers_and_root,
     embedding_apart,
+    data_parallel_items,
+    data_parallel_both,
+    sharded_items,
+    sharded_both,
     saving,
     wrong_root,
 ]
@@ -196,13 +223,21 @@ def results(folder: Path, case: Callable[..., Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "tied"),
-    [(data_parallel, True), (layers_and_root, True), (embedding_apart, False)],
-    ids=["DDP", "FSDP2", "FSDP2, embedding apart"],
+    ("case", "tied", "head"),
+    [
+        (data_parallel, True, "titles"),
+        (layers_and_root, True, "titles"),
+        (embedding_apart, False, "titles"),
+        (data_parallel_items, False, "items"),
+        (data_parallel_both, True, "both"),
+        (sharded_items, True, "items"),
+        (sharded_both, False, "both"),
+    ],
+    ids=["DDP", "FSDP2", "FSDP2, embedding apart", "DDP, items", "DDP, both", "FSDP2, items", "FSDP2, apart, both"],
 )
-def test_two_processes_equal_one(folder: Path, case: Callable[..., Any], tied: bool) -> None:
-    model = make_model(tied)
-    loss = model(make_layout(slice(None))).loss
+def test_two_processes_equal_one(folder: Path, case: Callable[..., Any], tied: bool, head: str) -> None:
+    model = make_model(tied, item_head=head != "titles")
+    loss = model(make_layout(slice(None), head)).loss
     loss.backward()
     for result in results(folder, case):
         torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=0)

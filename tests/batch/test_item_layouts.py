@@ -138,7 +138,7 @@ def test_empty_histories_need_a_prefix(planner: str, head: str) -> None:
 
 @pytest.mark.parametrize("call", [lambda batch: batch.layout(head="item"), lambda batch: plan(batch, [[0, 1]], head=1)])
 def test_wrong_heads(call: Any) -> None:
-    with pytest.raises(ValueError, match="head: expected one of titles, items, both, got (1|'item')"):
+    with pytest.raises(ValueError, match=r"head: expected one of titles, items, both, got (1|'item')"):
         call(make_batch(pk.TextOnly(), [2]))
     batch = make_batch(pk.TextOnly(), [2])
     with pytest.raises(ValueError, match="head: expected one of titles, items, both, got None"):

@@ -48,7 +48,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BitsAndBytesConfig, EarlyStoppingCallback, set_seed
 
@@ -181,13 +180,14 @@ def load_model(
     if args.load_in_4bit:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         quantized["quantization_config"] = config
-    model, tokenizer = models.load_model(
+    return models.load_model(
         args.checkpoint or args.model,
         data.titles,
         dtype=getattr(torch, args.dtype),
         words=models.words_of(data),
         prompt_file=args.prompt,
         item_embeddings=args.item_embeddings,
+        item_head=args.head != "titles",
         lora=args.lora,
         random_weights=args.random_weights,
         seed=seed,
@@ -195,13 +195,8 @@ def load_model(
         dropout=settings.dropout if args.dropout is None else args.dropout,
         separator=not args.no_separator,
         argument="--from" if args.checkpoint else "--model",
-        wrapper={"item_head": args.head != "titles"},
         **quantized,
     )
-    if model.item_head is not None and not bool(model.item_head.bias.any()):  # a new one
-        taken = model.catalog.index_of(data.targets(samples_of(data, "train")))
-        model.item_head.start_from_counts(np.bincount(taken, minlength=len(model.catalog)))
-    return model, tokenizer
 
 
 if __name__ == "__main__":

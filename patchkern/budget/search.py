@@ -244,7 +244,7 @@ class SearchCost:
         )
         prefill += rows * _ROW_INTEGERS
         if has_prefix:  # the logits of the users whose prompts ended in earlier chunks
-            prefill += n_users * self._vocabulary * self._item
+            prefill += n_users * logits
         in_step = max(
             hypotheses * self._step.peak,
             hypotheses * (self._step.at_attention + self._step_attention()),

@@ -66,6 +66,7 @@ class Prompts:
             if number == 0:
                 endings = ending.new_empty(self.num_users, ending.shape[1])
             endings[torch.from_numpy(spans.users).to(model.device, non_blocking=True)] = ending
+            del ending  # or it would stay beside the next pass
         if head == "items":
             self.states = endings
         else:

@@ -175,7 +175,7 @@ class TrainingCost:
         if OPTIMIZERS[optimizer] != "unfused" or not trainable:
             return 0
         sizes = [parameter.nbytes for parameter in trainable]
-        return sum(sizes) if self._kind.on_cuda else 2 * max(sizes)
+        return math.ceil((1 + _MARGIN) * (sum(sizes) if self._kind.on_cuda else 2 * max(sizes)))
 
     def _gathered(self, fake: FakeModel) -> int:
         """Everything outside the layers and two of those, once more while they are copied out, and their gradients."""

@@ -107,7 +107,7 @@ def test_the_catalogue_says_how_many_items() -> None:
         ({"logit_rows": 101}, "logit_rows: expected at most rows_per_pass, 100, got 101"),
         ({"item_rows": 5}, "item_rows: expected None with this head, got 5"),
         ({"budget": "40"}, "budget: expected bytes, such as"),
-        ({"world_size": 0}, "world_size: expected an integer in 1\\.\\.2147483647, got 0"),
+        ({"world_size": 0}, "world_size: expected an integer in 1..*, got 0"),
     ],
     ids=str,
 )

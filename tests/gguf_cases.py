@@ -24,7 +24,7 @@ def write_gguf(path: Path, quantised: bool = False) -> dict[str, Any]:
     tokens = [*SPECIAL, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "Al", "en"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
-    writer.add_context_length(256)
+    writer.add_context_length(1024)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(HIDDEN)

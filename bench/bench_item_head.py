@@ -173,7 +173,9 @@ def check_lists(model: pk.PatchedCausalLM, histories: pk.Histories, part: str) -
         places = torch.from_numpy(model.catalog.index_of([item for item, _ in user]).astype(np.int64))
         scores = torch.tensor([score for _, score in user], dtype=row.dtype)
         best = row.topk(k).values
-        if not (torch.allclose(scores, best, rtol=0, atol=1e-3) and torch.allclose(row[places], best, rtol=0, atol=1e-3)):
+        if not (
+            torch.allclose(scores, best, rtol=0, atol=1e-3) and torch.allclose(row[places], best, rtol=0, atol=1e-3)
+        ):
             sys.exit(f"{part}: other items than the definition's after {len(history)} items; nothing was timed")
 
 
@@ -254,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="more rounds while there is time")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of torch; the first for training, search")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="of torch; the first for training, search"
+    )
     output.add_option(parser, "item-head.csv")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads[0])

@@ -63,12 +63,12 @@ def make_patched(workload: Workload, args: argparse.Namespace) -> pk.PatchedCaus
 
 
 def dense_scores(model: pk.PatchedCausalLM, states: Tensor) -> Tensor:
-    """``(M, n_items)`` log-probabilities by the definition, title by title."""
+    """``(M, n_items)`` log-probabilities by the definition, from whole logits, vectors and all."""
     head, weight = model.item_head, model.hf_model.get_output_embeddings().weight
     if head is None:
         raise TypeError("model: expected one with an item head")
-    tokens = [model.catalog.tokens(item).tolist() for item in range(len(model.catalog))]
-    vectors = torch.stack([weight[title].mean(0) for title in tokens])
+    tokens, offsets = (torch.from_numpy(np.array(x, np.int64)) for x in (model.catalog.token_ids, model.catalog.offsets))
+    vectors = F.embedding_bag(tokens, weight, offsets[:-1], mode="mean")
     return (states @ head.transform.weight.T * head.log_temperature.exp() @ vectors.T + head.bias).log_softmax(1)
 
 
@@ -149,7 +149,7 @@ def search(table: Table, args: argparse.Namespace) -> None:
     model = make_patched(workload, args).eval()
     histories = workload.samples(args.search_users)[0].latest(100)
     check_lists(model, histories.take(np.arange(min(4, len(histories)))), "search")
-    policies = {"beam": pk.ItemPatches(5, 100), "items": pk.ItemPatches(0, 100), "items, same prompts": PUBLISHED}
+    policies = {"beam": pk.ItemPatches(5, 100), "items": pk.ItemPatches(0, 100), "items, same prompts": pk.ItemPatches(5, 100)}
     calls: dict[str, Callable[[], object]] = {
         name: partial(model.recommend, histories, policy, K, K, "beam" if name == "beam" else "items")
         for name, policy in policies.items()

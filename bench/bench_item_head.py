@@ -12,7 +12,8 @@ published; "titles, patches alone" under the policy of "items", which has no tex
 head's. Histories are not cut.
 
 "search": the same users' lists of 20, "beam" with 20 beams and "items", which is ``search="items"``; "items, same
-prompts" reads the five items as text that the beam reads.
+prompts" reads the five items as text that the beam reads, and with "stored prompts" both have a `UserCache` that holds
+them: what is left is the search itself.
 
 "catalogue": one user and 200,000 items. "product" is what follows the forward pass: the scores of all items, made to
 log-probabilities, and the 20 best that the user has not seen; "faiss IndexFlatIP" the 20 best inner products, with the
@@ -67,7 +68,9 @@ def dense_scores(model: pk.PatchedCausalLM, states: Tensor) -> Tensor:
     head, weight = model.item_head, model.hf_model.get_output_embeddings().weight
     if head is None:
         raise TypeError("model: expected one with an item head")
-    tokens, offsets = (torch.from_numpy(np.array(x, np.int64)) for x in (model.catalog.token_ids, model.catalog.offsets))
+    tokens, offsets = (
+        torch.from_numpy(np.array(x, np.int64)) for x in (model.catalog.token_ids, model.catalog.offsets)
+    )
     vectors = F.embedding_bag(tokens, weight, offsets[:-1], mode="mean")
     return (states @ head.transform.weight.T * head.log_temperature.exp() @ vectors.T + head.bias).log_softmax(1)
 
@@ -149,19 +152,26 @@ def search(table: Table, args: argparse.Namespace) -> None:
     model = make_patched(workload, args).eval()
     histories = workload.samples(args.search_users)[0].latest(100)
     check_lists(model, histories.take(np.arange(min(4, len(histories)))), "search")
-    policies = {"beam": pk.ItemPatches(5, 100), "items": pk.ItemPatches(0, 100), "items, same prompts": pk.ItemPatches(5, 100)}
-    calls: dict[str, Callable[[], object]] = {
-        name: partial(model.recommend, histories, policy, K, K, "beam" if name == "beam" else "items")
-        for name, policy in policies.items()
-    }
+    text, patches = pk.ItemPatches(5, 100), pk.ItemPatches(0, 100)
+    policies = {"beam": text, "items": patches, "items, same prompts": text}
+    policies |= {"beam, stored prompts": text, "items, stored prompts": patches}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, policy in policies.items():
+        cache = pk.UserCache(model, 1 << 28) if "stored" in name else None
+        how = "beam" if name.startswith("beam") else "items"
+        calls[name] = partial(model.recommend, histories, policy, K, K, how, user_cache=cache)
     timing = measure(calls, args.seconds, args.rounds, 100)
     config = {"data": workload.name, "users": len(histories), "k": K, "items": len(workload.catalog)}
     config |= {name: getattr(args, name) for name in ("hidden_size", "layers", "vocab_size")}
     for name, policy in policies.items():
         p20, p50, p80 = (len(histories) / seconds for seconds in timing.quantiles(name))
         table.add(name, "search", "speed", "users/s", (p80, p50, p20), config | {"policy": str(policy)})
-    for name in ("items", "items, same prompts"):
-        table.add(name, "search", "speed-up over beam", "x", timing.ratio("beam", name), config)
+    for slow, fast in (
+        ("beam", "items"),
+        ("beam", "items, same prompts"),
+        ("beam, stored prompts", "items, stored prompts"),
+    ):
+        table.add(fast, "search", f"speed-up over {slow}", "x", timing.ratio(slow, fast), config)
 
 
 def check_lists(model: pk.PatchedCausalLM, histories: pk.Histories, part: str) -> None:

@@ -177,21 +177,25 @@ def all_per_pass(
     ranges: np.ndarray,
     policy: pk.Policy,
     rows_per_pass: int,
+    head: str = "titles",
 ) -> Iterator[Tensor]:
     catalog, prompt = workload.catalog, workload.prompt
 
     def count_rows(users: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-        return pk.training_rows(catalog, histories.take(users), policy, prompt, ranges)
+        return pk.training_rows(catalog, histories.take(users), policy, prompt, ranges, head=head)
 
     # as in training: the targets of a long user are several runs, each with a trunk of its own
     users, positions = every_target(ranges)
-    supervised = catalog.lengths[catalog.index_of(histories.at(users, positions))] + len(prompt.response_end)
+    supervised = positions.size
+    if head == "titles":
+        answers = catalog.lengths[catalog.index_of(histories.at(users, positions))]
+        supervised = int((answers + len(prompt.response_end)).sum())
     longest = int(count_rows(users, np.stack([positions, positions], axis=1)).max())
     cut = np.array(cut_to_passes(users, positions, count_rows, max(rows_per_pass, longest)))
     users, runs, rows = cut[:, 0], cut[:, 1:3], cut[:, 3]
     for part in in_passes(rows, rows_per_pass):
-        layout = pk.build_training_layout(catalog, histories.take(users[part]), policy, prompt, runs[part])
-        yield model(layout, num_items_in_batch=int(supervised.sum())).loss
+        layout = pk.build_training_layout(catalog, histories.take(users[part]), policy, prompt, runs[part], head=head)
+        yield model(layout, num_items_in_batch=supervised).loss
 
 
 # Each yields shares of a step's loss, one for each pass.

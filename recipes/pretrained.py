@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.main(chosen)
     trained = time.perf_counter() - started
     say(f"trained in {trained / 60:.1f} minutes")
-    scores = [str(output), *data_flags(args), "--exclude_seen", "--search", "items"]
+    scores = [str(output), *data_flags(args), "--exclude_seen", "--search", "items", "--prior", "transitions", "linear"]
     results = evaluate.main(scores)
     saved = find_model(output)
     card = pk.ModelCard(
@@ -129,7 +129,7 @@ def training_flags(args: argparse.Namespace, folder: Path, output: Path) -> list
         "targets_per_step": args.targets_per_step,
         "output_dir": output,
     }
-    return data_flags(args) + flags(chosen)
+    return [*data_flags(args), *flags(chosen), "--item_embeddings"]
 
 
 def flags(chosen: Mapping[str, Any]) -> list[str]:
@@ -202,7 +202,9 @@ def asked(model: Any, tokenizer: Any) -> str:
 
 def minutes(folder: Path, data: Interactions, args: argparse.Namespace) -> float:
     """What an epoch will take, said beforehand: the rows of one, at the speed of a pass that is measured."""
-    model, _ = models.load_model(str(folder), data.titles, prompt_file=args.prompt, item_head=True)
+    model, _ = models.load_model(
+        str(folder), data.titles, prompt_file=args.prompt, item_embeddings=True, item_head=True
+    )
     policy = pk.ItemPatches(keep_text=0, max_items=args.max_items)
     samples = samples_of(data, "train")
     users, first, count = np.unique(samples.users, return_index=True, return_counts=True)

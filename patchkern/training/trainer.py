@@ -146,6 +146,8 @@ class PatchTrainer(Trainer):
         tokenizer = kwargs.get("processing_class")
         if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
             raise TypeError(f"processing_class: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+        if model.item_head is not None:
+            model.item_head.requires_grad_(head != "titles")  # data parallelism waits for every gradient
         if head != "titles" and model.item_head is not None and not bool(model.item_head.bias.any()):
             taken = model.catalog.index_of(histories.at(users, positions), "samples")
             model.item_head.start_from_counts(np.bincount(taken, minlength=len(model.catalog)))

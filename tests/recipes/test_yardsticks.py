@@ -15,7 +15,7 @@ from recipes.yardsticks import PRIORS, TOGETHER, error_over_users, main
 
 def test_the_table_has_a_row_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pyarrow", reason="needs pyarrow")
-    write_parquet(synthetic(120, 60), tmp_path / "data")
+    write_parquet(synthetic(120, 300), tmp_path / "data")
     for seen in ("left_out", "allowed"):
         main([str(tmp_path / "data"), "--limit", "40", "--seen_items", seen])
         lines = capsys.readouterr().out.strip().splitlines()

@@ -252,6 +252,26 @@ def test_attention(tmp_path: Path) -> None:
     assert [row["mode"] for row in rows] == 3 * ["forward", "forward+backward"]
 
 
+def test_item_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from bench import bench_item_head
+
+    workload = workloads.stand_in(4096)
+    short = np.flatnonzero(workload.histories.lengths < 30)[:20]
+    workload = workload._replace(histories=workload.histories.take(short))
+    monkeypatch.setattr(bench_item_head, "ml1m", lambda vocab_size: workload)
+    tiny = ["--users", "2", "--search_users", "2", "--rounds", "1", "--seconds", "0", "--catalogue_items", "300"]
+    bench_item_head.main([*tiny, "--hidden_size", "64", "--layers", "1", "--threads", "1"])
+    rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "runs/bench/item-head.csv")}
+    assert ("items", "training", "speed-up over titles") in rows
+    assert ("items", "search", "speed-up over beam") in rows and ("product", "catalogue", "time") in rows
+    wrong = bench_item_head.dense_scores
+    monkeypatch.setattr(bench_item_head, "dense_scores", lambda *given: wrong(*given).flip(1))
+    for part in ("training", "search", "catalogue"):
+        with pytest.raises(SystemExit, match="nothing was timed"):
+            bench_item_head.main([*tiny, "--parts", part, "--threads", "1"])
+
+
 @pytest.mark.slow
 def test_attention_against_a_compiled_mask(tmp_path: Path) -> None:
     from bench import bench_attention

@@ -25,6 +25,7 @@ from patchkern.search.summary import PartialListsWarning
 from patchkern.search.user_cache import UserCache
 
 TITLES = cases.make_titles(30)
+WEIGHTS = (0.0, 0.1, 0.3, 0.7, 1.5, 2.0)
 HISTORIES = cases.make_histories(TITLES, [9, 1, 30, 0, 14])
 POLICY = pk.ItemPatches(2, None)
 
@@ -266,9 +267,8 @@ def test_a_planted_weight_is_recovered(planted: float) -> None:
     histories = cases.make_histories(titles, range(40))
     prior = prior_cases.random_prior(40, 60, scale=2.0)
     targets = (scores_of(model, histories) + planted * prior).argmax(axis=1)
-    fit = pk.fit_prior_weight(model, histories, targets, POLICY, prior, candidates=60, search="items")
-    # found by an NDCG that is averaged over weights nearby
-    assert fit.weight == pytest.approx(planted, rel=0.2) and fit.curve[planted].ndcg(20) == 1.0
+    fit = pk.fit_prior_weight(model, histories, targets, POLICY, prior, weights=WEIGHTS, candidates=60, search="items")
+    assert fit.weight == planted and fit.curve[planted].ndcg(20) == 1.0
     for weight in (0.1, 2.0):
         rows = model.recommend(histories, k=20, search="items", prior=prior, prior_weight=weight)
         assert fit.curve[weight].ranks.tolist() == evaluate(rows, targets, [20], catalog=model.catalog).ranks.tolist()
@@ -293,8 +293,10 @@ def test_the_weight_of_the_head_is_found(planted: float) -> None:
     model.train()
     histories = cases.make_histories(titles, range(30))
     targets = (model.score_items(histories, POLICY) + planted * scores_of(model, histories)).argmax(axis=1)
-    fit = pk.fit_prior_weight(model, histories, targets, POLICY, pk.ItemHeadPrior(model), candidates=60)
-    assert fit.weight == pytest.approx(planted, rel=0.2) and model.training
+    fit = pk.fit_prior_weight(
+        model, histories, targets, POLICY, pk.ItemHeadPrior(model), weights=WEIGHTS, candidates=60
+    )
+    assert fit.weight == planted and model.training
 
 
 def test_priors_are_known_by_what_decides_them(tmp_path: Path) -> None:

@@ -64,9 +64,10 @@ class ItemHead(nn.Module):
         return f"{len(self.catalog):,} items"
 
     def start_from_counts(self, counts: ArrayLike) -> None:
-        """Begin with what is popular: each bias the log of one more than how often its item was taken.
+        """Begin with what is popular: each bias the log of one more than how often its item was taken, less their mean.
 
-        An item that never was has 0, as one that is new to the catalogue later.
+        So 0, which an item has that is new to the catalogue later, is what is usual; one that was there and that nobody
+        took has less.
 
         Args:
             counts: ``(n_items,)`` numbers of at least 0, in catalogue order.
@@ -77,7 +78,8 @@ class ItemHead(nn.Module):
                 f"counts: expected {len(self.catalog)} numbers of at least 0, one per item, got shape {values.shape}"
             )
         with torch.no_grad():
-            self.bias.copy_(torch.from_numpy(np.log1p(values)))
+            logs = np.log1p(values)
+            self.bias.copy_(torch.from_numpy(logs - logs.mean() if logs.size else logs))
 
     # ------------------------------------------------------------------ scores
 

@@ -183,10 +183,10 @@ def test_a_table_is_markdown_and_aligned() -> None:
 @pytest.mark.parametrize(
     ("alone", "together", "yardsticks"),
     [
-        ((0.264, 0.365, 0.365), (0.401, 0.440, 0.401), (0.074, 0.381, 0.390)),  # synthetic users
-        ((0.190, 0.203, 0.181), (0.258, 0.256, 0.258), (0.125, 0.197, 0.2)),  # ml-100k
-        ((0.264, 0.365, 0.365), None, (0.074, 0.381)),  # without a prior
-        ((0.0, 0.01, 0.02), (0.3, 0.3, 0.0), (0.3, 0.3, 0.3)),
+        ((0.264, 0.365, 0.365, 0.46), (0.401, 0.440, 0.401, 0.52), (0.074, 0.381, 0.390)),  # synthetic users
+        ((0.190, 0.203, 0.181, 0.234), (0.258, 0.256, 0.258, 0.278), (0.125, 0.197, 0.2)),  # ml-100k
+        ((0.264, 0.365, 0.365, 0.46), None, (0.074, 0.381)),  # without a prior
+        ((0.0, 0.01, 0.02, 0.02), (0.3, 0.3, 0.0, 0.3), (0.3, 0.3, 0.3)),
     ],
 )
 def test_no_label_lies_over_another(
@@ -194,7 +194,7 @@ def test_no_label_lies_over_another(
 ) -> None:
     points = [
         plots.Point(name, np.full(10, rows), (hr, 0.015), None if together is None else (together[at], 0.015), 100.0)
-        for at, (name, rows, hr) in enumerate(zip(MODELS, (354, 166, 65), alone, strict=False))
+        for at, (name, rows, hr) in enumerate(zip(MODELS, (354, 166, 65, 82), alone, strict=True))
     ]
     lines = dict(zip(YARDSTICKS, yardsticks, strict=False))
     figure = plots.accuracy(points, lines)
@@ -212,7 +212,7 @@ def test_no_label_lies_over_another(
 def test_cost_is_labelled_within_the_picture() -> None:
     points = [
         plots.Point(name, np.arange(rows), (0.1, 0.1), None, 9.0)
-        for name, rows in zip(MODELS, (900, 90, 9), strict=False)
+        for name, rows in zip(MODELS, (900, 90, 9, 60), strict=True)
     ]
     figure = plots.cost(points)
     figure.draw_without_rendering()

@@ -25,42 +25,26 @@ class Point(NamedTuple):
 
 
 def accuracy(points: Sequence[Point], yardsticks: dict[str, float]) -> Figure:
-    """HR@20 against rows per user; yardsticks, which read no rows, are lines named in the right margin."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    """HR@20 of each model, beside the rows that it reads; yardsticks, which read none, are lines named above."""
+    figure = Figure(figsize=(8, 1.6 + 0.55 * len(points) + 0.2 * len(yardsticks)), layout="constrained")
     axes = _plain(figure.add_subplot())
     shown = [value for point in points for value, _ in (point.alone, point.with_prior or point.alone)]
-    top = 1.2 * max(*shown, *yardsticks.values(), 0.05)
-    axes.set(xlim=(0, 1.2 * max(float(point.rows.mean()) for point in points)), ylim=(0, top))
-    axes.set(
-        xlabel="rows that the model reads per user (further left: cheaper)",
-        ylabel="HR@20 (higher: better)",
-        title="Filled: the model alone. Hollow: with the prior. Bars: ± one standard error.",
+    axes.set(xlim=(0, 1.2 * max(*shown, *yardsticks.values(), 0.05)), ylim=(len(points) - 0.5, -0.5))
+    axes.set_yticks(range(len(points)), [f"{point.name}\n{point.rows.mean():.0f} rows a user" for point in points])
+    axes.set_xlabel(
+        "HR@20 (further right: better). Filled: the model alone. Hollow: with the prior. Bars: ± one error."
     )
-    axes.title.set_fontsize(10)
-    heights = spread_out(list(yardsticks.values()), 0.05 * top)
-    for (name, value), height in zip(yardsticks.items(), heights, strict=True):
-        axes.axhline(value, linestyle="--", linewidth=1, color=GREY, zorder=0)
-        axes.text(1.01, height, name, transform=axes.get_yaxis_transform(), va="center", color=GREY, fontsize=9)
-    for number, point in enumerate(points):
-        x, color = float(point.rows.mean()), f"C{number}"
-        marks = [(point.alone, point.name, color)]
+    axes.xaxis.label.set_fontsize(9)
+    for height, (name, value) in enumerate(sorted(yardsticks.items(), key=lambda pair: -pair[1])):
+        axes.axvline(value, linestyle="--", linewidth=1, color=GREY, zorder=0)
+        at = 1.02 + height * 0.3 / len(points)
+        axes.text(value, at, name, transform=axes.get_xaxis_transform(), ha="center", color=GREY, fontsize=9)
+    for place, point in enumerate(points):
+        marks = [(point.alone, f"C{place}")]
         if point.with_prior is not None:
-            marks.append((point.with_prior, "+ prior", "white"))
-        lowest = min(value for (value, _), _, _ in marks)
-        for (value, error), name, fill in marks:
-            axes.errorbar(x, value, yerr=error, fmt="o", color=color, markerfacecolor=fill, capsize=3)
-            below = value == lowest and value > 0.15 * top
-            axes.annotate(
-                name,
-                (x, value - error if below else value + error),
-                (0, -5 if below else 5),
-                textcoords="offset points",
-                ha="center",
-                va="top" if below else "bottom",
-                color=color,
-                fontsize=9,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )
+            marks.append((point.with_prior, "white"))
+        for (value, error), fill in marks:
+            axes.errorbar(value, place, xerr=error, fmt="o", color=f"C{place}", markerfacecolor=fill, capsize=3)
     return figure
 
 
@@ -84,15 +68,6 @@ def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_suffix(".part")
     figure.savefig(unfinished, dpi=120, format="png")
     unfinished.replace(path)
-
-
-def spread_out(heights: Sequence[float], gap: float) -> list[float]:
-    """The heights, in their order, moved up where one is closer than ``gap`` above another."""
-    moved = list(heights)
-    order = sorted(range(len(moved)), key=moved.__getitem__)
-    for below, above in zip(order, order[1:], strict=False):
-        moved[above] = max(moved[above], moved[below] + gap)
-    return moved
 
 
 def _bars(axes: Any, names: Sequence[str], values: Sequence[float], labels: Sequence[str], title: str) -> None:

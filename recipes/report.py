@@ -208,7 +208,7 @@ class Report:
                 f"and at {tried[-1]} the prior decides and the model only orders what the prior finds about equally "
                 "likely.",
             ]
-        return [*lines, "", "![HR@20 against rows per user](accuracy.png)", ""]
+        return [*lines, "", "![HR@20 of each model, and its rows per user](accuracy.png)", ""]
 
     def _cost(self) -> list[str]:
         header = ["", "rows/user", "compression", "train s", "targets/s", "users/s"]

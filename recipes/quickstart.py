@@ -49,21 +49,19 @@ DEFAULTS = {
         "epochs": 2.0,
         "session_epochs": 0.25,
         "learning_rate": 1e-3,
-        "rows_per_pass": 1536,
+        "rows_per_pass": 1152,
         "dropout": 0.1,
         "jitter": 0.0,
         "fit_limit": 300,
-        "head_epochs": 12.0,
     },
     "real": {
         "epochs": 8.0,
         "session_epochs": 1.0,
         "learning_rate": SETTINGS["scratch"].learning_rate,
-        "rows_per_pass": 4096,
+        "rows_per_pass": 3456,
         "dropout": SETTINGS["scratch"].dropout,
         "jitter": SETTINGS["scratch"].jitter,
         "fit_limit": 1000,
-        "head_epochs": 8.0,
     },
 }
 
@@ -148,9 +146,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--session_epochs", type=float, help="of session patches, after item patches (default: 1, synthetic 0.25)"
     )
-    model.add_argument("--head_epochs", type=float, help="of the item head (default: 8, synthetic 12)")
+    model.add_argument("--head_epochs", type=float, default=8.0, help="of the item head (default: %(default)s)")
     model.add_argument("--learning_rate", type=float, help="(default: 3e-3, synthetic 1e-3; session patches: a third)")
-    model.add_argument("--rows_per_pass", type=int, help="rows of a step (default: 4096, synthetic 1536)")
+    model.add_argument("--rows_per_pass", type=int, help="rows of a step (default: 3456, synthetic 1152)")
     model.add_argument("--dropout", type=float, help="(default: 0.2, synthetic 0.1)")
     model.add_argument("--jitter", type=float, help="of the order of training items (default: 8, synthetic 0)")
     model.add_argument("--seed", type=int, default=0)

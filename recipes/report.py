@@ -199,14 +199,13 @@ class Report:
             "error, over users."
         )
         if self.fitted_on:
-            tried = [f"{weight:g}" for weight in (next(m.fit for m in self.models if m.fit)).curve]
+            largest = max(max(model.fit.curve) for model in self.models if model.fit)
             lines += [
                 "",
-                f"The prior's weight is the one of {', '.join(tried)} with the best NDCG@20 on "
-                f"{self.fitted_on.users.size:,} validation samples. Between the weights under *as good* these samples "
-                "see no difference (two standard errors), so that the number itself says little: 0 is the model alone, "
-                f"and at {tried[-1]} the prior decides and the model only orders what the prior finds about equally "
-                "likely.",
+                f"The prior's weight is the one from 0 up with the best NDCG@20 on {self.fitted_on.users.size:,} "
+                "validation samples. Between the weights under *as good* these samples see no difference (two standard "
+                "errors), so that the number itself says little: 0 is the model alone, and at "
+                f"{largest:g} the prior decides and the model only orders what the prior finds about equally likely.",
             ]
         return [*lines, "", "![HR@20 of each model, and its rows per user](accuracy.png)", ""]
 

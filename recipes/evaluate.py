@@ -12,10 +12,10 @@
 
 Errors are over users, whose samples are not independent. The yardsticks, which any recommender should beat, are
 computed on the same samples; so is a prior alone. "Unseen" leaves out the items of the whole history with
---exclude_seen, as the model then does, else those among the latest 100. NLL title: minus the log-probability of the
-target's title, all its tokens together; NLL item: of the item, by the item head or a prior. --slices adds tables by
-length of history and by how often the target occurs in training. One line per sample goes to a CSV, of which
-recipes/compare.py compares any two.
+--exclude_seen, as the model then does, else those among the latest 100. NLL title, where titles are searched: minus
+the log-probability of the target's title, all its tokens together; NLL item: of the item, by the item head or a
+prior. --slices adds tables by length of history and by how often the target occurs in training. One line per sample
+goes to a CSV, of which recipes/compare.py compares any two.
 """
 
 from __future__ import annotations
@@ -269,10 +269,7 @@ def ranked_by_head(
     found = by_item_head(model, data, samples, policy, rows, K, unseen=args.exclude_seen)
     seconds = time.perf_counter() - started
     for name, scored in found.items():
-        result = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
-        if name == "this model":
-            result.nll["NLL title"] = target_nll(model, data.histories, samples, policy)
-        keep(results, name, result, files[name])
+        keep(results, name, counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll}), files[name])
     return seconds
 
 

@@ -47,6 +47,7 @@ struct Single {
   using Integer = int32_t;
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLanes = kVectorBytes / 4, kMantissa = 23, kTerms = 7;
   static constexpr float kRound = 12582912.f, kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   static constexpr float kSmallest = -87.f, kLargest = 88.f;
@@ -58,6 +59,7 @@ struct Double {
   using Integer = int64_t;
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Unsigned __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLanes = kVectorBytes / 8, kMantissa = 52, kTerms = 13;
   static constexpr double kRound = 6755399441055744.0, kLog2High = 6.93147180369123816490e-01;
   static constexpr double kLog2Low = 1.90821492927058770002e-10;
@@ -80,6 +82,7 @@ inline typename Type::Vector exponential(typename Type::Vector x) {
   using Scalar = typename Type::Scalar;
   using Vector = typename Type::Vector;
   using Integers = typename Type::Integers;
+  using Unsigned = typename Type::Unsigned;
   const Integers vanishes = x < splat<Type>(Type::kSmallest);
   x = x > splat<Type>(Type::kLargest) ? splat<Type>(Type::kLargest) : x;
   const Vector shifted = x * Scalar(1.44269504088896340736) + Type::kRound;
@@ -87,7 +90,8 @@ inline typename Type::Vector exponential(typename Type::Vector x) {
   const Vector rest = (x - n * Type::kLog2High) - n * Type::kLog2Low;
   Vector sum = splat<Type>(Scalar(kInverseFactorials[Type::kTerms]));
   _Pragma("GCC unroll 16") for (int i = Type::kTerms - 1; i >= 0; --i) sum = sum * rest + Scalar(kInverseFactorials[i]);
-  const Vector result = bits<Vector>(bits<Integers>(sum) + (bits<Integers>(shifted) << Type::kMantissa));
+  // unsigned: what vanishes may overflow here
+  const Vector result = bits<Vector>(bits<Unsigned>(sum) + (bits<Unsigned>(shifted) << Type::kMantissa));
   return vanishes ? Vector{} : result;
 }
 

@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import parse_bytes
-from patchkern.data import Interactions, samples_of
+from patchkern.data import samples_of
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import Evaluation, most_popular, transitions
 from patchkern.evaluation.metrics import METRICS, evaluate
@@ -48,7 +48,8 @@ from patchkern.search.recommend import generate_titles
 from patchkern.training import find_model, target_nll
 from recipes import models
 from recipes.commands import Parser
-from recipes.ranking import Lists, by_item_head, by_prior, cache_of, recommend
+from recipes.prior_weights import fitted_weights, together, weights_beside_head, with_priors
+from recipes.ranking import Lists, by_item_head, by_prior, recommend
 from recipes.results import KS, Result, Results
 
 PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
@@ -261,8 +262,7 @@ def ranked_by_head(
         sets.append(dict(priors))
     rows: dict[str, Any] = {"this model": None}
     files = {"this model": path}
-    for chosen in sets:
-        weights = fitted_weights(model, data, policy, chosen, args)
+    for chosen, weights in zip(sets, weights_beside_head(model, data, policy, sets, args), strict=True):
         rows[with_priors(weights)] = together(chosen, weights)
         files[with_priors(weights)] = beside(path, chosen)
     started = time.perf_counter()
@@ -321,57 +321,6 @@ def yardsticks(results: Results, max_items: int | None) -> None:
 
 
 # ------------------------------------------------------------------ priors
-
-
-def fitted_weights(
-    model: pk.PatchedCausalLM,
-    data: Interactions,
-    policy: AnyPolicy,
-    priors: Mapping[str, Any],
-    args: argparse.Namespace,
-) -> dict[str, float]:
-    """Of each prior --prior_weight, else the best on validation samples, spread evenly over the split."""
-    if args.prior_weight is not None:
-        given = dict(zip(args.prior, args.prior_weight, strict=True))
-        return {name: given[name] for name in priors}
-    samples = data.samples("val").spread(args.fit_limit)
-    if not samples.users.size:
-        raise ValueError("--prior_weight: expected one for data without validation samples to fit it on")
-    histories = data.before(samples)
-    rows = int(pk.row_counts(model.catalog, histories, policy, model.prompt).sum())
-    several = list(priors.values())
-    fit = pk.fit_prior_weight(
-        model,
-        histories,
-        data.targets(samples),
-        policy,
-        several if len(several) > 1 else several[0],
-        k=K,
-        exclude_seen=args.exclude_seen,
-        batch_size=args.batch_size,
-        memory_budget=args.memory_budget,
-        search=args.search,
-        user_cache=cache_of(model, rows, args.memory_budget),  # it searches twice
-    )
-    curve = "  ".join(f"{_numbers(weight)}: {found.ndcg(K):.4f}" for weight, found in fit.curve.items())
-    told = f"NDCG@{K} on {samples.users.size:,} validation samples by weight"
-    print(f"{' + '.join(priors)}: {told}: {curve}", flush=True)
-    weight: Any = fit.weight
-    return dict(zip(priors, weight if len(several) > 1 else [weight], strict=True))
-
-
-def with_priors(weights: Mapping[str, float]) -> str:
-    """What the model with these priors is called."""
-    return f"+ {' + '.join(weights)} (weight {_numbers(tuple(weights.values()))})"
-
-
-def together(priors: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
-    """The weighted sum of priors, as one of weight 1."""
-    return lambda histories: sum(weights[name] * prior(histories) for name, prior in priors.items())
-
-
-def _numbers(weights: Any) -> str:
-    return ", ".join(f"{weight:g}" for weight in (weights if isinstance(weights, tuple) else (weights,)))
 
 
 if __name__ == "__main__":

@@ -175,3 +175,16 @@ def by_item_head(
         for name, prior in priors.items():
             found[name].add(chosen, log_probs if prior is None else log_probs + prior(past))
     return found
+
+
+def head_scores(
+    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, policy: AnyPolicy, *, unseen: bool
+) -> NDArray[np.floating[Any]]:
+    """``(S, n_items)`` log-probabilities of the item head; -inf for items of the whole history if ``unseen``."""
+    scores = np.zeros((samples.users.size, len(model.catalog)), np.float32)
+    for chosen, log_probs in item_log_probs(model, data.histories, samples, policy):
+        scores[chosen] = log_probs
+    if unseen:
+        past = data.before(samples)
+        scores[np.repeat(np.arange(len(past)), past.lengths), model.catalog.index_of(past.items)] = -np.inf
+    return scores

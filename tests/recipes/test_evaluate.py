@@ -18,6 +18,7 @@ from patchkern.data import Interactions, open_dataset, synthetic, write_parquet
 from patchkern.evaluation import TRAINING_COUNTS, estimate, paired_difference, training_counts
 from patchkern.evaluation.metrics import evaluate as count
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.search.weights import fit_weights
 from patchkern.training import target_nll
 from recipes import compare, evaluate, per_sample, ranking
 
@@ -266,11 +267,12 @@ def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp
     output = ["--output", str(tmp_path / "fit.csv")]
     names = list(evaluate.main([head[0], "--data", data[0], "--prior", "popularity", "transitions", *flags, *output]))
     val = data[1].samples("val").spread(12)
-    priors = [kind(data[1], head[1].catalog) for kind in (pk.PopularityPrior, pk.TransitionPrior)]
-    fit = pk.fit_prior_weight(
-        head[1], data[1].before(val), data[1].targets(val), None, priors, search="items", exclude_seen=True
-    )
-    assert names[3] == f"+ popularity + transitions (weight {', '.join(f'{weight:g}' for weight in fit.weight)})"
+    past, targets = data[1].before(val), head[1].catalog.index_of(data[1].targets(val))
+    scores = head[1].score_items(past, head="items")
+    scores[np.repeat(np.arange(12), past.lengths), head[1].catalog.index_of(past.items)] = -np.inf
+    priors = [kind(data[1], head[1].catalog)(past) for kind in (pk.PopularityPrior, pk.TransitionPrior)]
+    weights = fit_weights(np.stack([scores, *priors], axis=2), targets)
+    assert names[3] == f"+ popularity + transitions (weight {', '.join(f'{weight:g}' for weight in weights)})"
 
 
 def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from patchkern.ops.pool_rows import pool_rows
 
 
 class ItemHead(nn.Module):
-    """``score(user, i) = temperature * <g(h), e_i> + b_i`` (section 5 of the design, "Item scores").
+    """``score(user, i) = temperature * <g(h), e_i> + b_i``, of every item i.
 
     h is the hidden state of a history's last row; e_i the mean of the rows that the title's tokens have in the output
     embedding, plus the item's own vector where the model has `item_embedding`; g a linear map, the identity at first;

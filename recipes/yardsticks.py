@@ -11,17 +11,20 @@ together are fitted on the validation split.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+# an installed patchkern comes first
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import patchkern as pk
-from patchkern.data import Interactions, Samples, open_dataset, prepare
+from patchkern.data import Interactions, open_dataset, prepare
 from patchkern.evaluation import evaluate, most_popular, transitions
+from recipes.commands import Parser
+from recipes.ranking import by_prior
 
 Lists = list[list[Any]]
 
@@ -32,11 +35,10 @@ PRIORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "EASE": (pk.LinearPrior, {"form": "ease"}),
 }
 TOGETHER = (("ridge", "transitions"), ("EASE", "transitions"), ("ridge", "EASE", "transitions"))
-_USERS_AT_ONCE = 256
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("data", nargs="+", help="folders or files of data sets")
     parser.add_argument("--seen_items", choices=["left_out", "allowed"], default="left_out")
     parser.add_argument("--limit", type=int, help="samples of each split, evenly spaced (default: all)")
@@ -51,16 +53,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table(data: Interactions, unseen: bool, limit: int | None) -> str:
     """The Markdown of one data set."""
     catalog = pk.Catalog.from_titles(data.titles, lambda title: list(title.encode()))
-    test, val = spaced(data.samples("test"), limit), spaced(data.samples("val"), limit)
+    test, val = data.samples("test").spread(limit), data.samples("val").spread(limit)
     targets = data.targets(test)
     rows = []
 
     def add(name: str, lists: Lists, seconds: float | None = None) -> None:
-        found = evaluate(lists, targets, KS, catalog=catalog)
-        means = [found.hr(k) for k in KS] + [found.ndcg(k) for k in KS]
-        errors = [error_over_users(test, per(k)) for per in (found.hits, found.gains) for k in KS]
-        cells = [f"{mean:.4f} ± {error:.4f}" for mean, error in zip(means, errors, strict=True)]
+        found = evaluate(lists, targets, KS, catalog=catalog, users=test.users).as_dict()
+        measures = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
+        cells = [f"{found[measure]:.4f} ± {found[f'{measure} ±']:.4f}" for measure in measures]
         rows.append(f"| {' | '.join([name, *cells, '' if seconds is None else f'{seconds:.1f}'])} |")
+
+    def ranked(prior: Any) -> Lists:
+        return by_prior(data, catalog, test, prior, max(KS), unseen=unseen).ranking.as_lists()
 
     add("most popular", most_popular(data, test, max(KS), unseen=unseen, max_items=None).as_lists())
     add("transitions", transitions(data, test, max(KS), unseen=unseen, max_items=None).as_lists())
@@ -69,44 +73,17 @@ def table(data: Interactions, unseen: bool, limit: int | None) -> str:
         begin = time.process_time()
         prior = kind(data, catalog, **settings)
         fitted[name] = prior, time.process_time() - begin
-        add(f"{name} alone", likeliest(data, catalog, test, prior, unseen), fitted[name][1])
+        add(f"{name} alone", ranked(prior), fitted[name][1])
     for names in TOGETHER:
         parts = [fitted[name][0] for name in names]
         both = pk.CombinedPrior.fit(
             parts, catalog, data.before(val), data.targets(val), k=max(KS), exclude_seen=unseen
         )  # fmt: skip
         weighted = " + ".join(f"{weight:.2g} {name}" for name, weight in zip(names, both.weights, strict=True))
-        add(weighted, likeliest(data, catalog, test, both, unseen), sum(fitted[name][1] for name in names))
+        add(weighted, ranked(both), sum(fitted[name][1] for name in names))
     columns = " | ".join([*(f"HR@{k}" for k in KS), *(f"NDCG@{k}" for k in KS)])
     head = f"| {data.name} | {columns} | fit s |\n| --- |{' --: |' * (2 * len(KS) + 1)}\n"
     return head + "\n".join(rows) + "\n"
-
-
-def spaced(samples: Samples, limit: int | None) -> Samples:
-    if limit is None or samples.users.size <= limit:
-        return samples
-    chosen = np.linspace(0, samples.users.size - 1, limit).astype(np.int64)
-    return Samples(samples.users[chosen], samples.positions[chosen])
-
-
-def likeliest(data: Interactions, catalog: pk.Catalog, samples: Samples, prior: Any, unseen: bool) -> Lists:
-    """What a prior finds likeliest, best first."""
-    histories, lists = data.before(samples), []
-    for begin in range(0, len(histories), _USERS_AT_ONCE):
-        part = histories.take(np.arange(begin, min(begin + _USERS_AT_ONCE, len(histories))))
-        scores = np.array(prior(part))
-        if unseen:
-            scores[np.repeat(np.arange(len(part)), part.lengths), catalog.index_of(part.items)] = -np.inf
-        lists += catalog.item_ids[np.argsort(-scores, axis=1, kind="stable")[:, : max(KS)]].tolist()
-    return lists
-
-
-def error_over_users(samples: Samples, per_sample: NDArray[np.float64]) -> float:
-    """Standard error of the mean; samples of one user are not independent."""
-    _, user = np.unique(samples.users, return_inverse=True)
-    misses = np.bincount(user, per_sample - per_sample.mean())
-    n_users = misses.size
-    return float(np.sqrt(n_users / (n_users - 1) * (misses**2).sum()) / user.size) if n_users > 1 else float("nan")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from patchkern.data import Samples, synthetic, write_parquet
-from recipes.yardsticks import PRIORS, TOGETHER, error_over_users, main
+from patchkern.data import synthetic, write_parquet
+from recipes.yardsticks import PRIORS, TOGETHER, main
 
 
 def test_the_table_has_a_row_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,14 +23,3 @@ def test_the_table_has_a_row_for_each(tmp_path: Path, capsys: pytest.CaptureFixt
         assert len(rates) == 2 + len(PRIORS) + len(TOGETHER) and min(rates[1:]) > rates[0] > 0
     with pytest.raises(SystemExit):
         main([str(tmp_path / "data"), "--limit", "0"])
-
-
-def test_errors_are_over_users() -> None:
-    """Samples of one user are one observation: twice the same sample tells nothing more."""
-    users = np.arange(20)
-    hits = np.random.default_rng(0).integers(0, 2, 20).astype(float)
-    once = error_over_users(Samples(users, users), hits)
-    assert once == pytest.approx(hits.std(ddof=1) / np.sqrt(20))
-    assert error_over_users(Samples(np.repeat(users, 2), np.repeat(users, 2)), np.repeat(hits, 2)) == pytest.approx(
-        once
-    )

@@ -32,6 +32,7 @@ def load_model(
     prompt_file: str | None = None,
     item_embeddings: bool = False,
     item_head: bool = False,
+    item_dropout: float | None = None,
     lora: int | None = None,
     random_weights: bool = False,
     seed: int = 0,
@@ -52,6 +53,7 @@ def load_model(
         words: of the prompt of a transformers model whose tokenizer has a chat template; without any, general ones.
         prompt_file: of words (`patchkern.PromptWords.read`) to use instead; an error where the model has no use for it.
         item_embeddings, item_head: have them, also where a saved model has none.
+        item_dropout: of item embeddings in training; None: as a saved model has it, else 0.
         lora: train a LoRA adapter of this rank on a transformers model instead of its weights, with its marker rows.
         random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
         seed: of whatever is drawn.
@@ -73,7 +75,9 @@ def load_model(
         folder = find_model(name, argument)
         tokenizer = read_tokenizer(folder)
         catalog = pk.Catalog.from_titles(titles, tokenizer)
-        model = pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype, **wrapping, **hf_kwargs)
+        model = pk.PatchedCausalLM.from_pretrained(
+            folder, catalog, dtype=dtype, item_dropout=item_dropout, **wrapping, **hf_kwargs
+        )
         return model, tokenizer
     if name in SIZES:
         tokenizer = fit_tokenizer(titles.values(), vocab_size)
@@ -97,7 +101,7 @@ def load_model(
         if lora is not None:
             hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
     catalog = pk.Catalog.from_titles(titles, tokenizer)
-    return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping), tokenizer
+    return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, item_dropout=item_dropout or 0.0), tokenizer
 
 
 def is_saved(name: str) -> bool:

@@ -188,6 +188,7 @@ def load_model(
         prompt_file=args.prompt,
         item_embeddings=args.item_embeddings,
         item_head=args.head != "titles",
+        item_dropout=args.item_dropout,
         lora=args.lora,
         random_weights=args.random_weights,
         seed=seed,

@@ -68,6 +68,12 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument(
         "--item_embeddings", action="store_true", help="learn a vector for each item's patches; later stages keep it"
     )
+    group.add_argument(
+        "--item_dropout",
+        type=float,
+        metavar="SHARE",
+        help="of the items that are without their vector in a pass, so that text must carry (default: none)",
+    )
     group.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, from scratch only")
     group.add_argument("--dropout", type=float, help="from scratch only (default: of the settings)")
     group.add_argument("--no_separator", action="store_true", help="between items, from scratch only")

@@ -32,12 +32,16 @@ def held_out_samples() -> tuple[np.ndarray, np.ndarray]:
     return np.arange(USERS), 5 + np.arange(USERS) % 6
 
 
-def make_model(tokenizer: Any = None, item_head: bool = False, **config: Any) -> tuple[PatchedCausalLM, Any]:
+def make_model(
+    tokenizer: Any = None, item_head: bool = False, item_dropout: float | None = None, **config: Any
+) -> tuple[PatchedCausalLM, Any]:
+    """With ``item_dropout`` also with item embeddings."""
     tokenizer = tokenizer or fit_tokenizer(TITLES.values(), 280)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, **config}
     catalog = pk.Catalog.from_titles(TITLES, tokenizer)
     hf_model = scratch_model(tokenizer, **shape)
-    return PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_head=item_head), tokenizer
+    own = {} if item_dropout is None else {"item_embeddings": True, "item_dropout": item_dropout}
+    return PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_head=item_head, **own), tokenizer
 
 
 def make_trainer(

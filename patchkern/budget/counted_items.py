@@ -15,17 +15,18 @@ _CPU_ELEMENTS, _GPU_ELEMENTS, _LEAST_ROWS = 1 << 19, 1 << 26, 64
 
 
 class Chunks(NamedTuple):
-    """How a softmax over items is computed: so many rows at once, and whether once or more often."""
+    """How a softmax over items is computed: so many rows at once, whether once or more often, and whose kernels run."""
 
     rows: int
     several: bool
+    on_cuda: bool
 
     @classmethod
     def of(cls, item_rows: int, n_items: int, on_cuda: bool) -> Chunks:
         """As `patchkern.ops.item_softmax` chooses."""
         scored = n_items if n_items <= _SAMPLED_ABOVE else item_rows + _NUM_SAMPLED
         rows = max((_GPU_ELEMENTS if on_cuda else _CPU_ELEMENTS) // max(scored, 1), _LEAST_ROWS)
-        return cls(min(rows, item_rows), rows < item_rows)
+        return cls(min(rows, item_rows), rows < item_rows, on_cuda)
 
 
 class CountedItems(nn.Module):
@@ -90,7 +91,10 @@ class _Softmax(torch.autograd.Function):
             if grads[0] is not None:
                 grads[0].narrow(0, 0, chunks.rows).copy_(slope @ items)
             if grads[1] is not None:
-                grads[1] += slope.T @ rows
+                product = slope.T @ rows
+                # a CPU adds two dtypes by way of a copy, inside the operator
+                grads[1] += product if chunks.on_cuda else product.to(wide)
+                del product
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         ctx.dtypes = [x.dtype for x in given]
         return logits.new_empty(())

@@ -25,6 +25,7 @@ from patchkern.budget.counted_attention import CountedAttention
 from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.live_bytes import LiveBytes
+from patchkern.ops.item_dropout import drop_items
 
 _ROW_INTEGERS = 64  # bytes of a row of the layout, of its transpose, of positions and masks of integers
 
@@ -146,6 +147,7 @@ class FakeModel:
         self.item_embedding: nn.Parameter | None = None
         if embedding is not None:
             self.item_embedding = nn.Parameter(self._fake(embedding.shape, embedding.dtype))
+        self._item_dropout: float = getattr(model, "item_dropout", 0.0)
         self.item_head: CountedItems | None = None
         if n_items is not None:
             with self._mode:
@@ -256,7 +258,10 @@ class FakeModel:
         attention = CountedAttention(counter, kind.prefixes, shape.longest, kind.on_cuda)
         losses = []
         with autocast:
-            rows = self._rows(shape.rows)
+            own: Tensor | None = self.item_embedding
+            if own is not None and self._item_dropout:
+                own = drop_items(own, self._item_dropout)
+            rows = self._rows(shape.rows, own)
             output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
             if shape.logit_rows and kind.smoothing:
                 losses.append(F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1))
@@ -264,7 +269,7 @@ class FakeModel:
                 losses.append(output.loss)
             if kind.chunks is not None and self.item_head is not None:
                 of_items = PooledRows.apply(states[0][0], shape.item_rows)
-                losses.append(self.item_head.loss(of_items, self._output_weight, self.item_embedding, kind.chunks))
+                losses.append(self.item_head.loss(of_items, self._output_weight, own, kind.chunks))
         states.clear()
         del layout
         return sum(losses[1:], start=losses[0])
@@ -277,7 +282,7 @@ class FakeModel:
         weight: Tensor = output.weight
         return weight
 
-    def _rows(self, count: int) -> Tensor:
+    def _rows(self, count: int, own: Tensor | None) -> Tensor:
         embedding = self.hf_model.get_input_embeddings()
         is_weight = isinstance(embedding, nn.Embedding)
         if is_weight and not embedding._forward_hooks:
@@ -291,8 +296,8 @@ class FakeModel:
             else:
                 table = embedding(tokens)[0]
             rows = PooledRows.apply(table, count)
-        if self.item_embedding is not None:
-            rows = rows.add_(PooledRows.apply(self.item_embedding, count).to(rows.dtype))
+        if own is not None:
+            rows = rows.add_(PooledRows.apply(own, count).to(rows.dtype))
         return rows
 
 

@@ -28,6 +28,7 @@ from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.searching import Searching, lock_of
 from patchkern.models.sources import locate
+from patchkern.ops.item_dropout import check_item_dropout, drop_items
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
@@ -56,6 +57,9 @@ class PatchedCausalLM(wrapped.WrappedLM):
             (`PatchLayout.with_identities`) unless they come from the CPU.
         item_head: also score every item from a history's last row, see `ItemHead`: a target costs one row and a
             recommendation one pass, with ``recommend(search="items")``. Logits and titles stay what they are.
+        item_dropout: in training, the probability that an item is without its vector for a pass, in its patches and in
+            the item head alike, so that its text must carry; the draw is torch's, as of any dropout. It costs a copy
+            of the vectors and one of their gradient. Saved along; the attribute ``item_dropout`` may be set anew.
 
     Under FSDP2, call ``fully_shard`` on this module (and on the layers inside it), so that the embeddings are gathered
     when ``forward`` pools them.
@@ -101,6 +105,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         attn_implementation: str | None = attention.NAME,
         item_embeddings: bool = False,
         item_head: bool = False,
+        item_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         wrapped.check_model(hf_model)
@@ -112,6 +117,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if policy is not None:
             check_policy(policy)
+        self.item_dropout = check_item_dropout(item_dropout, item_embeddings)
         self.hf_model = hf_model
         self.catalog = catalog
         self.prompt = prompt
@@ -174,8 +180,11 @@ class PatchedCausalLM(wrapped.WrappedLM):
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
         self._check_length(layout.max_seqlen + layout.max_prefix)
+        own: Tensor | None = self.item_embedding
+        if own is not None and self.training and self.item_dropout:
+            own = drop_items(own, self.item_dropout)
         with self._undisturbed():
-            rows = self.embed(layout)
+            rows = self._embed(layout, own)
             self._isolation.check_layout(self.hf_model, layout, rows)
         layout = layout.to(rows.device, non_blocking=True)
         has_titles = layout.logit_rows is not None and layout.logit_rows.shape[0] > 0
@@ -200,16 +209,18 @@ class PatchedCausalLM(wrapped.WrappedLM):
         if smoothing and has_titles and layout.logit_labels is not None:
             loss = wrapped.smoothed_loss(logits, layout.logit_labels, smoothing, counts.titles)
         if layout.item_rows is not None and layout.item_labels is not None and has_items:
-            of_items = self._item_loss(states[0][layout.item_rows], layout.item_labels, smoothing, counts.items)
+            of_items = self._item_loss(states[0][layout.item_rows], layout.item_labels, own, smoothing, counts.items)
             loss = item_weight * of_items + (0 if loss is None else title_weight * loss)
         elif loss is not None and title_weight != 1:
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def _item_loss(self, states: Tensor, labels: Tensor, smoothing: float, num_items: Tensor | int | None) -> Tensor:
+    def _item_loss(
+        self, states: Tensor, labels: Tensor, own: Tensor | None, smoothing: float, num_items: Tensor | int | None
+    ) -> Tensor:
         if self.item_head is None:
             raise ValueError("layout: expected one for titles from a model without an item head, got item_labels")
-        loss = self.item_head.loss(states, labels, output_weight(self.hf_model), self.item_embedding, smoothing)
+        loss = self.item_head.loss(states, labels, output_weight(self.hf_model), own, smoothing)
         return loss / (labels.shape[0] if num_items is None else num_items)
 
     def train(self, mode: bool = True) -> PatchedCausalLM:
@@ -226,7 +237,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
 
         An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
         (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled. Item embeddings are
-        added to the patches as they come out of that.
+        added to the patches as they come out of that, all of them, in training too.
 
         Args:
             layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more, and
@@ -236,9 +247,13 @@ class PatchedCausalLM(wrapped.WrappedLM):
             ValueError: a token id beyond the embedding, an embedding that is sharded and not gathered here, or, with
                 item embeddings, a layout of another catalogue.
         """
+        return self._embed(layout, self.item_embedding)
+
+    def _embed(self, layout: PatchLayout, own: Tensor | None) -> Tensor:
+        """`embed` with ``own`` (n_items, D) as the items' vectors."""
         self._check_token_ids("layout", layout.max_token_id)
         rows = self._pool(layout)
-        if self.item_embedding is None:
+        if own is None:
             return rows
         if layout.catalog_fingerprint != self._items_of:
             raise ValueError(
@@ -248,7 +263,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         if identities is None:
             raise RuntimeError("with_identities returned a layout without them")
         # also without patches: data parallel training waits for every parameter's gradient
-        means = pool_rows(self.item_embedding, identities.layout.to(rows.device, non_blocking=True))
+        means = pool_rows(own, identities.layout.to(rows.device, non_blocking=True))
         return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
 
     def _pool(self, layout: PatchLayout) -> Tensor:
@@ -418,7 +433,17 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 for name, value in state_dict.items()
                 if name.startswith("hf_model.")
             }
-        files.write(folder, self.hf_model, self.catalog, self.prompt, self.policy, own, tokenizer, hf_kwargs)
+        files.write(
+            folder,
+            self.hf_model,
+            self.catalog,
+            self.prompt,
+            self.policy,
+            own,
+            tokenizer,
+            hf_kwargs,
+            item_dropout=self.item_dropout,
+        )
 
     @classmethod
     def from_pretrained(
@@ -430,6 +455,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         base_model: PreTrainedModel | None = None,
         item_embeddings: bool = False,
         item_head: bool = False,
+        item_dropout: float | None = None,
         renamed: Literal["error", "allow"] = "error",
         **hf_kwargs: Any,
     ) -> PatchedCausalLM:
@@ -444,6 +470,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
                 Its embedding is resized to that of training, if the adapter has the rows.
             item_embeddings, item_head: have them also where none were saved.
+            item_dropout: another one than was saved.
             renamed: "allow" a ``catalog`` in which more than a tenth of the saved items have other titles.
             hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``;
                 ``trust_remote_code`` is False unless given.
@@ -470,6 +497,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             attn_implementation=attn_implementation,
             item_embeddings=item_embeddings or description.item_embeddings,
             item_head=item_head or description.item_head,
+            item_dropout=description.item_dropout if item_dropout is None else item_dropout,
         )
         model.catalog_diff = diff
         model.tokenizer = tokenizer

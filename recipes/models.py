@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import patchkern as pk
 from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import Interactions
 from patchkern.models.adapters import add_lora
-from patchkern.models.files import is_model
+from patchkern.models.files import choose_catalog, is_model, read_description
+from patchkern.models.folders import current
 from patchkern.models.gguf_file import is_gguf
-from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.scratch import SIZES, SMALLEST_VOCABULARY, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.models.sources import locate, read_model, read_tokenizer
 from patchkern.training import checkpoints, find_model
 
@@ -37,6 +39,7 @@ def load_model(
     random_weights: bool = False,
     seed: int = 0,
     vocab_size: int = 4096,
+    item_tokens: bool = False,
     dropout: float = 0.0,
     separator: bool = True,
     argument: str = "--model",
@@ -58,6 +61,8 @@ def load_model(
         random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
         seed: of whatever is drawn.
         vocab_size, dropout, separator: of a model from scratch.
+        item_tokens: in a model from scratch, a token for each item in place of its title. Items that a saved one of
+            these does not know share one more, which was never trained.
         argument: that errors name.
         hf_kwargs: for the transformers model's ``from_pretrained``, such as ``quantization_config``.
 
@@ -74,16 +79,22 @@ def load_model(
     if is_saved(name):
         folder = find_model(name, argument)
         tokenizer = read_tokenizer(folder)
-        catalog = pk.Catalog.from_titles(titles, tokenizer)
+        catalog = _catalog_for(folder, titles, tokenizer)
         model = pk.PatchedCausalLM.from_pretrained(
             folder, catalog, dtype=dtype, item_dropout=item_dropout, **wrapping, **hf_kwargs
         )
         return model, tokenizer
-    if name in SIZES:
-        tokenizer = fit_tokenizer(titles.values(), vocab_size)
-        hf_model: Any = scratch_model(tokenizer, name, seed=seed, dropout=dropout)
-        hf_model.to(dtype)
+    if name in SIZES and item_tokens:
+        tokenizer = fit_tokenizer((), SMALLEST_VOCABULARY)
+        first, size = len(tokenizer), len(titles)
+        hf_model: Any = scratch_model(tokenizer, name, seed=seed, dropout=dropout, vocab_size=first + size + 1)
         prompt = scratch_prompt(tokenizer, separator)
+        catalog = pk.Catalog.from_token_ids(np.arange(first, first + size), np.arange(size + 1), list(titles))
+    elif name in SIZES:
+        tokenizer = fit_tokenizer(titles.values(), vocab_size)
+        hf_model = scratch_model(tokenizer, name, seed=seed, dropout=dropout)
+        prompt = scratch_prompt(tokenizer, separator)
+        catalog = pk.Catalog.from_titles(titles, tokenizer)
     else:
         path = locate(name, argument)
         tokenizer = read_tokenizer(path)
@@ -100,13 +111,29 @@ def load_model(
             _make_room(hf_model, tokenizer, seed)
         if lora is not None:
             hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
-    catalog = pk.Catalog.from_titles(titles, tokenizer)
+        catalog = pk.Catalog.from_titles(titles, tokenizer)
+    if name in SIZES:
+        hf_model.to(dtype)
     return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, item_dropout=item_dropout or 0.0), tokenizer
 
 
 def is_saved(name: str) -> bool:
     """Whether it is a folder that patchkern saved, or a run with checkpoints: these have prompt and policy."""
     return Path(name).is_dir() and (is_model(name) or bool(checkpoints(name)))
+
+
+def _catalog_for(folder: Path, titles: Mapping[Any, str], tokenizer: Any) -> pk.Catalog:
+    """``titles`` as the model of a folder has them: by their own tokens, or by one token for each item.
+
+    Items that are new to the latter share the last token of its vocabulary.
+    """
+    description = read_description(current(folder))
+    saved = None if description.catalog is None else choose_catalog(current(folder), None)[0]
+    if saved is None or saved.titles is not None or description.vocabulary_size is None or (saved.lengths != 1).any():
+        return pk.Catalog.from_titles(titles, tokenizer)
+    places = saved.find(list(titles))
+    tokens = np.where(places >= 0, saved.token_ids[places], description.vocabulary_size - 1)
+    return pk.Catalog.from_token_ids(tokens, np.arange(len(titles) + 1), list(titles))
 
 
 def words_of(data: Interactions) -> pk.PromptWords:

@@ -30,6 +30,9 @@ and the model recommends in one pass and one product (search="items").
     python recipes/train.py --stage items --model tiny --head items --item_embeddings --no_separator --data ml-100k \\
         --output_dir runs/head --rows_per_pass 4096 --num_train_epochs 12 --early_stopping 5
 
+What a title is worth where there is no history: --hold_out_items 0.1 trains without a tenth of the items,
+--item_dropout 0.3 without some items' vectors in each pass, so that text must carry; recipes/cold_items.py compares.
+
 Pretrained models far below 1B learn at higher rates than the paper's, and in steps of one size whatever their rows:
 
     python recipes/train.py --stage items --model SmolLM2-135M-Instruct --data ml-100k --output_dir runs/small \\
@@ -54,7 +57,7 @@ from transformers import BitsAndBytesConfig, EarlyStoppingCallback, set_seed
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from patchkern.data import Interactions, samples_of
+from patchkern.data import Interactions, hold_out_items, samples_of
 from patchkern.data.preparation import load
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, PatchTrainer, Settings, checkpoints
@@ -77,7 +80,7 @@ _SMALL = 400e6  # parameters, below which the paper's rates are too low
 def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     parser = training_flags.make_parser(__doc__)
     args = training_flags.parse(parser, argv)
-    data = load(args)
+    data = held_out(load(args), args.hold_out_items)
     name, settings = choose_settings(args, data)
     defaults = settings.defaults(args.stage) | ({} if args.early_stopping is None else training_flags.EARLY_STOPPING)
     folder = Path(args.output_dir)
@@ -160,6 +163,19 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     return trainer
 
 
+def held_out(data: Interactions, share: float) -> Interactions:
+    """What is trained and validated on; a model that is saved with the catalogue of that says what was left out."""
+    kept = hold_out_items(data, share)
+    if share:
+        print(
+            f"{data.num_items - kept.num_items:,} of {data.num_items:,} items held out, and "
+            f"{data.num_interactions - kept.num_interactions:,} of {data.num_interactions:,} interactions with them "
+            "(hold_out_items)",
+            flush=True,
+        )
+    return kept
+
+
 def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, Settings]:
     """--settings, else those of the run we start from, of scratch models, or of the data set of that name."""
     name = args.settings
@@ -193,6 +209,7 @@ def load_model(
         random_weights=args.random_weights,
         seed=seed,
         vocab_size=args.vocab_size,
+        item_tokens=args.item_tokens,
         dropout=settings.dropout if args.dropout is None else args.dropout,
         separator=not args.no_separator,
         argument="--from" if args.checkpoint else "--model",

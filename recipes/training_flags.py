@@ -24,6 +24,7 @@ HANDED_ON: dict[str, Any] = {
     "group_size": None,
     "max_items": 100,
     "head": "titles",
+    "hold_out_items": 0.0,
 }
 # Twenty evaluations a run; --eval_steps and --save_steps change that.
 EARLY_STOPPING = {
@@ -48,6 +49,13 @@ def make_parser(description: str | None) -> Parser:
     group = own.add_argument_group("stage and data")
     group.add_argument("--stage", required=True, choices=STAGES)
     add_arguments(group)
+    group.add_argument(
+        "--hold_out_items",
+        type=float,
+        metavar="SHARE",
+        help="of the items to leave out wholly, always the same ones of a data set; recipes/cold_items.py then shows "
+        "what is known of items that nobody has taken (default: none)",
+    )
 
     group = own.add_argument_group("model (one of --model and --from)")
     group.add_argument(
@@ -76,6 +84,9 @@ def make_parser(description: str | None) -> Parser:
     )
     group.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, from scratch only")
     group.add_argument("--dropout", type=float, help="from scratch only (default: of the settings)")
+    group.add_argument(
+        "--item_tokens", action="store_true", help="a token for each item in place of its title, from scratch only"
+    )
     group.add_argument("--no_separator", action="store_true", help="between items, from scratch only")
 
     group = own.add_argument_group("histories")
@@ -156,6 +167,15 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         ),
         (args.dropout is not None and args.model not in SIZES, f"--dropout: {scratch} have their own"),
         (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),
+        (args.item_tokens and args.model not in SIZES, f"--item_tokens: {scratch} keep their titles"),
+        *(
+            (share is not None and not 0 <= share < 1, f"--{name}: expected at least 0 and below 1, got {share}")
+            for name, share in (("item_dropout", args.item_dropout), ("hold_out_items", args.hold_out_items))
+        ),
+        (
+            bool(args.item_dropout) and args.model is not None and not args.item_embeddings,
+            "--item_dropout: expected only with --item_embeddings, of which it drops some",
+        ),
         (
             args.random_weights and (args.model is None or args.model in SIZES),
             "--random_weights: expected only with a transformers --model",

@@ -12,7 +12,15 @@ Nothing is ever downloaded or unpickled.
 
 from __future__ import annotations
 
-from patchkern.data.filters import k_core, latest, min_interactions, most_frequent_items, rating_above, rating_at_least
+from patchkern.data.filters import (
+    hold_out_items,
+    k_core,
+    latest,
+    min_interactions,
+    most_frequent_items,
+    rating_above,
+    rating_at_least,
+)
 from patchkern.data.formats import open_dataset
 from patchkern.data.goodreads import read_goodreads
 from patchkern.data.interactions import MIN_HISTORY, SPLITS, Interactions, Samples
@@ -31,6 +39,7 @@ __all__ = [
     "Samples",
     "clean_title",
     "from_tables",
+    "hold_out_items",
     "k_core",
     "latest",
     "leave_one_out",

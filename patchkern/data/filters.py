@@ -72,6 +72,31 @@ def latest(interactions: Interactions, max_items: int) -> Interactions:
     return interactions.keep(interactions.positions >= first[interactions.user_index])
 
 
+def hold_out_items(interactions: Interactions, share: float, *, seed: int = 0) -> Interactions:
+    """Without a share of the items: neither in histories, nor as targets, nor in the catalogue.
+
+    To a model that is trained on the rest they are items that nobody has taken yet. They are drawn among those that
+    occur in training (of data without splits: that occur), and are the same for the same interactions, in whatever
+    order users and catalogue come.
+
+    Args:
+        share: of these items, at least 0 and below 1, rounded down.
+        seed: of the draw.
+
+    Raises:
+        ValueError: another share.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"hold_out_items: expected a share of at least 0 and below 1, got {share}")
+    item = positions_of(interactions.item_ids, interactions.histories.items)
+    training = interactions.in_split("train") if interactions.ranges else np.ones(item.size, bool)
+    taken = np.unique(item[training])
+    taken = taken[np.argsort(interactions.item_ids[taken], kind="stable")]
+    kept = np.ones(interactions.num_items, bool)
+    kept[np.random.default_rng(seed).permutation(taken)[: int(share * taken.size)]] = False
+    return _with_catalog(interactions.keep(kept[item]), kept)
+
+
 def _with_catalog(interactions: Interactions, kept: np.ndarray) -> Interactions:
     titles = {item: title for (item, title), keep in zip(interactions.titles.items(), kept, strict=True) if keep}
     return replace(interactions, titles=titles)

@@ -26,6 +26,8 @@ from patchkern.batch.prompt import Prompt
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, *MARKERS)
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+"""of a tokenizer: the special tokens and all bytes"""
 
 # Sizes that two CPU cores train in minutes (tiny) or hours (small).
 SIZES: dict[str, dict[str, int]] = {
@@ -82,9 +84,10 @@ def fit_tokenizer(titles: Iterable[str], vocab_size: int = 2048) -> PreTrainedTo
     Raises:
         ValueError: ``vocab_size`` has no room for the bytes and the special tokens.
     """
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size: expected at least {smallest} (bytes and special tokens), got {vocab_size}")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size: expected at least {SMALLEST_VOCABULARY} (bytes and special tokens), got {vocab_size}"
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

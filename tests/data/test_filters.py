@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Items that are held out: which, and what is left without them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from patchkern.data import Interactions, hold_out_items, leave_one_out, synthetic
+
+
+def make_data() -> Interactions:
+    return synthetic(num_users=40, num_items=50, mean_length=12.0)
+
+
+def gone(data: Interactions, kept: Interactions) -> set[int]:
+    return set(data.titles) - set(kept.titles)
+
+
+def test_what_is_held_out_is_nowhere() -> None:
+    data = make_data()
+    kept = hold_out_items(data, 0.2)
+    taken = np.unique(data.histories.items[data.in_split("train")])
+    out = gone(data, kept)
+    assert len(out) == int(0.2 * taken.size) > 3 and out <= set(taken.tolist())
+    assert not out & set(kept.histories.items.tolist())
+    assert kept.num_interactions == np.isin(data.histories.items, list(out), invert=True).sum()
+    # each split has the others of its targets, in their order
+    for split in data.ranges:
+        targets = data.targets(data.samples(split, 0))
+        np.testing.assert_array_equal(
+            kept.targets(kept.samples(split, 0)), targets[np.isin(targets, list(out), invert=True)]
+        )
+    assert list(kept.titles.items()) == [pair for pair in data.titles.items() if pair[0] not in out]
+
+
+def test_the_same_items_whatever_the_order() -> None:
+    data = make_data()
+    out = gone(data, hold_out_items(data, 0.3))
+    titles = dict(reversed(data.titles.items()))
+    users = np.arange(data.num_users)[::-1]
+    other = Interactions(
+        data.user_ids[users],
+        data.histories.take(users),
+        titles,
+        ranges={split: bounds[users] for split, bounds in data.ranges.items()},
+    )
+    assert gone(other, hold_out_items(other, 0.3)) == out
+    assert gone(data, hold_out_items(data, 0.3, seed=1)) != out
+    assert gone(data, hold_out_items(data, 0.1)) < out, "more are more of the same"
+    unsplit = Interactions(data.user_ids, data.histories, data.titles)
+    assert gone(unsplit, hold_out_items(unsplit, 0.3)) and hold_out_items(leave_one_out(unsplit), 0.3).ranges
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
+def test_shares(share: float) -> None:
+    data = make_data()
+    assert gone(data, hold_out_items(data, 0.0)) == set()
+    with pytest.raises(ValueError, match="hold_out_items: expected a share of at least 0 and below 1, got"):
+        hold_out_items(data, share)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
@@ -30,8 +31,20 @@ def weights_beside_head(
     if not sets or args.prior_weight is not None:
         return [given_weights(priors, args) for priors in sets]
     samples = validation_samples(data, args)
-    past, targets = data.before(samples), model.catalog.index_of(data.targets(samples))
-    scores = {"": head_scores(model, data, samples, policy, unseen=args.exclude_seen)}
+    own = head_scores(model, data, samples, policy, unseen=args.exclude_seen)
+    return weights_beside_scores(own, data, model.catalog, samples, sets)
+
+
+def weights_beside_scores(
+    own: NDArray[np.floating[Any]],
+    data: Interactions,
+    catalog: pk.Catalog,
+    samples: Samples,
+    sets: Sequence[Mapping[str, Any]],
+) -> list[dict[str, float]]:
+    """The best weights of several sets of priors beside a model's ``(S, n_items)`` scores of validation samples."""
+    past, targets = data.before(samples), catalog.index_of(data.targets(samples))
+    scores = {"": own}
     scores |= {name: np.asarray(prior(past), np.float32) for priors in sets for name, prior in priors.items()}
     found = []
     for priors in sets:

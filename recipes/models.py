@@ -13,7 +13,7 @@ import torch
 import patchkern as pk
 from patchkern.batch.control_tokens import MARKERS
 from patchkern.data import Interactions
-from patchkern.models.adapters import add_lora
+from patchkern.models.adapters import ADAPTER, add_lora
 from patchkern.models.files import choose_catalog, is_model, read_description
 from patchkern.models.folders import current
 from patchkern.models.gguf_file import is_gguf
@@ -36,6 +36,7 @@ def load_model(
     item_head: bool = False,
     item_dropout: float | None = None,
     lora: int | None = None,
+    trainable: bool = False,
     random_weights: bool = False,
     seed: int = 0,
     vocab_size: int = 4096,
@@ -58,6 +59,7 @@ def load_model(
         item_embeddings, item_head: have them, also where a saved model has none.
         item_dropout: of item embeddings in training; None: as a saved model has it, else 0.
         lora: train a LoRA adapter of this rank on a transformers model instead of its weights, with its marker rows.
+        trainable: go on training the adapter of a saved model, which else is as fixed as the weights under it.
         random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
         seed: of whatever is drawn.
         vocab_size, dropout, separator: of a model from scratch.
@@ -80,6 +82,8 @@ def load_model(
         folder = find_model(name, argument)
         tokenizer = read_tokenizer(folder)
         catalog = _catalog_for(folder, titles, tokenizer)
+        if trainable and (current(folder) / ADAPTER).is_file():
+            hf_kwargs["is_trainable"] = True
         model = pk.PatchedCausalLM.from_pretrained(
             folder, catalog, dtype=dtype, item_dropout=item_dropout, **wrapping, **hf_kwargs
         )

@@ -206,6 +206,7 @@ def load_model(
         item_head=args.head != "titles",
         item_dropout=args.item_dropout,
         lora=args.lora,
+        trainable=True,
         random_weights=args.random_weights,
         seed=seed,
         vocab_size=args.vocab_size,

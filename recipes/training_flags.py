@@ -11,6 +11,8 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from patchkern.data.preparation import add_arguments
+from patchkern.models.adapters import ADAPTER
+from patchkern.models.folders import current
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, STAGES, find_model
 from recipes.commands import Parser
@@ -72,7 +74,7 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument("--random_weights", action="store_true", help="of --model keep the architecture alone")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     group.add_argument("--lora", type=int, metavar="RANK", help="train an adapter, and the rows of added markers")
-    group.add_argument("--load_in_4bit", action="store_true", help="the weights under --lora, with bitsandbytes")
+    group.add_argument("--load_in_4bit", action="store_true", help="the weights under an adapter, with bitsandbytes")
     group.add_argument(
         "--item_embeddings", action="store_true", help="learn a vector for each item's patches; later stages keep it"
     )
@@ -189,7 +191,10 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.memory_budget is not None and args.targets_per_pass == "one",
             "--memory_budget: expected none with --targets_per_pass one, whose batches it does not choose",
         ),
-        (args.load_in_4bit and args.lora is None, "--load_in_4bit: expected only with --lora, which trains beside it"),
+        (
+            args.load_in_4bit and args.lora is None and not _is_adapter(args.checkpoint),
+            "--load_in_4bit: expected only with --lora, which trains beside it, or --from a run with that",
+        ),
         (args.lora is not None and not _installed("peft"), "--lora: expected peft to be installed, got none"),
         (
             args.load_in_4bit and not _installed("bitsandbytes"),
@@ -221,6 +226,10 @@ def own_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's flags of a parsed command line, without those of transformers."""
     theirs = TrainingArguments.__dataclass_fields__
     return {name: value for name, value in vars(args).items() if name not in theirs and name != "resume"}
+
+
+def _is_adapter(checkpoint: str | None) -> bool:
+    return checkpoint is not None and (current(find_model(checkpoint, "--from")) / ADAPTER).is_file()
 
 
 def _installed(package: str) -> bool:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import patchkern as pk
 from patchkern.models import wrapped
+from patchkern.ops import item_softmax
 
 TITLES = cases.make_titles(23)
 PARTS = oracle.Parts([90, 91], [92], [], [])  # of the prompt, what is before and in a history
@@ -264,6 +265,46 @@ def test_counts_divide_the_sums() -> None:
     for wrong in (7, torch.tensor(7), torch.tensor([1, 2, 3])):
         with pytest.raises(ValueError, match="num_items_in_batch: expected two numbers, of tokens and of items, for"):
             model(layouts["both"], num_items_in_batch=wrong)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("head", ["items", "both"])
+@pytest.mark.parametrize("policy", ["text", "sessions"])
+def test_recomputed_activations_change_nothing(
+    policy: str, head: str, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with branches, with items that are dropped, and with a softmax in more than one chunk."""
+    monkeypatch.setattr(item_softmax, "_LEAST_ROWS", 2)
+    monkeypatch.setattr(item_softmax, "_CPU_ELEMENTS", 1)
+    hf_model: Any = copy.deepcopy(search_oracle.HF_MODELS["llama"])
+    if adapted:
+        pytest.importorskip("peft")
+        torch.manual_seed(0)
+        hf_model = model_cases.lora(hf_model, target_modules="all-linear").double()
+    own: dict[str, Any] = {"item_embeddings": True, "item_head": True, "item_dropout": 0.4}
+    model = pk.PatchedCausalLM(hf_model, cases.make_catalog(TITLES), search_oracle.PROMPT, **own).train()
+    randomise(model)
+    layout = training_layout(model, POLICIES[policy], head)
+    calls: list[str] = []
+    layers = [(name, module) for name, module in model.named_modules() if name.endswith(".mlp")]
+    for name, module in layers:
+        module.register_forward_pre_hook(lambda module, inputs, name=name: calls.append(name))
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        calls.clear()
+        torch.manual_seed(3)
+        loss = model(layout).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    kept = run()
+    assert len(calls) == len(layers) > 0
+    model.activation_checkpointing_enable()
+    recomputed = run()
+    assert len(calls) == 2 * len(layers)
+    assert len(kept) == len(recomputed) > 5
+    assert all(torch.equal(one, two) for one, two in zip(kept, recomputed, strict=True))
 
 
 def test_smoothing_is_that_of_cross_entropy() -> None:

@@ -50,7 +50,12 @@ def check_output(folder: Path, arguments: dict[str, Any], resume: bool) -> Path 
         raise ValueError(f"--output_dir: expected a folder without checkpoints, or --resume, got {os.fspath(folder)!r}")
     before = read_arguments(folder)
     now = json.loads(json.dumps(arguments))
-    changed = [f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in now if now[key] != before.get(key)]
+    changed = [
+        f"{key} {before.get(key)!r} -> {now[key]!r}"
+        for key in now
+        # a flag that the run did not have yet was off
+        if (now[key] != before[key] if key in before else bool(now[key]))
+    ]
     if changed:
         raise ValueError(f"--resume: expected the arguments of the run so far, got other {'; '.join(changed)}")
     return found[-1]

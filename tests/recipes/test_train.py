@@ -179,7 +179,12 @@ def test_resume_continues_the_run(
         return output
 
     monkeypatch.setattr(PatchTrainer, "train", timed)
+    written = json.loads((tmp_path / "arguments.json").read_text())
+    del written["item_tokens"], written["hold_out_items"]  # as of a version that has no such flags
+    (tmp_path / "arguments.json").write_text(json.dumps(written))
     capsys.readouterr()
+    with pytest.raises(ValueError, match=r"--resume: expected .*, got other hold_out_items None -> 0\.1"):
+        _train("pretrain", folder, tmp_path, *flags, "--resume", "--hold_out_items", "0.1")
     resumed = _train("pretrain", folder, tmp_path, *flags, "--resume")
     # the steps before were another run's
     assert f"{resumed.train_dataset.num_targets * 4 / 6 / 2:.1f} targets/s" in capsys.readouterr().out

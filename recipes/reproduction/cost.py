@@ -21,7 +21,7 @@ from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_prompt
 from patchkern.models.sources import read_tokenizer
 from patchkern.training.collators import PassCollator
 from recipes import models
-from recipes.reproduction.steps import Step, Work
+from recipes.reproduction.steps import CPU, Step, Work
 
 # Dense TFLOP/s in bfloat16, as their makers say.
 GPUS = {"A800": 312.0, "A100": 312.0, "H100": 989.0, "H200": 989.0, "L4": 121.0, "RTX4090": 165.0}
@@ -93,14 +93,27 @@ class Reader:
     limit: int | None = None
 
     @classmethod
-    def of(cls, model: str, tokenizer: str | None, data: Interactions, separator: bool, **fields: Any) -> Reader:
+    def of(
+        cls,
+        model: str,
+        data: Interactions,
+        *,
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        separator: bool = True,
+        **fields: Any,
+    ) -> Reader:
         """Of a size from scratch, a folder, or a name of `SHAPES` with the folder of its tokenizer.
+
+        Args:
+            vocab_size, separator: from scratch only.
+            fields: of the class.
 
         Raises:
             FileNotFoundError: none of these.
         """
         if model in SIZES:
-            own = fit_tokenizer(data.titles.values(), 4096)
+            own = fit_tokenizer(data.titles.values(), vocab_size)
             size = SIZES[model]
             heads = size["num_attention_heads"]
             dims = (size["hidden_size"], size["intermediate_size"], size["num_hidden_layers"])
@@ -114,7 +127,7 @@ class Reader:
             )
         shape = Shape.of(AutoConfig.from_pretrained(model, trust_remote_code=False)) if here else SHAPES[model]
         source = tokenizer or (model if here and list(Path(model).glob("tokenizer*")) else None)
-        own = fit_tokenizer(data.titles.values(), 4096) if source is None else read_tokenizer(source)
+        own = fit_tokenizer(data.titles.values(), vocab_size) if source is None else read_tokenizer(source)
         prompt = models.make_prompt(own, models.words_of(data))
         weights = here and bool([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")])
         return cls(data, pk.Catalog.from_titles(data.titles, own), prompt, shape, weights, **fields)
@@ -180,6 +193,12 @@ class Reader:
 # ------------------------------------------------------------------ rates
 
 
+def taken(record: Mapping[str, Any]) -> float:
+    """Seconds of a step on an idle machine: on a CPU those of its threads, whoever else wanted them."""
+    on_cpu: bool = record["device"] == CPU
+    return float(record["cpu_seconds"] / record["threads"] if on_cpu else record["seconds"])
+
+
 def recorded(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """``{kind: rows a second}`` of steps that were done in one go."""
     sums: dict[str, list[float]] = {}
@@ -187,7 +206,7 @@ def recorded(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         if record["rows"] and record["attempts"] == 1:
             both = sums.setdefault(record["kind"], [0.0, 0.0])
             both[0] += record["rows"]
-            both[1] += record["seconds"]
+            both[1] += taken(record)
     return {kind: rows / seconds for kind, (rows, seconds) in sums.items()}
 
 
@@ -209,11 +228,11 @@ def measured(name: str, reader: Reader, options: Mapping[str, Any]) -> dict[str,
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0)
     passes = []
     for _ in range(3):  # the first makes AdamW's state
-        begun = time.perf_counter()
+        begun = _clock()
         model(layout).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        passes.append(time.perf_counter() - begun)
+        passes.append(_clock() - begun)
     found = {"train": layout.num_rows / min(passes[1:])}
     model.eval()
     past = reader.data.before(samples_of(reader.data, "test").spread(_PROBED_USERS))
@@ -222,12 +241,19 @@ def measured(name: str, reader: Reader, options: Mapping[str, Any]) -> dict[str,
             continue
         options_of: dict[str, Any] = {"search": search, "k": 20} | ({"num_beams": 20} if kind == "search" else {})
         model.recommend(past, policy, **options_of)
-        begun = time.perf_counter()
+        begun = _clock()
         model.recommend(past, policy, **options_of)
         extra = 20 * (float(reader.catalog.lengths.mean()) + 1) * len(past) if kind == "search" else 0.0
         total = float(reader.prompts(past, policy).sum()) + extra
-        found[kind] = total / (time.perf_counter() - begun)
+        found[kind] = total / (_clock() - begun)
     return found
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
 
 
 def on_gpu(steps: Sequence[Step], shape: Shape, tflops: float, utilization: float) -> dict[str, float]:
@@ -246,7 +272,7 @@ def like_others(
     """``{key: seconds}`` of steps without a rate, where the same was done with another seed."""
     found: dict[str, float | None] = {}
     for step in steps:
-        same = [record["seconds"] for key, record in records.items() if _seedless(key) == _seedless(step.key)]
+        same = [taken(record) for key, record in records.items() if _seedless(key) == _seedless(step.key)]
         if known[step.key] is None and same:
             found[step.key] = float(np.mean(same))
     return found

@@ -65,6 +65,9 @@ class Options:
     peers: tuple[str, ...] = PEERS
     peer_epochs: int | None = None
     further: tuple[str, ...] = ()
+    settings: str | None = None
+    keep_text: int | None = None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ class Planner:
             switches.append("--item_embeddings")
         if chosen.head == "items" and training.start is None and chosen.model in SIZES:
             switches.append("--no_separator")
-        arguments = (*chosen.data_flags, *_flags(flags), *switches, *chosen.further)
+        arguments = (*chosen.data_flags, *chosen.further, *_flags(flags), *switches)
         work = self.reader.training(self.policy(training), training.stage, epochs)
         return Step(key, "recipes/train.py", arguments, work, (f"runs/{key}/arguments.json",))
 
@@ -365,13 +368,16 @@ class Planner:
         return min(counts, key=lambda count: abs(self.reader.prompts(past, pk.TextOnly(count)).sum() - wanted))
 
     def _settings(self) -> Settings:
-        if self.options.model in SIZES:
-            return SETTINGS["scratch" if self.options.head == "titles" else "scratch-head"]
-        given = dict(zip(self.options.further[::2], self.options.further[1::2], strict=False)).get("--settings")
-        name = given or next((known for known in SETTINGS if self.options.name.startswith(known)), None)
+        """As recipes/train.py chooses them."""
+        chosen = self.options
+        name = chosen.settings
+        if name is None and chosen.model in SIZES:
+            name = "scratch" if chosen.head == "titles" else "scratch-head"
+        name = name or next((known for known in SETTINGS if chosen.name.startswith(known)), None)
         if name is None:
-            raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for the data set")
-        return SETTINGS[name]
+            raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {chosen.name!r}")
+        given = {"keep_text": chosen.keep_text, "group_size": chosen.group_size}
+        return replace(SETTINGS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def label(system: str) -> str:

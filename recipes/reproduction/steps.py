@@ -29,6 +29,7 @@ import transformers
 import patchkern as pk
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = "CPU"
 FOLDER = "{folder}"
 """stands for the output folder in a step's arguments"""
 
@@ -168,7 +169,7 @@ def run(step: Step, folder: Folder) -> dict[str, Any]:
         "attempts": attempt,
         "users_per_second": _users_per_second(log),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else CPU,
         "versions": {
             "patchkern": pk.__version__,
             "torch": torch.__version__,

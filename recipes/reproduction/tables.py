@@ -43,7 +43,8 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         spread = "" if self.deviation != self.deviation else f" ± {self.deviation:.4f}"
-        return f"{self.mean:.4f}{spread} ({self.error:.3f})"
+        error = "" if self.error != self.error else f" ({self.error:.3f})"
+        return f"{self.mean:.4f}{spread}{error}"
 
 
 @dataclass(frozen=True)

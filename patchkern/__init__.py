@@ -32,6 +32,7 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import (
     FitRows,
     FittingPolicy,
+    ItemDropout,
     ItemPatches,
     Level,
     Policy,
@@ -75,6 +76,7 @@ __all__ = [
     "FitRows",
     "FittingPolicy",
     "Histories",
+    "ItemDropout",
     "ItemHeadPrior",
     "ItemPatches",
     "ItemTable",

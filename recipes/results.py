@@ -136,11 +136,13 @@ class Results(dict[str, Result]):
         """One line per sample; a rank of 0: not in the list. With one list per k, ``rank`` is that of the longest."""
         result, samples = self[name], self.samples
         hits = {f"hit@{k}": part.hits(k).astype(int) for part in result.found for k in part.ks}
+        ranks = {f"rank@{part.ks[-1]}": part.ranks for part in result.found[:-1]}
         columns: dict[str, NDArray[Any]] = {
             "user": self.data.user_ids[samples.users],
             "position": samples.positions,
             "target": self.data.targets(samples),
             "rank": result.found[-1].ranks,
+            **ranks,
             **hits,
             **result.nll,
             "shared_title": result.found[-1].ambiguous.astype(int),

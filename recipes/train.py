@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     start = check_output(folder, description(), args.resume)
     set_seed(arguments.seed)
     model, tokenizer = load_model(args, data, settings, arguments.seed)
-    policy = settings.policy(args.stage, args.max_items)
+    policy: Any = settings.policy(args.stage, args.max_items)
+    if args.item_dropout is not None:
+        policy = pk.ItemDropout(args.item_dropout, settings.keep_text, args.max_items, arguments.seed)
     pretrain, together = args.stage == "pretrain", args.targets_per_pass == "all"
     collator = PassCollator(
         model.catalog,

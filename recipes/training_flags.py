@@ -98,6 +98,12 @@ def make_parser(description: str | None) -> Parser:
     )
     group.add_argument("--group_size", type=int, help="items of a session patch (default: of the settings)")
     group.add_argument(
+        "--item_dropout",
+        type=float,
+        metavar="SHARE",
+        help="of the items before the latest --keep_text, left out at random in the sft stage and when recommending",
+    )
+    group.add_argument(
         "--jitter",
         type=float,
         help="of the order of training items, with all targets of a user in one pass (default: of the settings)",
@@ -166,6 +172,10 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         (
             args.early_stopping is not None and args.early_stopping < 1,
             f"--early_stopping: expected at least 1, got {args.early_stopping}",
+        ),
+        (
+            args.item_dropout is not None and (args.stage != "sft" or not 0 <= args.item_dropout <= 1),
+            f"--item_dropout: expected a share in 0..1 with --stage sft, got {args.item_dropout} with {args.stage}",
         ),
         (args.dropout is not None and args.model not in SIZES, f"--dropout: {scratch} have their own"),
         (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),

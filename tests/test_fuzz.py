@@ -354,6 +354,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "ItemPatches": (pk.ItemPatches, {"keep_text": 2, "max_items": 3}),
         "SessionPatches": (pk.SessionPatches, {"group_size": 2, "max_items": 3, "align": "end"}),
         "RandomItemPatches": (pk.RandomItemPatches, {"probability": 0.5, "max_items": 3, "seed": 0}),
+        "ItemDropout": (pk.ItemDropout, {"probability": 0.5, "keep_text": 2, "max_items": 3, "seed": 0}),
         "policy_from_dict": (policy_from_dict, {"description": {"name": "TextOnly"}}),
     }
 

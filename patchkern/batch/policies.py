@@ -35,6 +35,8 @@ class Level(IntEnum):
     """it starts a new patch"""
     JOIN = 2
     """it is pooled into the patch of the item before it"""
+    DROP = 3
+    """it is left out, with its separator"""
 
 
 @runtime_checkable
@@ -220,6 +222,42 @@ class RandomItemPatches:
 
 
 @dataclass(frozen=True)
+class ItemDropout:
+    """All but the latest ``keep_text`` items dropped with ``probability`` each, what stays is text.
+
+    What compression is compared with: as few rows, by leaving items out. Draws are as of `RandomItemPatches`, and all
+    targets of a trunk see what was drawn for it.
+
+    Examples:
+        A D is an item that is dropped.
+
+        >>> import patchkern as pk
+        >>> histories = pk.Histories.from_sequences([range(8)])
+        >>> policy = pk.ItemDropout(0.5, keep_text=2, seed=1)
+        >>> "".join(pk.Level(level).name[0] for level in policy.levels(histories))
+        'DTTDDDTT'
+    """
+
+    probability: float = 0.5
+    keep_text: int = 5
+    max_items: int | None = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("keep_text", self.keep_text, minimum=0)
+        RandomItemPatches(self.probability, self.max_items, self.seed)  # checks these
+
+    def levels(self, histories: Histories) -> Levels:
+        patches = RandomItemPatches(self.probability, self.max_items, self.seed).levels(histories)
+        levels = np.where(patches == Level.PATCH, np.uint8(Level.DROP), np.uint8(Level.TEXT))
+        _set_latest(levels, histories, self.keep_text, Level.TEXT)
+        return levels
+
+    def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros_like(lengths), np.maximum(lengths - self.keep_text, 0)
+
+
+@dataclass(frozen=True)
 class TimeSessions:
     """Sessions as they happened: old items are pooled with those that came shortly before them.
 
@@ -348,7 +386,7 @@ class FitRows:
         return levels
 
 
-_KINDS = (TextOnly, ItemPatches, SessionPatches, RandomItemPatches, TimeSessions, FitRows)
+_KINDS = (TextOnly, ItemPatches, SessionPatches, RandomItemPatches, ItemDropout, TimeSessions, FitRows)
 _POLICIES: dict[str, Any] = {policy.__name__: policy for policy in _KINDS}
 
 

@@ -38,11 +38,12 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
         levels = policy.fit(kept, titles, prompt)
     else:
         levels = policy.levels(kept)
-    own = np.where(levels == Level.TEXT, titles, levels == Level.PATCH) + (levels != Level.JOIN) * len(prompt.separator)
+    entries = (levels != Level.JOIN) & (levels != Level.DROP)
+    own = np.where(levels == Level.TEXT, titles, levels == Level.PATCH) + entries * len(prompt.separator)
     before = np.append(0, np.cumsum(own, dtype=np.int64))
     rows = before[kept.offsets[1:]] - before[kept.offsets[:-1]]
     # one separator between entries, none after the last
-    return rows - (kept.lengths > 0) * len(prompt.separator) + len(prompt.prefix) + len(prompt.suffix)
+    return rows - (rows > 0) * len(prompt.separator) + len(prompt.prefix) + len(prompt.suffix)
 
 
 def longest_history(

@@ -172,6 +172,10 @@ def plan_layout(
     Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
     """
     _check_levels(levels, histories)
+    if levels.max(initial=0) == Level.DROP:
+        kept = levels != Level.DROP
+        histories, index, levels = histories.keep(kept), index[kept], levels[kept]
+    _check_joins(levels, histories)
     plan: RowPlan = planner.active.plan_rows(catalog, index, histories.offsets, levels, prompt, targets, spans)
     values: dict[str, Any] = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -197,10 +201,13 @@ def _check_levels(levels: Levels, histories: Histories) -> None:
     if not isinstance(levels, np.ndarray) or levels.dtype != np.uint8 or levels.shape != histories.items.shape:
         got = f"{levels.dtype} {levels.shape}" if isinstance(levels, np.ndarray) else type(levels).__name__
         raise ValueError(f"policy: expected levels of dtype uint8 and shape {histories.items.shape}, got {got}")
-    if levels.size == 0 or levels.max() < Level.JOIN:
+    if levels.max(initial=0) > Level.DROP:
+        raise ValueError(f"policy: expected levels 0 to 3, got {levels.max()}")
+
+
+def _check_joins(levels: Levels, histories: Histories) -> None:
+    if levels.max(initial=0) < Level.JOIN:
         return
-    if levels.max() > Level.JOIN:
-        raise ValueError(f"policy: expected levels 0, 1 and 2, got {levels.max()}")
     starts = histories.offsets[:-1][histories.lengths > 0]
     alone = (levels[1:] == Level.JOIN) & (levels[:-1] == Level.TEXT)
     if (levels[starts] == Level.JOIN).any() or alone.any():

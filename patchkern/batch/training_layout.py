@@ -66,7 +66,7 @@ def build_training_layout(
     Args:
         catalog: the titles.
         histories: whole histories of B users, targets included.
-        policy: a `TrunkPolicy`: `TextOnly`, `ItemPatches`, `SessionPatches` or `RandomItemPatches`.
+        policy: a `TrunkPolicy`: `TextOnly`, `ItemPatches`, `SessionPatches`, `RandomItemPatches` or `ItemDropout`.
         prompt: the fixed tokens.
         target_ranges: ``(B, 2)`` integers, the first and the last position in the user's history that is a target; a
             user whose last is less than the first has none.
@@ -323,7 +323,8 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     levels = np.concatenate([of_trunks, policy.levels(branches)])
     index = catalog.index_of(items.items, "histories")
     rows = np.where(levels == Level.TEXT, catalog.lengths[index], levels == Level.PATCH)
-    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(levels != Level.JOIN))
+    entries = (levels != Level.JOIN) & (levels != Level.DROP)
+    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(entries))
 
 
 def _running(counts: NDArray[Any]) -> Int64:
@@ -335,7 +336,10 @@ def _running(counts: NDArray[Any]) -> Int64:
 
 def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:
     """``(n_branches,)`` whether a separator leads the branch: where entries stand on both sides of the border."""
-    return (samples.split[parts.branched] > 0) & (parts.items.lengths[parts.trunks :] > 0)
+    starts = parts.items.offsets[samples.trunk[parts.branched]]
+    before = parts.entries[starts + samples.split[parts.branched]] - parts.entries[starts]
+    own = np.diff(parts.entries[parts.items.offsets])[parts.trunks :]
+    return (before > 0) & (own > 0)
 
 
 def _own_rows(parts: _Parts, samples: _Samples, separator: int) -> Int64:

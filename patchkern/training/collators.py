@@ -126,7 +126,7 @@ class PassCollator:
         return _batch(layout, (one.users, one.ranges))
 
     def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(n,)`` the most rows that each user takes."""
+        """``(n,)`` the most rows that each user takes; with `ItemDropout`, which draws again, about as many."""
         histories = self.histories.take(users)
         text = TextOnly(self.policy.max_items)
         policy = self.policy if self.pretrain_steps is None else text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, RandomItemPatches, TrunkPolicy
+from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, TrunkPolicy
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
@@ -170,7 +170,7 @@ def _passes(
 def _share_trunks(model: PatchedCausalLM, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:
     """Are passes of many targets exactly their samples?"""
     whole = policy.max_items is None or int(positions.max()) <= policy.max_items
-    drawn = isinstance(policy, RandomItemPatches)  # for every prompt anew
+    drawn = isinstance(policy, (RandomItemPatches, ItemDropout))  # for every prompt anew
     begun = bool(model.prompt.suffix) or head == "items"  # a branch for a title begins with a row of its own
     return isinstance(policy, TrunkPolicy) and whole and not drawn and begun and model.takes_branches
 

@@ -104,7 +104,7 @@ def test_build_layout_refuses(change: dict[str, Any], error: Any, message: str) 
         (np.zeros(4, np.int64), r"policy: expected levels of dtype uint8 .*, got int64 \(4,\)"),
         (np.zeros(3, np.uint8), r"policy: .*got uint8 \(3,\)"),
         (np.zeros((4, 1), np.uint8), r"policy: .*got uint8 \(4, 1\)"),
-        (np.asarray([0, 0, 0, 3], np.uint8), r"policy: expected levels 0, 1 and 2, got 3"),
+        (np.asarray([0, 0, 0, 4], np.uint8), r"policy: expected levels 0 to 3, got 4"),
         (np.asarray([2, 0, 0, 0], np.uint8), r"policy: expected every JOIN to follow a patch"),
         (np.asarray([0, 2, 0, 0], np.uint8), r"policy: expected every JOIN to follow a patch"),
         (np.asarray([1, 1, 1, 2], np.uint8), r"policy: expected every JOIN to follow a patch item of the same user"),

@@ -68,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     words = models.words_of(data)
     model, _ = models.load_model(
-        args.checkpoint, data.titles, dtype=getattr(torch, dtype), words=words, argument="checkpoint"
+        args.checkpoint,
+        data.titles,
+        texts=data.texts,
+        dtype=getattr(torch, dtype),
+        words=words,
+        argument="checkpoint",
     )
     model.to(device).eval()
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -131,7 +136,7 @@ def check_writable(path: Path) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a run of recipes/train.py, one of its checkpoints, or any causal LM")
-    add_arguments(parser)
+    add_arguments(parser, item_text=True)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')

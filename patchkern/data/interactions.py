@@ -247,6 +247,20 @@ class Interactions:
         """``(S,)`` ids of the items to predict."""
         return self.histories.at(samples.users, samples.positions)
 
+    def target_sets(self, split: str, min_history: int = MIN_HISTORY) -> tuple[Samples, Histories]:
+        """The prediction tasks of a split with all of a user's targets in one: the first one's sample, and the targets.
+
+        Recommending from `before` the samples and comparing with the targets (`patchkern.evaluation.evaluate`) asks
+        what a user takes in the whole split, once; `samples` asks for each target, knowing those before it.
+
+        Raises:
+            ValueError: as of `samples`.
+        """
+        samples = self.samples(split, min_history)
+        users, first, counts = np.unique(samples.users, return_index=True, return_counts=True)
+        starts = samples.positions[first]
+        return Samples(users, starts), self.histories.between(users, starts, starts + counts)
+
     def keep(self, chosen: NDArray[np.bool_]) -> Interactions:
         """The interactions where ``chosen`` ``(N,)`` is true; users left without any go. Splits and titles stay."""
         if chosen.shape != (self.num_interactions,) or chosen.dtype != np.bool_:

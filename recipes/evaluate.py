@@ -15,13 +15,16 @@ computed on the same samples; so is a prior alone. "Unseen" leaves out the items
 --exclude_seen, as the model then does, else those among the latest 100. NLL title, where titles are searched: minus
 the log-probability of the target's title, all its tokens together; NLL item: of the item, by the item head or a
 prior. --slices adds tables by length of history and by how often the target occurs in training. One line per sample
-goes to a CSV, of which recipes/compare.py compares any two.
+goes to a CSV, of which recipes/compare.py compares any two. --run FILE writes the lists for ranx, ir-measures and
+other readers of the format of TREC: FILE of the model alone, FILE-NAME with priors, FILE.qrels of the targets; samples
+are numbered from 0 as the lines of the CSV.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -42,6 +45,7 @@ from patchkern.data import samples_of
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import Evaluation, most_popular, transitions
 from patchkern.evaluation.metrics import METRICS, evaluate
+from patchkern.evaluation.trec import check_words, write_qrels, write_run
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.search.arguments import SEARCHES
 from patchkern.search.recommend import generate_titles
@@ -61,14 +65,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     args = parse(argv)
     path = output_path(args)
     check_writable(path)
+    if args.run:
+        check_writable(Path(args.run), "--run")
     data = load(args)
+    if args.run:
+        check_words("--run", data.item_ids.tolist())
     samples = samples_of(data, args.split).spread(args.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # flash attention takes no float32
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     words = models.words_of(data)
     model, _ = models.load_model(
-        args.checkpoint, data.titles, dtype=getattr(torch, dtype), words=words, argument="checkpoint"
+        args.checkpoint,
+        data.titles,
+        texts=data.texts,
+        dtype=getattr(torch, dtype),
+        words=words,
+        argument="checkpoint",
     )
     model.to(device).eval()
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -102,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         sliced = path.with_name(f"{path.stem}-slices{path.suffix}")
         results.write_slices(sliced)
         print("\n".join([*results.by_slices(), "", f"all measures by slices: {sliced}"]))
+    if args.run:
+        write_runs(results, Path(args.run))
     ambiguous = results["this model"].found[-1].num_ambiguous
     print(f"{ambiguous:,} samples whose target shares its title with another item; per sample: {path}", flush=True)
     return {name: result.found for name, result in results.items()}
@@ -117,21 +132,31 @@ def output_path(args: argparse.Namespace) -> Path:
     return Path("runs") / f"{Path(args.checkpoint).name}-{args.policy}" / name
 
 
-def check_writable(path: Path) -> None:
+def write_runs(results: Results, path: Path) -> None:
+    """The lists of the model, alone and with priors, and the targets, in the format of TREC."""
+    write_qrels(path.with_name(f"{path.name}.qrels"), results.data.targets(results.samples))
+    for name, result in results.items():
+        if name == "this model" or name.startswith("+ "):
+            tag = "model" if name == "this model" else re.sub(r"[^\w.]+", "-", name).strip("-")
+            file = path if name == "this model" else path.with_name(f"{path.name}-{tag}")
+            write_run(file, result.lists, tag=tag)
+
+
+def check_writable(path: Path, argument: str = "--output") -> None:
     """Raise an OSError where the file could not be written, which is better known before the search."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        message = f"--output: expected a place for {path.name} that can be written, got {os.fspath(path.parent)!r}"
+        message = f"{argument}: expected a place for {path.name} that can be written, got {os.fspath(path.parent)!r}"
         raise type(error)(error.errno, f"{message}: {error.strerror}") from error
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a run of recipes/train.py, one of its checkpoints, or any causal LM")
-    add_arguments(parser)
+    add_arguments(parser, item_text=True)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
@@ -156,6 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32, on a GPU bfloat16)"
     )
     parser.add_argument("--output", help="the CSV (default: beside the model)")
+    parser.add_argument("--run", metavar="FILE", help="also the lists and, as FILE.qrels, the targets in TREC's format")
     args = parser.parse_args(argv)
     least = {"limit": 1, "max_items": 1, "keep_text": 0, "group_size": 1, "batch_size": 1}
     for name, smallest in least.items():
@@ -170,6 +196,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check_prior(parser, args)
     if args.num_beams < K:
         parser.error(f"--num_beams: expected at least {K}, the length of the lists, got {args.num_beams}")
+    if args.metric == "paper" and args.run:
+        parser.error("--run: expected none with --metric paper, whose lists are of titles")
     if args.metric == "paper" and (args.exclude_seen or args.num_beams != K):
         parser.error(
             "--metric paper: expected neither --exclude_seen nor --num_beams, which its protocol does not have"

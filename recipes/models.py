@@ -29,6 +29,7 @@ def load_model(
     name: str,
     titles: Mapping[Any, str],
     *,
+    texts: Mapping[Any, str] | None = None,
     dtype: torch.dtype = torch.float32,
     words: pk.PromptWords | None = None,
     prompt_file: str | None = None,
@@ -53,6 +54,7 @@ def load_model(
             that patchkern saved, which brings its prompt and policy; else a transformers model: its folder, a GGUF
             file, or a hub id.
         titles: ``{item id: title}``.
+        texts: what the model reads in place of the titles, in the same form; None: the titles.
         dtype: of the weights.
         words: of the prompt of a transformers model whose tokenizer has a chat template; without any, general ones.
         prompt_file: of words (`patchkern.PromptWords.read`) to use instead; an error where the model has no use for it.
@@ -81,7 +83,7 @@ def load_model(
     if is_saved(name):
         folder = find_model(name, argument)
         tokenizer = read_tokenizer(folder)
-        catalog = _catalog_for(folder, titles, tokenizer)
+        catalog = _catalog_for(folder, titles, texts, tokenizer)
         if trainable and (current(folder) / ADAPTER).is_file():
             hf_kwargs["is_trainable"] = True
         model = pk.PatchedCausalLM.from_pretrained(
@@ -89,16 +91,18 @@ def load_model(
         )
         return model, tokenizer
     if name in SIZES and item_tokens:
+        if texts is not None:
+            raise ValueError("texts: expected none with item_tokens, by which an item is read, got some")
         tokenizer = fit_tokenizer((), SMALLEST_VOCABULARY)
         first, size = len(tokenizer), len(titles)
         hf_model: Any = scratch_model(tokenizer, name, seed=seed, dropout=dropout, vocab_size=first + size + 1)
         prompt = scratch_prompt(tokenizer, separator)
         catalog = pk.Catalog.from_token_ids(np.arange(first, first + size), np.arange(size + 1), list(titles))
     elif name in SIZES:
-        tokenizer = fit_tokenizer(titles.values(), vocab_size)
+        tokenizer = fit_tokenizer([*titles.values(), *(texts or {}).values()], vocab_size)
         hf_model = scratch_model(tokenizer, name, seed=seed, dropout=dropout)
         prompt = scratch_prompt(tokenizer, separator)
-        catalog = pk.Catalog.from_titles(titles, tokenizer)
+        catalog = pk.Catalog.from_titles(titles, tokenizer, texts)
     else:
         path = locate(name, argument)
         tokenizer = read_tokenizer(path)
@@ -115,7 +119,7 @@ def load_model(
             _make_room(hf_model, tokenizer, seed)
         if lora is not None:
             hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
-        catalog = pk.Catalog.from_titles(titles, tokenizer)
+        catalog = pk.Catalog.from_titles(titles, tokenizer, texts)
     if name in SIZES:
         hf_model.to(dtype)
     return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, item_dropout=item_dropout or 0.0), tokenizer
@@ -126,7 +130,9 @@ def is_saved(name: str) -> bool:
     return Path(name).is_dir() and (is_model(name) or bool(checkpoints(name)))
 
 
-def _catalog_for(folder: Path, titles: Mapping[Any, str], tokenizer: Any) -> pk.Catalog:
+def _catalog_for(
+    folder: Path, titles: Mapping[Any, str], texts: Mapping[Any, str] | None, tokenizer: Any
+) -> pk.Catalog:
     """``titles`` as the model of a folder has them: by their own tokens, or by one token for each item.
 
     Items that are new to the latter share the last token of its vocabulary.
@@ -134,7 +140,9 @@ def _catalog_for(folder: Path, titles: Mapping[Any, str], tokenizer: Any) -> pk.
     description = read_description(current(folder))
     saved = None if description.catalog is None else choose_catalog(current(folder), None)[0]
     if saved is None or saved.titles is not None or description.vocabulary_size is None or (saved.lengths != 1).any():
-        return pk.Catalog.from_titles(titles, tokenizer)
+        return pk.Catalog.from_titles(titles, tokenizer, texts)
+    if texts is not None:
+        raise ValueError(f"texts: expected none, as the model in {str(folder)!r} reads a token for each item, got some")
     places = saved.find(list(titles))
     tokens = np.where(places >= 0, saved.token_ids[places], description.vocabulary_size - 1)
     return pk.Catalog.from_token_ids(tokens, np.arange(len(titles) + 1), list(titles))

@@ -201,6 +201,7 @@ def load_model(
     return models.load_model(
         args.checkpoint or args.model,
         data.titles,
+        texts=data.texts,
         dtype=getattr(torch, args.dtype),
         words=models.words_of(data),
         prompt_file=args.prompt,

@@ -50,7 +50,7 @@ def make_parser(description: str | None) -> Parser:
     own = Parser(add_help=False)
     group = own.add_argument_group("stage and data")
     group.add_argument("--stage", required=True, choices=STAGES)
-    add_arguments(group)
+    add_arguments(group, item_text=True)
     group.add_argument(
         "--hold_out_items",
         type=float,

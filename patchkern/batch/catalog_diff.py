@@ -31,9 +31,9 @@ class CatalogDiff:
         num_shared: items in both.
         new: ``(n,)`` ids that only the later catalogue has.
         gone: ``(n,)`` ids that only the earlier one had.
-        renamed: ``(n,)`` ids in both with other token ids.
-        retokenized: ``(n,)`` those of ``renamed`` whose title, as text, is the same.
-        num_same_titles: items in both whose titles are known to be the same, as text.
+        renamed: ``(n,)`` ids in both with other token ids, of the title or of the input text.
+        retokenized: ``(n,)`` those of ``renamed`` whose title and input text, as text, are the same.
+        num_same_titles: items in both whose titles and input texts are known to be the same, as text.
         examples: of renamed items, as text.
     """
 
@@ -87,6 +87,8 @@ def check_tokens(catalog: Catalog, items: NDArray[Any], tokenizer: Any) -> None:
     Args:
         items: ``(n,)`` ids of the items to look at, such as those that nothing else is known of.
     """
+    if catalog.texts is not None:
+        check_tokens(catalog.texts, items, tokenizer)
     if catalog.titles is None or not items.size:
         return
     places = catalog.index_of(items)[:: -(-items.size // _SAMPLE)].tolist()
@@ -101,16 +103,27 @@ def check_tokens(catalog: Catalog, items: NDArray[Any], tokenizer: Any) -> None:
 
 
 def compare(saved: Catalog, given: Catalog) -> CatalogDiff:
-    """What ``given`` has that ``saved`` had not, and the other way around."""
+    """What ``given`` has that ``saved`` had not, and the other way around.
+
+    Raises:
+        ValueError: only one of the two has input texts.
+    """
+    if (saved.texts is None) != (given.texts is None):
+        has = ("input texts", "none") if given.texts is None else ("no input texts", "some")
+        raise ValueError(
+            f"catalog: expected {has[0]}, as the model was saved with, got {has[1]}; a model reads the texts that it "
+            "learned from: Catalog.from_titles(titles, tokenizer, texts)"
+        )
     if saved.item_ids.dtype.kind == given.item_ids.dtype.kind:
         _, before, after = np.intersect1d(saved.item_ids, given.item_ids, assume_unique=True, return_indices=True)
     else:
         before = after = np.zeros(0, np.int64)
-    renamed = np.flatnonzero(_other_tokens(saved, before, given, after))
-    same = np.zeros(before.size, bool)
-    if saved.titles is not None and given.titles is not None:
-        pairs = zip(before.tolist(), after.tolist(), strict=True)
-        same = np.fromiter((saved.titles[i] == given.titles[j] for i, j in pairs), bool, before.size)
+    other = _other_tokens(saved, before, given, after)
+    same = _same_titles(saved, before, given, after)
+    if saved.texts is not None and given.texts is not None:
+        other |= _other_tokens(saved.texts, before, given.texts, after)
+        same &= _same_titles(saved.texts, before, given.texts, after)
+    renamed = np.flatnonzero(other)
     retokenized = renamed[same[renamed]]
     shown = (retokenized if retokenized.size else renamed)[:3]
     return CatalogDiff(
@@ -140,8 +153,20 @@ def _other_tokens(
     return other
 
 
+def _same_titles(
+    saved: Catalog, before: NDArray[np.intp], given: Catalog, after: NDArray[np.intp]
+) -> NDArray[np.bool_]:
+    """Booleans, one per pair of positions: are the titles known to be the same, as text?"""
+    if saved.titles is None or given.titles is None:
+        return np.zeros(before.size, bool)
+    pairs = zip(before.tolist(), after.tolist(), strict=True)
+    return np.fromiter((saved.titles[i] == given.titles[j] for i, j in pairs), bool, before.size)
+
+
 def _example(saved: Catalog, before: int, given: Catalog, after: int) -> str:
-    """An item that has been renamed."""
+    """An item that has been renamed, or whose input text has been."""
+    if np.array_equal(saved.tokens(before), given.tokens(after)):
+        saved, given = saved.inputs, given.inputs
     titles: Sequence[str] = [
         _shortened(catalog.titles[at] if catalog.titles is not None else None, catalog.tokens(at))
         for catalog, at in ((saved, before), (given, after))

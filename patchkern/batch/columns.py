@@ -101,15 +101,15 @@ def number_array(name: str, values: Any) -> NDArray[np.float64]:
     return numbers
 
 
-def title_mapping(titles: Any) -> Mapping[Any, str]:
+def title_mapping(titles: Any, argument: str = "titles") -> Mapping[Any, str]:
     """``{item id: title}`` of a mapping or a pandas Series indexed by item id."""
     if isinstance(titles, Mapping):
         return titles
     if not (hasattr(titles, "to_dict") and hasattr(titles, "index") and getattr(titles, "ndim", 0) == 1):
-        raise TypeError(f"titles: expected a mapping of item id to title, got {type(titles).__name__}")
+        raise TypeError(f"{argument}: expected a mapping of item id to title, got {type(titles).__name__}")
     mapping: Mapping[Any, str] = titles.to_dict()
     if len(mapping) != len(titles):
-        raise ValueError(f"titles: expected distinct item ids, got {len(titles) - len(mapping)} more than once")
+        raise ValueError(f"{argument}: expected distinct item ids, got {len(titles) - len(mapping)} more than once")
     return mapping
 
 

@@ -40,9 +40,12 @@ class Lists(NamedTuple):
         return len(prompt.prefix) + _entry_rows(catalog, items, prompt)
 
 
-def is_list(policy: AnyPolicy, prompt: Prompt) -> bool:
-    """Whether the trunk alone, all text, holds every response with the rows before it that a sample would have."""
-    return isinstance(policy, TextOnly) and prompt.is_list
+def is_list(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> bool:
+    """Whether the trunk alone, all text, holds every response with the rows before it that a sample would have.
+
+    Not where items are read as other texts than their titles, which the responses are.
+    """
+    return isinstance(policy, TextOnly) and prompt.is_list and catalog.texts is None
 
 
 def list_layout(catalog: Catalog, histories: Histories, prompt: Prompt, lists: Lists) -> PatchLayout:

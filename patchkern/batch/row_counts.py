@@ -33,7 +33,7 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
     """
     check_policy(policy)
     kept = Histories.coerce(histories).latest(policy.max_items)
-    titles = catalog.lengths[catalog.index_of(kept.items, "histories")]
+    titles = catalog.inputs.lengths[catalog.index_of(kept.items, "histories")]
     if isinstance(policy, FittingPolicy):
         levels = policy.fit(kept, titles, prompt)
     else:

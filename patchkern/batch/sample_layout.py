@@ -39,7 +39,7 @@ def build_layout(
     stands between two history entries. For an item head a user is ``prefix | history rows`` and nothing after.
 
     Args:
-        catalog: the titles.
+        catalog: the titles, and perhaps texts, which the history's items are read as.
         histories: `Histories` or one sequence of item ids per user, oldest first; B users.
         policy: decides which items become what.
         prompt: the fixed tokens.
@@ -70,7 +70,7 @@ def build_layout(
     index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
     if isinstance(policy, FittingPolicy):
-        levels = policy.fit(kept, catalog.lengths[index], prompt)
+        levels = policy.fit(kept, catalog.inputs.lengths[index], prompt)
     else:
         levels = policy.levels(kept)
     if head == "items":
@@ -147,12 +147,12 @@ def check_titles(catalog: Catalog, prompt: Prompt) -> None:
 
 
 def title_with(catalog: Catalog, control: Mapping[int, str]) -> tuple[int, str] | None:
-    """The first token of any title that is in ``control``, and a name for the title; None without one."""
+    """The first token of any title or text that is in ``control``, and a name for it; None without one."""
     if control.keys().isdisjoint(catalog.distinct_tokens):
         return None
     at = first_control_token(catalog.token_ids, control)
     if at is None:
-        return None
+        return None if catalog.texts is None else title_with(catalog.texts, control)
     item = int(np.searchsorted(catalog.offsets, at, side="right")) - 1
     title = f"item {catalog.item_ids.item(item)!r}"
     return int(catalog.token_ids[at]), title if catalog.titles is None else f"{title}, {catalog.titles[item]!r}"
@@ -172,11 +172,16 @@ def plan_layout(
     Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
     """
     _check_levels(levels, histories)
+<<<<<<< HEAD
     if levels.max(initial=0) == Level.DROP:
         kept = levels != Level.DROP
         histories, index, levels = histories.keep(kept), index[kept], levels[kept]
     _check_joins(levels, histories)
     plan: RowPlan = planner.active.plan_rows(catalog, index, histories.offsets, levels, prompt, targets, spans)
+=======
+    titles = None if targets is None else catalog.generated(targets)
+    plan: RowPlan = planner.active.plan_rows(catalog.planned, index, histories.offsets, levels, prompt, titles, spans)
+>>>>>>> readers
     values: dict[str, Any] = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in plan._asdict().items()

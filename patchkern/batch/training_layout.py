@@ -58,7 +58,7 @@ def build_training_layout(
 
     Where histories are text and the prompt is a list (`Prompt.is_list`), the next item's title is the next target: the
     trunk alone is planned, with labels on all its targets, for no row more. A target without a history then follows
-    the prefix without the suffix between.
+    the prefix without the suffix between. Not so where the catalogue has texts, as a history then holds no titles.
 
     `RandomItemPatches` are drawn once per trunk: targets of one trunk see the same items as patches, where samples of
     their own would each have drawn anew.
@@ -114,7 +114,7 @@ def build_training_layout(
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     parts = _parts(catalog, histories, policy, samples, head)
-    listed = head != "items" and is_list(policy, prompt)
+    listed = head != "items" and is_list(catalog, policy, prompt)
     if head != "items" and not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
         raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
     targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
@@ -172,7 +172,7 @@ def training_rows(
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     rows = np.zeros(len(histories), np.int64)
-    if head != "items" and is_list(policy, prompt):
+    if head != "items" and is_list(catalog, policy, prompt):
         lists = Lists.of(samples.user, samples.start, samples.position)
         np.add.at(rows, lists.user, lists.rows(catalog, histories, prompt))
         return rows
@@ -322,9 +322,14 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     )
     levels = np.concatenate([of_trunks, policy.levels(branches)])
     index = catalog.index_of(items.items, "histories")
+<<<<<<< HEAD
     rows = np.where(levels == Level.TEXT, catalog.lengths[index], levels == Level.PATCH)
     entries = (levels != Level.JOIN) & (levels != Level.DROP)
     return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(entries))
+=======
+    rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
+    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(levels != Level.JOIN))
+>>>>>>> readers
 
 
 def _running(counts: NDArray[Any]) -> Int64:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets: readers, filters, splits and a synthetic generator.
 
-    data = open_dataset("ml-100k")              # MovieLens, Goodreads, RecBole or parquet, recognised by its files
+    data = open_dataset("ml-100k")              # MovieLens, Amazon, Steam, Goodreads, RecBole, parquet, by their files
     data = from_tables(interactions, items)     # or tables of pandas, polars, pyarrow
     data = prepare(data)                        # rating > 3, users with more than 20 of those, split 48:1:1 by time
     test = data.samples("test")                 # users and positions of the targets
@@ -12,6 +12,7 @@ Nothing is ever downloaded or unpickled.
 
 from __future__ import annotations
 
+from patchkern.data.amazon import read_amazon
 from patchkern.data.filters import (
     hold_out_items,
     k_core,
@@ -28,7 +29,8 @@ from patchkern.data.movielens import clean_title, read_movielens
 from patchkern.data.parquet import read_parquet, write_parquet
 from patchkern.data.preparation import prepare, samples_of
 from patchkern.data.recbole import read_recbole
-from patchkern.data.splits import leave_one_out, temporal_split
+from patchkern.data.splits import leave_last_out, leave_one_out, temporal_split
+from patchkern.data.steam import read_steam
 from patchkern.data.synthetic import synthetic
 from patchkern.data.tables import from_tables, read_tables
 
@@ -42,6 +44,7 @@ __all__ = [
     "hold_out_items",
     "k_core",
     "latest",
+    "leave_last_out",
     "leave_one_out",
     "min_interactions",
     "most_frequent_items",
@@ -49,10 +52,12 @@ __all__ = [
     "prepare",
     "rating_above",
     "rating_at_least",
+    "read_amazon",
     "read_goodreads",
     "read_movielens",
     "read_parquet",
     "read_recbole",
+    "read_steam",
     "read_tables",
     "samples_of",
     "synthetic",

@@ -99,4 +99,5 @@ def hold_out_items(interactions: Interactions, share: float, *, seed: int = 0) -
 
 def _with_catalog(interactions: Interactions, kept: np.ndarray) -> Interactions:
     titles = {item: title for (item, title), keep in zip(interactions.titles.items(), kept, strict=True) if keep}
-    return replace(interactions, titles=titles)
+    texts = None if interactions.texts is None else {item: interactions.texts[item] for item in titles}
+    return replace(interactions, titles=titles, texts=texts)

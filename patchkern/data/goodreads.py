@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from array import array
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from os import PathLike
 from pathlib import Path
@@ -16,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from patchkern.batch.columns import id_array
+from patchkern.data._objects import integer_id, read_objects
 from patchkern.data._tables import Titles, check_id, log_left_out
-from patchkern.data._text import malformed, one_file, read_lines
+from patchkern.data._text import malformed, one_file
 from patchkern.data.interactions import Interactions
+from patchkern.data.item_text import ItemText
 
 SYSTEM = "You recommend books."
 INSTRUCTION = (
@@ -27,8 +27,6 @@ INSTRUCTION = (
 INTERACTIONS_FILES = ("goodreads_interactions*.json", "goodreads_interactions*.json.gz")
 BOOKS_FILES = ("goodreads_books*.json", "goodreads_books*.json.gz")
 
-# as it would be written again: "007" and 7 are not the same id
-_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
 _DATE = re.compile(r"\w{3} (\w{3}) (\d\d) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d) (\d{4})", re.ASCII)
 _MONTH_NAMES = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTHS = {name: month for month, name in enumerate(_MONTH_NAMES, 1)}
@@ -41,6 +39,7 @@ def read_goodreads(
     rating_above: float | None = None,
     time_field: str = "date_added",
     title_field: str = "title",
+    item_text: str | None = None,
     tie_seed: int | None = 0,
 ) -> Interactions:
     """Read interactions and the titles of the books in them.
@@ -56,6 +55,8 @@ def read_goodreads(
         rating_above: keep only interactions rated strictly above it (0 is "not rated"), while streaming.
         time_field: ``date_added``, ``date_updated``, ``read_at`` or ``started_at``.
         title_field: ``title``, or ``title_without_series``.
+        item_text: what a model reads of a book, such as "title (publisher, publication_year)": fields of the file of
+            books, see `Interactions.texts`.
         tie_seed: of the order within one instant, see `Interactions.from_columns`.
 
     Raises:
@@ -68,10 +69,10 @@ def read_goodreads(
     undated = 0
     expected = f"an object with user_id, integer book_id, rating and {time_field}"
     kind = None
-    for number, record in _records(interactions_file, ("user_id", "book_id", "rating", time_field)):
+    for number, record in read_objects(interactions_file, ("user_id", "book_id", "rating", time_field)):
         try:
             user, time = record["user_id"], record[time_field]
-            item, rating = _book(record["book_id"]), _rating(record["rating"])
+            item, rating = integer_id("book_id", record["book_id"]), _rating(record["rating"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             malformed(interactions_file, number, expected, f"{type(error).__name__}: {error}")
         kind = type(user) if kind is None else kind
@@ -92,15 +93,15 @@ def read_goodreads(
         ratings.append(rating)
 
     taken = set(items)
-    titles = Titles(books_file)
-    for number, record in _records(books_file, ("book_id", title_field)):
+    titles = Titles(books_file, ItemText.parse(item_text))
+    for number, record in read_objects(books_file, ("book_id", title_field)):
         try:
-            book, title = _book(record["book_id"]), record[title_field]
+            book, title = integer_id("book_id", record["book_id"]), record[title_field]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             expected = f"an object with integer book_id and {title_field}"
             malformed(books_file, number, expected, f"{type(error).__name__}: {error}")
         if book in taken:
-            titles.add(number, book, title.strip() if isinstance(title, str) else "")
+            titles.add(number, book, title.strip() if isinstance(title, str) else "", record)
 
     item_ids = np.frombuffer(items, np.int64) if items else np.zeros(0, np.int64)
     titled = np.isin(item_ids, np.fromiter(titles.of, np.int64, len(titles.of)))
@@ -117,6 +118,7 @@ def read_goodreads(
         name=interactions_file.name.partition(".")[0],
         system=SYSTEM,
         instruction=INSTRUCTION,
+        texts=titles.texts_read(),
     )
 
 
@@ -129,36 +131,6 @@ def _files(path: Path, books: str | PathLike[str] | None) -> tuple[Path, Path]:
         where = books_file or interactions_file.parent
         raise FileNotFoundError(f"{where}: expected the books, a file like {' or '.join(BOOKS_FILES)}, found none")
     return interactions_file, books_file
-
-
-def _records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    names = [f'"{field}"' for field in fields]
-    for number, line in read_lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # a number of thousands of digits, brackets in brackets in brackets
-            record = None
-        if not isinstance(record, dict):
-            malformed(path, number, "one JSON object", line)
-        if any(line.count(name) > 1 for name in names):
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
-            twice = [field for field in fields if [key for key, _ in pairs].count(field) > 1]
-            if twice:
-                malformed(path, number, f"one {twice[0]}", line)
-        yield number, record
-
-
-class _Pairs(list[Any]):
-    """The members of a JSON object, those of the same name too."""
-
-
-def _book(value: Any) -> int:
-    """A book's id: an integer, or the text of one."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"book_id {value!r}")
-    if not _INTEGER.fullmatch(str(value)):
-        raise ValueError(f"book_id {value!r}")
-    return int(value)
 
 
 def _rating(value: Any) -> float:

@@ -66,6 +66,8 @@ class Interactions:
             ``ranges[split][u, 0] <= position < ranges[split][u, 1]``. Splits never overlap.
         name: what reports call the data set.
         system, instruction: prompt texts that fit the data, or None; the instruction holds ``[HISTORY_SEQUENCE]``.
+        texts: ``{item id: text}`` of all items of ``titles``, what a model reads of them in place of their titles
+            (`Catalog.from_titles`); readers make them where ``item_text`` names fields. None: the titles.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -80,6 +82,7 @@ class Interactions:
     name: str = "interactions"
     system: str | None = None
     instruction: str | None = None
+    texts: Mapping[Any, str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.histories, Histories):
@@ -87,6 +90,14 @@ class Interactions:
         if not isinstance(self.titles, Mapping):
             raise TypeError(f"titles: expected a mapping of item id to title, got {type(self.titles).__name__}")
         _check_titles(self.titles)
+        if self.texts is not None:
+            if not isinstance(self.texts, Mapping):
+                raise TypeError(f"texts: expected a mapping of item id to text, got {type(self.texts).__name__}")
+            if self.texts.keys() != self.titles.keys():
+                wrong = next(iter(self.texts.keys() ^ self.titles.keys()))
+                has = "a text without title" if wrong in self.texts else "a title without text"
+                raise ValueError(f"texts: expected one for each title, got {has}, of {wrong!r}")
+            _check_titles(self.texts, "texts")
         _check_items(self.histories.items, self.titles)
         _check_times(self.histories)
         user_ids = id_array(self.user_ids, "user_ids")
@@ -108,6 +119,7 @@ class Interactions:
         own = {
             "user_ids": frozen(user_ids, self.user_ids),
             "titles": MappingProxyType(dict(self.titles)),
+            "texts": None if self.texts is None else MappingProxyType(dict(self.texts)),
             "ratings": None if ratings is None else frozen(ratings, self.ratings),
             "ranges": MappingProxyType({split: freeze(bounds) for split, bounds in ranges.items()}),
         }
@@ -169,7 +181,7 @@ class Interactions:
         """As its fields: a read-only mapping cannot be pickled, and a copy is checked and read-only again."""
         ranges = dict(self.ranges)
         fields = (self.user_ids, self.histories, dict(self.titles), self.ratings, ranges, self.name, self.system)
-        return type(self), (*fields, self.instruction)
+        return type(self), (*fields, self.instruction, None if self.texts is None else dict(self.texts))
 
     def __repr__(self) -> str:
         splits = ", ".join(self.ranges) or "none"
@@ -235,6 +247,20 @@ class Interactions:
         """``(S,)`` ids of the items to predict."""
         return self.histories.at(samples.users, samples.positions)
 
+    def target_sets(self, split: str, min_history: int = MIN_HISTORY) -> tuple[Samples, Histories]:
+        """The prediction tasks of a split with all of a user's targets in one: the first one's sample, and the targets.
+
+        Recommending from `before` the samples and comparing with the targets (`patchkern.evaluation.evaluate`) asks
+        what a user takes in the whole split, once; `samples` asks for each target, knowing those before it.
+
+        Raises:
+            ValueError: as of `samples`.
+        """
+        samples = self.samples(split, min_history)
+        users, first, counts = np.unique(samples.users, return_index=True, return_counts=True)
+        starts = samples.positions[first]
+        return Samples(users, starts), self.histories.between(users, starts, starts + counts)
+
     def keep(self, chosen: NDArray[np.bool_]) -> Interactions:
         """The interactions where ``chosen`` ``(N,)`` is true; users left without any go. Splits and titles stay."""
         if chosen.shape != (self.num_interactions,) or chosen.dtype != np.bool_:
@@ -295,16 +321,16 @@ def positions_of(item_ids: NDArray[Any], items: NDArray[Any]) -> NDArray[np.int6
     return order[np.searchsorted(item_ids, items, sorter=order)] if items.size else np.zeros(0, np.int64)
 
 
-def _check_titles(titles: Mapping[Any, str]) -> None:
+def _check_titles(titles: Mapping[Any, str], argument: str = "titles") -> None:
     kinds = {int if isinstance(item, np.integer) else type(item) for item in titles}
     if len(kinds) > 1 or not kinds <= {int, str}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise TypeError(f"titles: expected keys that are all integers or all strings, got {names}")
+        raise TypeError(f"{argument}: expected keys that are all integers or all strings, got {names}")
     for item, title in titles.items():
         if not isinstance(title, str):
-            raise TypeError(f"titles[{item!r}]: expected a string, got {type(title).__name__}")
+            raise TypeError(f"{argument}[{item!r}]: expected a string, got {type(title).__name__}")
         if not title.strip():
-            raise ValueError(f"titles[{item!r}]: expected a title, got {title!r}")
+            raise ValueError(f"{argument}[{item!r}]: expected a {argument.removesuffix('s')}, got {title!r}")
 
 
 def _check_items(items: NDArray[Any], titles: Mapping[Any, str]) -> None:

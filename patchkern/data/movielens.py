@@ -11,6 +11,7 @@ from pathlib import Path
 from patchkern.data._tables import ID, Titles, columns_of, equally_long, read_numbers, read_plain, read_quoted
 from patchkern.data._text import malformed, read_lines
 from patchkern.data.interactions import Interactions
+from patchkern.data.item_text import ItemText
 
 SYSTEM = "You recommend movies."
 INSTRUCTION = (
@@ -19,6 +20,12 @@ INSTRUCTION = (
 
 # ratings file -> (titles file, separator of the ratings)
 FILES = {"u.data": ("u.item", "\t"), "ratings.dat": ("movies.dat", "::"), "ratings.csv": ("movies.csv", ",")}
+
+# of u.item, whose last columns say of each whether it is one of the movie's
+_GENRES = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
+           "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War",
+           "Western")  # fmt: skip
+_NO_GENRES = "(no genres listed)"
 
 _ID = re.compile(ID)
 _COLUMNS = ("userId", "movieId", "rating", "timestamp")
@@ -52,6 +59,7 @@ def read_movielens(
     raw_titles: bool = False,
     keep_year: bool = False,
     move_article: bool = True,
+    item_text: str | None = None,
     tie_seed: int | None = 0,
 ) -> Interactions:
     """Read a MovieLens folder, or its ratings file with the titles file beside it.
@@ -64,6 +72,8 @@ def read_movielens(
             and ``movies.csv``; or that ratings file.
         raw_titles: leave titles exactly as they are in the file.
         keep_year, move_article: see `clean_title`.
+        item_text: what a model reads of a movie, such as "title (genres, year)": those are the fields there are, see
+            `Interactions.texts`.
         tie_seed: of the order within one instant, see `Interactions.from_columns`.
 
     Raises:
@@ -75,11 +85,13 @@ def read_movielens(
     titles_file = ratings_file.with_name(titles_name)
     if not titles_file.is_file():
         raise FileNotFoundError(f"{titles_file}: expected the titles beside {ratings_file.name}, found no such file")
-    titles = Titles(titles_file)
-    for number, item, title in _TITLE_READERS[titles_name](titles_file):
+    titles = Titles(titles_file, ItemText.parse(item_text))
+    for number, item, title, genres in _TITLE_READERS[titles_name](titles_file):
         if not _ID.fullmatch(item) or not title.strip():
             malformed(titles_file, number, "an integer id and a title", f"{item} {title}")
-        titles.add(number, int(item), title if raw_titles else clean_title(title, keep_year, move_article))
+        year = _YEAR.search(title)
+        fields = {"genres": genres, "year": year[1] if year else ""}
+        titles.add(number, int(item), title if raw_titles else clean_title(title, keep_year, move_article), fields)
     columns = read_numbers(ratings_file, separator, _COLUMNS, _COLUMNS[:2], header=separator == ",")
     return Interactions.from_columns(
         columns["userId"],
@@ -91,6 +103,7 @@ def read_movielens(
         name=ratings_file.parent.resolve().name,
         system=SYSTEM,
         instruction=INSTRUCTION,
+        texts=titles.texts_read(),
     )
 
 
@@ -105,24 +118,25 @@ def _ratings_file(path: Path) -> Path:
     return path / found[0]
 
 
-def _u_item(path: Path) -> Iterator[tuple[int, str, str]]:
+def _u_item(path: Path) -> Iterator[tuple[int, str, str, list[str]]]:
     for number, fields in equally_long(path, read_plain(path, "|", latin1=True), separator="|"):
         if len(fields) < 2:
             malformed(path, number, "an id and a title separated by '|'", fields[0])
-        yield number, fields[0], fields[1]
+        flags = fields[5:] if len(fields) == 5 + len(_GENRES) else [""] * len(_GENRES)
+        yield number, fields[0], fields[1], [genre for genre, flag in zip(_GENRES, flags, strict=True) if flag == "1"]
 
 
-def _movies_dat(path: Path) -> Iterator[tuple[int, str, str]]:
+def _movies_dat(path: Path) -> Iterator[tuple[int, str, str, list[str]]]:
     for number, line in read_lines(path, latin1=True):
         # The title is all between the first and the last separator, so it may itself hold one.
         item, first, rest = line.partition("::")
-        title, last, _ = rest.rpartition("::")
+        title, last, genres = rest.rpartition("::")
         if not first or not last:
             malformed(path, number, "an id, a title and genres separated by '::'", line)
-        yield number, item, title
+        yield number, item, title, genres.split("|")
 
 
-def _movies_csv(path: Path) -> Iterator[tuple[int, str, str]]:
+def _movies_csv(path: Path) -> Iterator[tuple[int, str, str, list[str]]]:
     rows = read_quoted(path, ",", latin1=True)
     number, header = next(rows, (1, []))
     if not {"movieId", "title"} <= set(header):
@@ -130,7 +144,8 @@ def _movies_csv(path: Path) -> Iterator[tuple[int, str, str]]:
     item, title = header.index("movieId"), header.index("title")
     columns_of(path, header, ("movieId", "title"), ())
     for number, fields in equally_long(path, rows, len(header)):
-        yield number, fields[item], fields[title]
+        genres = fields[header.index("genres")] if "genres" in header else _NO_GENRES
+        yield number, fields[item], fields[title], [] if genres == _NO_GENRES else genres.split("|")
 
 
 _TITLE_READERS = {"u.item": _u_item, "movies.dat": _movies_dat, "movies.csv": _movies_csv}

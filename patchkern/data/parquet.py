@@ -3,8 +3,9 @@
 
 A folder holds ``histories.parquet`` (``user``; ``items``: list, oldest first; optionally the lists ``timestamps`` and
 ``ratings``; ``train_first``, ``train_last``, ``val_first``, ...: the inclusive range of target positions, or null),
-``items.parquet`` (``item``, ``title``) and optionally ``about.json`` (``name``, ``system``, ``instruction``) or
-``prompt.txt`` (line 1: system message, line 2: instruction). Two ordinary tables are read by `patchkern.data.tables`.
+``items.parquet`` (``item``, ``title``; optionally ``text`` and further fields) and optionally ``about.json`` (``name``,
+``system``, ``instruction``) or ``prompt.txt`` (line 1: system message, line 2: instruction). Two ordinary tables are
+read by `patchkern.data.tables`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from patchkern.batch.columns import as_array, id_array
 from patchkern.batch.histories import Histories
 from patchkern.data._text import read_lines
 from patchkern.data.interactions import Interactions
+from patchkern.data.item_text import ItemText, as_text
 
 HISTORIES, ITEMS, ABOUT, PROMPT = "histories.parquet", "items.parquet", "about.json", "prompt.txt"
 
@@ -34,8 +36,12 @@ _BYTES_PER_BYTE = 1024
 _ALWAYS = 1 << 20
 
 
-def read_parquet(folder: str | PathLike[str]) -> Interactions:
+def read_parquet(folder: str | PathLike[str], *, item_text: str | None = None) -> Interactions:
     """Read a folder in the form above; the splits are those of the file.
+
+    Args:
+        item_text: what a model reads of an item, such as "title (brand, categories)": columns of ``items.parquet``; see
+            `Interactions.texts`. None: its column ``text``, if it has one.
 
     Raises:
         FileNotFoundError: ``histories.parquet`` or ``items.parquet`` is missing.
@@ -63,12 +69,19 @@ def read_parquet(folder: str | PathLike[str]) -> Interactions:
     titles = dict(zip(ids, names, strict=True))
     if len(titles) != len(ids):
         raise ValueError(f"{items_file}: expected distinct items, got {len(ids) - len(titles)} more than once")
+    text = ItemText.parse("text" if item_text is None and "text" in catalog.column_names else item_text)
+    texts = None
+    if text is not None:
+        columns = [_written(items_file, catalog, name) for name in text.fields]
+        pairs = zip(titles.items(), *columns, strict=True)
+        texts = {item: text.of(title, values) for (item, title), *values in pairs}
     return Interactions(
         users,
         Histories(items, offsets, lists["timestamps"][0] if "timestamps" in lists else None),
         titles,
         lists["ratings"][0] if "ratings" in lists else None,
         ranges,
+        texts=texts,
         **_about(folder),
     )
 
@@ -102,6 +115,8 @@ def write_parquet(interactions: Interactions, folder: str | PathLike[str]) -> No
         "item": _array(interactions.item_ids),
         "title": pa.array(list(interactions.titles.values()), pa.large_string()),
     }
+    if interactions.texts is not None:
+        titles["text"] = pa.array([interactions.texts[item] for item in interactions.titles], pa.large_string())
     about = {name: getattr(interactions, name) for name in ("name", "system", "instruction")}
     text = json.dumps(about, indent=2) + "\n"
     (folder / HISTORIES).unlink(missing_ok=True)  # the old ones do not go with the new items
@@ -157,6 +172,14 @@ def _column(path: Path, table: Any, name: str) -> Any:
     if column.null_count:
         raise ValueError(f"{path}: expected no null in column {name!r}, got {column.null_count}")
     return column
+
+
+def _written(path: Path, table: Any, name: str) -> list[str]:
+    """A column of any fields as text, "" for null."""
+    try:
+        return [as_text(value) for value in _nullable(path, table, name).to_pylist()]
+    except TypeError as error:
+        raise ValueError(f"{path}: column {name!r}: {error}") from error
 
 
 def _lists(path: Path, table: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:

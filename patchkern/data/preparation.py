@@ -11,7 +11,7 @@ from typing import Any
 from patchkern.data import filters
 from patchkern.data.formats import open_dataset
 from patchkern.data.interactions import MIN_HISTORY, Interactions, Samples
-from patchkern.data.splits import leave_one_out, temporal_split
+from patchkern.data.splits import leave_last_out, temporal_split
 from patchkern.data.synthetic import synthetic
 
 logger = logging.getLogger("patchkern.data")
@@ -20,6 +20,10 @@ logger = logging.getLogger("patchkern.data")
 RATED_ABOVE = 3.0
 MIN_INTERACTIONS = 21
 
+# items of each user that are tested on
+LEAVE_OUT = {"leave_one_out": 1, "leave_two_out": 2}
+SPLIT_BY = ("time", *LEAVE_OUT)
+
 
 def prepare(
     interactions: Interactions,
@@ -27,6 +31,7 @@ def prepare(
     min_rating: float | None = None,
     min_interactions: int | None = None,
     k_core: int | None = None,
+    split_by: str | None = None,
     ratio: Sequence[float] = (48, 1, 1),
     report: Callable[[str], None] = logger.info,
 ) -> Interactions:
@@ -37,12 +42,17 @@ def prepare(
         min_rating: keep interactions rated so or better; None: above 3. Without ratings, all.
         k_core: then the part in which all users and items have so many interactions; None: no such filter.
         min_interactions: then users with at least so many; None: 21, and with a ``k_core`` no further filter.
-        ratio: then the split of all interactions by time; data without timestamps is split by `leave_one_out`.
+        split_by: then the split: "time", of all interactions in the ``ratio``; "leave_one_out" or "leave_two_out", of
+            each user's last ones (`leave_last_out`). None: the splits that the data has, else by time, else, without
+            timestamps, "leave_one_out".
+        ratio: of the split by time.
         report: gets a line for each filter: what it is, and how many interactions and users it kept.
 
     Raises:
         ValueError: nothing is left; the message says which filter took what and what changes it.
     """
+    if split_by is not None and split_by not in SPLIT_BY:
+        raise ValueError(f"split_by: expected one of {', '.join(SPLIT_BY)}, got {split_by!r}")
     has_splits = bool(interactions.ranges)
     if not has_splits and min_interactions is None and k_core is None:
         min_interactions = MIN_INTERACTIONS
@@ -77,9 +87,10 @@ def prepare(
             )
         report(lines[-1])
         data = kept
-    if has_splits:
+    if has_splits and split_by is None:
         return data
-    return leave_one_out(data) if data.histories.timestamps is None else temporal_split(data, ratio)
+    split_by = split_by or ("leave_one_out" if data.histories.timestamps is None else "time")
+    return temporal_split(data, ratio) if split_by == "time" else leave_last_out(data, LEAVE_OUT[split_by])
 
 
 def samples_of(interactions: Interactions, split: str) -> Samples:
@@ -99,11 +110,21 @@ def samples_of(interactions: Interactions, split: str) -> Samples:
     return samples
 
 
-def add_arguments(parser: Any, *, default: str | None = None) -> None:
-    """``--data`` and the flags of `prepare`, for a parser or a group of one; ``--data`` is required without default."""
+def add_arguments(parser: Any, *, default: str | None = None, item_text: bool = False) -> None:
+    """``--data`` and the flags of `prepare`, for a parser or a group of one; ``--data`` is required without default.
+
+    Args:
+        item_text: also ``--item_text``, for what gives `Interactions.texts` to its catalogue.
+    """
     parser.add_argument(
         "--data", required=default is None, default=default, help='"synthetic" or a path that open_dataset reads'
     )
+    if item_text:
+        parser.add_argument(
+            "--item_text",
+            help='what the model reads of an item: "title (brand, categories)", of fields that the data has; it '
+            "generates the title alone (default: reads that too)",
+        )
     add_filters(parser)
 
 
@@ -116,20 +137,29 @@ def add_filters(parser: Any) -> None:
         help=f"then users with so many (default: {MIN_INTERACTIONS}; with --k_core, or data that has splits: any)",
     )
     parser.add_argument("--k_core", type=int, help="of users and items, before --min_interactions (default: none)")
+    parser.add_argument(
+        "--split_by",
+        choices=SPLIT_BY,
+        help="48:1:1 of all interactions in order of time, or of each user the last one or two for the test and as "
+        "many before them for validation (default: time; data that has splits: its own)",
+    )
 
 
 def load(arguments: argparse.Namespace, **synthetic_options: Any) -> Interactions:
     """The data set that the flags of `add_arguments` name, prepared; what each filter keeps is printed."""
+    item_text = getattr(arguments, "item_text", None)
     if arguments.data == "synthetic":
+        if item_text is not None:
+            raise ValueError("--item_text: expected none with --data synthetic, whose items have titles alone")
         data = synthetic(**synthetic_options)
     else:
-        data = open_dataset(arguments.data)
+        data = open_dataset(arguments.data, **({} if item_text is None else {"item_text": item_text}))
     return prepared(data, arguments)
 
 
 def prepared(data: Interactions, arguments: argparse.Namespace) -> Interactions:
     """`prepare` as the flags of `add_filters` say; what each filter keeps is printed."""
-    chosen = {name: getattr(arguments, name) for name in ("min_rating", "min_interactions", "k_core")}
+    chosen = {name: getattr(arguments, name) for name in ("min_rating", "min_interactions", "k_core", "split_by")}
     return prepare(data, **chosen, report=lambda line: print(line, flush=True))
 
 

@@ -26,6 +26,7 @@ from patchkern.data._tables import (
 )
 from patchkern.data._text import logger, malformed, one_file
 from patchkern.data.interactions import Interactions
+from patchkern.data.item_text import ItemText
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 _TITLE_FIELDS = ("title", "movie_title", "book_title", "item_title", "name", "item_name")
@@ -44,6 +45,7 @@ def read_recbole(
     time_field: str = "timestamp",
     rating_field: str = "rating",
     title_field: str | None = None,
+    item_text: str | None = None,
     time_unit: str | None = None,
     tie_seed: int | None = 0,
 ) -> Interactions:
@@ -57,6 +59,8 @@ def read_recbole(
         user_field, item_field, time_field, rating_field: columns of ``.inter``; the last two may be missing from it.
         title_field: column of ``.item``; None: the first there is of title, movie_title, book_title, item_title, name,
             item_name.
+        item_text: what a model reads of an item, such as "title (brand, categories)": columns of ``.item`` of any type,
+            and the title; see `Interactions.texts`.
         time_unit, tie_seed: see `Interactions.from_columns`.
 
     Raises:
@@ -68,7 +72,7 @@ def read_recbole(
     item_file = inter_file.with_suffix(".item")
     if not item_file.is_file():
         raise FileNotFoundError(f"{item_file}: expected the titles beside {inter_file.name}, found no such file")
-    titles = _titles(item_file, item_field, title_field)
+    titles = _titles(item_file, item_field, title_field, ItemText.parse(item_text))
 
     users: list[str] = []
     items: list[str] = []
@@ -98,6 +102,7 @@ def read_recbole(
     if users and not times:
         logger.warning("%s: no column %s, the rows are taken to be in order of time", inter_file, time_field)
 
+    texts = titles.texts_read()
     integer_ids = canonical_ids(list(titles.of))
     integer_users = canonical_ids(users)
     return Interactions.from_columns(
@@ -109,6 +114,7 @@ def read_recbole(
         time_unit=time_unit,
         tie_seed=tie_seed,
         name=inter_file.stem,
+        texts=texts if integer_ids is None or texts is None else {int(item): text for item, text in texts.items()},
     )
 
 
@@ -119,21 +125,23 @@ def _inter_file(path: Path) -> Path:
     return found
 
 
-def _titles(path: Path, item_field: str, title_field: str | None) -> Titles:
+def _titles(path: Path, item_field: str, title_field: str | None, text: ItemText | None) -> Titles:
     if title_field is None:
         columns = [name for name, _ in _header(path, next(_lines(path), (1, [""])))]
         title_field = next((name for name in _TITLE_FIELDS if name in columns), None)
         if title_field is None:
             wanted = ", ".join(_TITLE_FIELDS)
             raise ValueError(f"{path}: expected a column of titles ({wanted}), got {', '.join(columns)}")
-    titles = Titles(path)
-    kinds = {item_field: ("token",), title_field: ("token", "token_seq")}
-    for number, (item, title) in _rows(path, kinds, (item_field, title_field)):
+    titles = Titles(path, text)
+    fields = () if text is None else text.fields
+    kinds = {item_field: ("token",), title_field: ("token", "token_seq"), **dict.fromkeys(fields, _TYPES)}
+    for number, values in _rows(path, kinds, (item_field, title_field, *fields)):
+        item = values[0]
         if item in _MISSING:
             malformed(path, number, f"a {item_field}", str(item))
-        titles.add(
-            number, check_id(path, number, item_field, str(item)), "" if title in _MISSING else str(title).strip()
-        )
+        present = ["" if value is None or value in _MISSING else value.strip() for value in values]
+        known = dict(zip(kinds, present, strict=True))
+        titles.add(number, check_id(path, number, item_field, str(item)), known[title_field], known)
     return titles
 
 

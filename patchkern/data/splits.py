@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from patchkern.batch.histories import check_count
 from patchkern.data.interactions import SPLITS, Interactions
 
 
@@ -39,14 +40,24 @@ def temporal_split(interactions: Interactions, ratio: Sequence[float] = (48, 1, 
     return _with_ends(interactions, train_end, val_end)
 
 
-def leave_one_out(interactions: Interactions) -> Interactions:
-    """The last item of each history is its test target, the one before validation, all others training.
+def leave_last_out(interactions: Interactions, count: int = 1) -> Interactions:
+    """The last ``count`` items of each history are test targets, as many before them validation, all others training.
 
-    Histories of fewer than 3 items are all training.
+    Histories of no more than twice as many items are all training. This is not in order of time across users: one may
+    be tested on what is older than what another is trained on.
+
+    Raises:
+        TypeError, ValueError: ``count`` is not an integer of at least 1.
     """
+    check_count("count", count, minimum=1)
     lengths = interactions.histories.lengths
-    held_out = lengths >= len(SPLITS)
+    held_out = count * (lengths > 2 * count)
     return _with_ends(interactions, lengths - 2 * held_out, lengths - held_out)
+
+
+def leave_one_out(interactions: Interactions) -> Interactions:
+    """`leave_last_out` of one item: the last of each history is tested on, the one before it validates."""
+    return leave_last_out(interactions, 1)
 
 
 def _with_ends(interactions: Interactions, train_end: np.ndarray, val_end: np.ndarray) -> Interactions:

@@ -16,6 +16,7 @@ from patchkern.batch.columns import id_array, number_array
 from patchkern.batch.instants import instants
 from patchkern.data._tables import log_left_out
 from patchkern.data.interactions import Interactions
+from patchkern.data.item_text import ItemText, as_text
 from patchkern.data.parquet import ITEMS, read_table
 
 INTERACTIONS = "interactions.parquet"
@@ -60,6 +61,7 @@ def from_tables(
     time_field: str | None = None,
     rating_field: str | None = None,
     title_field: str | None = None,
+    item_text: str | None = None,
     ordered: bool = False,
     time_unit: str | None = None,
     tie_seed: int | None = 0,
@@ -76,6 +78,8 @@ def from_tables(
         items: one row per item: its id and title; the catalogue keeps their order.
         user_field, item_field, time_field, rating_field, title_field: names of columns. None: user_id, user or userId;
             item_id, item or itemId; timestamp or time; rating; title or name, whichever one is there.
+        item_text: what a model reads of an item, such as "title (brand, categories)": columns of the table of items,
+            and the title; see `Interactions.texts`.
         ordered: there is no time, the rows are in order.
         time_unit, tie_seed: see `Interactions.from_columns`.
         labels: what complaints call the two tables.
@@ -106,6 +110,8 @@ def from_tables(
             raise ValueError(
                 f"{labels[1]}, row {row}: expected {titles[item]!r} again as title of {item!r}, got {title!r}"
             )
+    if item_text is not None:
+        about["texts"] = catalog.item_texts(item_text, ids.tolist(), titles)
     known = np.isin(taken, ids)
     titled = np.isin(taken, np.array(list(titles), ids.dtype))
     left_out = {"with an item without title": known & ~titled, f"with an item that {labels[1]} lacks": ~known}
@@ -170,6 +176,33 @@ class _Table:
                     raise TypeError(f"{self.called(name)}, row {row}: expected text, got {type(value).__name__}")
                 values[row] = None
         return values
+
+    def item_texts(self, form: str, ids: list[Any], titles: Mapping[Any, str]) -> dict[Any, str]:
+        """The texts of all items that have a title."""
+        text = ItemText.parse(form)
+        if text is None:
+            return {}
+        columns = [self._written(str(self.name("item_text", name))) for name in text.fields]
+        texts: dict[Any, str] = {}
+        for row, (item, *values) in enumerate(zip(ids, *columns, strict=True)):
+            if item in titles:
+                read = text.of(titles[item], values)
+                if texts.setdefault(item, read) != read:
+                    raise ValueError(
+                        f"{self.label}, row {row}: expected {texts[item]!r} again as text of {item!r}, got {read!r}"
+                    )
+        return texts
+
+    def _written(self, name: str) -> list[str]:
+        column = self.values[name]
+        values = column.to_pylist() if hasattr(column, "to_pylist") else getattr(column, "tolist", lambda: column)()
+        written = []
+        for row, value in enumerate(values):
+            try:
+                written.append("" if not isinstance(value, (list, tuple)) and _is_missing(value) else as_text(value))
+            except TypeError as error:
+                raise TypeError(f"{self.called(name)}, row {row}: {error}") from None
+        return written
 
 
 def _is_missing(value: Any) -> bool:

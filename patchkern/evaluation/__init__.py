@@ -6,6 +6,7 @@ from patchkern.evaluation.exposure import coverage, log_popularity
 from patchkern.evaluation.linear import linear
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.evaluation.slices import HISTORY_LENGTHS, TRAINING_COUNTS, slices, training_counts
+from patchkern.evaluation.trec import write_qrels, write_run
 from patchkern.evaluation.yardsticks import Ranking, most_popular, transitions
 
 __all__ = [
@@ -26,4 +27,6 @@ __all__ = [
     "standard_error",
     "training_counts",
     "transitions",
+    "write_qrels",
+    "write_run",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hit rate, NDCG and MRR of recommendation lists: by item, and the way the PatchRec authors count."""
+"""Hit rate, NDCG, MRR and recall of recommendation lists: by item, and the way the PatchRec authors count."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import is_sequence
+from patchkern.batch.histories import Histories
 from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
 
 METRICS = ("strict", "paper")
@@ -20,14 +22,17 @@ METRICS = ("strict", "paper")
 class Evaluation:
     """HR@k, NDCG@k and MRR@k of one set of recommendation lists, each with its standard error over users.
 
-    A sample has one target, so Recall@k is HR@k.
+    Where a sample has one target, Recall@k is HR@k. Where it has several, they are all as relevant: HR@k says whether
+    any is among the first k, Recall@k which share of them, NDCG@k is of the best possible order, MRR@k of the first.
 
     Attributes:
         metric: ``"strict"`` or ``"paper"``.
         ks: the list lengths counted.
-        ranks: ``(B,)`` int64, the target's place in each sample's list, from 1; 0 where it is not in the list.
-        ambiguous: ``(B,)`` bool, samples whose target shares its title with another item of the catalogue.
+        ranks: ``(B,)`` int64, the target's place in each sample's list, from 1; 0 where it is not in the list. With
+            ``offsets``, of all samples' targets one after the other.
+        ambiguous: ``(B,)`` bool, samples with a target that shares its title with another item of the catalogue.
         users: ``(B,)`` int64, whose sample each is; None: everyone's own.
+        offsets: ``(B + 1,)`` int64, sample ``b`` has ``ranks[offsets[b]:offsets[b + 1]]``, not none; None: one each.
     """
 
     metric: str
@@ -35,32 +40,47 @@ class Evaluation:
     ranks: NDArray[np.int64]
     ambiguous: NDArray[np.bool_]
     users: NDArray[np.int64] | None = None
+    offsets: NDArray[np.int64] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.ambiguous.size)
 
     @property
     def num_ambiguous(self) -> int:
-        """Samples whose target shares its title with another item."""
+        """Samples with a target that shares its title with another item."""
         return int(self.ambiguous.sum())
 
     @property
     def num_users(self) -> int:
         """Users that the samples are of."""
-        return int(self.ranks.size if self.users is None else np.unique(self.users).size)
+        return int(self.num_samples if self.users is None else np.unique(self.users).size)
 
     def hits(self, k: int) -> NDArray[np.float64]:
-        """``(B,)`` 1 where the target is among the first ``k``, else 0."""
-        return ((self.ranks > 0) & (self.ranks <= k)).astype(np.float64)
+        """``(B,)`` 1 where a target is among the first ``k``, else 0."""
+        return self._each(np.maximum, self._listed(k))
+
+    def recalls(self, k: int) -> NDArray[np.float64]:
+        """``(B,)`` the share of the targets that are among the first ``k``."""
+        return self._each(np.add, self._listed(k)) / self._sizes
 
     def gains(self, k: int) -> NDArray[np.float64]:
-        """``(B,)`` 1 / log2(rank + 1) where the target is among the first ``k``, else 0: NDCG with one target."""
-        return self.hits(k) / np.log2(np.maximum(self.ranks, 1) + 1)
+        """``(B,)`` NDCG: sum of 1 / log2(rank + 1) over the targets among the first ``k``, by the largest possible."""
+        best = np.append(0, np.cumsum(1 / np.log2(np.arange(k) + 2)))
+        gain = self._listed(k) / np.log2(np.maximum(self.ranks, 1) + 1)
+        return self._each(np.add, gain) / best[np.minimum(self._sizes, k)]
 
     def reciprocals(self, k: int) -> NDArray[np.float64]:
-        """``(B,)`` 1 / rank where the target is among the first ``k``, else 0."""
-        return self.hits(k) / np.maximum(self.ranks, 1)
+        """``(B,)`` 1 / rank of the first target where it is among the first ``k``, else 0."""
+        return self._each(np.maximum, self._listed(k) / np.maximum(self.ranks, 1))
 
     def hr(self, k: int) -> float:
-        """HR@k: share of samples whose target is among the first ``k``; NaN without samples."""
+        """HR@k: share of samples with a target among the first ``k``; NaN without samples."""
         return self.estimate(self.hits(k)).mean
+
+    def recall(self, k: int) -> float:
+        """Recall@k: mean share of a sample's targets among the first ``k``; NaN without samples."""
+        return self.estimate(self.recalls(k)).mean
 
     def ndcg(self, k: int) -> float:
         """NDCG@k; NaN without samples."""
@@ -75,8 +95,10 @@ class Evaluation:
         return estimate(values, self.users)
 
     def per_sample(self) -> dict[str, NDArray[np.float64]]:
-        """``HR@k``, ``NDCG@k`` and ``MRR@k`` for every k, of each sample."""
+        """``HR@k``, ``NDCG@k`` and ``MRR@k`` for every k, of each sample; with several targets also ``Recall@k``."""
         measures = {"HR": self.hits, "NDCG": self.gains, "MRR": self.reciprocals}
+        if self.offsets is not None:
+            measures["Recall"] = self.recalls
         return {f"{name}@{k}": of(k) for name, of in measures.items() for k in self.ks}
 
     def as_dict(self) -> dict[str, float]:
@@ -90,7 +112,10 @@ class Evaluation:
         """Of some of the samples: their numbers, or ``(B,)`` bool."""
         chosen = np.asarray(samples)
         users = None if self.users is None else self.users[chosen]
-        return replace(self, ranks=self.ranks[chosen], ambiguous=self.ambiguous[chosen], users=users)
+        if self.offsets is None:
+            return replace(self, ranks=self.ranks[chosen], ambiguous=self.ambiguous[chosen], users=users)
+        lists = Histories(self.ranks, self.offsets).take(np.arange(self.num_samples)[chosen])
+        return replace(self, ranks=lists.items, ambiguous=self.ambiguous[chosen], users=users, offsets=lists.offsets)
 
     def minus(self, other: Evaluation) -> dict[str, Difference]:
         """By how much it is above another of the same samples, in all that `per_sample` has: see `paired_difference`.
@@ -101,8 +126,10 @@ class Evaluation:
         for name in ("metric", "ks"):
             if getattr(other, name) != getattr(self, name):
                 raise ValueError(f"other: expected {name} {getattr(self, name)}, got {getattr(other, name)}")
-        if other.ranks.size != self.ranks.size:
-            raise ValueError(f"other: expected {self.ranks.size} samples, got {other.ranks.size}")
+        if other.num_samples != self.num_samples:
+            raise ValueError(f"other: expected {self.num_samples} samples, got {other.num_samples}")
+        if not np.array_equal(self._sizes, other._sizes):
+            raise ValueError("other: expected the same samples, got others: they have other numbers of targets")
         if not np.array_equal(_users(self), _users(other)):
             raise ValueError("other: expected the same samples, got others: their users differ")
         pairs = zip(self.per_sample().items(), other.per_sample().values(), strict=True)
@@ -114,7 +141,23 @@ class Evaluation:
     def __str__(self) -> str:
         numbers = "  ".join(f"{name} {self.estimate(values)}" for name, values in self.per_sample().items())
         of = "" if self.users is None else f" of {self.num_users} users"
-        return f"{numbers}  ({self.metric}, {self.ranks.size} samples{of}, {self.num_ambiguous} with a shared title)"
+        return f"{numbers}  ({self.metric}, {self.num_samples} samples{of}, {self.num_ambiguous} with a shared title)"
+
+    @property
+    def _sizes(self) -> NDArray[np.int64]:
+        """``(B,)`` targets of each sample."""
+        return np.ones(self.num_samples, np.int64) if self.offsets is None else np.diff(self.offsets)
+
+    def _listed(self, k: int) -> NDArray[np.float64]:
+        """1 for every target that is among the first ``k``, else 0."""
+        return ((self.ranks > 0) & (self.ranks <= k)).astype(np.float64)
+
+    def _each(self, combine: np.ufunc, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``(B,)`` values of targets, combined over those of each sample."""
+        if self.offsets is None or not self.num_samples:
+            return values
+        combined: NDArray[np.float64] = combine.reduceat(values, self.offsets[:-1])
+        return combined
 
 
 def evaluate(
@@ -126,7 +169,7 @@ def evaluate(
     catalog: Catalog,
     users: ArrayLike | None = None,
 ) -> Evaluation:
-    """Compare each list with the item that came next.
+    """Compare each list with the item that came next, or with several.
 
     ``metric="strict"`` compares items. Items whose titles have equal tokens cannot be told apart by a model that
     generates titles, so they stand for each other: a list is ranked by its distinct titles, and the target counts at
@@ -140,7 +183,8 @@ def evaluate(
     Args:
         recommendations: one list per sample, best first: item ids, or ``(item_id, score)`` as `recommend` returns
             them.
-        targets: ``(B,)`` item ids.
+        targets: ``(B,)`` item ids; or several for each sample, as a sequence of sequences or `patchkern.Histories`,
+            such as those of ``Interactions.target_sets``. Items of one sample whose titles are equal count once.
         ks: list lengths to count.
         metric: ``"strict"`` or ``"paper"``.
         catalog: the items' titles; ``"paper"`` needs them as text.
@@ -159,6 +203,12 @@ def evaluate(
         [1, 2]
         >>> result.hr(1), round(result.ndcg(2), 3)
         (0.5, 0.815)
+
+        Several targets each.
+
+        >>> result = evaluate([["c", "a"], ["a", "b"]], targets=[["c", "b"], ["a"]], ks=[2], catalog=catalog)
+        >>> result.hr(2), result.recall(2), round(result.ndcg(2), 3)
+        (1.0, 0.75, 0.807)
     """
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
@@ -168,14 +218,18 @@ def evaluate(
     if metric == "paper" and not texts:
         raise ValueError('catalog: metric="paper" compares titles as text, got a catalog without titles')
     ks = _list_lengths(ks)
+    if _are_lists(targets):
+        if metric == "paper":
+            raise ValueError('targets: expected one item id each with metric="paper", which knows no others, got lists')
+        several: Any = targets
+        return _with_several(recommendations, Histories.coerce(several), ks, catalog, users)
     target_index = catalog.index_of(np.asarray(targets), "targets")
     if len(recommendations) != target_index.size:
         raise ValueError(f"targets: expected one per list ({len(recommendations)}), got {target_index.size}")
     title = _title_numbers(catalog)
     ranks = np.zeros(target_index.size, np.int64)
     for user, (row, target) in enumerate(zip(recommendations, target_index.tolist(), strict=True)):
-        ids = [entry[0] if isinstance(entry, tuple) else entry for entry in row]
-        listed = catalog.index_of(np.asarray(ids), f"recommendations[{user}]").tolist()
+        listed = _listed(row, user, catalog)
         if metric == "strict":
             ranks[user] = _strict_rank(title[listed].tolist(), int(title[target]))
         else:
@@ -185,8 +239,48 @@ def evaluate(
     return Evaluation(metric, ks, ranks, ambiguous, numbers)
 
 
+def _with_several(
+    recommendations: Sequence[Sequence[Any]],
+    targets: Histories,
+    ks: tuple[int, ...],
+    catalog: Catalog,
+    users: ArrayLike | None,
+) -> Evaluation:
+    if len(recommendations) != len(targets):
+        raise ValueError(f"targets: expected one list per list ({len(recommendations)}), got {len(targets)}")
+    empty = np.flatnonzero(targets.lengths == 0)
+    if empty.size:
+        raise ValueError(f"targets[{empty[0]}]: expected at least one item id, got none")
+    title = _title_numbers(catalog)
+    wanted = title[catalog.index_of(targets.items, "targets")]
+    shared = np.bincount(title)[wanted] > 1
+    ranks: list[int] = []
+    offsets = [0]
+    for user, row in enumerate(recommendations):
+        own = dict.fromkeys(wanted[targets.offsets[user] : targets.offsets[user + 1]].tolist())
+        listed = title[_listed(row, user, catalog)].tolist()
+        ranks += [_strict_rank(listed, one) for one in own]
+        offsets.append(len(ranks))
+    ambiguous = np.logical_or.reduceat(shared, targets.offsets[:-1]) if len(targets) else np.zeros(0, bool)
+    numbers = None if users is None else user_numbers(users, len(targets))
+    return Evaluation("strict", ks, np.array(ranks, np.int64), ambiguous, numbers, np.array(offsets))
+
+
+def _are_lists(targets: Any) -> bool:
+    if isinstance(targets, Histories) or getattr(targets, "ndim", 1) > 1:
+        return True
+    return is_sequence(targets) and len(targets) > 0 and is_sequence(next(iter(targets)))
+
+
+def _listed(row: Sequence[Any], user: int, catalog: Catalog) -> list[int]:
+    """Catalogue positions of a list's items."""
+    ids = [entry[0] if isinstance(entry, tuple) else entry for entry in row]
+    positions: list[int] = catalog.index_of(np.asarray(ids), f"recommendations[{user}]").tolist()
+    return positions
+
+
 def _users(found: Evaluation) -> NDArray[np.int64]:
-    return np.arange(found.ranks.size) if found.users is None else found.users
+    return np.arange(found.num_samples) if found.users is None else found.users
 
 
 def _list_lengths(ks: Sequence[int]) -> tuple[int, ...]:

@@ -17,11 +17,14 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import check_offsets
 
 _LARGEST = 1 << 28  # bytes
-_NUMBERS = {"token_ids": np.int32, "offsets": np.int32, "item_ids": np.int64}
+_NUMBERS = {
+    **dict.fromkeys(("token_ids", "offsets", "text_token_ids", "text_token_offsets"), np.int32),
+    "item_ids": np.int64,
+}
 
 
 def write_catalog(path: str | os.PathLike[str], catalog: Catalog) -> None:
-    """Write item ids, titles if it has them, token ids and the fingerprint."""
+    """Write item ids, titles and input texts if it has them, token ids and the fingerprint."""
     arrays: dict[str, NDArray[Any]] = {"token_ids": catalog.token_ids, "offsets": catalog.offsets}
     if catalog.item_ids.dtype.kind == "U":
         arrays |= _packed("item_ids", catalog.item_ids.tolist())
@@ -29,6 +32,10 @@ def write_catalog(path: str | os.PathLike[str], catalog: Catalog) -> None:
         arrays["item_ids"] = catalog.item_ids
     if catalog.titles is not None:
         arrays |= _packed("titles", catalog.titles)
+    if catalog.texts is not None:
+        arrays |= {"text_token_ids": catalog.texts.token_ids, "text_token_offsets": catalog.texts.offsets}
+        if catalog.texts.titles is not None:
+            arrays |= _packed("texts", catalog.texts.titles)
     save_file(
         {name: np.ascontiguousarray(array) for name, array in arrays.items()},
         path,
@@ -57,7 +64,11 @@ def read_catalog(path: str | os.PathLike[str]) -> Catalog:
                 )
         ids: Any = arrays["item_ids"] if "item_ids" in arrays else _strings("item_ids", arrays)
         titles = _unpacked("titles", arrays) if "titles_utf8" in arrays else None
-        catalog = Catalog(arrays["token_ids"], arrays["offsets"], ids, titles)
+        texts = None
+        if "text_token_ids" in arrays:
+            written = _unpacked("texts", arrays) if "texts_utf8" in arrays else None
+            texts = Catalog(arrays["text_token_ids"], arrays["text_token_offsets"], ids, written)
+        catalog = Catalog(arrays["token_ids"], arrays["offsets"], ids, titles, texts)
         if catalog.fingerprint != fingerprint:
             raise ValueError(f"fingerprint: expected {fingerprint}, as is written in it, got {catalog.fingerprint}")
     except KeyError as error:

@@ -28,9 +28,9 @@ class ItemHead(nn.Module):
     """``score(user, i) = temperature * <g(h), e_i> + b_i``, of every item i.
 
     h is the hidden state of a history's last row; e_i the mean of the rows that the title's tokens have in the output
-    embedding, plus the item's own vector where the model has `item_embedding`; g a linear map, the identity at first;
-    b_i a bias. Items that are new to the model have no bias and no vector of their own: their text ranks them from the
-    first moment.
+    embedding (those of the input text, where the catalogue has texts), plus the item's own vector where the model has
+    `item_embedding`; g a linear map, the identity at first; b_i a bias. Items that are new to the model have no bias
+    and no vector of their own: their text ranks them from the first moment.
 
     Args:
         catalog: the items.

@@ -39,13 +39,20 @@ _MAX_POSITIONS = 131_072
 
 
 def from_scratch(
-    titles: Mapping[Any, str], size: str = "tiny", *, vocab_size: int = 2048, separator: bool = True, **model: Any
+    titles: Mapping[Any, str],
+    size: str = "tiny",
+    *,
+    texts: Mapping[Any, str] | None = None,
+    vocab_size: int = 2048,
+    separator: bool = True,
+    **model: Any,
 ) -> tuple[PreTrainedModel, Catalog, Prompt]:
     """What a `PatchedCausalLM` is made of, from nothing but titles: `fit_tokenizer`, `scratch_model`, `scratch_prompt`.
 
     Args:
         titles: ``{item_id: title}``, as of `patchkern.Catalog.from_titles`.
         size: as of `scratch_model`.
+        texts: what the model reads in place of the titles, as of `patchkern.Catalog.from_titles`; None: the titles.
         vocab_size: as of `fit_tokenizer`.
         separator: as of `scratch_prompt`.
         model: further arguments of `scratch_model`, such as ``seed``, ``dropout`` and ``hidden_size``.
@@ -67,8 +74,8 @@ def from_scratch(
     """
     if not isinstance(titles, Mapping):
         raise TypeError(f"titles: expected a mapping of item id to title, got {type(titles).__name__}")
-    tokenizer = fit_tokenizer(titles.values(), vocab_size)
-    catalog = Catalog.from_titles(titles, tokenizer)
+    tokenizer = fit_tokenizer([*titles.values(), *(texts or {}).values()], vocab_size)
+    catalog = Catalog.from_titles(titles, tokenizer, texts)
     return scratch_model(tokenizer, size, **model), catalog, scratch_prompt(tokenizer, separator)
 
 

@@ -80,7 +80,7 @@ def item_table(catalog: Catalog, weight: Tensor, backend: str = "auto") -> ItemT
     elements of memory, 16 MB for 3,883 titles at D = 2048 in bfloat16.
 
     Args:
-        catalog: the titles.
+        catalog: the titles, and perhaps texts, which are then what is pooled.
         weight: ``(V, D)``, as in `pool_rows`, frozen (``weight.requires_grad_(False)``). When it changes all the same,
             the table is stale and `pool_rows` refuses it.
         backend: as in `pool_rows`.
@@ -121,16 +121,17 @@ def item_table(catalog: Catalog, weight: Tensor, backend: str = "auto") -> ItemT
             "weight: expected a tensor whose changes can be noticed, got one made under torch.inference_mode()"
         )
     source = weight.detach()
+    read = catalog.inputs
     rows = source.new_empty(len(catalog), source.shape[1])
     tokens_per_chunk = max(_CHUNK_BYTES // (4 * source.shape[1]), 1)
     first = 0
     while first < len(catalog):
-        begin = int(catalog.offsets[first])
-        last = int(np.searchsorted(catalog.offsets, begin + tokens_per_chunk, side="right")) - 1
+        begin = int(read.offsets[first])
+        last = int(np.searchsorted(read.offsets, begin + tokens_per_chunk, side="right")) - 1
         last = max(last, first + 1)  # a title of its own, if it is that long
         item = torch.arange(last - first, dtype=torch.int32, device=source.device)
-        offsets = torch.from_numpy(catalog.offsets[first : last + 1] - begin).to(source.device)
-        token_ids = torch.from_numpy(catalog.token_ids[begin : int(catalog.offsets[last])].copy()).to(source.device)
+        offsets = torch.from_numpy(read.offsets[first : last + 1] - begin).to(source.device)
+        token_ids = torch.from_numpy(read.token_ids[begin : int(read.offsets[last])].copy()).to(source.device)
         torch.ops.patchkern.pool_rows(
             source, item, item + 1, item, token_ids, offsets, None, None, 1.0, rows[first:last], backend
         )

@@ -73,7 +73,7 @@ def size_of_items(model: SearchModel, known: ItemPrior | None, user_cache: UserC
     user_bytes = n_items * (5 * itemsize + 2) + (0 if known is None else known.user_bytes)
     cache_bytes = 0 if user_cache is None else user_cache.max_bytes
     # the items' vectors, with their text on the way, and the titles
-    fixed = n_items * width * 3 * itemsize + 12 * int(model.catalog.offsets[-1]) + 24 * n_items + cache_bytes
+    fixed = n_items * width * 3 * itemsize + 12 * int(model.catalog.inputs.offsets[-1]) + 24 * n_items + cache_bytes
     return SearchSize(1, 1, user_bytes, fixed)
 
 

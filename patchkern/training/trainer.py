@@ -131,6 +131,10 @@ class PatchTrainer(Trainer):
             raise ValueError(f'head: expected "titles" for a model without an item head, got {head!r}')
         if head == "items" and supervise_history:
             raise ValueError('supervise_history: expected False with head="items", which learns no text')
+        if supervise_history and model.catalog.texts is not None:
+            raise ValueError(
+                "supervise_history: expected False with input texts, which are in the history and are not generated"
+            )
         for name, weight in (("title_weight", title_weight), ("item_weight", item_weight)):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")

@@ -20,6 +20,7 @@ from patchkern.data import (
     Samples,
     k_core,
     latest,
+    leave_last_out,
     leave_one_out,
     min_interactions,
     most_frequent_items,
@@ -352,3 +353,27 @@ def test_samples_are_spread() -> None:
     assert samples.take(samples.positions == 6).users.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="limit: expected an integer in 1"):
         samples.spread(0)
+
+
+def test_the_last_two_are_left_out() -> None:
+    data = leave_last_out(
+        interactions([(user, item, item) for user, count in enumerate((4, 5, 6)) for item in range(count)]), 2
+    )
+    assert {split: bounds.tolist() for split, bounds in data.ranges.items()} == {
+        "train": [[0, 4], [0, 1], [0, 2]], "val": [[4, 4], [1, 3], [2, 4]], "test": [[4, 4], [3, 5], [4, 6]],
+    }  # fmt: skip
+    for count in (0, 1.5, True):
+        with pytest.raises((ValueError, TypeError), match="count: expected"):
+            leave_last_out(data, count)  # type: ignore[arg-type]
+
+
+def test_all_targets_of_a_user_in_one() -> None:
+    rows = [(user, item, item) for user, count in enumerate((5, 3, 8)) for item in range(count)]
+    data = leave_last_out(interactions(rows), 2)
+    samples, targets = data.target_sets("test")
+    assert (samples.users.tolist(), samples.positions.tolist()) == ([0, 2], [3, 6])
+    assert [row.tolist() for row in targets] == [[3, 4], [6, 7]]
+    samples, targets = data.target_sets("test", min_history=7)
+    assert samples.positions.tolist() == [7] and [row.tolist() for row in targets] == [[7]]
+    samples, targets = data.target_sets("test", min_history=9)
+    assert samples.users.size == 0 and len(targets) == 0

@@ -120,3 +120,16 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_arguments(synthetic.add_argument_group("data"), default="synthetic")
     assert load(synthetic.parse_args([]), num_users=20, num_items=30).num_users == 20
     assert load(synthetic.parse_args(["--min_interactions", "40"]), num_users=20, num_items=300).num_users < 20
+
+
+def test_splits_by_name() -> None:
+    data = interactions([30, 25])
+    assert prepare(data, split_by="time").ranges["test"].tolist() == temporal_split(data).ranges["test"].tolist()
+    assert prepare(data, split_by="leave_one_out").ranges["test"].tolist() == [[29, 30], [24, 25]]
+    two = prepare(data, split_by="leave_two_out")
+    assert two.ranges["val"].tolist() == [[26, 28], [21, 23]] and two.ranges["test"].tolist() == [[28, 30], [23, 25]]
+    # splits that the data has give way to those that are asked for, and only to these
+    assert prepare(two).ranges["test"].tolist() == two.ranges["test"].tolist()
+    assert prepare(two, split_by="leave_one_out").ranges["test"].tolist() == [[29, 30], [24, 25]]
+    with pytest.raises(ValueError, match="split_by: expected one of time, leave_one_out, leave_two_out, got 'user'"):
+        prepare(data, split_by="user")

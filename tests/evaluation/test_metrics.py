@@ -142,3 +142,59 @@ def test_paper_metric_needs_text() -> None:
     assert evaluate([[12]], [13], catalog=catalog).ranks.tolist() == [1]
     with pytest.raises(ValueError, match=r'catalog: metric="paper" compares titles as text'):
         evaluate([[12]], [13], metric="paper", catalog=catalog)
+
+
+# ------------------------------------------------------------------ several targets
+
+
+def test_several_targets_by_hand() -> None:
+    lists = [[14, 10, 11], [12], [15, 14]]
+    targets = [[10, 14, 15], [13, 12], [11]]  # 12 and 13 share a title, and are one
+    result = evaluate(lists, targets, ks=(1, 2, 3), catalog=CATALOG, users=["a", "a", "b"])
+    assert result.ranks.tolist() == [2, 1, 0, 1, 0] and result.offsets.tolist() == [0, 3, 4, 5]
+    assert result.ambiguous.tolist() == [False, True, False] and result.num_samples == 3 and result.num_users == 2
+    assert [result.hits(k).tolist() for k in (1, 3)] == [[1, 1, 0], [1, 1, 0]]
+    assert result.recalls(1).tolist() == [1 / 3, 1, 0] and result.recalls(2).tolist() == [2 / 3, 1, 0]
+    assert result.gains(1).tolist() == [1, 1, 0]
+    best = 1 + 1 / math.log2(3)
+    assert result.gains(2) == pytest.approx([1, 1, 0])
+    assert result.gains(3) == pytest.approx([best / (best + 1 / 2), 1, 0])
+    assert result.reciprocals(3).tolist() == [1, 1, 0]
+    assert result.recall(2) == pytest.approx(5 / 9) and result.hr(2) == pytest.approx(2 / 3)
+    assert list(result.per_sample())[-3:] == ["Recall@1", "Recall@2", "Recall@3"] and "3 samples of 2 users" in str(
+        result
+    )
+    some = result.take([2, 0])
+    assert some.ranks.tolist() == [0, 2, 1, 0] and some.offsets.tolist() == [0, 1, 4] and some.users.tolist() == [1, 0]
+    assert result.take(np.array([True, False, True])).recalls(2).tolist() == [2 / 3, 0]
+    other = evaluate(lists[::-1], targets, ks=(1, 2, 3), catalog=CATALOG, users=["a", "a", "b"])
+    assert result.minus(other)["HR@3"].mean == pytest.approx(-1 / 3)
+    with pytest.raises(ValueError, match="they have other numbers of targets"):
+        result.minus(evaluate(lists, [[10], [12], [11]], ks=(1, 2, 3), catalog=CATALOG, users=["a", "a", "b"]))
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from([10, 12, 14, 15]), unique=True), st.sampled_from(list(TITLES))), max_size=6
+    )
+)
+def test_lists_of_one_target_are_targets(samples: list[tuple[list[int], int]]) -> None:
+    lists = [row for row, _ in samples]
+    one = evaluate(lists, [target for _, target in samples], ks=(1, 4), catalog=CATALOG)
+    if samples:
+        each = evaluate(lists, pk.Histories.coerce([[target] for _, target in samples]), ks=(1, 4), catalog=CATALOG)
+        for name, values in one.per_sample().items():
+            assert each.per_sample()[name].tolist() == values.tolist()
+        assert each.recalls(4).tolist() == one.recalls(4).tolist() == one.hits(4).tolist()
+        assert each.ambiguous.tolist() == one.ambiguous.tolist()
+
+
+def test_several_targets_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"targets\[1\]: expected at least one item id, got none"):
+        evaluate([[10], [11]], [[10], []], catalog=CATALOG)
+    with pytest.raises(ValueError, match=r"targets: expected one list per list \(1\), got 2"):
+        evaluate([[10]], [[10], [11]], catalog=CATALOG)
+    with pytest.raises(ValueError, match='targets: expected one item id each with metric="paper"'):
+        evaluate([[10]], [[10, 11]], metric="paper", catalog=CATALOG)
+    nobody = evaluate([], pk.Histories.coerce([]), catalog=CATALOG)
+    assert math.isnan(nobody.recall(10)) and nobody.num_samples == 0

@@ -127,6 +127,22 @@ def test_everything_at_once(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_lists_for_other_tools(data: Any, run: Any, tmp_path: Path) -> None:
+    (source, interactions), (folder, _) = data, run
+    flags = ["--limit", "12", "--prior", "transitions", "--prior_weight", "2", "--output", str(tmp_path / "out.csv")]
+    evaluate.main([folder, "--data", source, "--run", str(tmp_path / "lists"), *flags])
+    rows = rows_of(tmp_path / "out.csv")
+    lines = (tmp_path / "lists.qrels").read_text().splitlines()
+    assert lines == [f"{number} 0 {row['target']} 1" for number, row in enumerate(rows)]
+    found = [line.split() for line in (tmp_path / "lists").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        own = [item for query, _, item, *_ in found if query == str(number)]
+        same = {item for item, title in interactions.titles.items() if title == interactions.titles[int(row["target"])]}
+        assert len(own) == 20 and (int(row["rank"]) > 0) == bool(same & set(map(int, own)))
+    (first, *_) = (tmp_path / "lists-transitions-weight-2").read_text().splitlines()
+    assert first.endswith(" 1 1.000000000 transitions-weight-2")
+
+
 def test_a_limit_is_spread_over_all_samples(
     data: tuple[str, Interactions], run: tuple[str, pk.PatchedCausalLM], tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def plan_layout(
         for name, value in plan._asdict().items()
     }
     values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
+    values["max_position"] = int(plan.position_ids.max(initial=-1))
     return PatchLayout._trusted(values)
 
 

@@ -173,7 +173,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         """
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-        self._check_length(layout.max_seqlen + layout.max_prefix)
+        self._check_length(layout.max_position + 1)
         with self._undisturbed():
             rows = self.embed(layout)
             self._isolation.check_layout(self.hf_model, layout, rows)

@@ -39,7 +39,8 @@ enum class Status : int {
   kHead = 19,             // heads[position] is no head
   kCatalogOffsets = 20,   // the title of catalog item `position` does not lie within the catalog's tokens
   kSpanOffsets = 21,      // cu_seqlens[position] does not start at 0, falls, or does not end at the number of rows
-  kSpanPrefix = 22,       // prefix[position] is no range of the stored rows
+  kSpanPrefix = 22,       // range `position` of prefix is no range of the stored rows
+  kSpanOverlap = 23,      // range `position` of prefix overlaps its span, or an earlier range of it
 };
 
 struct Outcome {

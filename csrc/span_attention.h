@@ -2,8 +2,9 @@
 //
 // The ABI of span attention on the CPU: addresses, sizes and status codes. No torch, no Python.
 //
-// Row r of span s sees rows prefix[2 s] .. prefix[2 s + 1] - 1 of the stored keys, and rows cu_seqlens[s] .. r of the
-// batch's own. Scores, weights and sums are float32 (float64 for float64), whatever is stored.
+// Row r of span s sees rows cu_seqlens[s] .. r of the batch's own, and of the stored keys those of num_ranges ranges,
+// prefix[s][i][0] .. prefix[s][i][1] - 1, which overlap neither each other nor the span. Scores, weights and sums are
+// float32 (float64 for float64), whatever is stored.
 
 #pragma once
 
@@ -21,9 +22,9 @@ struct Heads {
 
 struct SpanAttention {
   DType dtype;  // of all but lse
-  int64_t num_rows, num_spans, heads, key_heads, width, value_width;
+  int64_t num_rows, num_spans, num_ranges, heads, key_heads, width, value_width;
   const int32_t* cu_seqlens;  // num_spans + 1
-  const int32_t* prefix;      // num_spans x 2
+  const int32_t* prefix;      // num_spans x num_ranges x 2
   double scale;
   Heads query, key, value;
   int64_t num_stored;
@@ -46,11 +47,17 @@ struct SpanAttentionGrad {
 Outcome span_attention(const SpanAttention& call, int num_threads, const char* isa);
 Outcome span_attention_grad(const SpanAttentionGrad& call, int num_threads, const char* isa);
 
-// Query rows begin .. end - 1, attended together: rows of one span, or all rows of several whose prefixes begin alike.
+// Stored rows begin .. end - 1, which are one of the ranges of some query rows; that of others ends at `shared` or later.
+struct SpanRange {
+  int64_t begin, end, shared;
+  int64_t rows() const { return end - begin; }
+};
+
+// Query rows begin .. end - 1, attended together: rows of one span, or all rows of several whose ranges begin alike.
 struct SpanBlock {
   int64_t begin, end;
-  int64_t first_span, last_span;              // whose rows these are, the last included
-  int64_t prefix_begin, prefix_end, shared;   // the longest prefix, and where the shortest ends
+  int64_t first_span, last_span;  // whose rows these are, the last included
+  const SpanRange* prefix;        // num_ranges
 
   int64_t rows() const { return end - begin; }
 };

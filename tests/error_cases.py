@@ -66,5 +66,6 @@ def made_by_hand() -> pk.PatchLayout:
         history_tokens=5,
         history_rows=2,
         max_token_id=9,
+        max_position=2,
     )
     return layout.with_transpose()

@@ -15,16 +15,31 @@ from patchkern.ops import span_attention_prefixed as op
 
 
 class Spans(NamedTuple):
-    """Lengths, one prefix range each, and how many rows ``prefix_key`` has (None: the ranges are of the rows)."""
+    """Lengths, prefix ranges, and how many rows ``prefix_key`` has (None: the ranges are of the rows).
+
+    A span has one range, or a list of as many as every other.
+    """
 
     lengths: Sequence[int]
-    prefix: Sequence[tuple[int, int]]
+    prefix: Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
     stored: int | None = None
 
     @property
+    def ranges(self) -> list[list[tuple[int, int]]]:
+        return [[span] if isinstance(span, tuple) else list(span) for span in self.prefix]
+
+    @property
     def integers(self) -> tuple[Tensor, Tensor]:
+        """``cu_seqlens`` and the ``(S, R, 2)`` ranges, or ``(S, 2)`` where each span has one that is no list."""
         cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32)
-        return cu_seqlens, torch.tensor(self.prefix, dtype=torch.int32).reshape(-1, 2)
+        prefix = torch.tensor(self.prefix, dtype=torch.int32)
+        return cu_seqlens, prefix if len(self.lengths) else prefix.reshape(0, 2)
+
+    @property
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """`integers` as the operator takes them, ``(S, R, 2)``."""
+        cu_seqlens, prefix = self.integers
+        return cu_seqlens, prefix if prefix.dim() == 3 else prefix[:, None]
 
     def tensors(self, heads: tuple[int, int], width: int, value_width: int | None = None) -> tuple[Tensor | None, ...]:
         """query, key, value, prefix_key and prefix_value: (1, H, rows, d), float64."""
@@ -47,12 +62,29 @@ SPANS = {
     "forty share one": Spans([1] * 20 + [3] * 20, [(100, 1100)] * 40, stored=1200),
     "prefixes that cross": Spans([5, 6, 7, 8, 9], [(0, 30), (0, 10), (20, 50), (0, 50), (10, 11)], stored=50),
     "a long span": Spans([700], [(3, 103)], stored=104),
+    "several ranges": Spans(
+        [4, 2, 2, 9, 7, 5, 3, 4, 3],  # a prompt, two compressed parts, what they compress, the rest, branches
+        [
+            *[[(0, 0), (0, 0)], [(0, 4), (8, 17)], [(0, 6), (17, 24)], [(0, 4), (8, 8)], [(0, 6), (0, 0)]],
+            *[[(29, 29), (0, 8)], [(0, 6), (17, 20)], [(0, 6), (17, 22)], [(0, 8), (24, 26)]],
+        ],
+    ),
+    "ranges empty in every place": Spans(
+        [3, 0, 2, 5, 1, 4, 2, 3],
+        [
+            [(first, 9 if n & 1 else first), (20, 31 if n & 2 else 20), (40, 60 if n & 4 else 40)]
+            for n, first in enumerate((0, 0, 2, 0, 0, 2, 0, 0))
+        ],
+        stored=61,
+    ),
+    "ranges of many": Spans([1] * 6 + [3] * 6, [[(10, 90), (95, 96 + 5 * n)] for n in range(12)], stored=160),
+    "ranges of a long span": Spans([70], [[(40, 63), (3, 38)]], stored=64),
 }
 
 
 def expected(spans: Spans, tensors: Sequence[Tensor | None], scaling: float) -> Tensor:
     query, key, value, *stored = (None if x is None else x[0].transpose(0, 1) for x in tensors)
-    return op.reference(query, key, value, *spans.integers, *stored, scaling)[None]
+    return op.reference(query, key, value, *spans.raw, *stored, scaling)[None]
 
 
 def sdpa(spans: Spans, tensors: Sequence[Tensor | None], scaling: float) -> Tensor:
@@ -70,8 +102,9 @@ def visibility(spans: Spans, stored: int) -> Tensor:
     rows = sum(spans.lengths)
     visible = torch.zeros(rows, stored + rows, dtype=torch.bool)
     bounds = itertools.pairwise([0, *itertools.accumulate(spans.lengths)])
-    for (begin, end), (first, last) in zip(bounds, spans.prefix, strict=True):
-        visible[begin:end, first:last] = True
+    for (begin, end), ranges in zip(bounds, spans.ranges, strict=True):
+        for first, last in ranges:
+            visible[begin:end, first:last] = True
         for row in range(begin, end):
             visible[row, stored + begin : stored + row + 1] = True
     return visible

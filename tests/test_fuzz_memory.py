@@ -22,6 +22,7 @@ from torch import Tensor
 
 import patchkern as pk
 from patchkern.batch.layout import Transpose
+from patchkern.ops.span_attention import span_attention
 
 CALLS = int(os.environ.get("PATCHKERN_FUZZ_CALLS", 4_000))
 SEED = int(os.environ.get("PATCHKERN_FUZZ_SEED", 0))
@@ -265,10 +266,31 @@ def rewritten(fuzz: Fuzz) -> None:
     )
 
 
+def attended(fuzz: Fuzz) -> None:
+    """Spans and the ranges that they see, some of them others, attended to forward and backward."""
+    query = torch.ones(1, 4, 30, WIDTH, requires_grad=fuzz.rng.random() < 0.5)
+    rows = torch.ones(1, 2, 30, WIDTH)
+    stored = torch.ones(1, 2, int(fuzz.rng.integers(0, 60)), WIDTH) if fuzz.rng.random() < 0.5 else None
+    cu_seqlens = torch.tensor([0, 9, 9, 21, 30], dtype=torch.int32)
+    ranges = torch.tensor([21, 25, 9, 9, 0, 4, 4, 9, 30, 30, 0, 3, 10, 21, 0, 9], dtype=torch.int32)
+    if fuzz.rng.random() < 0.3:
+        cu_seqlens = fuzz.tampered(cu_seqlens)
+    if fuzz.rng.random() < 0.7:
+        ranges = fuzz.tampered(ranges)
+    prefix = ranges.view(4, -1, 2) if ranges.numel() in (8, 16) and ranges.is_contiguous() else ranges
+
+    def attend() -> None:
+        out = span_attention(query, rows, rows, cu_seqlens, prefix=prefix, prefix_key=stored, prefix_value=stored)
+        if out.requires_grad:
+            out.sum().backward()
+
+    fuzz.call(attend)
+
+
 @pytest.mark.skipif(not pk.backends()["native"].usable, reason=pk.backends()["native"].reason)
-@pytest.mark.parametrize("change", [pickled, resized, aliased, misaligned, rewritten])
+@pytest.mark.parametrize("change", [pickled, resized, aliased, misaligned, rewritten, attended])
 def test_changed_behind_our_back(change: Callable[[Fuzz], None]) -> None:
     fuzz = Fuzz(SEED)
-    while fuzz.calls < CALLS // 5:
+    while fuzz.calls < CALLS // 6:
         change(fuzz)
     assert 0 < fuzz.refused < fuzz.calls  # it finds both

@@ -85,14 +85,17 @@ class PatchLayout:
         labels: ``(T,)`` int64, the token id where it is supervised, -100 elsewhere; None without targets.
         logit_rows: ``(K,)`` int64, the rows whose next token is supervised, and logit_labels: ``(K,)`` int64, that
             token; None without targets.
-        prefix: ``(S, 2)`` int32, for each span the earlier rows ``start..end - 1`` it sees besides itself, none where
-            they are equal; None when no span has a prefix, which makes every user one span. Where it is given, spans
-            take the place of users in ``cu_seqlens``, ``max_seqlen`` and `num_users`.
+        prefix: ``(S, 2)`` int32, for each span the rows ``start..end - 1`` it sees besides itself, none where they are
+            equal, or ``(S, R, 2)``, R such ranges, which overlap neither each other nor the span; None when no span has
+            a prefix, which makes every user one span. Where it is given, spans take the place of users in
+            ``cu_seqlens``, ``max_seqlen`` and `num_users`.
         history_tokens: title tokens of the kept items.
         history_rows: rows that stand for them.
         max_token_id: the largest token id of any row, -1 if there is none.
         transpose: the gradient's side of the layout, or None.
-        max_prefix: rows of the longest prefix.
+        max_prefix: rows of the longest prefix, all of its ranges together.
+        max_position: the largest of ``position_ids``, -1 without rows. Positions go on where rows were left out, so it
+            may be more than the rows that any span sees.
         catalog_fingerprint: `Catalog.fingerprint` of the catalogue that ``title_index`` points into; None for a layout
             made by hand, which then cannot be pooled with an `ItemTable` or with item embeddings.
         identities: what a model with item embeddings adds to the patches, or None.
@@ -122,6 +125,7 @@ class PatchLayout:
     prefix: Tensor | None = None
     transpose: Transpose | None = None
     max_prefix: int = 0
+    max_position: int = -1
     catalog_fingerprint: str | None = None
     identities: Identities | None = None
     item_rows: Tensor | None = None
@@ -188,6 +192,11 @@ class PatchLayout:
     def num_users(self) -> int:
         """B, the users of the batch; with prefixes S, its spans."""
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def ranges(self) -> Tensor | None:
+        """``(S, R, 2)``, the prefix in the form that has any number of ranges."""
+        return self.prefix[:, None] if self.prefix is not None and self.prefix.dim() == 2 else self.prefix
 
     @property
     def device(self) -> torch.device:
@@ -267,6 +276,7 @@ class PatchLayout:
                 "history_tokens": 0,
                 "history_rows": 0,
                 "max_token_id": int(self.title_index.max()) if titles else -1,
+                "max_position": count - 1,
             }
         )
         if self.transpose is not None:

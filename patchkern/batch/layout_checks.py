@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchkern.batch.span_ranges import check_ranges
+
 _VECTORS = {
     "lo": torch.int32,
     "hi": torch.int32,
@@ -30,7 +32,7 @@ _VECTORS = {
 }
 _SUPERVISED = ("labels", "logit_rows", "logit_labels")
 _OPTIONAL = {*_SUPERVISED, "item_rows", "item_labels"}
-_COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix")
+_COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix", "max_position")
 
 
 def check_vector(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> None:
@@ -119,8 +121,8 @@ def check_layout(layout: Any, exact: bool = True) -> None:
 
     Args:
         layout: any.
-        exact: whether the largest token and the longest span and prefix must be just those; else they are bounds, as
-            they are in a part of a layout.
+        exact: whether the largest token and position and the longest span and prefix must be just those; else they are
+            bounds, as they are in a part of a layout.
     """
     for name, dtype in _VECTORS.items():
         value = getattr(layout, name)
@@ -162,6 +164,9 @@ def check_layout(layout: Any, exact: bool = True) -> None:
     longest = int(torch.diff(layout.cu_seqlens).max()) if layout.num_users else 0
     if layout.max_seqlen < longest or (exact and layout.max_seqlen != longest):
         raise ValueError(f"max_seqlen: expected the longest user's rows, {longest}, got {layout.max_seqlen}")
+    last = int(layout.position_ids.max()) if rows else -1
+    if layout.max_position < last or (exact and layout.max_position != last):
+        raise ValueError(f"max_position: expected the largest position, {last}, got {layout.max_position}")
     _check_supervision(layout, rows)
     _check_prefix(layout, exact)
     if layout.transpose is not None:
@@ -175,23 +180,20 @@ def _check_prefix(layout: Any, exact: bool) -> None:
     if prefix is not None:
         if not isinstance(prefix, Tensor):
             raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
-        if prefix.shape != (layout.num_users, 2):
+        spans = layout.num_users
+        if not (
+            prefix.shape == (spans, 2) or (prefix.dim() == 3 and prefix.shape == (spans, max(prefix.shape[1], 1), 2))
+        ):
             raise ValueError(
-                f"prefix: expected shape {(layout.num_users, 2)}, one range per span of cu_seqlens, got "
+                f"prefix: expected shape {(spans, 2)}, one range per span of cu_seqlens, or ({spans}, R, 2), got "
                 f"{tuple(prefix.shape)}"
             )
         if not prefix.is_contiguous():
             raise ValueError(f"prefix: expected a contiguous tensor, got stride {prefix.stride()}")
         check_vector("prefix", prefix.flatten(), torch.int32, layout.lo.device)
-        start, end = prefix.unbind(1)
-        wrong = torch.nonzero((start < 0) | (end < start) | (end > layout.cu_seqlens[:-1]))
-        if wrong.numel():
-            at = int(wrong[0])
-            raise ValueError(
-                f"prefix[{at}]: expected a range of rows before its span, in 0..{int(layout.cu_seqlens[at])}, got "
-                f"{prefix[at].tolist()}"
-            )
-        longest = int((end - start).max()) if layout.num_users else 0
+        check_ranges(layout.cu_seqlens, layout.ranges, layout.lo.shape[0], layout.lo.shape[0], apart=False)
+        start, end = layout.ranges.unbind(2)
+        longest = int((end - start).sum(dim=1).max()) if spans else 0
     if layout.max_prefix < longest or (exact and layout.max_prefix != longest):
         raise ValueError(f"max_prefix: expected the longest prefix's rows, {longest}, got {layout.max_prefix}")
 

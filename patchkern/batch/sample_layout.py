@@ -172,21 +172,18 @@ def plan_layout(
     Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
     """
     _check_levels(levels, histories)
-<<<<<<< HEAD
     if levels.max(initial=0) == Level.DROP:
         kept = levels != Level.DROP
         histories, index, levels = histories.keep(kept), index[kept], levels[kept]
     _check_joins(levels, histories)
-    plan: RowPlan = planner.active.plan_rows(catalog, index, histories.offsets, levels, prompt, targets, spans)
-=======
     titles = None if targets is None else catalog.generated(targets)
     plan: RowPlan = planner.active.plan_rows(catalog.planned, index, histories.offsets, levels, prompt, titles, spans)
->>>>>>> readers
     values: dict[str, Any] = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in plan._asdict().items()
     }
     values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
+    values["max_position"] = int(plan.position_ids.max(initial=-1))
     return PatchLayout._trusted(values)
 
 

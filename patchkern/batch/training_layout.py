@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
@@ -224,6 +226,7 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         "history_tokens": sum(x.history_tokens for x in layouts),
         "history_rows": sum(x.history_rows for x in layouts),
         "max_token_id": max(x.max_token_id for x in layouts),
+        "max_position": max(x.max_position for x in layouts),
         "prefix": None,
         "max_prefix": 0,
         "transpose": None,
@@ -241,10 +244,18 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         if all(labels is not None for own, labels, _ in items_of if own is not None):
             values["item_labels"] = torch.cat([labels for _, labels, _ in items_of if labels is not None])
     if any(x.prefix is not None for x in layouts):
-        own = [torch.zeros(x.num_users, 2, dtype=torch.int32) if x.prefix is None else x.prefix for x in layouts]
-        values["prefix"] = torch.cat([x + at for x, at in zip(own, rows, strict=False)]).int()
+        values["prefix"] = _joined_ranges(layouts, rows)
         values["max_prefix"] = max(x.max_prefix for x in layouts)
     return PatchLayout._trusted(values)
+
+
+def _joined_ranges(layouts: Sequence[PatchLayout], rows: Sequence[int]) -> Tensor:
+    """The prefixes of layouts that begin at these rows: as many ranges for every span as any has."""
+    ranges = [torch.zeros(x.num_users, 1, 2, dtype=torch.int32) if x.ranges is None else x.ranges for x in layouts]
+    most = max(x.shape[1] for x in ranges)
+    padded = [F.pad(x, (0, 0, 0, most - x.shape[1])) + at for x, at in zip(ranges, rows, strict=False)]
+    joined = torch.cat(padded).int()
+    return joined if most > 1 else joined[:, 0]
 
 
 class _Parts(NamedTuple):
@@ -322,14 +333,9 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     )
     levels = np.concatenate([of_trunks, policy.levels(branches)])
     index = catalog.index_of(items.items, "histories")
-<<<<<<< HEAD
-    rows = np.where(levels == Level.TEXT, catalog.lengths[index], levels == Level.PATCH)
+    rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
     entries = (levels != Level.JOIN) & (levels != Level.DROP)
     return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(entries))
-=======
-    rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
-    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(levels != Level.JOIN))
->>>>>>> readers
 
 
 def _running(counts: NDArray[Any]) -> Int64:

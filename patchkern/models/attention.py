@@ -83,7 +83,8 @@ def attention(
     """transformers' attention function for `patchkern_varlen`.
 
     ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, Lkv, d). Returns the output (B, L, H, d) and no weights.
-    ``span_prefix`` and ``max_span_prefix`` are the ``prefix`` and ``max_prefix`` of `span_attention`.
+    ``span_prefix``, of one range per span or several, and ``max_span_prefix`` are the ``prefix`` and ``max_prefix`` of
+    `span_attention`.
     """
     for name in _NOT_IMPLEMENTED:
         if kwargs.get(name) is not None:

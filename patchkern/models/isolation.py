@@ -106,7 +106,7 @@ class Isolation:
                     "sample of its own (build_layout)"
                 )
         original = _longrope(base.config.get_text_config())
-        if original is None or layout.max_seqlen + layout.max_prefix <= original:
+        if original is None or layout.max_position < original:
             return
         lengths = _sample_lengths(layout)
         shortest, longest = int(lengths.min()), int(lengths.max())
@@ -135,24 +135,25 @@ class Isolation:
         config = base_of(hf_model).config.get_text_config()
         if layout.num_users and int(layout.cu_seqlens.diff().min()) == 0:
             raise ValueError("histories: expected at least one row per user to predict from, got a user without rows")
-        longest = layout.max_seqlen + depth - 1  # nothing follows the last token, so it is never fed
+        # nothing follows the last token, so it is never fed
+        rows, positions = layout.max_seqlen + depth - 1, layout.max_position + depth
         limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
+        if limit is not None and positions > limit:
             raise ValueError(
                 f"histories: expected at most {limit} rows per user and title, the positions of {config.model_type}, "
-                f"got {layout.max_seqlen} rows and titles of up to {depth} tokens; keep fewer items (max_items) or "
-                "compress them more"
+                f"got {layout.max_position + 1} rows and titles of up to {depth} tokens; keep fewer items (max_items) "
+                "or compress them more"
             )
         kinds = _layer_types(config) or {"sliding_attention"}
         if unknown := kinds - _KNOWN_ATTENTION:
             raise ValueError(f"model: search needs full attention in every layer, got {', '.join(sorted(unknown))}")
         window = getattr(config, "sliding_window", None)
-        if window is not None and "sliding_attention" in kinds and longest > window:
-            raise ValueError(f"model: search needs full attention, got {longest} rows and a sliding window of {window}")
+        if window is not None and "sliding_attention" in kinds and rows > window:
+            raise ValueError(f"model: search needs full attention, got {rows} rows and a sliding window of {window}")
         original = _longrope(config)
-        if original is not None and longest > original:
+        if original is not None and positions > original:
             raise ValueError(
-                f"model: search needs positions that mean the same in prompts of any length, got {longest} rows and "
+                f"model: search needs positions that mean the same in prompts of any length, got {positions} rows and "
                 f"longrope beyond {original}"
             )
         self.check(hf_model, hf_model.device)
@@ -243,11 +244,12 @@ def _longrope(config: PretrainedConfig) -> int | None:
 def _sample_lengths(layout: PatchLayout) -> Tensor:
     """(n,) rows of each user or sample, with those of its prefix; a trunk is no sample of its own."""
     own = layout.cu_seqlens.diff()
-    if layout.prefix is None:
+    if layout.ranges is None:
         return own[own > 0]
-    seen = layout.prefix[:, 1] - layout.prefix[:, 0]
-    is_trunk = torch.isin(layout.cu_seqlens[:-1], layout.prefix[seen > 0, 0]) & (seen == 0)
-    return (own + seen)[(own > 0) & ~is_trunk]
+    begin, end = layout.ranges.unbind(2)
+    is_trunk = torch.isin(layout.cu_seqlens[:-1], begin[begin < end])
+    ends = layout.cu_seqlens[1:].long()[(own > 0) & ~is_trunk]
+    return layout.position_ids[ends - 1] + 1
 
 
 def _why_wait(hf_model: PreTrainedModel, device: torch.device) -> str | None:

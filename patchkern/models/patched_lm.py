@@ -179,7 +179,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         """
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-        self._check_length(layout.max_seqlen + layout.max_prefix)
+        self._check_length(layout.max_position + 1)
         own: Tensor | None = self.item_embedding
         if own is not None and self.training and self.item_dropout:
             own = drop_items(own, self.item_dropout)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Span attention: causal attention inside each span of a packed batch, without a mask and without padding.
 
-A span may have a prefix: one more run of rows, which all of its rows see fully. A user's history is then computed once,
-as a span, and each of many continuations is a span whose prefix it is (`PatchLayout.prefix`).
+A span may have a prefix: more rows, in one range or several, which all of its rows see fully. A user's history is then
+computed once, as a span, and each of many continuations is a span whose prefix it is (`PatchLayout.prefix`).
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def span_attention(
         scaling: factor of the scores; 1 / sqrt(d) where not given.
         dropout: probability of dropping an attention weight.
         sliding_window: a row sees at most this many rows, itself included. Not with ``prefix``.
-        prefix: (S, 2) int32: span s sees, besides itself, all of rows ``prefix[s, 0] .. prefix[s, 1] - 1`` of
-            ``prefix_key`` and ``prefix_value``; none where the two are equal.
+        prefix: (S, 2) int32, or (S, R, 2) with R ranges for each span: span s sees, besides itself, all of rows
+            ``prefix[s, r, 0] .. prefix[s, r, 1] - 1`` of ``prefix_key`` and ``prefix_value``; none where the two are
+            equal. The ranges of a span overlap neither each other nor the span, which the CPU checks.
         prefix_key, prefix_value: (1, Hkv, P, d); where not given, ``key`` and ``value`` themselves.
-        max_prefix: rows of the longest prefix, where known.
+        max_prefix: rows of the longest prefix, all of its ranges together, where known.
 
     Returns:
         (1, T, H, d), differentiable in all five tensors. A prefix is read where it lies, not copied per span, and its
@@ -75,13 +76,14 @@ def span_attention(
         stored_key = None if prefix_key is None else _by_row(prefix_key)
         stored_value = None if prefix_value is None else _by_row(prefix_value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = prefixed.span_attention(*rows, cu_seqlens, prefix, stored_key, stored_value, scale, dropout)
+        ranges = prefix if prefix.dim() == 3 else prefix[:, None]
+        out = prefixed.span_attention(*rows, cu_seqlens, ranges, stored_key, stored_value, scale, dropout)
         return out.unsqueeze(0)
     if prefix_key is not None or prefix_value is not None:
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     kernel = cuda_kernel(query, key, value, dropout)
     if kernel is None and _native_serves(query, max_seqlen, dropout, sliding_window):
-        none = torch.zeros(cu_seqlens.shape[0] - 1, 2, dtype=torch.int32)
+        none = torch.zeros(cu_seqlens.shape[0] - 1, 1, 2, dtype=torch.int32)
         _check_prefix(query, key, value, cu_seqlens, None, none, None, None)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = (_by_row(query), _by_row(key), _by_row(value))
@@ -128,8 +130,10 @@ def _check_prefix(
         if integers.dtype != torch.int32:
             raise TypeError(f"{name}: expected dtype torch.int32, got {integers.dtype}")
     spans = cu_seqlens.shape[0] - 1
-    if prefix.shape != (spans, 2):
-        raise ValueError(f"prefix: expected shape {(spans, 2)}, one range per span, got {tuple(prefix.shape)}")
+    if not (prefix.shape == (spans, 2) or (prefix.dim() == 3 and prefix.shape == (spans, max(prefix.shape[1], 1), 2))):
+        raise ValueError(
+            f"prefix: expected shape {(spans, 2)}, one range per span, or ({spans}, R, 2), got {tuple(prefix.shape)}"
+        )
     rows, width = query.shape[2:]
     heads = key.shape[1]
     if query.shape[0] != 1 or heads == 0 or query.shape[1] % heads:

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from patchkern.batch.span_ranges import overlap_error, range_error
 from patchkern.ops import native
 
-_SPAN_OFFSETS, _SPAN_PREFIX = 21, 22  # Status in csrc/pool_rows.h
-
+_SPAN_OFFSETS, _SPAN_PREFIX, _SPAN_OVERLAP = 21, 22, 23  # Status in csrc/pool_rows.h
 
 _LANES, _KEYS, _VECTOR = 192, 64, 16  # of a block, and of a vector at most: csrc/span_attention.h and its kernels
 
@@ -123,8 +123,8 @@ class _Call:
         tensors = (self.query, self.key, self.value, self.prefix_key, self.prefix_value, *grads)
         self.strided = torch.tensor([(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors])
         return (
-            *(native.DTYPES[self.query.dtype], rows, len(self.prefix), heads, self.key.shape[1], width),
-            self.value.shape[2],
+            *(native.DTYPES[self.query.dtype], rows, *self.prefix.shape[:2], heads, self.key.shape[1]),
+            *(width, self.value.shape[2]),
             *(self.cu_seqlens.data_ptr(), self.prefix.data_ptr(), self.scale, self.strided.data_ptr()),
             *(len(self.prefix_key), self.apart, out.data_ptr(), lse.data_ptr()),
         )
@@ -136,7 +136,8 @@ class _Call:
             first, last = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
             raise ValueError(f"cu_seqlens: expected non-decreasing offsets from 0 to {rows}, got {first} to {last}")
         if status == _SPAN_PREFIX:
-            given = self.prefix[position].tolist()
-            raise ValueError(f"prefix[{position}]: expected a range of rows in 0..{stored}, got {given}")
+            raise range_error(self.prefix, position, stored)
+        if status == _SPAN_OVERLAP:
+            raise overlap_error(self.prefix, position)
         if status:
             raise RuntimeError(f"span_attention: the native kernel failed with status {status}")

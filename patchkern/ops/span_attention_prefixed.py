@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op `span_attention`: causal attention inside each span, plus one fully visible prefix run of rows each.
+"""The op `span_attention`: causal attention inside each span, plus ranges of rows that it sees fully.
 
 Three routes give the same results: Triton kernels on CUDA, C++ kernels on the CPU, and, where neither serves, tiles of
 matrix products (see the modules beside this one); `_forward` decides which runs. Two calls of a variable-length kernel,
@@ -195,8 +195,8 @@ def span_attention(
 
     Args:
         query: (T, H, d); key: (T, Hkv, d); value: (T, Hkv, dv).
-        cu_seqlens: (S + 1,) int32, and prefix: (S, 2) int32, rows of ``prefix_key`` (P, Hkv, d) and ``prefix_value``
-            (P, Hkv, dv), or of ``key`` and ``value`` where those are None.
+        cu_seqlens: (S + 1,) int32, and prefix: (S, R, 2) int32, ranges of rows of ``prefix_key`` (P, Hkv, d) and
+            ``prefix_value`` (P, Hkv, dv), or of ``key`` and ``value`` where those are None.
 
     Returns:
         (T, H, dv), differentiable once.
@@ -227,7 +227,8 @@ def reference(
     span = torch.repeat_interleave(cu_seqlens.diff().long())
     row, place = torch.arange(len(query)), torch.arange(len(prefix_key))
     own = (span[:, None] == span) & (row[:, None] >= row)
-    seen = (place >= prefix[span, :1]) & (place < prefix[span, 1:])
+    begin, end = prefix[span, :, :, None].unbind(2)  # (T, R, 1)
+    seen = ((place >= begin) & (place < end)).any(dim=1)
     keys, values = torch.cat([prefix_key, key]), torch.cat([prefix_value, value])
     groups = query.shape[1] // key.shape[1]
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`span_attention` over tiles of rows: any device's path where no kernel serves, as with attention dropout.
 
-A tile is a run of consecutive query rows whose prefixes begin at the same row. It attends to its parts one after the
-other: the prefix, the earlier rows of its span, and itself. Each part gives an output and the log-sum-exp of its
+A tile is a run of consecutive query rows whose ranges begin at the same rows. It attends to its parts one after the
+other: the ranges, the earlier rows of its span, and itself. Each part gives an output and the log-sum-exp of its
 scores, by which they are merged. Given the merged output and log-sum-exp, the parts' gradients are exact on their own.
 Keys and values are read where they lie, never copied per span (narrow dtypes are widened a part at a time), and no
 temporary tensor is larger than a tile's.
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from patchkern.batch.span_ranges import check_ranges
+
 # Scores of a tile over all heads: read five times, they should stay in the caches.
 _SCORES = 1 << 18
 _ROWS = range(16, 129)  # query rows of a tile; few only where prefixes are so long that the bound above cannot hold
@@ -28,29 +30,51 @@ _OVERHEAD = 1 << 20
 # ------------------------------------------------------------------ the plan
 
 
+class _Range(NamedTuple):
+    """Prefix rows ``begin..end - 1``: all of a tile see the first ``shared``, and how many more differs by row."""
+
+    begin: int
+    end: int
+    shared: int
+
+    def joined(self, other: _Range) -> _Range | None:
+        """Both as one, where they begin at the same row or neither has any; else None."""
+        if (self.begin == self.end) != (other.begin == other.end):
+            return None
+        if self.begin == self.end:
+            return self
+        both = _Range(self.begin, max(self.end, other.end), min(self.shared, other.shared))
+        return both if self.begin == other.begin else None
+
+
 @dataclass(frozen=True)
 class _Tile:
     """Query rows ``begin..end - 1``: all rows of one or more spans, or a block of one long span.
 
-    They see the prefix rows ``prefix_begin..prefix_end - 1`` (all of them the first ``shared``; how many more, differs
-    from row to row) and the own rows from ``first`` on, causally.
+    They see their ``prefix``, range by range, and the own rows from ``first`` on, causally.
     """
 
     begin: int
     end: int
     first: int
-    prefix_begin: int
-    prefix_end: int
-    shared: int
+    prefix: tuple[_Range, ...]
     spans: int = 1
 
     @property
     def prefix_length(self) -> int:
-        return self.prefix_end - self.prefix_begin
+        return sum(seen.end - seen.begin for seen in self.prefix)
 
     @property
     def columns(self) -> int:
         return self.prefix_length + self.end - self.first
+
+    def joined(self, other: _Tile) -> _Tile | None:
+        """The next tile with this one, where both see ranges of the same trunk; else None."""
+        both = [mine.joined(theirs) for mine, theirs in zip(self.prefix, other.prefix, strict=True)]
+        prefix = tuple(one for one in both if one is not None)
+        if self.prefix_length == 0 or len(prefix) < len(both):
+            return None
+        return replace(self, end=other.end, prefix=prefix, spans=self.spans + 1)
 
     def cost(self, width: int) -> int:
         """Multiplications, for all heads' ``width`` together."""
@@ -61,28 +85,23 @@ def _rows_of(columns: int, n_heads: int) -> int:
     return min(max(_SCORES // (n_heads * max(columns, 1)), _ROWS.start), _ROWS.stop - 1)
 
 
-def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, width: int, n_heads: int) -> Iterator[_Tile]:
+def _plan(cu_seqlens: Tensor, prefix: Tensor, width: int, n_heads: int) -> Iterator[_Tile]:
     """Cut the rows into tiles; neighbouring short spans of one trunk share a tile where that is less work.
 
     Args:
+        cu_seqlens: (S + 1,), and prefix: (S, R, 2), checked.
         width: of all heads together.
         n_heads: whose scores are written out at once.
     """
-    _check_ranges(cu_seqlens, prefix, n_rows, n_prefix)
     pending: _Tile | None = None
-    for (begin, end), (prefix_begin, prefix_end) in zip(
-        itertools.pairwise(cu_seqlens.tolist()), prefix.tolist(), strict=True
-    ):
+    for (begin, end), ranges in zip(itertools.pairwise(cu_seqlens.tolist()), prefix.tolist(), strict=True):
         if begin == end:
             continue
-        length = prefix_end - prefix_begin
-        alone = _Tile(begin, end, begin, prefix_begin, prefix_end, length)
-        if pending is not None and length and pending.prefix_length and pending.prefix_begin == prefix_begin:
-            shared, furthest = min(pending.shared, length), max(pending.prefix_end, prefix_end)
-            both = replace(pending, end=end, prefix_end=furthest, shared=shared, spans=pending.spans + 1)
-            if end - both.begin <= _rows_of(both.columns, n_heads) and both.cost(width) <= pending.cost(
-                width
-            ) + alone.cost(width):
+        alone = _Tile(begin, end, begin, tuple(_Range(first, last, last - first) for first, last in ranges))
+        both = None if pending is None else pending.joined(alone)
+        if pending is not None and both is not None:
+            fits = end - both.begin <= _rows_of(both.columns, n_heads)
+            if fits and both.cost(width) <= pending.cost(width) + alone.cost(width):
                 pending = both
                 continue
         if pending is not None:
@@ -96,17 +115,6 @@ def _plan(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int, width:
             yield replace(alone, begin=start, end=min(start + rows, end))
     if pending is not None:
         yield pending
-
-
-def _check_ranges(cu_seqlens: Tensor, prefix: Tensor, n_rows: int, n_prefix: int) -> None:
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != n_rows or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens: expected non-decreasing offsets from 0 to {n_rows}, got {first} to {last}")
-    begin, end = prefix.unbind(1)
-    wrong = torch.nonzero((begin < 0) | (end < begin) | (end > n_prefix))
-    if wrong.numel():
-        at = int(wrong[0])
-        raise ValueError(f"prefix[{at}]: expected a range of rows in 0..{n_prefix}, got {prefix[at].tolist()}")
 
 
 class _Part(NamedTuple):
@@ -124,22 +132,24 @@ class _Part(NamedTuple):
 class _Plan:
     """Tiles, and for each its parts, from the same integers in both passes."""
 
-    def __init__(self, query: Tensor, cu_seqlens: Tensor, prefix: Tensor, n_prefix: int) -> None:
+    def __init__(self, query: Tensor, key: Tensor, cu_seqlens: Tensor, prefix: Tensor, stored: Tensor | None) -> None:
         n_rows, n_heads, width = query.shape
-        self.tiles = list(_plan(cu_seqlens, prefix, n_rows, n_prefix, n_heads * width, n_heads))
+        check_ranges(cu_seqlens, prefix, n_rows, len(key if stored is None else stored), apart=stored is not None)
+        self.tiles = list(_plan(cu_seqlens, prefix, n_heads * width, n_heads))
         self._row = torch.arange(n_rows, device=cu_seqlens.device)
         span = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=n_rows)
         self._begin = cu_seqlens[:-1].long()[span]
-        self._prefix_end = prefix[:, 1].long()[span]
+        self._prefix_end = prefix[:, :, 1].long()[span]  # (T, R)
 
     def parts(self, tile: _Tile) -> Iterator[_Part]:
         rows = slice(tile.begin, tile.end)
-        if tile.prefix_length:
+        for number, (begin, end, shared) in enumerate(tile.prefix):
+            if begin == end:
+                continue
             hidden = None
-            if tile.shared < tile.prefix_length:
-                places = torch.arange(tile.prefix_begin, tile.prefix_end, device=self._row.device)
-                hidden = places >= self._prefix_end[rows, None]
-            yield _Part(True, slice(tile.prefix_begin, tile.prefix_end), hidden)
+            if begin + shared < end:
+                hidden = torch.arange(begin, end, device=self._row.device) >= self._prefix_end[rows, number, None]
+            yield _Part(True, slice(begin, end), hidden)
         if tile.first < tile.begin:
             yield _Part(False, slice(tile.first, tile.begin))
         if tile.spans == 1:
@@ -243,8 +253,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from."""
     attention = _Attention(scale, dropout, seed, query.device)
-    n_prefix = len(key if prefix_key is None else prefix_key)
-    plan = _Plan(query, cu_seqlens, prefix, n_prefix)
+    plan = _Plan(query, key, cu_seqlens, prefix, prefix_key)
     run = _Pass(query, (key, value), (prefix_key, prefix_value))
     out = query.new_empty(*query.shape[:2], value.shape[2])
     lse = query.new_empty(query.shape[:2], dtype=run.wide)
@@ -287,8 +296,7 @@ def backward(
     in at least float32, and is rounded once.
     """
     attention = _Attention(scale, dropout, seed, query.device)
-    n_prefix = len(key if prefix_key is None else prefix_key)
-    plan = _Plan(query, cu_seqlens, prefix, n_prefix)
+    plan = _Plan(query, key, cu_seqlens, prefix, prefix_key)
     run = _Pass(query, (key, value), (prefix_key, prefix_value))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     own = [torch.zeros(x.shape, dtype=run.wide, device=x.device) for x in (key, value)]

@@ -157,7 +157,7 @@ class PrefixCache:
             key[:, :, 0],
             value[:, :, 0],
             each,
-            self._ranges[self._user],
+            self._ranges[self._user][:, None],
             keys.transpose(0, 1),
             values.transpose(0, 1),
             scaling,

@@ -28,6 +28,10 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def ranges(*spans: list[int]) -> torch.Tensor:
+    return torch.tensor(spans, dtype=torch.int32).reshape(len(spans), -1, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -73,7 +77,29 @@ def int32(*values: int) -> torch.Tensor:
         ({"prefix": int32(0, 0, 0, 0).reshape(2, 2).T}, ValueError, r"prefix: expected a contiguous tensor"),
         ({"prefix": int32(0, 0, 2, 1).reshape(2, 2)}, ValueError, r"prefix\[1\]: expected a range .*, got \[2, 1\]"),
         ({"prefix": int32(0, 0, -1, 1).reshape(2, 2)}, ValueError, r"prefix\[1\]: expected a range"),
-        ({"prefix": int32(0, 1, 0, 0).reshape(2, 2)}, ValueError, r"prefix\[0\]: .* before its span, in 0\.\.0, got"),
+        ({"prefix": int32(0, 0, 0, 5).reshape(2, 2)}, ValueError, r"prefix\[1\]: .* of rows in 0\.\.4, got \[0, 5\]"),
+        (
+            {"prefix": int32(2, 4, 0, 0).reshape(2, 2)},
+            ValueError,
+            r"prefix\[0\]: expected rows that neither the span",
+        ),
+        (
+            {"prefix": ranges([0, 0, 0, 0], [0, 2, 1, 3])},
+            ValueError,
+            r"prefix\[1, 1\]: .* earlier range .* \[1, 3\]",
+        ),
+        ({"prefix": ranges([0, 0, 0, 0], [0, 1, 2, 3])}, ValueError, r"max_prefix: expected .*, 2, got 0"),
+        (
+            {"prefix": int32().reshape(2, 0, 2)},
+            ValueError,
+            r"prefix: expected .* \(2, R, 2\), got \(2, 0, 2\)",
+        ),
+        ({"max_position": 3}, ValueError, r"max_position: expected the largest position, 2, got 3"),
+        (
+            {"position_ids": torch.tensor([0, 1, 2, 7])},
+            ValueError,
+            r"max_position: expected .*, 7, got 2",
+        ),
         ({"prefix": int32(0, 0, 0, 1).reshape(2, 2)}, ValueError, r"max_prefix: expected .*, 1, got 0"),
         ({"max_prefix": 2}, ValueError, r"max_prefix: expected the longest prefix's rows, 0, got 2"),
         ({"lo": int32(-8, 0, 1, -10).to_sparse()}, ValueError, r"lo: expected a dense tensor .*torch.sparse_coo"),
@@ -89,6 +115,13 @@ def int32(*values: int) -> torch.Tensor:
 )
 def test_layouts_made_by_hand_are_checked(change: dict[str, Any], error: type[Exception], message: str) -> None:
     refused(dataclasses.replace, error, message, made_by_hand(), **change)
+
+
+def test_a_span_may_see_several_ranges_before_and_after_it() -> None:
+    layout = dataclasses.replace(made_by_hand(), prefix=ranges([3, 4, 0, 0], [0, 1, 2, 3]), max_prefix=2)
+    assert layout.ranges is layout.prefix
+    one = dataclasses.replace(made_by_hand(), prefix=int32(0, 0, 0, 2).reshape(2, 2), max_prefix=2)
+    assert one.ranges is not None and one.ranges.tolist() == [[[0, 0]], [[0, 2]]]
 
 
 @pytest.mark.parametrize(

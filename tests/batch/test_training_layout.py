@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -201,6 +202,23 @@ def test_joined_layouts_pool_and_learn_the_same() -> None:
     assert torch.equal(joined.prefix[-three.num_users :] - one.num_rows - two.num_rows, three.prefix)
     with pytest.raises(ValueError, match="layouts: expected at least one, got none"):
         join_layouts([])
+
+
+def test_joined_layouts_have_as_many_ranges_as_any() -> None:
+    none = cases.make_batch(pk.SessionPatches(3), [17, 0]).layout()
+    one = plan(cases.make_batch(pk.ItemPatches(2, None), [12], with_targets=False), [[4, 11]])
+    assert none.prefix is None and one.prefix is not None
+    prefix = torch.zeros(one.num_users, 2, 2, dtype=torch.int32)
+    prefix[-1] = torch.tensor([[0, 1], [2, 4]])
+    two = dataclasses.replace(one, prefix=prefix, max_prefix=3)
+    joined = join_layouts([none, two, one])
+    checked = pk.PatchLayout(**vars(joined))
+    assert checked.prefix is not None and checked.prefix.shape == (joined.num_users, 2, 2)
+    sees = [[[a, b] for a, b in span if a < b] for span in checked.prefix.tolist()]
+    first, second = none.num_rows, none.num_rows + two.num_rows
+    assert sees[:2] == [[], []]
+    assert sees[one.num_users + 1] == [[first, first + 1], [first + 2, first + 4]]
+    assert sees[one.num_users + 2 :] == [[[a + second, b + second]] if a < b else [] for a, b in one.prefix.tolist()]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,11 @@ def test_no_less_exact_than_torch(name: str, dtype: torch.dtype) -> None:
 
 
 def test_gradcheck() -> None:
-    for spans in (Spans([4, 3, 0, 2, 2], [(0, 0), (0, 3), (0, 4), (1, 4), (0, 4)]), Spans([2, 3], [(1, 4), (0, 0)], 5)):
+    for spans in (
+        Spans([4, 3, 0, 2, 2], [(0, 0), (0, 3), (0, 4), (1, 4), (0, 4)]),
+        Spans([2, 3], [(1, 4), (0, 0)], 5),
+        Spans([2, 2, 1, 1], [[(0, 0), (2, 4)][::-1], [(0, 0), (0, 0)], [(0, 2), (2, 4)], [(0, 2), (2, 3)]]),
+    ):
         tensors = leaves(spans.tensors((4, 2), 3))
         given = [x for x in tensors if x is not None]
         assert torch.autograd.gradcheck(lambda *x, s=spans: attend(s, (*x, *[None] * (5 - len(x)))), given)
@@ -116,10 +120,11 @@ def test_any_spans(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, 12), max_size=9))
     stored = data.draw(st.one_of(st.none(), st.integers(0, 40)))
     begins = [0, *itertools.accumulate(lengths)]
-    prefix = []
+    ranges, prefix = data.draw(st.integers(1, 3)), []
     for begin in begins[:-1]:
         bounds = st.integers(0, begin if stored is None else stored)
-        prefix.append(tuple(sorted((data.draw(bounds), data.draw(bounds)))))
+        cuts = sorted(data.draw(st.lists(bounds, min_size=2 * ranges, max_size=2 * ranges)))
+        prefix.append(data.draw(st.permutations(list(zip(cuts[::2], cuts[1::2], strict=True)))))
     spans = Spans(lengths, prefix, stored)
     tensors = leaves(spans.tensors((2, 1), 4))
     got, wanted = attend(spans, tensors, scaling=0.7), expected(spans, tensors, 0.7)
@@ -129,12 +134,47 @@ def test_any_spans(data: st.DataObject) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
+# ------------------------------------------------------------------ ranges
+
+
+def both(spans: Spans, tensors: Sequence[Tensor | None], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """The output and all gradients."""
+    given = leaves(tensors, dtype)
+    out = attend(spans, given)
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return [out, *gradients(out, given, weight)]
+
+
+@pytest.mark.parametrize("name", ["trunk and branches", "prefixes that cross", "empty spans"])
+def test_one_range_and_empty_ones_are_the_same_bit_for_bit(name: str) -> None:
+    spans = SPANS[name]
+    tensors = spans.tensors((4, 2), 8)
+    wanted = both(spans, tensors, torch.float32)
+    for ranges in (
+        [[span] for span in spans.prefix],
+        [[span, (1, 1)] for span in spans.prefix],
+        [[(0, 0), span, (at, at)] for at, span in enumerate(spans.prefix)],
+    ):
+        got = both(spans._replace(prefix=ranges), tensors, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_range_in_two_parts_is_the_range() -> None:
+    for name in ("trunk and branches", "prefixes that cross", "a long span"):
+        spans = SPANS[name]
+        tensors = spans.tensors((4, 2), 8)
+        halves = [[(first, (first + last) // 2), ((first + last) // 2, last)] for first, last in spans.prefix]
+        for prefix in (halves, [half[::-1] for half in halves]):
+            for ours, theirs in zip(both(spans._replace(prefix=prefix), tensors), both(spans, tensors), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 # ------------------------------------------------------------------ isolation
 
 
 def test_rows_outside_the_visible_set_change_nothing() -> None:
     """Bit for bit: every row in turn, against the visibility written out."""
-    for name in ("trunk and branches", "prefixes that cross"):
+    for name in ("trunk and branches", "prefixes that cross", "several ranges", "ranges empty in every place"):
         spans = SPANS[name]
         tensors = [None if x is None else x.float() for x in spans.tensors((4, 2), 8)]
         before = attend(spans, tensors)[0]
@@ -173,8 +213,9 @@ def test_gradients_of_unseen_rows_are_zero() -> None:
         assert (grad[:, :, :50] != 0).any(dim=3).all()
 
 
-def test_bitwise_repeatable() -> None:
-    spans = SPANS["trunk and branches"]
+@pytest.mark.parametrize("name", ["trunk and branches", "several ranges"])
+def test_bitwise_repeatable(name: str) -> None:
+    spans = SPANS[name]
     tensors = leaves(spans.tensors((8, 2), 16), torch.float32)
     weight = torch.randn(1, sum(spans.lengths), 8, 16)
     first, second = (gradients(attend(spans, tensors), tensors, weight) for _ in range(2))
@@ -208,9 +249,8 @@ def test_dropout_drops_the_same_in_the_backward_pass() -> None:
 
 def test_tiles_cover_every_row_once() -> None:
     for spans in (*SPANS.values(), Spans([5000, 300], [(0, 0), (0, 5000)]), Spans([1] * 3000, [(0, 9)] * 3000, 9)):
-        stored = sum(spans.lengths) if spans.stored is None else spans.stored
         for n_heads in (1, 32):
-            plan = list(tiles._plan(*spans.integers, sum(spans.lengths), stored, 256, n_heads))
+            plan = list(tiles._plan(*spans.raw, 256, n_heads))
             assert [row for tile in plan for row in range(tile.begin, tile.end)] == list(range(sum(spans.lengths)))
             for tile in plan:
                 rows = tile.end - tile.begin
@@ -220,7 +260,7 @@ def test_tiles_cover_every_row_once() -> None:
 def test_branches_of_one_trunk_share_tiles() -> None:
     """Their prefixes end where the others' do, nearly; each alone would multiply a few rows at a time."""
     branches = Spans([200] + [8] * 50, [(0, 0)] + [(0, 100 + 2 * n) for n in range(50)])
-    plan = list(tiles._plan(*branches.integers, 600, 600, 256, 4))
+    plan = list(tiles._plan(*branches.raw, 256, 4))
     assert len(plan) < 20
 
 
@@ -258,11 +298,11 @@ def arguments(spans: Spans, dtype: torch.dtype = torch.float32) -> tuple[Any, ..
     query, key, value, *stored = (
         None if x is None else x.to(dtype)[0].transpose(0, 1).contiguous() for x in spans.tensors((4, 2), 8)
     )
-    return (query, key, value, *spans.integers, *stored, 0.3, 0.0, 0)
+    return (query, key, value, *spans.raw, *stored, 0.3, 0.0, 0)
 
 
 @pytest.mark.unpoisoned("opcheck compares whole memory")
-@pytest.mark.parametrize("name", ["trunk and branches", "prefixes that cross"])
+@pytest.mark.parametrize("name", ["trunk and branches", "ranges empty in every place"])
 def test_opcheck(name: str) -> None:
     inputs = arguments(SPANS[name])
     torch.library.opcheck(torch.ops.patchkern.span_attention.default, inputs)
@@ -272,8 +312,9 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(torch.ops.patchkern.span_attention_grad.default, backward)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    spans = SPANS["trunk and branches"]
+@pytest.mark.parametrize("name", ["trunk and branches", "several ranges"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    spans = SPANS[name]
     tensors = leaves(spans.tensors((4, 2), 8), torch.float32)
     cu_seqlens, prefix = spans.integers
 
@@ -338,6 +379,26 @@ def wrong(**change: Any) -> dict[str, Any]:
             {"prefix": torch.tensor([[0, 51]] * 5, dtype=torch.int32)},
             ValueError,
             r"prefix\[0\]: .*0\.\.50, got \[0",
+        ),
+        (
+            {"prefix": torch.zeros(5, 0, 2, dtype=torch.int32)},
+            ValueError,
+            r"prefix: expected shape \(5, 2\), .* or \(5, R, 2\), got \(5, 0, 2\)",
+        ),
+        (
+            {"prefix": torch.tensor([[[0, 9], [9, 51]]] * 5, dtype=torch.int32)},
+            ValueError,
+            r"prefix\[0, 1\]: .*0\.\.50, got \[9, 51\]",
+        ),
+        (
+            {"prefix": torch.tensor([[[0, 0], [0, 9], [8, 12]]] * 5, dtype=torch.int32)},
+            ValueError,
+            r"prefix\[0, 2\]: expected rows that neither the span nor an earlier range of it has, got \[8, 12\]",
+        ),
+        (
+            {"prefix": torch.tensor([[4, 6]] * 5, dtype=torch.int32), "prefix_key": None, "prefix_value": None},
+            ValueError,
+            r"prefix\[0\]: expected rows that neither the span",
         ),
         ({"prefix": torch.tensor([[3, 2]] * 5, dtype=torch.int32)}, ValueError, r"prefix\[0\]: .*got \[3, 2\]"),
         ({"cu_seqlens": torch.tensor([0, 5, 11, 18, 26, 34], dtype=torch.int32)}, ValueError, r"cu_seqlens: .*to 34"),

@@ -23,6 +23,14 @@ CROWD = Spans(
     [150, 40, 30, 0, 90, 9, 7, 120, 60, 200, 33],
     [(0, 0), (0, 90), (0, 150), (0, 0), (0, 0), (220, 230), (220, 310), (0, 0), (326, 446), (0, 0), (0, 0)],
 )
+# two users with two ranges, of which one sees rows after its own
+RANGES = Spans(
+    [40, 20, 90, 30, 60, 40, 20, 90],
+    [
+        *[[(0, 0), (0, 0)], [(60, 150), (0, 40)], [(0, 40), (0, 0)], [(0, 60), (60, 100)]],
+        *[[(0, 60), (60, 150)], [(0, 0), (0, 0)], [(240, 280), (300, 390)], [(0, 0), (240, 280)]],
+    ],
+)
 
 
 def attend(spans: Spans, tensors: list[Tensor | None]) -> Tensor:
@@ -40,7 +48,7 @@ def both_passes(spans: Spans, tensors: list[Tensor | None], weight: Tensor) -> l
 
 @pytest.mark.parametrize("isa", native.isa_levels())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spans", [CROWD, SPANS["prefixes that cross"]], ids=["crowd", "crossing"])
+@pytest.mark.parametrize("spans", [CROWD, SPANS["ranges empty in every place"]], ids=["crowd", "ranges"])
 def test_every_instruction_set(spans: Spans, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.ENVIRONMENT, isa)
     exact = [None if x is None else x.to(dtype).double() for x in spans.tensors(HEADS, 21, value_width=37)]
@@ -55,9 +63,8 @@ def test_every_instruction_set(spans: Spans, dtype: torch.dtype, isa: str, monke
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-@pytest.mark.parametrize("stored", [None, 700], ids=["own rows", "stored apart"])
-def test_any_number_of_threads_is_the_same_bit_for_bit(stored: int | None) -> None:
-    spans = CROWD._replace(stored=stored)
+@pytest.mark.parametrize("spans", [CROWD, CROWD._replace(stored=700), RANGES], ids=["own rows", "apart", "ranges"])
+def test_any_number_of_threads_is_the_same_bit_for_bit(spans: Spans) -> None:
     tensors = leaves(spans.tensors(HEADS, 64), torch.float32)
     weight = torch.randn(1, sum(spans.lengths), HEADS[0], 64)
     before = torch.get_num_threads()
@@ -80,9 +87,14 @@ def test_a_user_is_the_same_bit_for_bit_whoever_else_is_in_the_batch() -> None:
         Spans([150, 40, 30], [(0, 0), (0, 90), (0, 150)]),
         Spans([1], [(0, 0)]),
         Spans([200], [(0, 0)]),
+        Spans([20, 9, 80, 7], [[(0, 0), (0, 0)], [(29, 109), (0, 20)], [(0, 20), (0, 0)], [(0, 29), (29, 70)]]),
     ]
     begins = [0, *itertools.accumulate(sum(user.lengths) for user in users)]
-    ranges = [(a + begin, b + begin) for user, begin in zip(users, begins, strict=False) for a, b in user.prefix]
+    ranges = [
+        [(a + begin, b + begin) for a, b in [*span, (0, 0)][:2]]
+        for user, begin in zip(users, begins, strict=False)
+        for span in user.ranges
+    ]
     batch = Spans([length for user in users for length in user.lengths], ranges)
     tensors = [None if x is None else x.float() for x in batch.tensors(HEADS, WIDTH)]
     weight = torch.randn(1, begins[-1], HEADS[0], WIDTH)

@@ -92,12 +92,12 @@ def test_bfloat16(name: str) -> None:
 
 def test_rows_outside_the_visible_set_change_nothing() -> None:
     """Bit for bit, though they share blocks of the kernel with rows that do see them."""
-    spans = SPANS["trunk and branches"]
+    spans = SPANS["several ranges"]
     rows = sum(spans.lengths)
     tensors = [None if x is None else x.float() for x in spans.tensors((4, 2), 8)]
     before = attend(spans, tensors, 0.3)[0]
     seen = visibility(spans, rows)
-    for row in (0, 11, 12, 39, 45, 60, 97):
+    for row in (0, 5, 7, 16, 17, 21, 30):
         changed = [None if x is None else x.clone() for x in tensors]
         for at in (1, 2):
             changed[at][:, :, row] = torch.randn_like(changed[at][:, :, row])
@@ -105,8 +105,18 @@ def test_rows_outside_the_visible_set_change_nothing() -> None:
         assert torch.equal(moved, seen[:, row] | seen[:, rows + row])
 
 
+def test_one_range_and_empty_ones_are_the_same_bit_for_bit() -> None:
+    spans = Spans([9, 4, 0, 6, 1], [(0, 0), (0, 9), (0, 9), (2, 5), (0, 1)])
+    tensors = leaves(spans.tensors((4, 2), 8), torch.float32)
+    weight = torch.randn(1, sum(spans.lengths), 4, 8)
+    alone = gradients(attend(spans, tensors, 0.3), tensors, weight)
+    for ranges in ([[span] for span in spans.prefix], [[(3, 3), span] for span in spans.prefix]):
+        several = gradients(attend(spans._replace(prefix=ranges), tensors, 0.3), tensors, weight)
+        assert all(torch.equal(a, b) for a, b in zip(several, alone, strict=True))
+
+
 def test_bitwise_repeatable_gradients() -> None:
-    spans = SPANS["trunk and branches"]
+    spans = SPANS["several ranges"]
     tensors = leaves(spans.tensors((4, 2), 16), torch.float32)
     weight = torch.randn(1, sum(spans.lengths), 4, 16)
     first, second = (gradients(attend(spans, tensors, 0.3), tensors, weight) for _ in range(2))
@@ -130,7 +140,7 @@ def test_same_log_sum_exp_as_the_tiles() -> None:
 
     spans = SPANS["trunk and branches"]
     rows = [None if x is None else x[0].transpose(0, 1).float() for x in spans.tensors((4, 2), 8)]
-    arguments = [None if x is None else x.to(DEVICE) for x in (*rows[:3], *spans.integers, *rows[3:])]
+    arguments = [None if x is None else x.to(DEVICE) for x in (*rows[:3], *spans.raw, *rows[3:])]
     _, ours = kernels.forward(*arguments, 0.3)
     _, theirs = tiles.forward(*arguments, 0.3, 0.0, 0)
     torch.testing.assert_close(ours, theirs)
@@ -160,17 +170,17 @@ from patchkern.ops import span_attention_triton as kernels
 
 folder, machines = sys.argv[1], [tuple(map(int, machine.split("-"))) for machine in sys.argv[2:]]
 integers, floats = {"p_rows", "p_cu_seqlens", "p_prefix"}, {"p_lse", "p_balance"}
-for (arch, width), (kernel, table, flags) in itertools.product(machines, (
-    (kernels._rows_kernel, None, {}),
-    (kernels._forward_kernel, kernels._forward_blocks, {}),
-    (kernels._query_gradient_kernel, kernels._query_gradient_blocks, {}),
-    (kernels._key_gradient_kernel, kernels._key_gradient_blocks, {"OWN": True, "PREFIX": True}),
+for (arch, width, ranges), (kernel, table, flags) in itertools.product(machines, (
+    (kernels.rows_kernel, None, {}),
+    (kernels.forward_kernel, kernels._forward_blocks, {}),
+    (kernels.query_gradient_kernel, kernels._query_gradient_blocks, {}),
+    (kernels.key_gradient_kernel, kernels._key_gradient_blocks, {"OWN": True, "PREFIX": True}),
 )):
-    constants, options = {"BLOCK": 256}, {}
+    constants, options = {"BLOCK": 256, "RANGES": ranges}, {}
     if table is not None:
-        blocks = table(width, 2)
-        constants = {"HEADS": 32, "GROUPS": 4, "WIDTH": width, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys}
-        constants |= {"BLOCK_D": width, "PRECISION": "tf32"} | flags
+        blocks = table(width, 2, ranges)
+        constants = {"RANGES": ranges, "HEADS": 32, "GROUPS": 4, "WIDTH": width, "BLOCK_M": blocks.queries}
+        constants |= {"BLOCK_N": blocks.keys, "BLOCK_D": width, "PRECISION": "tf32"} | flags
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
@@ -184,23 +194,25 @@ for (arch, width), (kernel, table, flags) in itertools.product(machines, (
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    name = f"{arch}-{width}-{kernel.__name__}"
+    name = f"{arch}-{width}-{ranges}-{kernel.__name__}"
     with open(f"{folder}/{name}.cubin", "wb") as file:
         file.write(built.asm["cubin"])
-    print(json.dumps([arch, width, kernel.__name__, built.metadata.shared]))
+    print(json.dumps([arch, width, ranges, kernel.__name__, built.metadata.shared]))
 """
 
 
 PRODUCTS = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
-USUAL, SLOW = [(80, 64), (90, 128), (100, 64)], [(80, 128), (90, 64), (100, 128)]
+USUAL = [(80, 64, 1), (90, 128, 2), (100, 64, 1)]
+SLOW = [(80, 128, 1), (90, 64, 1), (100, 128, 1), (90, 128, 1)]
+SLOW += [(80, 64, 2), (80, 128, 2), (90, 64, 2), (100, 64, 2), (100, 128, 2)]
 
 
-def compiled(machines: list[tuple[int, int]]) -> Path:
-    """The folder of every kernel for these architectures and head widths: one process compiles them all."""
+def compiled(machines: list[tuple[int, int, int]]) -> Path:
+    """The folder of every kernel for these architectures, head widths and ranges: one process compiles them all."""
 
     def compile_all(folder: Path) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
-        arguments = [f"{arch}-{width}" for arch, width in machines]
+        arguments = ["-".join(map(str, machine)) for machine in machines]
         command = [sys.executable, "-c", COMPILE, str(folder), *arguments]
         built = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr
@@ -212,24 +224,24 @@ def compiled(machines: list[tuple[int, int]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arch", "width"), [*USUAL, *(pytest.param(*machine, marks=pytest.mark.slow) for machine in SLOW)]
+    ("arch", "width", "ranges"), [*USUAL, *(pytest.param(*machine, marks=pytest.mark.slow) for machine in SLOW)]
 )
-def test_compiles_for(arch: int, width: int) -> None:
+def test_compiles_for(arch: int, width: int, ranges: int) -> None:
     """bfloat16: nothing spilled, matrix products on the tensor cores, loads of 16 bytes, shared memory that any has."""
-    folder = compiled(USUAL if (arch, width) in USUAL else SLOW)
+    folder = compiled(USUAL if (arch, width, ranges) in USUAL else SLOW)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     reports = map(json.loads, (folder / "report").read_text().splitlines())
-    found = [(name, shared) for *machine, name, shared in reports if machine == [arch, width]]
+    found = [(name, shared) for *machine, name, shared in reports if machine == [arch, width, ranges]]
     assert len(found) == 4
     for name, shared in found:
-        cubin = folder / f"{arch}-{width}-{name}.cubin"
+        cubin = folder / f"{arch}-{width}-{ranges}-{name}.cubin"
         dump = [str(cuobjdump), "--dump-resource-usage", "--dump-sass", str(cubin)]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         assert re.search(r"STACK:0 .*LOCAL:0 ", text), name
         assert not re.search(r"\b(STL|LDL)\b", text), name
         assert shared <= 99 * 1024, name
-        if name != "_rows_kernel":
+        if name != "rows_kernel":
             assert re.search(r"\bHMMA|\bHGMMA|\bUTC\w*MMA", text), name
             assert re.search(r"LDGSTS\.E\.\S*128|LDG\.E\.\S*128|UTMALDG", text), name
-        if name == "_forward_kernel":
+        if name == "forward_kernel":
             assert re.search(rf"\b{PRODUCTS[arch]}\b", text), name

@@ -152,7 +152,7 @@ def reproduce(args: argparse.Namespace, further: list[str], folder: Folder) -> l
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
-    names = ("data", "min_rating", "min_interactions", "k_core")
+    names = ("data", "min_rating", "min_interactions", "k_core", "split_by")
     return [
         part for name in names if getattr(args, name) is not None for part in (f"--{name}", str(getattr(args, name)))
     ]

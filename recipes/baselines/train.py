@@ -48,7 +48,7 @@ from recipes.baselines.training import Training
 
 VALIDATION_SAMPLES = 2000
 # With the settings, what decides how a run goes on.
-DECIDE = ("model", "setting", "data", "min_rating", "min_interactions", "k_core", "encoder", "seed")
+DECIDE = ("model", "setting", "data", "min_rating", "min_interactions", "k_core", "split_by", "encoder", "seed")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, list[Evaluation]]]:

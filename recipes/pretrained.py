@@ -118,7 +118,7 @@ def check_further(rest: Sequence[str]) -> None:
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
-    names = ("data", "min_rating", "min_interactions", "k_core")
+    names = ("data", "min_rating", "min_interactions", "k_core", "split_by")
     return [
         part for name in names if getattr(args, name) is not None for part in (f"--{name}", str(getattr(args, name)))
     ]

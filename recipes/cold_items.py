@@ -3,7 +3,7 @@
 
     python recipes/train.py --stage items --model tiny --head items --item_embeddings --no_separator --data ml-100k \\
         --hold_out_items 0.1 --output_dir runs/both
-    python recipes/train.py ... --hold_out_items 0.1 --item_dropout 0.3 --output_dir runs/dropped
+    python recipes/train.py ... --hold_out_items 0.1 --vector_dropout 0.3 --output_dir runs/dropped
     python recipes/train.py ... --hold_out_items 0.1 --output_dir runs/text        # without --item_embeddings
     python recipes/train.py ... --hold_out_items 0.1 --item_tokens --output_dir runs/ids
     python recipes/cold_items.py runs/both runs/dropped runs/text runs/ids --data ml-100k
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="of recipes/train.py with --hold_out_items, or their checkpoints")
-    add_arguments(parser)
+    add_arguments(parser, item_text=True)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
     parser.add_argument("--k", type=int, nargs="+", default=[20, 50], help="lengths of the lists (default: 20 50)")
@@ -117,7 +117,7 @@ def measured(name: str, data: Interactions, samples: Samples, args: argparse.Nam
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if not models.is_saved(name):
         raise ValueError(f"runs: expected a run of recipes/train.py, got {name!r}")
-    model, _ = models.load_model(name, data.titles, dtype=dtype, argument="runs")
+    model, _ = models.load_model(name, data.titles, texts=data.texts, dtype=dtype, argument="runs")
     model.to(device).eval()
     catalog, diff = model.catalog, model.catalog_diff
     held_out = np.zeros(len(catalog), bool)

@@ -35,7 +35,7 @@ def load_model(
     prompt_file: str | None = None,
     item_embeddings: bool = False,
     item_head: bool = False,
-    item_dropout: float | None = None,
+    vector_dropout: float | None = None,
     lora: int | None = None,
     trainable: bool = False,
     random_weights: bool = False,
@@ -59,7 +59,7 @@ def load_model(
         words: of the prompt of a transformers model whose tokenizer has a chat template; without any, general ones.
         prompt_file: of words (`patchkern.PromptWords.read`) to use instead; an error where the model has no use for it.
         item_embeddings, item_head: have them, also where a saved model has none.
-        item_dropout: of item embeddings in training; None: as a saved model has it, else 0.
+        vector_dropout: of item embeddings in training; None: as a saved model has it, else 0.
         lora: train a LoRA adapter of this rank on a transformers model instead of its weights, with its marker rows.
         trainable: go on training the adapter of a saved model, which else is as fixed as the weights under it.
         random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
@@ -87,7 +87,7 @@ def load_model(
         if trainable and (current(folder) / ADAPTER).is_file():
             hf_kwargs["is_trainable"] = True
         model = pk.PatchedCausalLM.from_pretrained(
-            folder, catalog, dtype=dtype, item_dropout=item_dropout, **wrapping, **hf_kwargs
+            folder, catalog, dtype=dtype, vector_dropout=vector_dropout, **wrapping, **hf_kwargs
         )
         return model, tokenizer
     if name in SIZES and item_tokens:
@@ -122,7 +122,7 @@ def load_model(
         catalog = pk.Catalog.from_titles(titles, tokenizer, texts)
     if name in SIZES:
         hf_model.to(dtype)
-    return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, item_dropout=item_dropout or 0.0), tokenizer
+    return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, vector_dropout=vector_dropout or 0.0), tokenizer
 
 
 def is_saved(name: str) -> bool:

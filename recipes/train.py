@@ -31,7 +31,7 @@ and the model recommends in one pass and one product (search="items").
         --output_dir runs/head --rows_per_pass 4096 --num_train_epochs 12 --early_stopping 5
 
 What a title is worth where there is no history: --hold_out_items 0.1 trains without a tenth of the items,
---item_dropout 0.3 without some items' vectors in each pass, so that text must carry; recipes/cold_items.py compares.
+--vector_dropout 0.3 without some items' vectors in each pass, so that text must carry; recipes/cold_items.py compares.
 
 Pretrained models far below 1B learn at higher rates than the paper's, and in steps of one size whatever their rows:
 
@@ -207,7 +207,7 @@ def load_model(
         prompt_file=args.prompt,
         item_embeddings=args.item_embeddings,
         item_head=args.head != "titles",
-        item_dropout=args.item_dropout,
+        vector_dropout=args.vector_dropout,
         lora=args.lora,
         trainable=True,
         random_weights=args.random_weights,

@@ -79,7 +79,7 @@ def make_parser(description: str | None) -> Parser:
         "--item_embeddings", action="store_true", help="learn a vector for each item's patches; later stages keep it"
     )
     group.add_argument(
-        "--item_dropout",
+        "--vector_dropout",
         type=float,
         metavar="SHARE",
         help="of the items that are without their vector in a pass, so that text must carry (default: none)",
@@ -182,11 +182,11 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         (args.item_tokens and args.model not in SIZES, f"--item_tokens: {scratch} keep their titles"),
         *(
             (share is not None and not 0 <= share < 1, f"--{name}: expected at least 0 and below 1, got {share}")
-            for name, share in (("item_dropout", args.item_dropout), ("hold_out_items", args.hold_out_items))
+            for name, share in (("vector_dropout", args.vector_dropout), ("hold_out_items", args.hold_out_items))
         ),
         (
-            bool(args.item_dropout) and args.model is not None and not args.item_embeddings,
-            "--item_dropout: expected only with --item_embeddings, of which it drops some",
+            bool(args.vector_dropout) and args.model is not None and not args.item_embeddings,
+            "--vector_dropout: expected only with --item_embeddings, of which it drops some",
         ),
         (
             args.random_weights and (args.model is None or args.model in SIZES),

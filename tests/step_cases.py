@@ -32,7 +32,7 @@ class Step(NamedTuple):
     smoothing: float = 0.0
     optimizer: str = "adamw"
     item_embeddings: bool = False
-    item_dropout: float = 0.0
+    vector_dropout: float = 0.0
     head: Any = "titles"
     n_items: int = 60
 
@@ -59,7 +59,7 @@ def model_of(step: Step) -> pk.PatchedCausalLM:
     if step.lora:
         inner = get_peft_model(inner, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     catalog, head = make_catalog(make_titles(step.n_items)), step.head != "titles"
-    own = {"item_embeddings": step.item_embeddings, "item_dropout": step.item_dropout}
+    own = {"item_embeddings": step.item_embeddings, "vector_dropout": step.vector_dropout}
     model = pk.PatchedCausalLM(inner, catalog, PROMPT, **own, item_head=head).train()
     if step.checkpointing:
         model.activation_checkpointing_enable()

@@ -33,14 +33,14 @@ def held_out_samples() -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_model(
-    tokenizer: Any = None, item_head: bool = False, item_dropout: float | None = None, **config: Any
+    tokenizer: Any = None, item_head: bool = False, vector_dropout: float | None = None, **config: Any
 ) -> tuple[PatchedCausalLM, Any]:
-    """With ``item_dropout`` also with item embeddings."""
+    """With ``vector_dropout`` also with item embeddings."""
     tokenizer = tokenizer or fit_tokenizer(TITLES.values(), 280)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, **config}
     catalog = pk.Catalog.from_titles(TITLES, tokenizer)
     hf_model = scratch_model(tokenizer, **shape)
-    own = {} if item_dropout is None else {"item_embeddings": True, "item_dropout": item_dropout}
+    own = {} if vector_dropout is None else {"item_embeddings": True, "vector_dropout": vector_dropout}
     return PatchedCausalLM(hf_model, catalog, scratch_prompt(tokenizer), item_head=item_head, **own), tokenizer
 
 

@@ -25,7 +25,7 @@ from patchkern.budget.counted_attention import CountedAttention
 from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.live_bytes import LiveBytes
-from patchkern.ops.item_dropout import drop_items
+from patchkern.ops.vector_dropout import drop_vectors
 
 _ROW_INTEGERS = 64  # bytes of a row of the layout, of its transpose, of positions and masks of integers
 
@@ -147,7 +147,7 @@ class FakeModel:
         self.item_embedding: nn.Parameter | None = None
         if embedding is not None:
             self.item_embedding = nn.Parameter(self._fake(embedding.shape, embedding.dtype))
-        self._item_dropout: float = getattr(model, "item_dropout", 0.0)
+        self._vector_dropout: float = getattr(model, "vector_dropout", 0.0)
         self.item_head: CountedItems | None = None
         if n_items is not None:
             with self._mode:
@@ -259,8 +259,8 @@ class FakeModel:
         losses = []
         with autocast:
             own: Tensor | None = self.item_embedding
-            if own is not None and self._item_dropout:
-                own = drop_items(own, self._item_dropout)
+            if own is not None and self._vector_dropout:
+                own = drop_vectors(own, self._vector_dropout)
             rows = self._rows(shape.rows, own)
             output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
             if shape.logit_rows and kind.smoothing:

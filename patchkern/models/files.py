@@ -23,7 +23,7 @@ from patchkern.batch.prompt import Prompt
 from patchkern.models.adapters import ADAPTER, ADAPTER_WEIGHTS, read_adapter
 from patchkern.models.catalog_file import read_catalog, write_catalog
 from patchkern.models.folders import current, replacing
-from patchkern.ops.item_dropout import check_item_dropout
+from patchkern.ops.vector_dropout import check_vector_dropout
 
 FORMAT_VERSION = 2  # 1 had neither the catalogue nor the size of the vocabulary
 DESCRIPTION = "patchkern.json"
@@ -65,7 +65,7 @@ class Description(NamedTuple):
     """the fingerprint of the catalogue beside it; None in folders of version 1, which have none"""
     tokenizer: bool
     item_head: bool
-    item_dropout: float
+    vector_dropout: float
 
 
 def write(
@@ -78,7 +78,7 @@ def write(
     tokenizer: Any,
     hf_kwargs: dict[str, Any],
     *,
-    item_dropout: float,
+    vector_dropout: float,
 ) -> None:
     """Write a model; its files take the places of those of an earlier one together, see `patchkern.models.folders`."""
     description = {
@@ -87,7 +87,7 @@ def write(
         "policy": None if policy is None else policy_to_dict(policy),
         "item_embeddings": own.item_embedding is not None,
         "item_head": bool(own.item_head),
-        "item_dropout": item_dropout,
+        "vector_dropout": vector_dropout,
         "vocabulary_size": hf_model.config.get_text_config().vocab_size,
         "catalog": {"file": CATALOG, "items": len(catalog), "fingerprint": catalog.fingerprint},
         "tokenizer": tokenizer is not None,
@@ -148,8 +148,8 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
             catalog=None if version == 1 else str(description["catalog"]["fingerprint"]),
             tokenizer=bool(description.get("tokenizer", False)),
             item_head=bool(description.get("item_head", False)),
-            item_dropout=check_item_dropout(
-                description.get("item_dropout", 0.0), bool(description.get("item_embeddings", False))
+            vector_dropout=check_vector_dropout(
+                description.get("vector_dropout", 0.0), bool(description.get("item_embeddings", False))
             ),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:

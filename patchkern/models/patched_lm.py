@@ -28,9 +28,9 @@ from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.searching import Searching, lock_of
 from patchkern.models.sources import locate
-from patchkern.ops.item_dropout import check_item_dropout, drop_items
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
+from patchkern.ops.vector_dropout import check_vector_dropout, drop_vectors
 from patchkern.search.protocol import SpanCache
 from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
@@ -57,9 +57,9 @@ class PatchedCausalLM(wrapped.WrappedLM):
             (`PatchLayout.with_identities`) unless they come from the CPU.
         item_head: also score every item from a history's last row, see `ItemHead`: a target costs one row and a
             recommendation one pass, with ``recommend(search="items")``. Logits and titles stay what they are.
-        item_dropout: in training, the probability that an item is without its vector for a pass, in its patches and in
-            the item head alike, so that its text must carry; the draw is torch's, as of any dropout. It costs a copy
-            of the vectors and one of their gradient. Saved along; the attribute ``item_dropout`` may be set anew.
+        vector_dropout: in training, the probability that an item is without its vector for a pass, in its patches and
+            in the item head alike, so that its text must carry; the draw is torch's, as of any dropout. It costs a copy
+            of the vectors and one of their gradient. Saved along; the attribute ``vector_dropout`` may be set anew.
 
     Under FSDP2, call ``fully_shard`` on this module (and on the layers inside it), so that the embeddings are gathered
     when ``forward`` pools them.
@@ -105,7 +105,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         attn_implementation: str | None = attention.NAME,
         item_embeddings: bool = False,
         item_head: bool = False,
-        item_dropout: float = 0.0,
+        vector_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         wrapped.check_model(hf_model)
@@ -117,7 +117,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if policy is not None:
             check_policy(policy)
-        self.item_dropout = check_item_dropout(item_dropout, item_embeddings)
+        self.vector_dropout = check_vector_dropout(vector_dropout, item_embeddings)
         self.hf_model = hf_model
         self.catalog = catalog
         self.prompt = prompt
@@ -181,8 +181,8 @@ class PatchedCausalLM(wrapped.WrappedLM):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
         self._check_length(layout.max_position + 1)
         own: Tensor | None = self.item_embedding
-        if own is not None and self.training and self.item_dropout:
-            own = drop_items(own, self.item_dropout)
+        if own is not None and self.training and self.vector_dropout:
+            own = drop_vectors(own, self.vector_dropout)
         with self._undisturbed():
             rows = self._embed(layout, own)
             self._isolation.check_layout(self.hf_model, layout, rows)
@@ -442,7 +442,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             own,
             tokenizer,
             hf_kwargs,
-            item_dropout=self.item_dropout,
+            vector_dropout=self.vector_dropout,
         )
 
     @classmethod
@@ -455,7 +455,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         base_model: PreTrainedModel | None = None,
         item_embeddings: bool = False,
         item_head: bool = False,
-        item_dropout: float | None = None,
+        vector_dropout: float | None = None,
         renamed: Literal["error", "allow"] = "error",
         **hf_kwargs: Any,
     ) -> PatchedCausalLM:
@@ -470,7 +470,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             base_model: the model under a saved adapter; where not given, the one named in the adapter's configuration.
                 Its embedding is resized to that of training, if the adapter has the rows.
             item_embeddings, item_head: have them also where none were saved.
-            item_dropout: another one than was saved.
+            vector_dropout: another one than was saved.
             renamed: "allow" a ``catalog`` in which more than a tenth of the saved items have other titles.
             hf_kwargs: for the wrapped model's ``from_pretrained``, such as ``dtype`` or ``device_map``;
                 ``trust_remote_code`` is False unless given.
@@ -497,7 +497,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             attn_implementation=attn_implementation,
             item_embeddings=item_embeddings or description.item_embeddings,
             item_head=item_head or description.item_head,
-            item_dropout=description.item_dropout if item_dropout is None else item_dropout,
+            vector_dropout=description.vector_dropout if vector_dropout is None else vector_dropout,
         )
         model.catalog_diff = diff
         model.tokenizer = tokenizer

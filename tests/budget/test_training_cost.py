@@ -32,7 +32,7 @@ def check(step: Step) -> None:
         Step(users=1, targets=1, optimizer="adamw_torch", item_embeddings=True),
         Step("phi3", head="items", targets=18, users=20, n_items=3000),
         Step(head="items", users=6, n_items=2000, autocast=True),  # the items' gradient is what it takes
-        Step(head="items", users=6, n_items=2000, item_embeddings=True, item_dropout=0.3),
+        Step(head="items", users=6, n_items=2000, item_embeddings=True, vector_dropout=0.3),
         Step(head="both", targets=2, users=10, dtype=torch.bfloat16),
     ],
     ids=str,

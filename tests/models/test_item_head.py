@@ -281,7 +281,7 @@ def test_recomputed_activations_change_nothing(
         pytest.importorskip("peft")
         torch.manual_seed(0)
         hf_model = model_cases.lora(hf_model, target_modules="all-linear").double()
-    own: dict[str, Any] = {"item_embeddings": True, "item_head": True, "item_dropout": 0.4}
+    own: dict[str, Any] = {"item_embeddings": True, "item_head": True, "vector_dropout": 0.4}
     model = pk.PatchedCausalLM(hf_model, cases.make_catalog(TITLES), search_oracle.PROMPT, **own).train()
     randomise(model)
     layout = training_layout(model, POLICIES[policy], head)

@@ -19,7 +19,7 @@ from recipes import cold_items, evaluate, models, train
 
 SCRATCH = ("--model", "tiny", "--vocab_size", "300", "--no_separator", "--head", "items")
 KINDS = {
-    "vectors": (*SCRATCH, "--item_embeddings", "--item_dropout", "0.3"),
+    "vectors": (*SCRATCH, "--item_embeddings", "--vector_dropout", "0.3"),
     "ids": (*SCRATCH, "--item_tokens"),
     "titles": ("--model", "tiny", "--vocab_size", "300"),
 }
@@ -114,12 +114,12 @@ def test_measures_are_those_of_the_library(data: str, runs: dict[str, Path], tmp
 def test_runs_remember_what_they_held_out(data: str, runs: dict[str, Path], tmp_path: Path) -> None:
     saved = pk.PatchedCausalLM.from_pretrained(find_model(str(runs["vectors"]), "run"))
     kept = hold_out_items(open_dataset(data), 0.2)
-    assert saved.catalog.item_ids.tolist() == list(kept.titles) and saved.item_dropout == 0.3
+    assert saved.catalog.item_ids.tolist() == list(kept.titles) and saved.vector_dropout == 0.3
     assert json.loads((runs["vectors"] / "arguments.json").read_text())["hold_out_items"] == 0.2
     # the next stage goes on without them, and evaluate.py ranks them by their titles
     trained(data, tmp_path / "next", "--from", str(runs["vectors"]))
     following = pk.PatchedCausalLM.from_pretrained(find_model(str(tmp_path / "next"), "run"))
-    assert following.catalog.fingerprint == saved.catalog.fingerprint and following.item_dropout == 0.3
+    assert following.catalog.fingerprint == saved.catalog.fingerprint and following.vector_dropout == 0.3
     flags = ["--data", data, "--search", "items", "--output", str(tmp_path / "test.csv")]
     for kind in ("vectors", "ids"):
         found = evaluate.main([str(runs[kind]), *flags])["this model"][0]
@@ -143,8 +143,8 @@ def test_runs_that_cannot_be_compared(data: str, runs: dict[str, Path], tmp_path
     ("flags", "message"),
     [
         ([*KINDS["ids"], "--hold_out_items", "1"], "--hold_out_items: expected at least 0 and below 1, got 1.0"),
-        ([*KINDS["ids"], "--item_dropout", "0.3"], "--item_dropout: expected only with --item_embeddings"),
-        ([*KINDS["vectors"], "--item_dropout", "-1"], "--item_dropout: expected at least 0 and below 1, got -1.0"),
+        ([*KINDS["ids"], "--vector_dropout", "0.3"], "--vector_dropout: expected only with --item_embeddings"),
+        ([*KINDS["vectors"], "--vector_dropout", "-1"], "--vector_dropout: expected at least 0 and below 1, got -1.0"),
         (["--model", "some-folder", "--item_tokens"], "--item_tokens: expected only with --model tiny or small"),
     ],
 )

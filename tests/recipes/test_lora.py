@@ -61,7 +61,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("flags", "tied"),
     [
-        pytest.param(("--head", "items", "--item_embeddings", "--item_dropout", "0.3"), True, id="items, tied"),
+        pytest.param(("--head", "items", "--item_embeddings", "--vector_dropout", "0.3"), True, id="items, tied"),
         pytest.param(("--head", "titles"), False, id="titles, untied"),
         FOUR_BIT,
     ],

@@ -179,3 +179,9 @@ def test_a_mistyped_flag_is_known_before_anything_is_fetched(
         pretrained.main(["--data", "ml-100k", "--num_train_epoch", "2"])
     assert "--num_train_epoch: expected --num_train_epochs?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_the_data_are_handed_on_to_training_and_evaluation() -> None:
+    given = ["--data", "a", "--min_rating", "4.0", "--min_interactions", "5", "--k_core", "2", "--split_by", "time"]
+    args, rest = pretrained.parse([*given, "--seed", "1"])
+    assert pretrained.data_flags(args) == given and rest == ["--seed", "1"]

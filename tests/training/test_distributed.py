@@ -50,7 +50,7 @@ def make_model(tied: bool, item_head: bool = False) -> PatchedCausalLM:
     hf_model = transformers.LlamaForCausalLM(config)
     dropped = 0.4 if item_head else 0.0
     model = PatchedCausalLM(
-        hf_model, CATALOG, PROMPT, item_embeddings=True, item_head=item_head, item_dropout=dropped
+        hf_model, CATALOG, PROMPT, item_embeddings=True, item_head=item_head, vector_dropout=dropped
     ).train()
     with torch.no_grad():
         model.item_embedding.normal_(std=0.02)

@@ -96,7 +96,7 @@ def test_passes_of_a_step_are_one_batch(head: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows_per_pass", [None, 400], ids=["samples", "passes"])
 def test_resuming_continues_the_run(rows_per_pass: int | None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"head": "both", "rows_per_pass": rows_per_pass, "max_steps": 4}
-    options["config"] = {"item_dropout": 0.4}  # drawn as dropout is
+    options["config"] = {"vector_dropout": 0.4}  # drawn as dropout is
     options |= {"save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(tmp_path, **options)
     whole.train()

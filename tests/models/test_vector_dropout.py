@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import patchkern as pk
-from patchkern.ops.item_dropout import drop_items
+from patchkern.ops.vector_dropout import drop_vectors
 
 TITLES = cases.make_titles(23)
 HISTORIES = cases.make_histories(TITLES, [9, 1, 30, 0])
@@ -23,7 +23,7 @@ RANGES = [[3, 8], [0, 0], [24, 29], [0, -1]]
 SHARE = 0.4
 
 
-def make_model(item_dropout: float) -> pk.PatchedCausalLM:
+def make_model(vector_dropout: float) -> pk.PatchedCausalLM:
     """Float64, in training, with random vectors and biases."""
     hf_model = copy.deepcopy(search_oracle.HF_MODELS["llama"])
     model = pk.PatchedCausalLM(
@@ -32,7 +32,7 @@ def make_model(item_dropout: float) -> pk.PatchedCausalLM:
         search_oracle.PROMPT,
         item_embeddings=True,
         item_head=True,
-        item_dropout=item_dropout,
+        vector_dropout=vector_dropout,
     )
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_draws_are_of_training_alone_and_of_each_pass() -> None:
 def test_the_share_that_is_dropped() -> None:
     torch.manual_seed(0)
     vectors = torch.ones(20_000, 3, dtype=torch.bfloat16)
-    got = drop_items(vectors, 0.3)
+    got = drop_vectors(vectors, 0.3)
     assert got.dtype == torch.bfloat16 and set(got.unique().tolist()) == {0.0, 1.0}, "not scaled"
     assert torch.equal(got.amin(1), got.amax(1)), "whole items"
     assert abs(got[:, 0].float().mean() - 0.7) < 5 * (0.3 * 0.7 / 20_000) ** 0.5
@@ -100,25 +100,25 @@ def test_files_keep_it(tmp_path: Path) -> None:
     model = make_model(SHARE)
     model.save_pretrained(tmp_path)
     read = pk.PatchedCausalLM.from_pretrained
-    assert read(tmp_path).item_dropout == SHARE
-    assert read(tmp_path, item_dropout=0.0).item_dropout == 0.0
+    assert read(tmp_path).vector_dropout == SHARE
+    assert read(tmp_path, vector_dropout=0.0).vector_dropout == 0.0
     path = tmp_path / "patchkern.json"
     description = json.loads(path.read_text())
-    del description["item_dropout"]  # as earlier versions wrote it
+    del description["vector_dropout"]  # as earlier versions wrote it
     path.write_text(json.dumps(description))
-    assert read(tmp_path).item_dropout == 0.0
-    path.write_text(json.dumps(description | {"item_dropout": 1.5}))
-    with pytest.raises(ValueError, match=r"patchkern\.json: not a description .*: item_dropout: expected a prob"):
+    assert read(tmp_path).vector_dropout == 0.0
+    path.write_text(json.dumps(description | {"vector_dropout": 1.5}))
+    with pytest.raises(ValueError, match=r"patchkern\.json: not a description .*: vector_dropout: expected a prob"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [1.0, -0.1, float("nan"), True, "0.3"])
 def test_wrong_probabilities(wrong: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="item_dropout: expected a "):
+    with pytest.raises((TypeError, ValueError), match="vector_dropout: expected a "):
         make_model(wrong)
 
 
 def test_it_needs_vectors() -> None:
     hf_model = search_oracle.HF_MODELS["llama"]
-    with pytest.raises(ValueError, match=r"item_dropout: expected 0 without item embeddings, .* got 0\.3"):
-        pk.PatchedCausalLM(hf_model, cases.make_catalog(TITLES), search_oracle.PROMPT, item_dropout=0.3)
+    with pytest.raises(ValueError, match=r"vector_dropout: expected 0 without item embeddings, .* got 0\.3"):
+        pk.PatchedCausalLM(hf_model, cases.make_catalog(TITLES), search_oracle.PROMPT, vector_dropout=0.3)

@@ -43,7 +43,7 @@ class Settings:
     warmup_steps: int = 100
     last_rate: float = 0.02
     clip: float | None = 1.0
-    epochs: int = 30
+    epochs: int = 20
     patience: int | None = None
 
 

@@ -273,7 +273,7 @@ def test_ranking_files_and_a_saved_run(
         alone = folder / f"test-{seen}.csv"
         one = per_sample.read(alone)
         assert one.measures()["HR@20"].mean() == pytest.approx(results["this model"][0].hr(20))
-        assert list(results)[0] == "this model" and sum(name.startswith("+ ") for name in results) == 3
+        assert next(iter(results)) == "this model" and sum(name.startswith("+ ") for name in results) == 3
         assert (folder / f"test-{seen}-transitions-linear.csv").exists()
     compare.main([str(folder / "test-left_out.csv"), str(folder / "test-allowed.csv"), "--draws", "50"])
     again = main([*flags, "--evaluate_only", "--prior", "linear", "--prior_weight", "0"])
@@ -354,5 +354,5 @@ def test_wrong_folders(source: str, tmp_path: Path, encoder: str) -> None:
         main(["--evaluate_only", *where])
     assert not (tmp_path / "run").exists()
     main(["--model", "caser", *where, *FLAGS, "--num_train_epochs", "1", "--limit", "5"])
-    with pytest.raises(ValueError, match="--data: expected the items that .* was trained on, got others"):
+    with pytest.raises(ValueError, match=r"--data: expected the items that .* was trained on, got others"):
         main(["--evaluate_only", "--data", "synthetic", "--output_dir", str(tmp_path / "run")])

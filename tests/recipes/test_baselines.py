@@ -27,12 +27,12 @@ from recipes.baselines.settings import SETTINGS, Settings
 from recipes.baselines.train import main
 
 TINY = Settings(width=16, layers=1, dropout=0.0, window=20)
-FLAGS = ["--width", "32", "--layers", "1", "--window", "20", "--dropout", "0.1", "--bf16", "false"]
+FLAGS = ["--width", "16", "--layers", "1", "--window", "12", "--dropout", "0.1", "--bf16", "false"]
 
 
 @pytest.fixture(scope="module")
 def data() -> Interactions:
-    return synthetic(150, 120, mean_length=25.0, num_genres=4)
+    return synthetic(80, 60, mean_length=18.0, num_genres=3)
 
 
 @pytest.fixture(scope="module")
@@ -223,19 +223,17 @@ def test_losses_are_cross_entropies() -> None:
 
 def test_both_settings_learn(data: Interactions, source: str, tmp_path: Path) -> None:
     samples = data.samples("test")
-    popular = most_popular(data, samples, 20, unseen=True, max_items=None).hit_rate(data.targets(samples), 20)
+    popular = most_popular(data, samples, 10, unseen=True, max_items=None).hit_rate(data.targets(samples), 10)
     rates = {}
-    for setting, model, more in (
-        ("tuned", "sasrec", ["--num_train_epochs", "25", "--batch_size", "400"]),
-        ("tuned", "gru4rec", ["--num_train_epochs", "25", "--batch_size", "400"]),
-        ("paper", "sasrec", ["--num_train_epochs", "12", "--batch_size", "64", "--learning_rate", "5e-3"]),
+    for setting, more in (
+        ("tuned", ["--num_train_epochs", "20", "--batch_size", "300"]),
+        ("paper", ["--num_train_epochs", "8", "--batch_size", "32", "--learning_rate", "1e-2"]),
     ):
-        folder = tmp_path / f"{setting}-{model}"
-        found = main([
-            *("--model", model, "--setting", setting, "--data", source, "--output_dir", str(folder)), *FLAGS, *more,
-        ])  # fmt: skip
-        rates[setting, model] = found["left_out"]["this model"][0].hr(20)
-    assert min(rates.values()) > popular + 0.05, (rates, popular)
+        for model in ("sasrec", "gru4rec"):
+            where = ["--data", source, "--output_dir", str(tmp_path / f"{setting}-{model}")]
+            found = main(["--model", model, "--setting", setting, *where, *FLAGS, *more])
+            rates[setting, model] = found["left_out"]["this model"][0].hr(10)
+    assert min(rates.values()) > popular + 0.2, (rates, popular)
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"sasrec", "gru4rec", "morec"}))
@@ -243,8 +241,8 @@ def test_every_network_trains(name: str, source: str, tmp_path: Path) -> None:
     for setting in SETTINGS:
         folder = tmp_path / setting
         flags = ["--model", name, "--setting", setting, "--data", source, "--output_dir", str(folder)]
-        found = main([*flags, *FLAGS, "--num_train_epochs", "2", "--limit", "30"])
-        assert found["left_out"]["this model"][0].ranks.size == 30
+        found = main([*flags, *FLAGS, "--num_train_epochs", "2", "--batch_size", "100", "--limit", "20"])
+        assert found["left_out"]["this model"][0].ranks.size == 20
         losses_of = [epoch["loss"] for epoch in record_of(folder)["epochs"]]
         assert losses_of[1] < losses_of[0]
 

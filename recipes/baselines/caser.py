@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.baselines.settings import Settings
+from recipes.baselines.settings import LATEST, Settings
 
-LATEST = 5
-"""items that a position looks at, its own the last"""
 ACROSS, DOWN = 16, 4
 """filters of each height, and filters that weigh the latest items"""
 

@@ -35,8 +35,10 @@ def binary(states: Tensor, vectors: Tensor, bias: Tensor, targets: Tensor) -> Te
     return F.softplus(torch.stack([-scores[:, 0], scores[:, 1]])).sum(0).mean()
 
 
-def bf16_pays(n_items: int, width: int) -> bool:
-    """Whether products of the softmax are faster in bfloat16 on this CPU: a short measurement."""
+def bf16_pays(n_items: int, width: int, device: torch.device) -> bool:
+    """Whether products of the softmax are faster in bfloat16: on a CPU a short measurement."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         rows, items = torch.ones(128, width, dtype=dtype), torch.ones(n_items, width, dtype=dtype)

@@ -25,8 +25,8 @@ NETWORKS: dict[str, Callable[[Settings], nn.Module]] = {
     "mamba4rec": mamba4rec,
     "morec": sasrec,
 }
-"""Each makes a module from ``(B, L, D)`` to ``(B, L, D)`` that lets no position see a later one. Another recommender
-needs an entry here and one in `recipes.baselines.settings`."""
+"""Each makes a module from ``(B, L, D)`` to ``(B, L, D)`` that lets no position see a later one. Another network,
+such as one over the library's own blocks, needs an entry here and one in `recipes.baselines.settings`."""
 
 
 class Table(nn.Module):

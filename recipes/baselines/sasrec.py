@@ -12,19 +12,20 @@ from recipes.baselines.settings import Settings
 
 
 class SelfAttention(nn.Module):
-    """``(B, L, D)`` to ``(B, L, D)``: every position attends to itself and to those before it."""
+    """``(B, L, D)`` to ``(B, L, D)``: every position attends to itself and to those before it.
+
+    Without dropout of its weights, with which PyTorch has no fast attention on a CPU.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.heads, self.dropout = settings.heads, settings.dropout
+        self.heads = settings.heads
         self.inputs = nn.Linear(settings.width, 3 * settings.width)
         self.output = nn.Linear(settings.width, settings.width)
 
     def forward(self, vectors: Tensor) -> Tensor:
         query, key, value = split_heads(self.inputs(vectors), self.heads)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
@@ -41,7 +42,6 @@ class FeedForward(nn.Sequential):
         super().__init__(
             nn.Linear(settings.width, 4 * settings.width),
             nn.GELU(),
-            nn.Dropout(settings.dropout),
             nn.Linear(4 * settings.width, settings.width),
         )
 

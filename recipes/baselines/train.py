@@ -76,7 +76,7 @@ def train(run: Run, data: Interactions, catalog: pk.Catalog, args: argparse.Name
         "settings": asdict(settings),
         "items": fingerprint(catalog),
         "title_width": None if titles is None else titles.shape[1],
-        "bf16": settings.loss == "softmax" and bf16(args, run, len(catalog), settings.width),
+        "bf16": settings.loss == "softmax" and bf16(args, run, len(catalog), settings.width, device),
     }
     run.start(arguments, args.resume)
     torch.manual_seed(args.seed)
@@ -118,12 +118,12 @@ def load_run(run: Run, catalog: pk.Catalog) -> tuple[Recommender, Settings]:
     return model, settings
 
 
-def bf16(args: argparse.Namespace, run: Run, n_items: int, width: int) -> bool:
+def bf16(args: argparse.Namespace, run: Run, n_items: int, width: int, device: torch.device) -> bool:
     """As asked for, else as it was before the run was killed, else measured."""
     if args.bf16 is not None:
         return bool(args.bf16 == "true")
     before = run.arguments()
-    return bf16_pays(n_items, width) if before is None else bool(before["bf16"])
+    return bf16_pays(n_items, width, device) if before is None else bool(before["bf16"])
 
 
 def fingerprint(catalog: pk.Catalog) -> str:

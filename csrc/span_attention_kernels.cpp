@@ -11,6 +11,8 @@
 
 #define PK_STRING_OF(x) #x
 #define PK_STRING(x) PK_STRING_OF(x)
+// what all keys go through: inlined at every call, it is slower
+#define PK_ONE_COPY __attribute__((noinline))
 
 namespace patchkern {
 namespace PK_ISA {
@@ -78,22 +80,24 @@ struct Forward {
       total[lane] = 0;
     }
     for (int64_t i = 0; i < lanes.count * value_width; ++i) out[i] = 0;
-    visit_keys<Type>(call, block, lanes.group, [&](const Keys& keys) {
-      const int64_t first = keys.first_lane, count = lanes.count - first;
-      load_rows<Type>(keys.stored() ? call.stored_key : call.key, keys.begin, keys.count(), key_head, call.width, key, width);
-      load_rows<Type>(keys.stored() ? call.stored_value : call.value, keys.begin, keys.count(), key_head, call.value_width,
-                      value, value_width);
-      product<Type>(keys.count(), lanes.stride - first, call.width, {key, width, 1}, transposed + first, lanes.stride,
-                    scores + first, lanes.stride, false);
-      weigh(keys);
-      for (int64_t lane = first; lane < lanes.count; ++lane) {
-        if (decay[lane] == 1) continue;
-        for (int64_t i = 0; i < value_width; ++i) out[lane * value_width + i] *= decay[lane];
-      }
-      product<Type>(count, value_width, keys.count(), {scores + first, 1, lanes.stride}, value, value_width,
-                    out + first * value_width, value_width, true);
-    });
+    visit_keys<Type>(call, block, lanes.group, [&](const Keys& keys) { attend(call, key_head, keys); });
     store(call, key_head, block);
+  }
+
+  PK_ONE_COPY void attend(const SpanAttention& call, int64_t key_head, const Keys& keys) {
+    const int64_t first = keys.first_lane, count = lanes.count - first;
+    load_rows<Type>(keys.stored() ? call.stored_key : call.key, keys.begin, keys.count(), key_head, call.width, key, width);
+    load_rows<Type>(keys.stored() ? call.stored_value : call.value, keys.begin, keys.count(), key_head, call.value_width,
+                    value, value_width);
+    product<Type>(keys.count(), lanes.stride - first, call.width, {key, width, 1}, transposed + first, lanes.stride,
+                  scores + first, lanes.stride, false);
+    weigh(keys);
+    for (int64_t lane = first; lane < lanes.count; ++lane) {
+      if (decay[lane] == 1) continue;
+      for (int64_t i = 0; i < value_width; ++i) out[lane * value_width + i] *= decay[lane];
+    }
+    product<Type>(count, value_width, keys.count(), {scores + first, 1, lanes.stride}, value, value_width,
+                  out + first * value_width, value_width, true);
   }
 
   void store(const SpanAttention& call, int64_t key_head, const SpanBlock& block) const {
@@ -162,28 +166,31 @@ struct Backward {
     transpose<Type>(grad, value_width, of.value_width, lanes.count, lanes.stride, grad_transposed);
     load_sums(of, key_head, block);
     for (int64_t i = 0; i < lanes.count * width; ++i) grad_query[i] = 0;
-    visit_keys<Type>(of, block, lanes.group, [&](const Keys& keys) {
-      const int64_t first = keys.first_lane, seen = lanes.stride - first, count = lanes.count - first;
-      const int64_t stride = lanes.stride;
-      load_rows<Type>(keys.stored() ? of.stored_key : of.key, keys.begin, keys.count(), key_head, of.width, key, width);
-      load_rows<Type>(keys.stored() ? of.stored_value : of.value, keys.begin, keys.count(), key_head, of.value_width, value,
-                      value_width);
-      product<Type>(keys.count(), seen, of.width, {key, width, 1}, query_transposed + first, stride, weights + first,
-                    stride, false);
-      product<Type>(keys.count(), seen, of.value_width, {value, value_width, 1}, grad_transposed + first, stride,
-                    grad_scores + first, stride, false);
-      weigh(keys);
-      product<Type>(count, width, keys.count(), {grad_scores + first, 1, stride}, key, width, grad_query + first * width,
-                    width, true);
-      product<Type>(keys.count(), width, count, {grad_scores + first, stride, 1}, query + first * width, width, grad_key,
-                    width, false);
-      product<Type>(keys.count(), value_width, count, {weights + first, stride, 1}, grad + first * value_width,
-                    value_width, grad_value, value_width, false);
-      add_rows(keys.stored() ? call.grad_stored_key : call.grad_key, of, keys, key_head, of.width, grad_key, width);
-      add_rows(keys.stored() ? call.grad_stored_value : call.grad_value, of, keys, key_head, of.value_width, grad_value,
-               value_width);
-    });
+    visit_keys<Type>(of, block, lanes.group, [&](const Keys& keys) { collect(call, key_head, keys); });
     store(call, key_head, block);
+  }
+
+  PK_ONE_COPY void collect(const SpanAttentionGrad& call, int64_t key_head, const Keys& keys) {
+    const SpanAttention& of = call.attention;
+    const int64_t first = keys.first_lane, seen = lanes.stride - first, count = lanes.count - first;
+    const int64_t stride = lanes.stride;
+    load_rows<Type>(keys.stored() ? of.stored_key : of.key, keys.begin, keys.count(), key_head, of.width, key, width);
+    load_rows<Type>(keys.stored() ? of.stored_value : of.value, keys.begin, keys.count(), key_head, of.value_width, value,
+                    value_width);
+    product<Type>(keys.count(), seen, of.width, {key, width, 1}, query_transposed + first, stride, weights + first, stride,
+                  false);
+    product<Type>(keys.count(), seen, of.value_width, {value, value_width, 1}, grad_transposed + first, stride,
+                  grad_scores + first, stride, false);
+    weigh(keys);
+    product<Type>(count, width, keys.count(), {grad_scores + first, 1, stride}, key, width, grad_query + first * width,
+                  width, true);
+    product<Type>(keys.count(), width, count, {grad_scores + first, stride, 1}, query + first * width, width, grad_key,
+                  width, false);
+    product<Type>(keys.count(), value_width, count, {weights + first, stride, 1}, grad + first * value_width, value_width,
+                  grad_value, value_width, false);
+    add_rows(keys.stored() ? call.grad_stored_key : call.grad_key, of, keys, key_head, of.width, grad_key, width);
+    add_rows(keys.stored() ? call.grad_stored_value : call.grad_value, of, keys, key_head, of.value_width, grad_value,
+             value_width);
   }
 
   void load_sums(const SpanAttention& of, int64_t key_head, const SpanBlock& block) {

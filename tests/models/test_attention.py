@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import types
@@ -320,9 +321,24 @@ def test_prefixes_count_as_rows_against_the_models_positions() -> None:
     shared, alone = trunks_and_branches()
     model = patched("llama", max_position_embeddings=32)
     assert model(alone).loss.isfinite()
-    model.config.max_position_embeddings = 24
-    with pytest.raises(ValueError, match="expected at most 24 rows"):
+    model.config.max_position_embeddings = 23
+    assert model(shared).loss.isfinite()
+    model.config.max_position_embeddings = 22
+    with pytest.raises(ValueError, match=r"expected at most 22 rows .* got 23"):
         model(shared)
+    model.config.max_position_embeddings = 32
+    further = dataclasses.replace(shared, position_ids=shared.position_ids + 10, max_position=32)
+    with pytest.raises(ValueError, match=r"expected at most 32 rows .* got 33"):  # as where rows were left out
+        model(further)
+
+
+def test_models_take_several_ranges() -> None:
+    shared, _ = trunks_and_branches()
+    assert shared.prefix is not None
+    middle = shared.prefix.float().mean(dim=1).int()
+    halves = torch.stack([shared.prefix[:, 0], middle, middle, shared.prefix[:, 1]], dim=1).view(-1, 2, 2)
+    model, split = patched("llama"), dataclasses.replace(shared, prefix=halves)
+    torch.testing.assert_close(model(split).loss, model(shared).loss, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------ calls that would be silently wrong

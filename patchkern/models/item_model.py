@@ -265,13 +265,10 @@ class ItemModel(wrapped.WrappedLM):
 
     def _check_positions(self, layout: PatchLayout) -> None:
         limit = self.config.max_position_embeddings
-        if layout.max_seqlen + layout.max_prefix <= limit or layout.num_rows == 0:
-            return  # positions need not be read from a device
-        longest = int(layout.position_ids.max()) + 1
-        if longest > limit:
+        if layout.max_position >= limit:
             raise ValueError(
-                f"layout: expected at most {limit} rows per user, the model's max_positions, got {longest}; keep fewer "
-                "items (max_items), compress them, or make the model with more"
+                f"layout: expected at most {limit} rows per user, the model's max_positions, got "
+                f"{layout.max_position + 1}; keep fewer items (max_items), compress them, or make the model with more"
             )
 
     # ------------------------------------------------------------------ recommending

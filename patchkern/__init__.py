@@ -15,7 +15,8 @@ batch that variable-length attention takes.
     PackedBatch((44, 64) float32 of
       PatchLayout(2 users, 44 rows, longest 27, 4 items in patches, compression 3.27, 21 labels, on cpu))
 
-`PatchedCausalLM` wraps a language model of transformers, which then learns from histories and recommends;
+`PatchedCausalLM` wraps a language model of transformers, which then learns from histories and recommends, `ItemModel`
+is one on item ids alone;
 `patchkern.training.PatchTrainer` trains it, `patchkern.data` reads data sets, `patchkern.evaluation` measures. A policy
 (`TextOnly`, `ItemPatches`, `SessionPatches`, `TimeSessions`, `FitRows`) decides which items become what.
 `python -m patchkern` prints versions and backends.
@@ -54,6 +55,7 @@ from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 
 if TYPE_CHECKING:
     from patchkern.budget.training import TrainingPlan, plan_training
+    from patchkern.models.item_model import ItemModel
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.search.batching import plan_memory
@@ -78,6 +80,7 @@ __all__ = [
     "Histories",
     "ItemDropout",
     "ItemHeadPrior",
+    "ItemModel",
     "ItemPatches",
     "ItemTable",
     "Level",
@@ -125,6 +128,7 @@ __all__ = [
 _LAZY = {
     "CombinedPrior": "patchkern.search.combined_prior",
     "ItemHeadPrior": "patchkern.search.head_prior",
+    "ItemModel": "patchkern.models.item_model",
     "LinearPrior": "patchkern.search.linear_prior",
     "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",

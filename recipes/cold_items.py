@@ -35,7 +35,7 @@ import patchkern as pk
 from patchkern.data import Interactions, Samples, samples_of
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import TRAINING_COUNTS, estimate, paired_difference, slices, training_counts
-from patchkern.training import item_log_probs
+from patchkern.training import TrainableModel, item_log_probs
 from recipes import models
 from recipes.commands import Parser
 from recipes.tables import markdown_table
@@ -147,9 +147,7 @@ def measured(name: str, data: Interactions, samples: Samples, args: argparse.Nam
     return Run(parameters, catalog.item_ids[held_out], columns, chance)
 
 
-def scored(
-    model: pk.PatchedCausalLM, data: Interactions, samples: Samples
-) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+def scored(model: TrainableModel, data: Interactions, samples: Samples) -> Iterator[tuple[NDArray[np.int64], Floats]]:
     """Some samples at a time, ``(n,)`` which, and ``(n, n_items)`` scores of all items."""
     if model.item_head is not None:
         yield from item_log_probs(model, data.histories, samples)

@@ -49,7 +49,7 @@ from patchkern.evaluation.trec import check_words, write_qrels, write_run
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.search.arguments import SEARCHES
 from patchkern.search.recommend import generate_titles
-from patchkern.training import find_model, target_nll
+from patchkern.training import TrainableModel, find_model, target_nll
 from recipes import models
 from recipes.commands import Parser
 from recipes.prior_weights import fitted_weights, together, weights_beside_head, with_priors
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         argument="checkpoint",
     )
     model.to(device).eval()
+    if args.search is None:
+        args.search = "beam" if "titles" in model.learns else "items"
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"BACKEND {describe_backend(model.device)}, {dtype}")
     policy = chosen_policy(model, args)
@@ -160,7 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
-    parser.add_argument("--search", choices=SEARCHES, default="beam")
+    parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where no titles were learned)")
     parser.add_argument("--num_beams", type=int, default=K, help="of all searches; at least %(default)s")
     parser.add_argument("--policy", choices=POLICIES, help="how histories are read (default: as trained)")
     parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
@@ -229,7 +231,7 @@ def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--prior_weight: expected at least 0, got {wrong[0]}")
 
 
-def chosen_policy(model: pk.PatchedCausalLM, args: argparse.Namespace) -> AnyPolicy:
+def chosen_policy(model: TrainableModel, args: argparse.Namespace) -> AnyPolicy:
     """--policy, else the model's; with what is asked for of it."""
     given = {name: getattr(args, name) for name in ("max_items", "keep_text", "group_size")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -251,7 +253,7 @@ def chosen_policy(model: pk.PatchedCausalLM, args: argparse.Namespace) -> AnyPol
 
 def searched(
     results: Results,
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     policy: AnyPolicy,
     priors: Mapping[str, Any],
     args: argparse.Namespace,
@@ -277,7 +279,7 @@ def searched(
 
 def ranked_by_head(
     results: Results,
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     policy: AnyPolicy,
     priors: Mapping[str, Any],
     args: argparse.Namespace,
@@ -314,7 +316,7 @@ def beside(path: Path, priors: Mapping[str, Any]) -> Path:
 
 
 def recommended(
-    results: Results, model: pk.PatchedCausalLM, policy: AnyPolicy, args: argparse.Namespace, **options: Any
+    results: Results, model: TrainableModel, policy: AnyPolicy, args: argparse.Namespace, **options: Any
 ) -> Result:
     """One evaluation for all k, or, as the paper decodes anew for each k, one per k."""
     data, samples = results.data, results.samples

@@ -20,6 +20,7 @@ from patchkern.models.gguf_file import is_gguf
 from patchkern.models.scratch import SIZES, SMALLEST_VOCABULARY, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.models.sources import locate, read_model, read_tokenizer
 from patchkern.training import checkpoints, find_model
+from recipes.item_models import catalog_of_ids
 
 SYSTEM = "You are a helpful assistant in recommendations."
 INSTRUCTION = "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
@@ -46,8 +47,8 @@ def load_model(
     separator: bool = True,
     argument: str = "--model",
     **hf_kwargs: Any,
-) -> tuple[pk.PatchedCausalLM, Any]:
-    """A model over ``titles``, and its tokenizer.
+) -> tuple[pk.PatchedCausalLM | pk.ItemModel, Any]:
+    """A model over ``titles``, and its tokenizer; None of an `ItemModel`, which reads none.
 
     Args:
         name: a size of `patchkern.models.scratch`; a run of recipes/train.py, one of its checkpoints, or another folder
@@ -82,6 +83,8 @@ def load_model(
         raise ValueError(f"--prompt: expected none with {argument} {name}, which has its prompt")
     if is_saved(name):
         folder = find_model(name, argument)
+        if "titles" not in read_description(folder).learns:
+            return pk.ItemModel.from_pretrained(folder, catalog_of_ids(titles), dtype=dtype, **hf_kwargs), None
         tokenizer = read_tokenizer(folder)
         catalog = _catalog_for(folder, titles, texts, tokenizer)
         if trainable and (current(folder) / ADAPTER).is_file():

@@ -14,6 +14,7 @@ import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
 from patchkern.data import Interactions, Samples
 from patchkern.search.weights import fit_weights
+from patchkern.training import TrainableModel
 from recipes.ranking import cache_of, head_scores
 
 K = 20
@@ -21,7 +22,7 @@ K = 20
 
 
 def weights_beside_head(
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     data: Interactions,
     policy: AnyPolicy,
     sets: Sequence[Mapping[str, Any]],
@@ -69,7 +70,7 @@ def validation_samples(data: Interactions, args: argparse.Namespace) -> Samples:
 
 
 def fitted_weights(
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     data: Interactions,
     policy: AnyPolicy,
     priors: Mapping[str, Any],

@@ -15,7 +15,7 @@ from patchkern.budget.search import SearchCost, SearchSize, parse_bytes
 from patchkern.data import Interactions, Samples
 from patchkern.evaluation import Ranking
 from patchkern.evaluation.yardsticks import top
-from patchkern.training import item_log_probs
+from patchkern.training import TrainableModel, item_log_probs
 
 SHARED_ENOUGH = 0.5  # of a prompt's rows; with fewer in common there was no gain to be measured
 CACHE_BYTES = 2 << 30  # at most, where no budget is given; of a budget a quarter
@@ -25,7 +25,7 @@ Lists = list[list[tuple[Any, float]]]
 
 
 def recommend(
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     data: Interactions,
     samples: Samples,
     policy: AnyPolicy,
@@ -67,7 +67,7 @@ def lanes(size: int, width: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np
 
 
 def prompt_cache(
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     histories: pk.Histories,
     policy: AnyPolicy,
     batch_size: int,
@@ -80,14 +80,14 @@ def prompt_cache(
     return cache_of(model, batch_size * longest, memory_budget)
 
 
-def cache_of(model: pk.PatchedCausalLM, rows: int, memory_budget: int | str | None) -> pk.UserCache | None:
+def cache_of(model: TrainableModel, rows: int, memory_budget: int | str | None) -> pk.UserCache | None:
     """A cache for so many rows of prompts, or None where that would take too much of the memory."""
     needed = rows * SearchCost(model, SearchSize(1, 1)).row_bytes
     most = CACHE_BYTES if memory_budget is None else parse_bytes("memory_budget", memory_budget) // 4
     return pk.UserCache(model, needed) if 0 < needed <= most else None
 
 
-def shared_rows(model: pk.PatchedCausalLM, histories: pk.Histories, policy: AnyPolicy, pairs: int = 200) -> float:
+def shared_rows(model: TrainableModel, histories: pk.Histories, policy: AnyPolicy, pairs: int = 200) -> float:
     """The share of a prompt's rows that the prompt of the sample before it begins with, but for the prompt's prefix.
 
     Of some pairs of successive samples, evenly spread. The prefix is computed once for all users in any case.
@@ -156,7 +156,7 @@ def by_prior(
 
 
 def by_item_head(
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     data: Interactions,
     samples: Samples,
     policy: AnyPolicy,
@@ -178,7 +178,7 @@ def by_item_head(
 
 
 def head_scores(
-    model: pk.PatchedCausalLM, data: Interactions, samples: Samples, policy: AnyPolicy, *, unseen: bool
+    model: TrainableModel, data: Interactions, samples: Samples, policy: AnyPolicy, *, unseen: bool
 ) -> NDArray[np.floating[Any]]:
     """``(S, n_items)`` log-probabilities of the item head; -inf for items of the whole history if ``unseen``."""
     scores = np.zeros((samples.users.size, len(model.catalog)), np.float32)

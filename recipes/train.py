@@ -33,6 +33,12 @@ and the model recommends in one pass and one product (search="items").
 What a title is worth where there is no history: --hold_out_items 0.1 trains without a tenth of the items,
 --vector_dropout 0.3 without some items' vectors in each pass, so that text must carry; recipes/cold_items.py compares.
 
+--backbone sasrec reads item ids and no words, on the same passes: the model to compare with.
+
+    python recipes/train.py --stage items --backbone sasrec --data ml-100k --output_dir runs/sasrec \\
+        --rows_per_pass 2048 --num_train_epochs 12 --early_stopping 20
+    python recipes/evaluate.py runs/sasrec --data ml-100k --exclude_seen --search items
+
 Pretrained models far below 1B learn at higher rates than the paper's, and in steps of one size whatever their rows:
 
     python recipes/train.py --stage items --model SmolLM2-135M-Instruct --data ml-100k --output_dir runs/small \\
@@ -62,7 +68,7 @@ from patchkern.data.preparation import load
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, PatchTrainer, Settings, checkpoints
 from patchkern.training.collators import PassCollator
-from recipes import models, training_flags
+from recipes import item_models, models, training_flags
 from recipes.training_choices import CHECKPOINTING, choose_bf16, plan_passes
 from recipes.training_run import banner, check_output, describe, peak_memory, read_arguments, write_arguments
 
@@ -181,6 +187,8 @@ def held_out(data: Interactions, share: float) -> Interactions:
 def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, Settings]:
     """--settings, else those of the run we start from, of scratch models, or of the data set of that name."""
     name = args.settings
+    if name is None and args.backbone is not None:
+        name = "ids"
     if name is None and args.model in SIZES:
         name = "scratch" if args.head == "titles" else "scratch-head"
     name = name or next((known for known in SETTINGS if data.name.startswith(known)), None)
@@ -193,7 +201,10 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
 
 def load_model(
     args: argparse.Namespace, data: Interactions, settings: Settings, seed: int
-) -> tuple[pk.PatchedCausalLM, Any]:
+) -> tuple[pk.PatchedCausalLM | pk.ItemModel, Any]:
+    dropout = settings.dropout if args.dropout is None else args.dropout
+    if args.backbone is not None:
+        return item_models.make_model(args, data, dropout, seed), None
     quantized: dict[str, Any] = {}
     if args.load_in_4bit:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -214,7 +225,7 @@ def load_model(
         seed=seed,
         vocab_size=args.vocab_size,
         item_tokens=args.item_tokens,
-        dropout=settings.dropout if args.dropout is None else args.dropout,
+        dropout=dropout,
         separator=not args.no_separator,
         argument="--from" if args.checkpoint else "--model",
         **quantized,

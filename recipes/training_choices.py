@@ -16,6 +16,7 @@ from patchkern.data import Interactions, samples_of
 from patchkern.training.collators import PassCollator
 from patchkern.training.passes import Pass, PassDataset
 from patchkern.training.precision import measure_autocast
+from patchkern.training.protocol import TrainableModel
 
 CHECKPOINTING = next(
     name
@@ -29,7 +30,7 @@ _TRIED_PASSES = 4
 
 
 def choose_bf16(
-    model: pk.PatchedCausalLM, data: Interactions, arguments: TrainingArguments, collator: PassCollator
+    model: TrainableModel, data: Interactions, arguments: TrainingArguments, collator: PassCollator
 ) -> bool:
     """Whether autocast is faster on this CPU: measured by the first process, for all."""
     chosen = [False]
@@ -50,7 +51,7 @@ def choose_bf16(
 def plan_passes(
     budget: str,
     rows_per_pass: int,
-    model: pk.PatchedCausalLM,
+    model: TrainableModel,
     data: Interactions,
     arguments: TrainingArguments,
     collator: PassCollator,

@@ -16,6 +16,7 @@ from patchkern.models.folders import current
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, STAGES, find_model
 from recipes.commands import Parser
+from recipes.item_models import add_flags as add_item_flags
 from recipes.training_run import read_arguments
 
 # What a run started with --from takes over from the one before, unless its own flags say otherwise; and what it is
@@ -59,7 +60,7 @@ def make_parser(description: str | None) -> Parser:
         "what is known of items that nobody has taken (default: none)",
     )
 
-    group = own.add_argument_group("model (one of --model and --from)")
+    group = own.add_argument_group("model (one of --model, --from and --backbone)")
     group.add_argument(
         "--model",
         help=f"{', '.join(SIZES)} (from scratch), or a transformers model: a folder, a GGUF file or a hub id",
@@ -91,8 +92,13 @@ def make_parser(description: str | None) -> Parser:
     )
     group.add_argument("--no_separator", action="store_true", help="between items, from scratch only")
 
+    add_item_flags(own)
     group = own.add_argument_group("histories")
-    group.add_argument("--max_items", type=int, help=f"latest items of a history (default: {HANDED_ON['max_items']})")
+    group.add_argument(
+        "--max_items",
+        type=int,
+        help=f"latest items of a history (default: {HANDED_ON['max_items']}, all with --backbone)",
+    )
     group.add_argument(
         "--keep_text", type=int, help="latest items that stay text in the items stage (default: of the settings)"
     )
@@ -148,7 +154,9 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
     theirs = _OfDataclasses(TrainingArguments, add_help=False)
     theirs._optionals.title = "transformers.TrainingArguments"
-    usage = "%(prog)s --stage STAGE --data DATA (--model MODEL | --from RUN) --output_dir FOLDER [flags]"
+    usage = (
+        "%(prog)s --stage STAGE --data DATA (--model MODEL | --from RUN | --backbone BLOCK) --output_dir FOLDER [flags]"
+    )
     return Parser(usage=usage, description=description, parents=[own, theirs])
 
 
@@ -163,8 +171,8 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     # to know what was given
     parser.set_defaults(bf16=None, lr_scheduler_type=None)
     args = parser.parse_args(argv)
-    if (args.model is None) == (args.checkpoint is None):
-        parser.error("--model, --from: expected one of them")
+    if [args.model, args.checkpoint, args.backbone].count(None) != 2:
+        parser.error("--model, --from, --backbone: expected one of them")
     if args.output_dir is None:
         parser.error("--output_dir: expected a folder for the run")
     scratch = f"expected only with --model {' or '.join(SIZES)}; other models"
@@ -177,7 +185,18 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.item_dropout is not None and (args.stage != "sft" or not 0 <= args.item_dropout <= 1),
             f"--item_dropout: expected a share in 0..1 with --stage sft, got {args.item_dropout} with {args.stage}",
         ),
-        (args.dropout is not None and args.model not in SIZES, f"--dropout: {scratch} have their own"),
+        (
+            args.dropout is not None and args.model not in SIZES and args.backbone is None,
+            f"--dropout: {scratch} have their own",
+        ),
+        (
+            args.backbone is not None and args.head not in (None, "items"),
+            "--head: expected items with --backbone, which reads no titles",
+        ),
+        *(
+            (args.backbone is not None and bool(getattr(args, name)), f"--{name}: expected none with --backbone")
+            for name in ("item_embeddings", "item_dropout", "lora", "prompt", "random_weights")
+        ),
         (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),
         (args.item_tokens and args.model not in SIZES, f"--item_tokens: {scratch} keep their titles"),
         *(
@@ -214,6 +233,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         if wrong:
             parser.error(message)
     before = {} if args.checkpoint is None else read_arguments(find_model(args.checkpoint, "--from"))
+    if args.backbone is not None:
+        args.head = "items"
+        before["max_items"] = None
     for name, otherwise in HANDED_ON.items():
         if getattr(args, name) is None:
             setattr(args, name, before.get(name, otherwise))

@@ -37,6 +37,7 @@ FIRST = [
     pk.FitRows,
     pk.Histories.from_sequences,
     pk.item_table,
+    pk.ItemModel,
     pk.ItemPatches,
     pk.PatchedCausalLM,
     pk.PatchedCausalLM.recommend,

@@ -237,6 +237,17 @@ class Catalog:
             digest.update(self.texts.fingerprint.encode())
         return digest.hexdigest()
 
+    def by_item(self) -> Catalog:
+        """The same items under one token each, their catalogue position: what a model of item ids reads.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5], item_ids=["tt1", "tt2"])
+            >>> catalog.by_item().tokens(1).tolist()
+            [1]
+        """
+        return Catalog(np.arange(len(self)), np.arange(len(self) + 1), self.item_ids, self.titles)
+
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Token ids of the item at catalogue position ``index`` (a view)."""
         return self.token_ids[self.offsets[index] : self.offsets[index + 1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,11 +66,14 @@ class Description(NamedTuple):
     tokenizer: bool
     item_head: bool
     vector_dropout: float
+    learns: tuple[str, ...]
+    """of a `PatchedCausalLM` or a `patchkern.ItemModel`, which tells them apart"""
 
 
 def write(
     folder: str | os.PathLike[str],
     hf_model: Any,
+    learns: Sequence[str],
     catalog: Catalog,
     prompt: Prompt,
     policy: AnyPolicy | None,
@@ -83,6 +86,7 @@ def write(
     """Write a model; its files take the places of those of an earlier one together, see `patchkern.models.folders`."""
     description = {
         "format_version": FORMAT_VERSION,
+        "learns": list(learns),
         "prompt": prompt.to_dict(),
         "policy": None if policy is None else policy_to_dict(policy),
         "item_embeddings": own.item_embedding is not None,
@@ -151,6 +155,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
             vector_dropout=check_vector_dropout(
                 description.get("vector_dropout", 0.0), bool(description.get("item_embeddings", False))
             ),
+            learns=tuple(description.get("learns", ("titles", "items", "both"))),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -216,15 +221,22 @@ def read_item_embeddings(folder: str | os.PathLike[str], catalog: Catalog, width
     return _by_item(vectors, item_ids, catalog, Path(folder) / ITEM_EMBEDDINGS)
 
 
-def read_item_head(folder: str | os.PathLike[str], catalog: Catalog, width: int) -> dict[str, Tensor]:
-    """The saved item head, its bias in catalogue order, each by its item's id; zeros for items that are new."""
+def read_item_head(
+    folder: str | os.PathLike[str], catalog: Catalog, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The saved item head, its bias in catalogue order, each by its item's id; zeros for items that are new.
+
+    Args:
+        shapes: of its other parameters, by name.
+    """
     path = Path(folder) / ITEM_HEAD
     saved, item_ids = _read_items(path, "bias", 1)
-    if set(saved) != {"bias", "log_temperature", "transform.weight"}:
+    if set(saved) != {"bias", *shapes}:
         raise ValueError(f"{os.fspath(path)}: not an item head that this version reads: it has {sorted(saved)}")
-    if saved["transform.weight"].shape != (width, width):
-        got = tuple(saved["transform.weight"].shape)
-        raise ValueError(f"folder: expected an item head of width {width}, got shape {got}")
+    for name, shape in shapes.items():
+        if tuple(saved[name].shape) != shape:
+            got = tuple(saved[name].shape)
+            raise ValueError(f"folder: expected an item head of width {shape[-1]}, got shape {got}")
     return saved | {"bias": _by_item(saved["bias"], item_ids, catalog, path)}
 
 

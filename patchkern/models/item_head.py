@@ -24,22 +24,16 @@ from patchkern.ops.item_softmax import item_softmax, sample_items
 from patchkern.ops.pool_rows import pool_rows
 
 
-class ItemHead(nn.Module):
-    """``score(user, i) = temperature * <g(h), e_i> + b_i``, of every item i.
+class CatalogHead(nn.Module):
+    """``score(user, i) = <q(h), v_i> + b_i``, of every item i; h is the hidden state of a history's last row.
 
-    h is the hidden state of a history's last row; e_i the mean of the rows that the title's tokens have in the output
-    embedding (those of the input text, where the catalogue has texts), plus the item's own vector where the model has
-    `item_embedding`; g a linear map, the identity at first; b_i a bias. Items that are new to the model have no bias
-    and no vector of their own: their text ranks them from the first moment.
+    Which query q and which vectors v_i is what a subclass says.
 
     Args:
         catalog: the items.
-        width: D of hidden states and output embeddings.
         dtype, device: of the parameters.
 
     Attributes:
-        transform: g.
-        log_temperature: ``(1,)``, 0 at first: scores in the units of the model's own logits.
         bias: ``(n_items,)`` in catalogue order, 0 at first; see `start_from_counts`.
         sampled_above: with more items than this, training samples them.
         num_sampled: how many it draws in a batch then.
@@ -48,16 +42,10 @@ class ItemHead(nn.Module):
     sampled_above = 50_000
     num_sampled = 8192
 
-    def __init__(self, catalog: Catalog, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, catalog: Catalog, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.catalog = catalog
-        self.transform = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
-        with torch.no_grad():
-            nn.init.eye_(self.transform.weight)
-        # not a scalar, which fully_shard does not take
-        self.log_temperature = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(len(catalog), dtype=dtype, device=device))
-        self._layout: PatchLayout | None = None
         self._known: tuple[Any, Tensor] | None = None
 
     def extra_repr(self) -> str:
@@ -84,8 +72,8 @@ class ItemHead(nn.Module):
     # ------------------------------------------------------------------ scores
 
     def queries(self, states: Tensor) -> Tensor:
-        """``temperature * g(states)``, (M, D): what items' vectors are multiplied with."""
-        return self.transform(states) * self.log_temperature.exp()
+        """``(M, D)`` what items' vectors are multiplied with."""
+        raise NotImplementedError
 
     def vectors(self, weight: Tensor, own: Tensor | None, items: Tensor | None = None) -> Tensor:
         """``(n, D)`` the vectors of all items, or of some; differentiable.
@@ -95,16 +83,7 @@ class ItemHead(nn.Module):
             own: ``(n_items, D)`` the items' own vectors, or None.
             items: ``(n,)`` int64 catalogue positions; all where not given.
         """
-        if items is None:
-            if self._layout is None or self._layout.device != weight.device:
-                self._layout = _titles(self.catalog).to(weight.device)
-            layout = self._layout
-        else:
-            layout = _titles(self.catalog, items).to(weight.device, non_blocking=True)
-        pooled = pool_rows(weight, layout)
-        if own is None:
-            return pooled
-        return pooled + (own if items is None else own[items.to(own.device)]).to(pooled.dtype)
+        raise NotImplementedError
 
     def loss(
         self,
@@ -124,6 +103,8 @@ class ItemHead(nn.Module):
             weight, own: as of `vectors`.
             smoothing: as of `item_softmax`; 0 where items are sampled.
         """
+        if self.training:
+            self._known = None  # what follows changes parameters, and torch does not count what fused optimisers write
         queries = self.queries(states)
         if not self.training or len(self.catalog) <= self.sampled_above:
             return item_softmax(queries, self.vectors(weight, own), self.bias, labels, smoothing=smoothing)
@@ -139,7 +120,11 @@ class ItemHead(nn.Module):
         )
 
     def scores(self, states: Tensor, weight: Tensor, own: Tensor | None) -> Tensor:
-        """``(M, n_items)`` log-probabilities over the catalogue, float32 (float64 for float64), without gradients.
+        """``(M, n_items)`` log-probabilities over the catalogue, float32 (float64 for float64), without gradients."""
+        return torch.log_softmax(self.logits(states, weight, own), dim=1)
+
+    def logits(self, states: Tensor, weight: Tensor, own: Tensor | None) -> Tensor:
+        """``(M, n_items)`` scores, of which `scores` is the log-softmax.
 
         The items' vectors are kept until a parameter that they are made of changes.
         """
@@ -150,19 +135,74 @@ class ItemHead(nn.Module):
                 # (D, n_items): for one state a third of the time of the other way around
                 self._known = (state, self.vectors(weight, own).T.contiguous())
             logits = (self.queries(states) @ self._known[1]).to(torch.promote_types(states.dtype, torch.float32))
-            return torch.log_softmax(logits.add_(self.bias), dim=1)
+            return logits.add_(self.bias)
+
+    def train(self, mode: bool = True) -> CatalogHead:
+        """As of a module."""
+        self._known = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles make their own layout and vectors."""
-        return {**self.__dict__, "_layout": None, "_known": None}
+        """Copies and pickles make their own vectors."""
+        return {**self.__dict__, "_known": None}
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Take what `PatchedCausalLM.save_pretrained` wrote, each bias by its item's id; new items have none.
+        """Take what ``save_pretrained`` wrote, each bias by its item's id; new items have none.
 
         Raises:
             FileNotFoundError, ValueError: there is none, or not one of this width.
         """
-        self.load_state_dict(read_item_head(current(folder), self.catalog, self.transform.in_features))
+        shapes = {name: tuple(value.shape) for name, value in self.named_parameters() if name != "bias"}
+        self.load_state_dict(read_item_head(current(folder), self.catalog, shapes))
+
+
+class ItemHead(CatalogHead):
+    """``score(user, i) = temperature * <g(h), e_i> + b_i``, of every item i.
+
+    h is the hidden state of a history's last row; e_i the mean of the rows that the title's tokens have in the output
+    embedding (those of the input text, where the catalogue has texts), plus the item's own vector where the model has
+    `item_embedding`; g a linear map, the identity at first; b_i a bias. Items that are new to the model have no bias
+    and no vector of their own: their text ranks them from the first moment.
+
+    Args:
+        catalog: the items.
+        width: D of hidden states and output embeddings.
+        dtype, device: of the parameters.
+
+    Attributes:
+        transform: g.
+        log_temperature: ``(1,)``, 0 at first: scores in the units of the model's own logits.
+    """
+
+    def __init__(self, catalog: Catalog, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(catalog, dtype, device)
+        self.transform = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
+        with torch.no_grad():
+            nn.init.eye_(self.transform.weight)
+        # not a scalar, which fully_shard does not take
+        self.log_temperature = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+        self._layout: PatchLayout | None = None
+
+    def queries(self, states: Tensor) -> Tensor:
+        """``temperature * g(states)``, (M, D)."""
+        return self.transform(states) * self.log_temperature.exp()
+
+    def vectors(self, weight: Tensor, own: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """``(n, D)`` the means of the titles' rows, with the items' own vectors; see `CatalogHead.vectors`."""
+        if items is None:
+            if self._layout is None or self._layout.device != weight.device:
+                self._layout = _titles(self.catalog).to(weight.device)
+            layout = self._layout
+        else:
+            layout = _titles(self.catalog, items).to(weight.device, non_blocking=True)
+        pooled = pool_rows(weight, layout)
+        if own is None:
+            return pooled
+        return pooled + (own if items is None else own[items.to(own.device)]).to(pooled.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own layout too."""
+        return {**super().__getstate__(), "_layout": None}
 
 
 def output_weight(hf_model: Any) -> Tensor:

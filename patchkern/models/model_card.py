@@ -25,6 +25,7 @@ class Described(Protocol):
     prompt: Prompt
     policy: AnyPolicy | None
     tokenizer: Any
+    learns: tuple[str, ...]
 
     @property
     def config(self) -> Any: ...
@@ -68,11 +69,12 @@ class ModelCard:
         tags = {"library_name": "patchkern", "pipeline_tag": "text-generation", "license": self.license}
         tags |= {"base_model": self.base_model, "tags": "[recommendation, sequential-recommendation]"}
         head = [f"{name}: {value}" for name, value in tags.items() if value is not None]
+        kind = "language model" if "titles" in model.learns else "model of item ids"
         made = "random weights" if self.base_model is None else self.base_model
         parts = [
             "\n".join(["---", *head, "---"]),
             f"# {self.name}",
-            f"A {model.config.model_type} language model that reads users' histories and recommends what comes next, "
+            f"A {model.config.model_type} {kind} that reads users' histories and recommends what comes next, "
             f"made with [patchkern](https://github.com/patchkern/patchkern) from {made}.",
             f"## Data\n\n{self.data}; a catalogue of {len(model.catalog):,} items.",
             f"## How it reads a history\n\n- policy: `{model.policy}`\n" + "\n".join(self._prompt(model)),
@@ -83,7 +85,7 @@ class ModelCard:
             parts.append("## How it was made\n\n```sh\n" + "\n".join(self.commands) + "\n```")
         parts.append(
             "## How to use it\n\n```python\nimport patchkern as pk\n\n"
-            'model = pk.PatchedCausalLM.from_pretrained("path or hub id")\n'
+            f'model = pk.{type(model).__name__}.from_pretrained("path or hub id")\n'
             "model.recommend([[...]], k=20)  # item ids of a user's history, oldest first\n```"
         )
         return "\n\n".join(parts) + "\n"

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -26,7 +25,7 @@ from patchkern.models import attention, files, wrapped
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
-from patchkern.models.searching import Searching, lock_of
+from patchkern.models.searching import lock_of
 from patchkern.models.sources import locate
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
@@ -91,6 +90,9 @@ class PatchedCausalLM(wrapped.WrappedLM):
 
     catalog_diff: CatalogDiff | None
     """how the catalogue differs from the one that the model was saved with; None where it is that one"""
+
+    learns: tuple[str, ...] = ("titles", "items", "both")
+    """what a layout for this model may be for, the usual first; "items" and "both" need an item head"""
 
     accepts_loss_kwargs = True
     """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
@@ -223,15 +225,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
         loss = self.item_head.loss(states, labels, output_weight(self.hf_model), own, smoothing)
         return loss / (labels.shape[0] if num_items is None else num_items)
 
-    def train(self, mode: bool = True) -> PatchedCausalLM:
-        """As of a module; where another thread searches with the model, after that."""
-        with lock_of(self.config):
-            return super().train(mode)
-
-    def _undisturbed(self) -> AbstractContextManager[Any]:
-        """No other thread searches with the model, which is in evaluation mode then."""
-        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.config)
-
     def embed(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
 
@@ -300,6 +293,14 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
             )
 
+    def item_states(self, layout: PatchLayout) -> Tensor:
+        """``(M, D)`` hidden states of a layout's item rows."""
+        if layout.item_rows is None:
+            raise ValueError('layout: expected one for items (head="items"), got one without item rows')
+        with wrapped.hidden_states(self.hf_model) as states:  # which are all that is asked of it
+            self(replace(layout, item_labels=None))
+        return states[0][layout.item_rows.to(states[0].device, non_blocking=True)]
+
     # ------------------------------------------------------------------ recommending
 
     def recommend(
@@ -342,10 +343,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
 
     # ------------------------------------------------------------------ what a search asks of a model
 
-    def searching(self) -> Searching:
-        """See `patchkern.search.protocol.SearchModel`."""
-        return Searching(self)
-
     @property
     def takes_branches(self) -> bool:
         """Can it be given layouts of `build_training_layout`, with spans that share a prefix?"""
@@ -387,64 +384,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True,
-        tokenizer: Any = None,
-        **hf_kwargs: Any,
-    ) -> None:
-        """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
-
-        The catalogue goes to ``catalog.safetensors``, item embeddings to ``item_embeddings.safetensors``, with the item
-        ids in its metadata.
-
-        Everything is written into a hidden folder inside ``folder`` first, and read from there by `from_pretrained`
-        until it has taken the places of an earlier model's files: a call that fails or is killed leaves the older or
-        the newer model. What else is in the folder stays. A power cut can lose both.
-
-        Args:
-            folder: made if needed.
-            state_dict: of this module, gathered; needed where the parameters are sharded.
-            is_main_process: False writes nothing.
-            tokenizer: a transformers tokenizer to save along; the model's own `tokenizer` by default.
-            hf_kwargs: for the wrapped model's ``save_pretrained``.
-
-        Raises:
-            BlockingIOError: another process or thread is saving into the same folder.
-        """
-        if tokenizer is None:
-            tokenizer = self.tokenizer
-        elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
-        if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
-            raise ValueError(
-                "state_dict: expected one, because the parameters are sharded; gather it with "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
-            )
-        if not is_main_process:
-            return
-        own = files.OwnTensors.of(self if state_dict is None else state_dict)
-        if state_dict is not None:
-            hf_kwargs["state_dict"] = {
-                name.removeprefix("hf_model."): value
-                for name, value in state_dict.items()
-                if name.startswith("hf_model.")
-            }
-        files.write(
-            folder,
-            self.hf_model,
-            self.catalog,
-            self.prompt,
-            self.policy,
-            own,
-            tokenizer,
-            hf_kwargs,
-            vector_dropout=self.vector_dropout,
-        )
-
     @classmethod
     def from_pretrained(
         cls,
@@ -484,6 +423,8 @@ class PatchedCausalLM(wrapped.WrappedLM):
         hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
         folder = files.current(locate(folder, "folder", **hub))
         description = files.read_description(folder)
+        if "titles" not in description.learns:
+            raise ValueError(f"folder: expected a PatchedCausalLM in {os.fspath(folder)!r}, got an ItemModel")
         catalog, diff = files.choose_catalog(folder, catalog, renamed)
         tokenizer = files.read_tokenizer(folder, description, hf_kwargs.get("trust_remote_code", False))
         if diff is not None and tokenizer is not None:

@@ -8,13 +8,14 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
@@ -22,9 +23,13 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import title_with
+from patchkern.models import files
 from patchkern.models.hub import upload
 from patchkern.models.model_card import ModelCard
 from patchkern.models.probe import base_of
+from patchkern.models.searching import Searching, lock_of
+
+Wrapped = TypeVar("Wrapped", bound="WrappedLM")
 
 
 class WrappedLM(nn.Module):
@@ -35,6 +40,21 @@ class WrappedLM(nn.Module):
     prompt: Prompt
     policy: AnyPolicy | None
     tokenizer: Any
+    learns: tuple[str, ...]
+    vector_dropout: float = 0.0
+
+    def train(self: Wrapped, mode: bool = True) -> Wrapped:
+        """As of a module; where another thread searches with the model, after that."""
+        with lock_of(self.config):
+            return super().train(mode)
+
+    def searching(self) -> Searching:
+        """See `patchkern.search.protocol.SearchModel`."""
+        return Searching(self)
+
+    def _undisturbed(self) -> AbstractContextManager[Any]:
+        """No other thread searches with the model, which is in evaluation mode then."""
+        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.config)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -79,9 +99,64 @@ class WrappedLM(nn.Module):
         """`activation_checkpointing_disable`, by the name it has had for longer."""
         self.activation_checkpointing_disable()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Write the model to a folder."""
-        raise NotImplementedError
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        tokenizer: Any = None,
+        **hf_kwargs: Any,
+    ) -> None:
+        """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
+
+        The catalogue goes to ``catalog.safetensors``, item embeddings to ``item_embeddings.safetensors``, with the item
+        ids in its metadata.
+
+        Everything is written into a hidden folder inside ``folder`` first, and read from there by `from_pretrained`
+        until it has taken the places of an earlier model's files: a call that fails or is killed leaves the older or
+        the newer model. What else is in the folder stays. A power cut can lose both.
+
+        Args:
+            folder: made if needed.
+            state_dict: of this module, gathered; needed where the parameters are sharded.
+            is_main_process: False writes nothing.
+            tokenizer: a transformers tokenizer to save along; the model's own `tokenizer` by default.
+            hf_kwargs: for the wrapped model's ``save_pretrained``.
+
+        Raises:
+            BlockingIOError: another process or thread is saving into the same folder.
+        """
+        if tokenizer is None:
+            tokenizer = self.tokenizer
+        elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+        if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise ValueError(
+                "state_dict: expected one, because the parameters are sharded; gather it with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
+            )
+        if not is_main_process:
+            return
+        own = files.OwnTensors.of(self if state_dict is None else state_dict)
+        if state_dict is not None:
+            hf_kwargs["state_dict"] = {
+                name.removeprefix("hf_model."): value
+                for name, value in state_dict.items()
+                if name.startswith("hf_model.")
+            }
+        files.write(
+            folder,
+            self.hf_model,
+            self.learns,
+            self.catalog,
+            self.prompt,
+            self.policy,
+            own,
+            tokenizer,
+            hf_kwargs,
+            vector_dropout=self.vector_dropout,
+        )
 
     def push_to_hub(self, repo_id: str, *, card: ModelCard | None = None, tokenizer: Any = None, **options: Any) -> str:
         """Save the model, with a card if one is given, and upload it to a hub.

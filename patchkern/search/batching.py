@@ -24,6 +24,7 @@ from patchkern.batch.policies import AnyPolicy, ItemPatches, SessionPatches, Tex
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes
+from patchkern.search.item_search import size_of_items
 from patchkern.search.protocol import SearchModel
 from patchkern.search.trie import Trie
 from patchkern.search.trie_cache import catalog_trie
@@ -213,8 +214,8 @@ def plan_memory(
     """Cut users into batches whose predicted peak stays within a budget; `patchkern.budget.search` has the formula.
 
     Args:
-        model_config: a `PatchedCausalLM`, whose catalogue bounds what hypotheses hold; or a transformers causal LM, or
-            its configuration.
+        model_config: a `PatchedCausalLM`, whose catalogue bounds what hypotheses hold; an `ItemModel`, which has no
+            hypotheses; or a transformers causal LM, or its configuration.
         row_counts: ``(B,)`` rows of every user's prompt, from `patchkern.row_counts`; with ``policies`` one such array
             for each.
         budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. None: no limit.
@@ -261,6 +262,8 @@ def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:
     if hasattr(model, "catalog"):
         if title_tokens is not None:
             raise ValueError(f"title_tokens: expected None, because the model knows its titles, got {title_tokens!r}")
+        if "titles" not in model.learns:
+            return size_of_items(model, None, None)
         return size_of_beams(catalog_trie(model.catalog, model.prompt.response_end, model.device), num_beams)
     title_tokens = 32 if title_tokens is None else title_tokens
     check_count("title_tokens", title_tokens, minimum=1)

@@ -106,15 +106,16 @@ class PrefixCache:
         if self._spans is None:
             return self._step(layer, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
         spans = self._spans
+        over_spans = getattr(module, "span_attention", span_attention)
         stored = self.layers_like({layer: (key[0], value[0])})[layer]
         for rows, new in zip(stored, (key, value), strict=True):
             rows[:, spans.rows] = new[0]
             if spans.copied_to is not None:
                 rows[:, spans.copied_to] = rows[:, spans.copied_from][:, None]
         if spans.prefix is None:
-            return span_attention(query, key, value, spans.cu_seqlens, spans.max_seqlen, scaling)
+            return over_spans(query, key, value, spans.cu_seqlens, spans.max_seqlen, scaling)
         keys, values = (rows[None] for rows in stored)
-        return span_attention(
+        return over_spans(
             query,
             key,
             value,

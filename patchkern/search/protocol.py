@@ -22,7 +22,8 @@ class SpanCache(Protocol):
         """Attention of the new rows over what is stored and themselves.
 
         ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, L, d), heads not expanded; ``module.layer_idx`` is the
-        layer. Returns (B, L, H, d).
+        layer. A module that does not attend by softmax has a ``span_attention`` of its own, with the arguments of
+        `patchkern.ops.span_attention.span_attention`. Returns (B, L, H, d).
         """
 
 
@@ -53,6 +54,10 @@ class SearchModel(Protocol):
     @property
     def policy(self) -> AnyPolicy | None:
         """How histories are compressed where a call does not say."""
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """What it predicts: "titles" token by token, "items" at once, the usual first."""
 
     @property
     def config(self) -> Any:
@@ -137,6 +142,14 @@ def check_model(model: Any) -> None:
         raise TypeError(
             f"model: expected a PatchedCausalLM, got {type(model).__name__}, which lacks {', '.join(lacking)} of "
             "patchkern.search.protocol.SearchModel"
+        )
+
+
+def check_titles(model: SearchModel, argument: str, given: Any) -> None:
+    """Raise a ValueError unless the model predicts titles token by token, which ``given`` asks for."""
+    if "titles" not in getattr(model, "learns", ("titles",)):
+        raise ValueError(
+            f'{argument}: expected "items" for {type(model).__name__}, which reads no titles, got {given!r}'
         )
 
 

@@ -27,7 +27,7 @@ from patchkern.search.batching import in_batches
 from patchkern.search.found_items import items_of, normalized
 from patchkern.search.item_search import best_items, item_log_probs, size_of_items
 from patchkern.search.prompts import Prompts
-from patchkern.search.protocol import SearchModel, check_model, policy_of
+from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
 from patchkern.search.request import EXPANSIONS_PER_BEAM, Request
 from patchkern.search.summary import PartialListsWarning, Summary, UnprovenSearchWarning
 from patchkern.search.title_search import (
@@ -321,6 +321,7 @@ def generate_titles(
         Per user ``(item_id, log-probability)``, each title named by the first item that has it.
     """
     check_model(model)
+    check_titles(model, "search", "diverse")
     policy = policy_of(model, policy)
     check_positive("num_beams", num_beams)
     check_batching(memory_budget, batch_size)

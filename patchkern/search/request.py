@@ -20,7 +20,7 @@ from patchkern.search.arguments import (
     users_named,
 )
 from patchkern.search.filters import ItemFilter, ItemPrior
-from patchkern.search.protocol import SearchModel, check_model, policy_of
+from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
 from patchkern.search.summary import Summary, first_few
 
 EXPANSIONS_PER_BEAM = 50
@@ -75,6 +75,8 @@ class Request:
         if not isinstance(exclude_seen, bool):
             raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
         check_search(search, length_penalty, normalize, max_expansions)
+        if search != "items":
+            check_titles(model, "search", search)
         check_prior(search, prior, prior_weight)
         check_leniency(short, unknown)
         check_cache(user_cache)

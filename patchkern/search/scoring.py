@@ -19,7 +19,7 @@ from patchkern.search.arguments import check_batching, check_leniency, check_pos
 from patchkern.search.batching import in_batches
 from patchkern.search.item_search import item_log_probs, size_of_items
 from patchkern.search.prompts import Prompts
-from patchkern.search.protocol import SearchModel, check_model, policy_of
+from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
 from patchkern.search.summary import Summary, first_few
 from patchkern.search.title_search import score_titles
 from patchkern.search.trie import Trie
@@ -69,6 +69,8 @@ def score_items(
     check_leniency("error", unknown)
     if head not in ("titles", "items"):
         raise ValueError(f"head: expected titles or items, got {head!r}")
+    if head == "titles":
+        check_titles(model, "head", head)
     if head == "items" and model.item_head is None:
         raise ValueError('head: expected a model with an item head (item_head=True) for "items", got one without')
     given = Histories.coerce(histories)

@@ -3,6 +3,7 @@
 
 from patchkern.training.checkpoints import checkpoints, find_model
 from patchkern.training.likelihood import item_log_probs, target_nll
+from patchkern.training.protocol import TrainableModel
 from patchkern.training.settings import SETTINGS, STAGES, Settings
 from patchkern.training.trainer import PatchTrainer
 
@@ -11,6 +12,7 @@ __all__ = [
     "STAGES",
     "PatchTrainer",
     "Settings",
+    "TrainableModel",
     "checkpoints",
     "find_model",
     "item_log_probs",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, 
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
-from patchkern.models.patched_lm import PatchedCausalLM
-from patchkern.models.wrapped import hidden_states
 from patchkern.search.protocol import policy_of
 from patchkern.training.passes import cut_to_passes
+from patchkern.training.protocol import TrainableModel
 
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
 Int64 = NDArray[np.int64]
@@ -32,7 +30,7 @@ _SCORES_AT_ONCE = 1 << 24
 
 
 def target_nll(
-    model: PatchedCausalLM,
+    model: TrainableModel,
     histories: HistoriesLike,
     samples: Samples,
     policy: AnyPolicy | None = None,
@@ -77,7 +75,7 @@ def target_nll(
 
 
 def item_log_probs(
-    model: PatchedCausalLM,
+    model: TrainableModel,
     histories: HistoriesLike,
     samples: Samples,
     policy: AnyPolicy | None = None,
@@ -104,18 +102,14 @@ def item_log_probs(
     given, (users, positions) = Histories.coerce(histories), samples
     most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
     for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
-        # states are all that is asked of it
-        with torch.no_grad(), _evaluating(model), hidden_states(model.hf_model) as found:
-            model(replace(layout, item_labels=None))
-        if layout.item_rows is None:
-            raise RuntimeError("a layout for items has no item rows")
-        states = found[-1][layout.item_rows.to(found[-1].device)]
+        with torch.no_grad(), _evaluating(model):
+            states = model.item_states(layout)
         for begin in range(0, chosen.size, most):
             yield chosen[begin : begin + most], model.item_scores(states[begin : begin + most]).cpu().numpy()
 
 
 @contextmanager
-def _evaluating(model: PatchedCausalLM) -> Generator[None, None, None]:
+def _evaluating(model: TrainableModel) -> Generator[None, None, None]:
     """Evaluation mode, and then whichever it was."""
     training = model.training
     model.eval()
@@ -126,7 +120,7 @@ def _evaluating(model: PatchedCausalLM) -> Generator[None, None, None]:
 
 
 def _passes(
-    model: PatchedCausalLM,
+    model: TrainableModel,
     histories: Histories,
     users: Int64,
     positions: Int64,
@@ -167,7 +161,7 @@ def _passes(
         yield chosen, build_layout(catalog, every.take(chosen), policy, prompt, targets, transpose=False, head=head)
 
 
-def _share_trunks(model: PatchedCausalLM, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:
+def _share_trunks(model: TrainableModel, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:
     """Are passes of many targets exactly their samples?"""
     whole = policy.max_items is None or int(positions.max()) <= policy.max_items
     drawn = isinstance(policy, (RandomItemPatches, ItemDropout))  # for every prompt anew

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout
-from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.training.protocol import TrainableModel
 
 _ROUNDS = 4
 _SECONDS = 3.0  # after which no further round begins
@@ -33,7 +33,7 @@ class Speed(NamedTuple):
         return f"float32 {self.float32:.3f} s, bfloat16 {self.bfloat16:.3f} s a pass"
 
 
-def measure_autocast(model: PatchedCausalLM, layout: PatchLayout) -> Speed:
+def measure_autocast(model: TrainableModel, layout: PatchLayout) -> Speed:
     """The best of a few passes in each, in turns: seconds at most, unless a single pass takes longer.
 
     Weights, gradients, mode and random numbers are left as they were.

@@ -131,6 +131,17 @@ SETTINGS = {
         final_rate=0.02,
         max_grad_norm=1.0,
     ),
+    # models of item ids
+    "ids": Settings(
+        learning_rate=2e-3,
+        sessions_learning_rate=2e-3,
+        keep_text=0,
+        adam_betas=(0.9, 0.98),
+        dropout=0.3,
+        warmup=100,
+        final_rate=0.02,
+        max_grad_norm=1.0,
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.sample_layout import check_head
 from patchkern.models.files import choose_catalog, is_model
-from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, PassCollator
 from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
 from patchkern.training.precision import share_at_rest
+from patchkern.training.protocol import TrainableModel
 from patchkern.training.validation import Validation, summary
 
 _HEAD = {"item_head", "item_embedding"}  # in the names of its parameters
@@ -42,7 +42,7 @@ _ASIDE = ".unfinished-checkpoint"
 
 
 class PatchTrainer(Trainer):
-    """`transformers.Trainer` for a `PatchedCausalLM`.
+    """`transformers.Trainer` for a `PatchedCausalLM` or an `ItemModel`.
 
     The loss of a step is the mean over all its supervised tokens, however the step is cut into batches and processes.
     Checkpoints are `PatchedCausalLM.save_pretrained` folders with the trainer's state beside the model, and appear
@@ -71,8 +71,9 @@ class PatchTrainer(Trainer):
             that starts from random weights learns many times faster from it.
         jitter: blur the order of the items up to a pass's last target by so many positions, anew in every pass
             (`Histories.jittered`); for models from scratch, and with ``rows_per_pass`` only.
-        head: what is learned: "titles"; "items", by the model's item head, a row or two a target; or "both". A head
-            without biases begins with how often the samples' items are taken (`ItemHead.start_from_counts`).
+        head: what is learned: "titles"; "items", by the model's item head, a row or two a target; or "both". None: the
+            first of what the model ``learns``, titles but for an `ItemModel`. A head without biases begins with how
+            often the samples' items are taken (`CatalogHead.start_from_counts`).
         title_weight, item_weight: of the two losses, each a mean over its own labels of the step.
         rows_per_pass: learn all targets of a user in one pass, its history computed once (`build_training_layout`),
             in batches of at most so many rows; ``per_device_train_batch_size`` is not used then. None: a sample per
@@ -91,13 +92,13 @@ class PatchTrainer(Trainer):
         ValueError: no samples, a sample outside its history, no policy, or an argument that this trainer cannot serve.
     """
 
-    model: PatchedCausalLM
+    model: Any  # a TrainableModel, and a module
     train_dataset: SlotDataset | PassDataset
     data_collator: LayoutCollator | PassCollator
 
     def __init__(
         self,
-        model: PatchedCausalLM,
+        model: TrainableModel,
         args: TrainingArguments,
         histories: Histories,
         samples: tuple[NDArray[np.int64], NDArray[np.int64]],
@@ -108,7 +109,7 @@ class PatchTrainer(Trainer):
         rows_per_pass: int | None = None,
         targets_per_step: int | None = None,
         jitter: float = 0.0,
-        head: str = "titles",
+        head: str | None = None,
         title_weight: float = 1.0,
         item_weight: float = 1.0,
         head_learning_rate: float | None = None,
@@ -126,7 +127,12 @@ class PatchTrainer(Trainer):
             raise ValueError(
                 f"jitter: expected a finite number of at least 0, and 0 without rows_per_pass, got {jitter}"
             )
+        head = model.learns[0] if head is None else head
         check_head(head)
+        if head not in model.learns:
+            raise ValueError(
+                f"head: expected one of {', '.join(model.learns)} for {type(model).__name__}, got {head!r}"
+            )
         if head != "titles" and model.item_head is None:
             raise ValueError(f'head: expected "titles" for a model without an item head, got {head!r}')
         if head == "items" and supervise_history:
@@ -208,7 +214,7 @@ class PatchTrainer(Trainer):
         self._head_learning_rate = head_learning_rate
         self._losses = FiniteLosses()
         super().__init__(
-            model=model,
+            model=cast(nn.Module, model),
             args=args,
             train_dataset=dataset,
             data_collator=collator,
@@ -293,7 +299,7 @@ class PatchTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        patched: PatchedCausalLM = self.accelerator.unwrap_model(self.model)
+        patched: Any = self.accelerator.unwrap_model(self.model)
         wrapped: Any = patched.hf_model
         if is_model(resume_from_checkpoint):
             choose_catalog(resume_from_checkpoint, patched.catalog)

@@ -16,9 +16,9 @@ from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.sample_layout import build_layout
 from patchkern.data.interactions import Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate
-from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.search.arguments import known_histories
 from patchkern.search.filters import ItemFilter
+from patchkern.training.protocol import TrainableModel
 
 KS = (10, 20)
 """List lengths that are counted."""
@@ -58,7 +58,7 @@ class Validation:
 
     def __init__(
         self,
-        model: PatchedCausalLM,
+        model: TrainableModel,
         histories: Histories,
         samples: tuple[NDArray[np.int64], NDArray[np.int64]],
         policy: AnyPolicy,
@@ -98,11 +98,11 @@ class Validation:
         """User and position of a sample."""
         return int(self.users[number]), int(self.positions[number])
 
-    def _recommend(self, model: PatchedCausalLM, samples: NDArray[np.int64]) -> list[list[tuple[Any, float]]]:
+    def _recommend(self, model: TrainableModel, samples: NDArray[np.int64]) -> list[list[tuple[Any, float]]]:
         histories = self.histories.before(self.users[samples], self.positions[samples])
         return model.recommend(histories, self.policy, self.k, **self.options)
 
-    def measure(self, model: PatchedCausalLM, samples: Iterable[int], batch_size: int) -> Measured:
+    def measure(self, model: TrainableModel, samples: Iterable[int], batch_size: int) -> Measured:
         """Loss and recommendations on some of the samples; the model is left in the mode that it was in.
 
         Args:

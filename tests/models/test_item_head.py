@@ -520,6 +520,23 @@ def test_malformed_files(tmp_path: Path) -> None:
         pk.PatchedCausalLM.from_pretrained(tmp_path / "m")
 
 
+@pytest.mark.parametrize("mode_is_set", [False, True])
+def test_scores_follow_what_torch_does_not_count(mode_is_set: bool) -> None:
+    """A fused optimiser, transformers' default, writes without raising the version of a parameter."""
+    model = make_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    states = torch.randn(2, 32, dtype=torch.float64)
+    before, version = model.item_scores(states), model.get_input_embeddings().weight._version
+    model(training_layout(model, POLICIES["items"])).loss.backward()
+    if mode_is_set:
+        model.eval().item_scores(states)
+        model.train()
+    optimizer.step()
+    assert model.get_input_embeddings().weight._version == version
+    assert not torch.equal(model.item_scores(states), before)
+    assert torch.equal(model.item_scores(states), copy.deepcopy(model).item_scores(states))
+
+
 # ------------------------------------------------------------------ adapters, errors
 
 

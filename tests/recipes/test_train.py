@@ -286,6 +286,41 @@ def test_the_item_head_learns_and_is_validated_by_its_own_search(folder: str, tm
     assert both.data_collator.head == "both" and len(_losses(both)) == 1
 
 
+def test_a_model_of_item_ids_learns_and_is_evaluated(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: tuple[str, ...] = ("--width", "16", "--heads", "1", "--rows_per_pass", "300", "--max_steps", "6")
+    flags += ("--backbone", "sasrec", "--save_strategy", "steps", "--save_steps", "3", "--learning_rate", "1e-2")
+    trainer = _train("items", folder, tmp_path / "run", *flags)
+    assert isinstance(trainer.model, pk.ItemModel) and trainer.data_collator.head == "items"
+    assert trainer.model.config.max_position_embeddings == 25, "a start, and histories of up to twice --max_items"
+    assert trainer.model.config.dropout == SETTINGS["ids"].dropout
+    losses = _losses(trainer)
+
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    resumed = _train("items", folder, tmp_path / "run", *flags, "--resume")
+    assert _losses(resumed)[-3:] == losses[-3:]
+
+    output = tmp_path / "users.csv"
+    found = evaluate.main([str(tmp_path / "run"), "--data", folder, "--exclude_seen", "--output", str(output)])
+    data = open_dataset(folder)
+    samples = data.samples("test")
+    lists = resumed.model.recommend(data.before(samples), k=20, exclude_seen=True)
+    expected = count(lists, data.targets(samples), (10, 20), catalog=resumed.model.catalog)
+    assert found["this model"][0].hr(20) == expected.hr(20)
+    assert len(list(csv.DictReader(output.open()))) == samples.users.size
+    later = _train("sessions", folder, tmp_path / "later", "--from", str(tmp_path / "run"), "--max_steps", "1")
+    assert isinstance(later.model, pk.ItemModel) and later.data_collator.head == "items"
+    for wrong, message in (
+        (("--head", "titles"), "--head: expected items with --backbone"),
+        (("--model", "tiny"), "--model, --from, --backbone: expected one of them"),
+        (("--item_embeddings",), "--item_embeddings: expected none with --backbone"),
+    ):
+        with pytest.raises(SystemExit):
+            _train("items", folder, tmp_path / "wrong", "--backbone", "sasrec", *wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_a_new_item_head_begins_with_what_is_popular(folder: str, tmp_path: Path) -> None:
     flags = ("--model", "tiny", "--vocab_size", "300", "--head", "items", "--max_steps", "1", "--learning_rate", "0")
     flags += ("--rows_per_pass", "600")
@@ -342,8 +377,8 @@ def test_bfloat16_is_measured_once_a_run(
         (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--from", "runs/sft", "--no_separator"], "--no_separator: expected only with --model tiny or small"),
-        ([], "--model, --from: expected one of them"),
-        (["--model", "tiny", "--from", "runs/sft"], "--model, --from: expected one of them"),
+        ([], "--model, --from, --backbone: expected one of them"),
+        (["--model", "tiny", "--from", "runs/sft"], "--model, --from, --backbone: expected one of them"),
         (["--model", "tiny", "--random_weights"], "--random_weights: expected only with a transformers --model"),
         (["--model", "x", "--targets_per_step", "9", "--targets_per_pass", "one"], "--targets_per_step: expected none"),
         (["--model", "x", "--load_in_4bit"], "--load_in_4bit: expected only with --lora"),

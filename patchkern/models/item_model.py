@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that read item ids and no words, on the layouts, the trainer, the search and the metrics of language models.
+
+To them an item is a token: the catalogue is `patchkern.Catalog.by_item`, a session patch is the mean of its items'
+vectors, and what scores items is the table of these vectors itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.catalog_diff import CatalogDiff, compare
+from patchkern.batch.histories import HistoriesLike, check_count
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.batch.prompt import Prompt
+from patchkern.models import files, wrapped
+from patchkern.models.catalog_file import read_catalog
+from patchkern.models.item_blocks import BLOCKS
+from patchkern.models.item_head import CatalogHead
+from patchkern.models.item_network import ItemNetwork, ItemNetworkConfig
+from patchkern.models.sources import locate
+from patchkern.ops.packed import packed_kwargs
+from patchkern.ops.pool_rows import pool_rows
+from patchkern.search.protocol import SpanCache
+from patchkern.search.recommend import recommend
+from patchkern.search.scoring import score_items
+
+HEADS = ("dot", "cosine")
+"""What an `IdHead` makes of a state and an item's vector."""
+
+_NO_TITLES = "model: expected one that predicts titles token by token, got an ItemModel, which scores items"
+_COSINE_SCALE = 20.0  # of scores, whose softmax would be flat without
+
+
+class IdHead(CatalogHead):
+    """``score(user, i) = <h, v_i> + b_i``, or 20 times their cosine plus b_i; v_i is the item's row of the table.
+
+    Args:
+        catalog: the items, the first rows of the table.
+        scores: "dot" or "cosine".
+        dtype, device: of the biases.
+    """
+
+    def __init__(self, catalog: Catalog, scores: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(catalog, dtype, device)
+        self.scores_by = scores
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scores_by}"
+
+    def queries(self, states: Tensor) -> Tensor:
+        """``(M, D)``, see `CatalogHead.queries`."""
+        return states if self.scores_by == "dot" else _COSINE_SCALE * F.normalize(states, dim=1)
+
+    def vectors(self, weight: Tensor, own: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """``(n, D)``, see `CatalogHead.vectors`; ``own`` is None."""
+        vectors = weight[: len(self.catalog)] if items is None else weight[items]
+        return vectors if self.scores_by == "dot" else F.normalize(vectors, dim=1)
+
+
+class ItemModel(wrapped.WrappedLM):
+    """A sequential recommender on item ids, such as SASRec, with everything that `PatchedCausalLM` has around it.
+
+    It trains with `patchkern.training.PatchTrainer` (``head="items"``, which is its default), recommends with filters,
+    priors, a memory budget, a `UserCache` and `recommend_to_disk`, and takes any policy: an item is one row, be it text
+    or patch, and a session patch the mean of its items' vectors.
+
+    Args:
+        catalog: the items; their titles are kept and not read.
+        policy: used where a call is given none, and saved along.
+        block: "sasrec": softmax attention and a feed-forward layer; "hstu": gated pointwise attention.
+        width: D of vectors and states, a multiple of ``heads``.
+        layers, heads: of attention.
+        inner: width of feed-forward layers, of "sasrec"; ``width`` where not given, as published.
+        normalizer: by which "hstu" divides its attention, in training and serving; ``max_positions`` where not given.
+        dropout: of what layers add, and of "sasrec" of input rows.
+        max_positions: rows of the longest history, with the row that starts it. Training in passes
+            (``rows_per_pass``) reads up to twice the policy's ``max_items``.
+        head: "dot" scores an item by the product of state and vector, "cosine" by their cosine, times 20; both add the
+            item's bias.
+        prompt: special rows, whose ids are the number of items and those after it; one that starts a history, from
+            which an empty one is scored, where not given.
+        seed: of the weights; torch's global generator is left as it was.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5), item_ids=["tt1", "tt2", "tt3", "tt4"])
+        >>> model = pk.ItemModel(catalog, pk.ItemPatches(keep_text=0, max_items=100), width=16)
+        >>> histories = [["tt1", "tt2", "tt3"], ["tt4"]]
+        >>> layout = pk.build_layout(
+        ...     model.catalog, histories, model.policy, model.prompt, targets=["tt4", "tt2"], head="items"
+        ... )
+        >>> model(layout).loss.backward()
+        >>> [[item for item, score in user] for user in model.recommend(histories, k=1, exclude_seen=True)]
+        [['tt4'], ['tt1']]
+    """
+
+    hf_model: ItemNetwork
+    """the network, a transformers model: its configuration, its files"""
+
+    item_head: IdHead
+    """what scores items from one hidden state"""
+
+    item_embedding: None
+    """None: the table of `hf_model` has the items' vectors"""
+
+    catalog_diff: CatalogDiff | None
+    """how the catalogue differs from the one that the model was saved with; None where it is that one"""
+
+    learns: tuple[str, ...] = ("items",)
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        policy: AnyPolicy | None = None,
+        *,
+        block: str = "sasrec",
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        inner: int | None = None,
+        dropout: float = 0.2,
+        max_positions: int = 512,
+        normalizer: float | None = None,
+        head: str = "dot",
+        prompt: Prompt | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(catalog, Catalog):
+            raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
+        if prompt is None:
+            prompt = Prompt(prefix=(len(catalog),))
+        _check_prompt(prompt, len(catalog))
+        for name, chosen, kinds in (("block", block, tuple(BLOCKS)), ("head", head, HEADS)):
+            if chosen not in kinds:
+                raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {chosen!r}")
+        inner = width if inner is None else inner
+        counts = {"width": width, "layers": layers, "heads": heads, "inner": inner, "max_positions": max_positions}
+        for name, value in counts.items():
+            check_count(name, value, minimum=1)
+        if width % heads:
+            raise ValueError(f"width: expected a multiple of heads ({heads}), got {width}")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number of at least 0 and below 1, got {dropout!r}")
+        normalizer = max_positions if normalizer is None else normalizer
+        if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)) or not 0 < normalizer < math.inf:
+            raise ValueError(f"normalizer: expected a finite number above 0, got {normalizer!r}")
+        config = ItemNetworkConfig(
+            block=block,
+            vocab_size=max(len(catalog), prompt.max_token_id + 1),
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=max_positions,
+            dropout=float(dropout),
+            item_scores=head,
+            normalizer=float(normalizer),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = ItemNetwork(config)
+        self._assemble(network, catalog, policy, prompt)
+
+    def _assemble(self, network: ItemNetwork, catalog: Catalog, policy: AnyPolicy | None, prompt: Prompt) -> None:
+        nn.Module.__init__(self)
+        if policy is not None:
+            check_policy(policy)
+        self.hf_model = network
+        self.catalog = catalog.by_item()
+        self.prompt, self.policy = prompt, policy
+        self.tokenizer = None
+        self.catalog_diff = None
+        self.item_embedding = None
+        self.item_head = IdHead(self.catalog, network.config.item_scores, network.dtype, network.device)
+        self.item_head.train(network.training)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        layout: PatchLayout,
+        num_items_in_batch: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        smoothing: float = 0.0,
+        title_weight: float = 1.0,
+        item_weight: float = 1.0,
+    ) -> CausalLMOutput:
+        """The loss of a layout with targets, the scores of all items for one without.
+
+        Args:
+            layout: of `build_layout` or `build_training_layout` with ``head="items"`` and this model's `catalog`; moved
+                to the model's device if it is elsewhere.
+            num_items_in_batch: divides the summed loss; without it the loss is the mean over the targets.
+            labels, title_weight: not used, as of a model that learns items alone.
+            smoothing: of the labels, see `patchkern.ops.item_softmax.item_softmax`.
+            item_weight: of the loss.
+
+        Returns:
+            With targets ``loss``; without, ``logits`` (M, n_items) of every history's last row, float32 or float64.
+
+        Raises:
+            TypeError, ValueError: a layout of another catalogue, for titles, or with a longer history than the model
+                has positions for.
+        """
+        states = self.item_states(layout)
+        if layout.item_labels is None:
+            logits = self.item_head.logits(states, self.hf_model.items.weight, None)
+            return CausalLMOutput(logits=logits)
+        targets = layout.item_labels.to(states.device, non_blocking=True)
+        total = self.item_head.loss(states, targets, self.hf_model.items.weight, None, smoothing)
+        count = max(targets.shape[0], 1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=item_weight * total / count)
+
+    def item_states(self, layout: PatchLayout) -> Tensor:
+        """``(M, D)`` hidden states of the rows that items are predicted from: each history's last."""
+        self._check(layout)
+        with self._undisturbed():
+            rows = self.embed(layout)
+            layout = layout.to(rows.device, non_blocking=True)
+            wanted = layout.cu_seqlens[1:].long() - 1 if layout.item_rows is None else layout.item_rows
+            if layout.num_rows == 0:
+                return rows[wanted]
+            return self.hf_model(inputs_embeds=rows[None], **packed_kwargs(layout)).last_hidden_state[0][wanted]
+
+    def embed(self, layout: PatchLayout) -> Tensor:
+        """``(T, D)`` the rows of a layout: vectors, and means of them; differentiable."""
+        if layout.max_token_id >= self.config.vocab_size:
+            raise ValueError(
+                f"layout: expected rows below {self.config.vocab_size}, items and special rows of the model, got "
+                f"{layout.max_token_id}"
+            )
+        weight = self.hf_model.items.weight
+        return pool_rows(weight, layout.to(weight.device, non_blocking=True))
+
+    def _check(self, layout: PatchLayout) -> None:
+        if not isinstance(layout, PatchLayout):
+            raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+        if layout.catalog_fingerprint not in (None, self.catalog.fingerprint):
+            raise ValueError(
+                "layout: expected one of the model's catalog, in which every item is one token (model.catalog), got "
+                "another's"
+            )
+        if layout.logit_rows is not None:
+            raise ValueError('layout: expected one for items (head="items"), got one with labels of titles')
+        if layout.item_rows is None and bool((layout.cu_seqlens.diff() == 0).any()):
+            raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
+        self._check_positions(layout)
+
+    def _check_positions(self, layout: PatchLayout) -> None:
+        limit = self.config.max_position_embeddings
+        if layout.max_position >= limit:
+            raise ValueError(
+                f"layout: expected at most {limit} rows per user, the model's max_positions, got "
+                f"{layout.max_position + 1}; keep fewer items (max_items), compress them, or make the model with more"
+            )
+
+    # ------------------------------------------------------------------ recommending
+
+    def recommend(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
+    ) -> list[list[tuple[Any, float]]]:
+        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
+
+        Args:
+            options: its other arguments; ``search`` is "items", and can be nothing else.
+        """
+        return recommend(self, histories, policy, k, **{"search": "items", **options})
+
+    def score_items(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
+    ) -> NDArray[np.floating[Any]]:
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
+        return score_items(self, histories, policy, items, **{"head": "items", **options})
+
+    # ------------------------------------------------------------------ what a search asks of a model
+
+    @property
+    def takes_branches(self) -> bool:
+        """Can it be given layouts with spans that share a prefix?"""
+        return True
+
+    def check_search(self, layout: PatchLayout, depth: int) -> None:
+        """See `patchkern.search.protocol.SearchModel`."""
+        self._check_positions(layout)
+
+    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+        """See `patchkern.search.protocol.SearchModel`."""
+        embedded = self.embed(layout)
+        positions = layout.position_ids.to(embedded.device, non_blocking=True)
+        states = self.hf_model(inputs_embeds=embedded[None], position_ids=positions[None], span_cache=cache)
+        return states.last_hidden_state[0][rows.to(embedded.device, non_blocking=True)]
+
+    def item_scores(self, states: Tensor) -> Tensor:
+        """See `patchkern.search.protocol.SearchModel`."""
+        return self.item_head.scores(states, self.hf_model.items.weight, None)
+
+    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+        """Refused: there are no titles to search."""
+        raise ValueError(_NO_TITLES)
+
+    def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
+        """Refused: there are no titles to search."""
+        raise ValueError(_NO_TITLES)
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        catalog: Catalog | None = None,
+        *,
+        renamed: Literal["error", "allow"] = "error",
+        **hf_kwargs: Any,
+    ) -> ItemModel:
+        """Read what `save_pretrained` wrote: network, head, prompt, policy and catalogue.
+
+        Args:
+            folder: a local folder, or the hub id of one that was uploaded.
+            catalog: another one than the model was saved with. Items are matched by their ids: new ones have a vector
+                of zeros and no bias until they are trained, those that it no longer has are dropped.
+            renamed: "allow" a ``catalog`` in which more than a tenth of the saved items have other titles.
+            hf_kwargs: for the network's ``from_pretrained``, such as ``dtype``.
+
+        Raises:
+            FileNotFoundError: no ``patchkern.json``, no folder, or no hub that has one.
+            ValueError: a folder of a `PatchedCausalLM`, one that cannot be read, or a catalogue of other items.
+        """
+        hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
+        folder = files.current(locate(folder, "folder", **hub))
+        description = files.read_description(folder)
+        if description.learns != cls.learns:
+            raise ValueError(f"folder: expected an ItemModel in {os.fspath(folder)!r}, got a PatchedCausalLM")
+        saved = read_catalog(folder / files.CATALOG)
+        network = ItemNetwork.from_pretrained(folder, **hf_kwargs)
+        prompt, diff = description.prompt, None
+        if catalog is not None:
+            diff = compare(_by_title(saved), _by_title(catalog))
+            diff.check(renamed)
+            prompt = _moved(prompt, len(catalog) - len(saved))
+            _rearrange(network, saved, catalog)
+        model = cls.__new__(cls)
+        model._assemble(network, saved if catalog is None else catalog, description.policy, prompt)
+        model.catalog_diff = diff
+        model.item_head.load(folder)
+        return model
+
+
+def _check_prompt(prompt: Any, n_items: int) -> None:
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt: expected a Prompt or None, got {type(prompt).__name__}")
+    for field in fields(prompt):
+        part = getattr(prompt, field.name)
+        if min(part, default=n_items) < n_items:
+            raise ValueError(f"prompt: expected ids from {n_items}, below which are the items, got {min(part)}")
+
+
+def _moved(prompt: Prompt, by: int) -> Prompt:
+    """For a catalogue of so many more items."""
+    return Prompt(*(tuple(token + by for token in getattr(prompt, field.name)) for field in fields(prompt)))
+
+
+def _by_title(catalog: Catalog) -> Catalog:
+    """With titles' letters as tokens: what tells an item from another that has got its id."""
+    letters = [[*title.encode(), 256] for title in catalog.titles or [""] * len(catalog)]
+    offsets = np.cumsum([0, *map(len, letters)])
+    return Catalog([letter for title in letters for letter in title], offsets, catalog.item_ids, catalog.titles)
+
+
+def _rearrange(network: ItemNetwork, saved: Catalog, catalog: Catalog) -> None:
+    """The table for another catalogue: each row by its item's id, special rows after."""
+    place = torch.from_numpy(saved.find(catalog.item_ids, "catalog").astype(np.int64))
+    before = network.items.weight.detach()
+    vectors = before[place.clamp(min=0)] * (place >= 0)[:, None].to(before.dtype)
+    weight = torch.cat([vectors, before[len(saved) :]])
+    network.items = nn.Embedding.from_pretrained(weight, freeze=False)
+    network.config.vocab_size = weight.shape[0]

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that read item ids and no words: what recipes/train.py --backbone makes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+import patchkern as pk
+from patchkern.data import Interactions
+from patchkern.models.item_blocks import BLOCKS
+from patchkern.models.item_model import HEADS
+
+
+def add_flags(parser: Any) -> None:
+    """Of a backbone and its shape."""
+    group = parser.add_argument_group("model of item ids (--backbone)")
+    group.add_argument("--backbone", choices=BLOCKS, help="instead of --model: no words are read, items are learned")
+    group.add_argument("--width", type=int, default=64, help="of its vectors")
+    group.add_argument("--layers", type=int, default=2)
+    group.add_argument("--heads", type=int, default=2, help="of attention")
+    group.add_argument("--item_scores", choices=HEADS, default="dot", help="product of state and vector, or cosine")
+
+
+def make_model(args: argparse.Namespace, data: Interactions, dropout: float, seed: int) -> pk.ItemModel:
+    """The model of the flags, with positions for the longest history that training reads."""
+    longest = int(data.histories.lengths.max(initial=1))
+    if args.max_items is not None:
+        longest = min(longest, 2 * args.max_items)  # histories that are cut begin at its multiples
+    model = pk.ItemModel(
+        catalog_of_ids(data.titles),
+        block=args.backbone,
+        width=args.width,
+        layers=args.layers,
+        heads=args.heads,
+        dropout=dropout,
+        max_positions=longest + 1,
+        head=args.item_scores,
+        seed=seed,
+    )
+    model.to(getattr(torch, args.dtype))
+    return model
+
+
+def catalog_of_ids(titles: Mapping[Any, str]) -> pk.Catalog:
+    """Items with titles that nobody reads."""
+    size = len(titles)
+    return pk.Catalog.from_token_ids(np.arange(size), np.arange(size + 1), list(titles), list(titles.values()))

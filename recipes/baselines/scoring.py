@@ -36,12 +36,13 @@ class Ranker:
         windows = sample_windows(self.data, self._items, samples, self.window)
         device = model.bias.device
         model.eval()
-        with torch.inference_mode():
-            for chosen in windows.parts(SAMPLES_AT_ONCE):
-                batch = windows.batch(chosen)
+        for chosen in windows.parts(SAMPLES_AT_ONCE):
+            batch = windows.batch(chosen)
+            with torch.inference_mode():
                 states, vectors = model(batch.histories.to(device))
                 last = states.flatten(0, 1)[batch.rows.to(device)]
-                yield chosen, torch.addmm(model.bias, last, vectors.T).float().cpu().numpy()
+                scores = torch.addmm(model.bias, last, vectors.T).float().cpu().numpy()
+            yield chosen, scores
 
     def table(self, model: Recommender, samples: Samples, *, unseen: bool) -> NDArray[np.float32]:
         """``(S, n_items)`` scores; -inf for items of the whole history if ``unseen``."""

@@ -107,7 +107,7 @@ def load_run(run: Run, catalog: pk.Catalog) -> tuple[Recommender, Settings]:
         ValueError: there is none, or it is of another catalogue.
     """
     arguments = run.arguments()
-    if arguments is None:
+    if arguments is None or "items" not in arguments:
         raise ValueError(f"--output_dir: expected a run of this recipe, got {str(run.folder)!r}")
     if arguments["items"] != fingerprint(catalog):
         raise ValueError(f"--data: expected the items that {str(run.folder)!r} was trained on, got others")
@@ -123,7 +123,7 @@ def bf16(args: argparse.Namespace, run: Run, n_items: int, width: int, device: t
     if args.bf16 is not None:
         return bool(args.bf16 == "true")
     before = run.arguments()
-    return bf16_pays(n_items, width, device) if before is None else bool(before["bf16"])
+    return bf16_pays(n_items, width, device) if before is None else bool(before.get("bf16"))
 
 
 def fingerprint(catalog: pk.Catalog) -> str:

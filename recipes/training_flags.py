@@ -195,7 +195,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         ),
         *(
             (args.backbone is not None and bool(getattr(args, name)), f"--{name}: expected none with --backbone")
-            for name in ("item_embeddings", "item_dropout", "lora", "prompt", "random_weights")
+            for name in ("item_embeddings", "vector_dropout", "lora", "prompt", "random_weights")
         ),
         (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),
         (args.item_tokens and args.model not in SIZES, f"--item_tokens: {scratch} keep their titles"),

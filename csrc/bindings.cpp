@@ -73,36 +73,39 @@ auto pool_rows_grad_py(int dtype, uintptr_t grad_rows, int64_t num_rows, int64_t
 // Each of `heads` is an address, a row's stride and a head's.
 SpanAttention spans_of(int dtype, int64_t num_rows, int64_t num_spans, int64_t num_ranges, int64_t heads,
                        int64_t key_heads, int64_t width, int64_t value_width, uintptr_t cu_seqlens, uintptr_t prefix,
-                       double scale, uintptr_t strided, int64_t num_stored, bool apart, uintptr_t out, uintptr_t lse) {
+                       double scale, bool silu, double normalizer, uintptr_t strided, int64_t num_stored, bool apart,
+                       uintptr_t out, uintptr_t lse) {
   const int64_t* numbers = at<const int64_t>(strided);
   const auto next = [&]() -> Heads {
     numbers += 3;
     return {at<const void>(static_cast<uintptr_t>(numbers[-3])), numbers[-2], numbers[-1]};
   };
   const Heads query = next(), key = next(), value = next(), stored_key = next(), stored_value = next();
-  return {static_cast<DType>(dtype), num_rows, num_spans, num_ranges, heads, key_heads, width,
-          value_width, at<const int32_t>(cu_seqlens), at<const int32_t>(prefix), scale, query, key, value, num_stored, stored_key,
-          stored_value, apart, at<void>(out), at<void>(lse)};
+  const Activation activation = silu ? Activation::kSilu : Activation::kSoftmax;
+  return {static_cast<DType>(dtype), activation, num_rows, num_spans, num_ranges, heads, key_heads, width, value_width,
+          at<const int32_t>(cu_seqlens), at<const int32_t>(prefix), scale, normalizer, query, key, value, num_stored,
+          stored_key, stored_value, apart, at<void>(out), at<void>(lse)};
 }
 
 auto span_attention_py(int dtype, int64_t num_rows, int64_t num_spans, int64_t num_ranges, int64_t heads,
                        int64_t key_heads, int64_t width, int64_t value_width, uintptr_t cu_seqlens, uintptr_t prefix,
-                       double scale, uintptr_t strided, int64_t num_stored, bool apart, uintptr_t out, uintptr_t lse,
-                       int num_threads, const char* isa) {
+                       double scale, bool silu, double normalizer, uintptr_t strided, int64_t num_stored, bool apart,
+                       uintptr_t out, uintptr_t lse, int num_threads, const char* isa) {
   return result(span_attention(spans_of(dtype, num_rows, num_spans, num_ranges, heads, key_heads, width, value_width,
-                                        cu_seqlens, prefix, scale, strided, num_stored, apart, out, lse),
+                                        cu_seqlens, prefix, scale, silu, normalizer, strided, num_stored, apart, out, lse),
                                num_threads, isa));
 }
 
 auto span_attention_grad_py(int dtype, int64_t num_rows, int64_t num_spans, int64_t num_ranges, int64_t heads,
                             int64_t key_heads, int64_t width, int64_t value_width, uintptr_t cu_seqlens,
-                            uintptr_t prefix, double scale, uintptr_t strided, int64_t num_stored, bool apart, uintptr_t out, uintptr_t lse,
+                            uintptr_t prefix, double scale, bool silu, double normalizer, uintptr_t strided,
+                            int64_t num_stored, bool apart, uintptr_t out, uintptr_t lse,
                             uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value, uintptr_t grad_stored_key,
                             uintptr_t grad_stored_value, int num_threads, const char* isa) {
   const int64_t* grad_out = at<const int64_t>(strided) + 15;
   const SpanAttentionGrad call = {
       spans_of(dtype, num_rows, num_spans, num_ranges, heads, key_heads, width, value_width, cu_seqlens, prefix, scale,
-               strided, num_stored, apart, out, lse),
+               silu, normalizer, strided, num_stored, apart, out, lse),
       {at<const void>(static_cast<uintptr_t>(grad_out[0])), grad_out[1], grad_out[2]},
       at<void>(grad_query), at<void>(grad_key), at<void>(grad_value), at<void>(grad_stored_key),
       at<void>(grad_stored_value)};

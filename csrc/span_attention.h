@@ -4,7 +4,8 @@
 //
 // Row r of span s sees rows cu_seqlens[s] .. r of the batch's own, and of the stored keys those of num_ranges ranges,
 // prefix[s][i][0] .. prefix[s][i][1] - 1, which overlap neither each other nor the span. Scores, weights and sums are
-// float32 (float64 for float64), whatever is stored.
+// float32 (float64 for float64), whatever is stored. A score's weight is its share of all that a row sees (softmax), or
+// its product with its own sigmoid, divided by a constant (silu).
 
 #pragma once
 
@@ -20,21 +21,26 @@ struct Heads {
   int64_t row_stride, head_stride;
 };
 
+enum class Activation : int { kSoftmax = 0, kSilu = 1 };
+constexpr int kNumActivations = 2;
+
 struct SpanAttention {
   DType dtype;  // of all but lse
+  Activation activation;
   int64_t num_rows, num_spans, num_ranges, heads, key_heads, width, value_width;
   const int32_t* cu_seqlens;  // num_spans + 1
   const int32_t* prefix;      // num_spans x num_ranges x 2
-  double scale;
+  double scale, normalizer;  // of silu
   Heads query, key, value;
   int64_t num_stored;
   Heads stored_key, stored_value;  // key and value themselves where `apart` is false
   bool apart;
   void* out;  // (num_rows, heads, value_width)
-  void* lse;  // (num_rows, heads), wide: the log-sum-exp of each row's scores
+  void* lse;  // (num_rows, heads), wide: the log-sum-exp of each row's scores; of softmax
 };
 
-// `attention` with what its forward pass wrote. Keys' and values' gradients are wide, and added to what is there.
+// `attention` with what its forward pass wrote, which silu does not read. Keys' and values' gradients are wide, and added
+// to what is there.
 struct SpanAttentionGrad {
   SpanAttention attention;
   Heads grad_out;
@@ -47,7 +53,8 @@ struct SpanAttentionGrad {
 Outcome span_attention(const SpanAttention& call, int num_threads, const char* isa);
 Outcome span_attention_grad(const SpanAttentionGrad& call, int num_threads, const char* isa);
 
-// Stored rows begin .. end - 1, which are one of the ranges of some query rows; that of others ends at `shared` or later.
+// Stored rows begin .. end - 1, the longest of the query rows' ranges that begin there;
+// `shared` is where the shortest ends.
 struct SpanRange {
   int64_t begin, end, shared;
   int64_t rows() const { return end - begin; }
@@ -65,13 +72,16 @@ struct SpanBlock {
 // Query rows times heads per key head of a block, at most, unless one row has more.
 constexpr int64_t kSpanLanes = 192;
 
-// One instruction set's kernels, one function per dtype. A kernel handles one block and one key head, and checks nothing.
+// One instruction set's kernels, one function per activation and dtype. A kernel handles one block and one key head, and
+// checks nothing.
 struct SpanKernels {
   const char* isa;
   // bytes of scratch, 64-aligned, for blocks of `lanes` at most
   int64_t (*scratch)(const SpanAttention& call, int64_t lanes, bool backward);
-  void (*forward[kNumDTypes])(const SpanAttention& call, int64_t key_head, const SpanBlock& block, void* scratch);
-  void (*backward[kNumDTypes])(const SpanAttentionGrad& call, int64_t key_head, const SpanBlock& block, void* scratch);
+  void (*forward[kNumActivations][kNumDTypes])(const SpanAttention& call, int64_t key_head, const SpanBlock& block,
+                                                     void* scratch);
+  void (*backward[kNumActivations][kNumDTypes])(const SpanAttentionGrad& call, int64_t key_head, const SpanBlock& block,
+                                                      void* scratch);
 };
 
 }  // namespace patchkern

@@ -216,7 +216,7 @@ struct Plan {
 Outcome span_attention(const SpanAttention& call, int num_threads, const char* isa) {
   const Plan plan(call, num_threads, isa);
   if (plan.cut.blocks.empty()) return plan.outcome;
-  const auto forward = plan.kernels->forward[static_cast<int>(call.dtype)];
+  const auto forward = plan.kernels->forward[static_cast<int>(call.activation)][static_cast<int>(call.dtype)];
   const ScratchPerThread scratch(plan.kernels->scratch(call, plan.lanes, false), plan.threads);
   const auto blocks = static_cast<int64_t>(plan.cut.blocks.size());
   share_out(blocks * call.key_heads, plan.threads, [&](int64_t tile, int64_t worker) {
@@ -229,7 +229,7 @@ Outcome span_attention_grad(const SpanAttentionGrad& call, int num_threads, cons
   const SpanAttention& of = call.attention;
   const Plan plan(of, num_threads, isa);
   if (plan.cut.blocks.empty()) return plan.outcome;
-  const auto backward = plan.kernels->backward[static_cast<int>(of.dtype)];
+  const auto backward = plan.kernels->backward[static_cast<int>(of.activation)][static_cast<int>(of.dtype)];
   const ScratchPerThread scratch(plan.kernels->scratch(of, plan.lanes, true), plan.threads);
   // a key's gradient is summed by one thread, block after block
   const std::vector<size_t> parts = parts_of(plan.cut.blocks, of);

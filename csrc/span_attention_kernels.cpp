@@ -20,7 +20,7 @@ namespace {
 
 // ---------------------------------------------------------------- forward
 
-template <class Type>
+template <class Type, Activation activation>
 struct Forward {
   using Scalar = typename Type::Scalar;
   Scratch<Type> scratch;
@@ -36,8 +36,31 @@ struct Forward {
         out(scratch.take(lanes.stride * value_width)), peak(scratch.take(lanes.stride)),
         total(scratch.take(lanes.stride)), decay(scratch.take(lanes.stride)) {}
 
-  // Scores into weights, relative to the highest score so far; what was summed before is worth `decay` of it now.
+  // Scores into weights.
   void weigh(const Keys& keys) {
+    if constexpr (activation == Activation::kSoftmax) {
+      exponentials(keys);
+    } else {
+      products_with_sigmoids(keys);
+    }
+  }
+
+  void products_with_sigmoids(const Keys& keys) {
+    using Vector = typename Type::Vector;
+    for (int64_t k = 0; k < keys.count(); ++k) {
+      Scalar* const row = scores + k * lanes.stride;
+      for (int64_t lane = keys.first_lane; lane < lanes.stride; lane += Type::kLanes) {
+        Vector score;
+        __builtin_memcpy(&score, row + lane, sizeof(Vector));
+        score *= sigmoid<Type>(score);
+        if (keys.partly) score = seen_only<Type>(lanes, keys, keys.begin + k, lane, score, Vector{});
+        __builtin_memcpy(row + lane, &score, sizeof(Vector));
+      }
+    }
+  }
+
+  // Relative to the highest score so far; what was summed before is worth `decay` of it now.
+  void exponentials(const Keys& keys) {
     using Vector = typename Type::Vector;
     const Vector lowest = splat<Type>(-static_cast<Scalar>(__builtin_inf()));
     for (int64_t lane = keys.first_lane; lane < lanes.stride; lane += Type::kLanes) {
@@ -92,9 +115,11 @@ struct Forward {
     product<Type>(keys.count(), lanes.stride - first, call.width, {key, width, 1}, transposed + first, lanes.stride,
                   scores + first, lanes.stride, false);
     weigh(keys);
-    for (int64_t lane = first; lane < lanes.count; ++lane) {
-      if (decay[lane] == 1) continue;
-      for (int64_t i = 0; i < value_width; ++i) out[lane * value_width + i] *= decay[lane];
+    if constexpr (activation == Activation::kSoftmax) {
+      for (int64_t lane = first; lane < lanes.count; ++lane) {
+        if (decay[lane] == 1) continue;
+        for (int64_t i = 0; i < value_width; ++i) out[lane * value_width + i] *= decay[lane];
+      }
     }
     product<Type>(count, value_width, keys.count(), {scores + first, 1, lanes.stride}, value, value_width,
                   out + first * value_width, value_width, true);
@@ -105,16 +130,17 @@ struct Forward {
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const int64_t place = (block.begin + lane / lanes.group) * call.heads + key_head * lanes.group + lane % lanes.group;
       Element* const target = static_cast<Element*>(call.out) + place * call.value_width;
-      const Scalar share = 1 / total[lane];
+      constexpr bool kSoftmax = activation == Activation::kSoftmax;
+      const Scalar share = 1 / (kSoftmax ? total[lane] : static_cast<Scalar>(call.normalizer));
       for (int64_t i = 0; i < call.value_width; ++i) target[i] = Type::round(out[lane * value_width + i] * share);
-      static_cast<Scalar*>(call.lse)[place] = peak[lane] + Type::log(total[lane]);
+      if constexpr (kSoftmax) static_cast<Scalar*>(call.lse)[place] = peak[lane] + Type::log(total[lane]);
     }
   }
 };
 
 // ---------------------------------------------------------------- backward
 
-template <class Type>
+template <class Type, Activation activation>
 struct Backward {
   using Scalar = typename Type::Scalar;
   Scratch<Type> scratch;
@@ -139,13 +165,20 @@ struct Backward {
     for (int64_t k = 0; k < keys.count(); ++k) {
       Scalar *const weight_row = weights + k * lanes.stride, *const grad_row = grad_scores + k * lanes.stride;
       for (int64_t lane = keys.first_lane; lane < lanes.stride; lane += Type::kLanes) {
-        Vector weight, change, sum, shared;
+        Vector weight, change;
         __builtin_memcpy(&weight, weight_row + lane, sizeof(Vector));
         __builtin_memcpy(&change, grad_row + lane, sizeof(Vector));
-        __builtin_memcpy(&sum, lse + lane, sizeof(Vector));
-        __builtin_memcpy(&shared, balance + lane, sizeof(Vector));
-        weight = exponential<Type>(weight - sum);
-        change = weight * (change - shared);
+        if constexpr (activation == Activation::kSoftmax) {
+          Vector sum, shared;
+          __builtin_memcpy(&sum, lse + lane, sizeof(Vector));
+          __builtin_memcpy(&shared, balance + lane, sizeof(Vector));
+          weight = exponential<Type>(weight - sum);
+          change = weight * (change - shared);
+        } else {
+          const Vector gate = sigmoid<Type>(weight);
+          change *= gate * (1 + weight * (1 - gate));
+          weight *= gate;
+        }
         if (keys.partly) {
           weight = seen_only<Type>(lanes, keys, keys.begin + k, lane, weight, Vector{});
           change = seen_only<Type>(lanes, keys, keys.begin + k, lane, change, Vector{});
@@ -162,9 +195,10 @@ struct Backward {
     lanes.describe(of, block);
     load_lanes<Type>(of.query, block, key_head, lanes.group, of.width, scale, query, width);
     transpose<Type>(query, width, of.width, lanes.count, lanes.stride, query_transposed);
-    load_lanes<Type>(call.grad_out, block, key_head, lanes.group, of.value_width, 1, grad, value_width);
+    const Scalar share = activation == Activation::kSilu ? static_cast<Scalar>(1 / of.normalizer) : 1;
+    load_lanes<Type>(call.grad_out, block, key_head, lanes.group, of.value_width, share, grad, value_width);
     transpose<Type>(grad, value_width, of.value_width, lanes.count, lanes.stride, grad_transposed);
-    load_sums(of, key_head, block);
+    if constexpr (activation == Activation::kSoftmax) load_sums(of, key_head, block);
     for (int64_t i = 0; i < lanes.count * width; ++i) grad_query[i] = 0;
     visit_keys<Type>(of, block, lanes.group, [&](const Keys& keys) { collect(call, key_head, keys); });
     store(call, key_head, block);
@@ -235,31 +269,39 @@ struct Backward {
 
 // ---------------------------------------------------------------- entry
 
+template <class Type>
+int64_t scratch_of(const SpanAttention& call, int64_t lanes, bool backward) {
+  constexpr Activation kAny = Activation::kSoftmax;  // silu leaves some of it unused
+  return backward ? Backward<Type, kAny>(call, lanes, nullptr).scratch.used
+                  : Forward<Type, kAny>(call, lanes, nullptr).scratch.used;
+}
+
 int64_t scratch_bytes(const SpanAttention& call, int64_t lanes, bool backward) {
-  if (call.dtype == DType::kFloat64) {
-    return backward ? Backward<Float64>(call, lanes, nullptr).scratch.used : Forward<Float64>(call, lanes, nullptr).scratch.used;
-  }
-  return backward ? Backward<Float32>(call, lanes, nullptr).scratch.used : Forward<Float32>(call, lanes, nullptr).scratch.used;
+  const bool wide = call.dtype == DType::kFloat64;
+  return wide ? scratch_of<Float64>(call, lanes, backward) : scratch_of<Float32>(call, lanes, backward);
 }
 
-template <class Type>
+template <class Type, Activation activation>
 void forward(const SpanAttention& call, int64_t key_head, const SpanBlock& block, void* scratch) {
-  Forward<Type>(call, block.rows() * (call.heads / call.key_heads), scratch).run(call, key_head, block);
+  Forward<Type, activation>(call, block.rows() * (call.heads / call.key_heads), scratch).run(call, key_head, block);
 }
 
-template <class Type>
+template <class Type, Activation activation>
 void backward(const SpanAttentionGrad& call, int64_t key_head, const SpanBlock& block, void* scratch) {
   const SpanAttention& of = call.attention;
-  Backward<Type>(of, block.rows() * (of.heads / of.key_heads), scratch).run(call, key_head, block);
+  Backward<Type, activation>(of, block.rows() * (of.heads / of.key_heads), scratch).run(call, key_head, block);
 }
 
 }  // namespace
 
 extern const SpanKernels span_kernels;
-const SpanKernels span_kernels = {PK_STRING(PK_ISA),
-                                  scratch_bytes,
-                                  {forward<Float32>, forward<BFloat16>, forward<Float16>, forward<Float64>},
-                                  {backward<Float32>, backward<BFloat16>, backward<Float16>, backward<Float64>}};
+#define PK_DTYPES(pass, activation) \
+  {pass<Float32, activation>, pass<BFloat16, activation>, pass<Float16, activation>, pass<Float64, activation>}
+const SpanKernels span_kernels = {
+    PK_STRING(PK_ISA),
+    scratch_bytes,
+    {PK_DTYPES(forward, Activation::kSoftmax), PK_DTYPES(forward, Activation::kSilu)},
+    {PK_DTYPES(backward, Activation::kSoftmax), PK_DTYPES(backward, Activation::kSilu)}};
 
 }  // namespace PK_ISA
 }  // namespace patchkern

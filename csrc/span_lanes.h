@@ -41,7 +41,8 @@ struct Lanes {
 
   Lanes(const SpanAttention& call, int64_t lanes, Scratch<Type>& scratch)
       : group(call.heads / call.key_heads), count(lanes), stride(padded<Type>(lanes)),
-        ranges(call.num_ranges), prefix_end(scratch.template take<Integer>(ranges * stride)), own_begin(scratch.template take<Integer>(stride)),
+        ranges(call.num_ranges), prefix_end(scratch.template take<Integer>(ranges * stride)),
+        own_begin(scratch.template take<Integer>(stride)),
         own_row(scratch.template take<Integer>(stride)) {}
 
   void describe(const SpanAttention& call, const SpanBlock& block) {

@@ -86,6 +86,11 @@ inline typename Type::Vector exponential(typename Type::Vector x) {
   return vanishes ? Vector{} : result;
 }
 
+template <class Type>
+inline typename Type::Vector sigmoid(typename Type::Vector x) {
+  return 1 / (1 + exponential<Type>(-x));
+}
+
 // Storage: what an element is in memory, and the type it is computed in.
 struct Float32 : Single {
   using Element = float;

@@ -1,11 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pointwise attention over the spans of a packed batch, one span after the other."""
+"""HSTU's attention over spans: every weight is silu of its score, divided by a constant of the model; no softmax.
+
+    out_t = sum over s that t sees of silu(scale * q_t . k_s) * v_s / normalizer
+
+The constant is the same however many rows are computed at once: rows come out alike in training, compressed, and
+served. Spans, ranges and kernels are those of `patchkern.ops.span_attention`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from patchkern.ops import span_attention_prefixed as prefixed
+from patchkern.ops.span_checks import check_spans
+
+_library = torch.library.Library("patchkern", "FRAGMENT")
+_library.define(
+    "hstu_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor prefix, Tensor? prefix_key, "
+    "Tensor? prefix_value, float scale, float normalizer) -> Tensor"
+)
+_library.define(
+    "hstu_attention_grad(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor prefix, "
+    "Tensor? prefix_key, Tensor? prefix_value, float scale, float normalizer) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def hstu_attention(
@@ -13,38 +35,138 @@ def hstu_attention(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
+    *,
+    normalizer: float,
+    scale: float | None = None,
     prefix: Tensor | None = None,
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    normalizer: float,
 ) -> Tensor:
-    """The sum of ``silu(scale * q k) v`` over what a row sees, divided by ``normalizer``: no softmax.
+    """Pointwise attention inside each span of a packed batch, causal, and over a span's prefix where it has one.
 
     Args:
-        query, key: ``(T, H, d)``.
-        value: ``(T, H, dv)``.
-        cu_seqlens: ``(S + 1,)`` int32, where spans begin; a row sees its span up to itself.
-        prefix: ``(S, 2)`` int32, rows of ``prefix_key`` and ``prefix_value`` that a span sees besides.
-        prefix_key, prefix_value: ``(P, H, d)`` and ``(P, H, dv)``; ``key`` and ``value`` where not given.
-        scale: of the products.
-        normalizer: above 0, the same in training and serving.
+        query: (T, H, d).
+        key: (T, Hkv, d), value: (T, Hkv, dv), H a multiple of Hkv.
+        cu_seqlens: (S + 1,) int32 on the same device; span s is rows ``cu_seqlens[s]:cu_seqlens[s + 1]``.
+        normalizer: what the sum is divided by: a constant, such as the rows of the longest sequence in training.
+        scale: factor of the scores; 1 / sqrt(d) where not given.
+        prefix, prefix_key, prefix_value: as in `patchkern.ops.span_attention.span_attention`; the last two are
+            (P, Hkv, d) and (P, Hkv, dv).
 
     Returns:
-        ``(T, H, dv)``.
+        (T, H, dv), differentiable once in all five tensors, of which nothing but themselves is kept for that. Gradients
+        are the same bit for bit from run to run, and on the CPU a user's rows are, whoever else is in the batch.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import torch
+        >>> rows, spans = torch.ones(3, 1, 4), torch.tensor([0, 3], dtype=torch.int32)
+        >>> hstu_attention(rows, rows, rows, spans, normalizer=3.0)[:, 0, 0]  # silu(4 / 2) of one, two and three rows
+        tensor([0.5872, 1.1745, 1.7617])
     """
-    if not normalizer > 0:
-        raise ValueError(f"normalizer: expected a number above 0, got {normalizer}")
-    stored_key = key if prefix_key is None else prefix_key
-    stored_value = value if prefix_value is None else prefix_value
-    lengths = cu_seqlens.diff().tolist()
-    ranges = [[0, 0]] * len(lengths) if prefix is None else prefix.tolist()
-    spans = zip(query.split(lengths), key.split(lengths), value.split(lengths), ranges, strict=True)
-    out = [value[:0]]
-    for q, k, v, (begin, end) in spans:
-        seen_key, seen_value = torch.cat([stored_key[begin:end], k]), torch.cat([stored_value[begin:end], v])
-        weights = F.silu(scale * q.transpose(0, 1) @ seen_key.permute(1, 2, 0))  # (H, n, seen)
-        sums = weights.tril(end - begin) @ seen_value.transpose(0, 1)
-        out.append((sums / normalizer).transpose(0, 1))
-    return torch.cat(out)
+    if not normalizer > 0 or normalizer == float("inf"):
+        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
+    if prefix is None:
+        if prefix_key is not None or prefix_value is not None:
+            raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
+        prefix = cu_seqlens.new_zeros(cu_seqlens.shape[0] - 1, 1, 2)
+    check_spans(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, packed=True)
+    ranges = prefix if prefix.dim() == 3 else prefix[:, None]
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    floats = (query, key, value, prefix_key, prefix_value)
+    arguments = (query, key, value, cu_seqlens, ranges, prefix_key, prefix_value, float(scale), float(normalizer))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats):
+        out: Tensor = _HstuAttention.apply(*arguments)
+    else:
+        out = torch.ops.patchkern.hstu_attention(*arguments)
+    return out
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    normalizer: float,
+) -> Tensor:
+    """The same in plain PyTorch, with the mask written out: the oracle and the documentation."""
+    scores, seen, values = prefixed.dense(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale)
+    return torch.einsum("hqk,khd->qhd", F.silu(scores).masked_fill(~seen, 0.0), values) / normalizer
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    normalizer: float,
+) -> Tensor:
+    rows = (query, key, value, cu_seqlens, prefix, prefix_key, prefix_value)
+    return prefixed.forward(*rows, scale, 0.0, 0, normalizer)[0]
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+    normalizer: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = (grad_out, query, key, value, None, None, cu_seqlens, prefix, prefix_key, prefix_value)
+    return prefixed.backward(*rows, scale, 0.0, 0, normalizer)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("hstu_attention", _forward, _device)
+    _library.impl("hstu_attention_grad", _backward, _device)
+
+
+@torch.library.register_fake("patchkern::hstu_attention")
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    return query.new_empty(*query.shape[:2], value.shape[2])
+
+
+@torch.library.register_fake("patchkern::hstu_attention_grad")
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return prefixed.empty_gradients(query, key, value, prefix_key, prefix_value)
+
+
+class _HstuAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*arguments[:7])
+        ctx.options = arguments[7:]
+        out: Tensor = torch.ops.patchkern.hstu_attention(*arguments)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.patchkern.hstu_attention_grad(grad_out, *ctx.saved_tensors, *ctx.options)
+        stored = [x if needed else None for x, needed in zip(grads[3:], ctx.needs_input_grad[5:7], strict=True)]
+        return (*grads[:3], None, None, *stored, None, None)

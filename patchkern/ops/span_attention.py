@@ -17,6 +17,7 @@ from torch import Tensor
 from patchkern.ops import span_attention_native as native
 from patchkern.ops import span_attention_prefixed as prefixed
 from patchkern.ops.span_attention_flash import cuda_kernel
+from patchkern.ops.span_checks import check_spans
 
 
 def span_attention(
@@ -71,7 +72,9 @@ def span_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         prefix_key, prefix_value = (None if x is None else x.to(dtype) for x in (prefix_key, prefix_value))
     if prefix is not None:
-        _check_prefix(query, key, value, cu_seqlens, sliding_window, prefix, prefix_key, prefix_value)
+        if sliding_window is not None:
+            raise ValueError(f"sliding_window: expected None with a prefix, which is seen fully, got {sliding_window}")
+        check_spans(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, packed=False)
         rows = (_by_row(query), _by_row(key), _by_row(value))
         stored_key = None if prefix_key is None else _by_row(prefix_key)
         stored_value = None if prefix_value is None else _by_row(prefix_value)
@@ -84,7 +87,7 @@ def span_attention(
     kernel = cuda_kernel(query, key, value, dropout)
     if kernel is None and _native_serves(query, max_seqlen, dropout, sliding_window):
         none = torch.zeros(cu_seqlens.shape[0] - 1, 1, 2, dtype=torch.int32)
-        _check_prefix(query, key, value, cu_seqlens, None, none, None, None)
+        check_spans(query, key, value, cu_seqlens, none, None, None, packed=False)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = (_by_row(query), _by_row(key), _by_row(value))
         return prefixed.span_attention(*rows, cu_seqlens, none, None, None, scale).unsqueeze(0)
@@ -107,50 +110,6 @@ def _native_serves(query: Tensor, max_seqlen: int | None, dropout: float, slidin
 def _by_row(heads: Tensor) -> Tensor:
     """(1, H, T, d) as (T, H, d)."""
     return heads.squeeze(0).transpose(0, 1)
-
-
-def _check_prefix(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    sliding_window: int | None,
-    prefix: Tensor,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-) -> None:
-    """All that can be seen without waiting for the device; the ranges themselves are checked where they are made."""
-    if sliding_window is not None:
-        raise ValueError(f"sliding_window: expected None with a prefix, which is seen fully, got {sliding_window}")
-    if (prefix_key is None) != (prefix_value is None):
-        raise ValueError("prefix_key: expected prefix_key and prefix_value together or neither of them, got one")
-    if not isinstance(prefix, Tensor):
-        raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
-    for name, integers in (("cu_seqlens", cu_seqlens), ("prefix", prefix)):
-        if integers.dtype != torch.int32:
-            raise TypeError(f"{name}: expected dtype torch.int32, got {integers.dtype}")
-    spans = cu_seqlens.shape[0] - 1
-    if not (prefix.shape == (spans, 2) or (prefix.dim() == 3 and prefix.shape == (spans, max(prefix.shape[1], 1), 2))):
-        raise ValueError(
-            f"prefix: expected shape {(spans, 2)}, one range per span, or ({spans}, R, 2), got {tuple(prefix.shape)}"
-        )
-    rows, width = query.shape[2:]
-    heads = key.shape[1]
-    if query.shape[0] != 1 or heads == 0 or query.shape[1] % heads:
-        raise ValueError(f"query: expected shape (1, a multiple of {heads}, T, d), got {tuple(query.shape)}")
-    expected = {"key": (key, (1, heads, rows, width)), "value": (value, (1, heads, rows, value.shape[3]))}
-    if prefix_key is not None and prefix_value is not None:
-        stored = prefix_key.shape[2]
-        expected["prefix_key"] = (prefix_key, (1, heads, stored, width))
-        expected["prefix_value"] = (prefix_value, (1, heads, stored, value.shape[3]))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name}: expected query's dtype, {query.dtype}, got {tensor.dtype}")
-    for name, tensor in (("cu_seqlens", cu_seqlens), ("prefix", prefix), *((n, t) for n, (t, _) in expected.items())):
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected query's device, {query.device}, got {tensor.device}")
 
 
 def _span_sdpa(

@@ -43,11 +43,16 @@ def forward(
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     scale: float,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from."""
-    call = _Call(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale)
+    """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from.
+
+    With a ``normalizer`` the weights are silu of the scores, divided by it, and there is no log-sum-exp.
+    """
+    call = _Call(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale, normalizer)
     out = query.new_empty(*query.shape[:2], value.shape[2])
-    lse = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = query.new_empty(query.shape[:2] if normalizer is None else 0, dtype=wide)
     status, position = native.module().span_attention(*call.arguments(out, lse), *_threads())
     call.check(status, position)
     return out, lse
@@ -58,24 +63,28 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     cu_seqlens: Tensor,
     prefix: Tensor,
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     scale: float,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, prefix_key and prefix_value; of the last two without rows where they are None.
 
-    A key's gradient is summed in at least float32, block after block in the order of the rows, and rounded once.
+    A key's gradient is summed in at least float32, block after block in the order of the rows, and rounded once. With a
+    ``normalizer`` neither ``out`` nor ``lse`` is read.
     """
-    call = _Call(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale)
-    out, lse, grad_out = out.contiguous(), lse.contiguous(), _by_head(grad_out)
+    call = _Call(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale, normalizer)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out, lse = (query.new_empty(0) if x is None else x.contiguous() for x in (out, lse))
+    grad_out = _by_head(grad_out)
     grad_query = torch.empty(query.shape, dtype=query.dtype)
-    own = [torch.zeros(x.shape, dtype=lse.dtype) for x in (key, value)]
+    own = [torch.zeros(x.shape, dtype=wide) for x in (key, value)]
     stored = [
-        x if y is None else torch.zeros(y.shape, dtype=lse.dtype)
+        x if y is None else torch.zeros(y.shape, dtype=wide)
         for x, y in zip(own, (prefix_key, prefix_value), strict=True)
     ]
     grads = [x.data_ptr() for x in (grad_query, *own, *stored)]
@@ -110,13 +119,14 @@ class _Call:
         prefix_key: Tensor | None,
         prefix_value: Tensor | None,
         scale: float,
+        normalizer: float | None,
     ) -> None:
         self.query, self.key, self.value = _by_head(query), _by_head(key), _by_head(value)
         self.apart = prefix_key is not None
         self.prefix_key = self.key if prefix_key is None else _by_head(prefix_key)
         self.prefix_value = self.value if prefix_value is None else _by_head(prefix_value)
         self.cu_seqlens, self.prefix = cu_seqlens.contiguous(), prefix.contiguous()
-        self.scale = scale
+        self.numbers = (scale, normalizer is not None, 1.0 if normalizer is None else normalizer)
 
     def arguments(self, out: Tensor, lse: Tensor, *grads: Tensor) -> Iterable[object]:
         rows, heads, width = self.query.shape
@@ -125,7 +135,7 @@ class _Call:
         return (
             *(native.DTYPES[self.query.dtype], rows, *self.prefix.shape[:2], heads, self.key.shape[1]),
             *(width, self.value.shape[2]),
-            *(self.cu_seqlens.data_ptr(), self.prefix.data_ptr(), self.scale, self.strided.data_ptr()),
+            *(self.cu_seqlens.data_ptr(), self.prefix.data_ptr(), *self.numbers, self.strided.data_ptr()),
             *(len(self.prefix_key), self.apart, out.data_ptr(), lse.data_ptr()),
         )
 

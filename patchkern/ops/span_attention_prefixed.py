@@ -34,7 +34,7 @@ _library.define(
 )
 
 
-def _forward(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -45,24 +45,26 @@ def _forward(
     scale: float,
     dropout: float,
     seed: int,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exps; with a ``normalizer`` that of `patchkern.ops.hstu_attention`, and no rows."""
     rows = (query, key, value, cu_seqlens, prefix, prefix_key, prefix_value)
-    if (kernels := _kernels(query, value, dropout)) is not None:
-        result: tuple[Tensor, Tensor] = kernels.forward(*rows, scale)
+    if (module := kernels(query, value, dropout)) is not None:
+        result: tuple[Tensor, Tensor] = module.forward(*rows, scale, normalizer)
         return result
     if native.serves(query, dropout):
-        return native.forward(*rows, scale)
+        return native.forward(*rows, scale, normalizer)
     with torch.autocast(query.device.type, enabled=False):
-        return tiles.forward(*rows, scale, dropout, seed)
+        return tiles.forward(*rows, scale, dropout, seed, normalizer)
 
 
-def _backward(
+def backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     cu_seqlens: Tensor,
     prefix: Tensor,
     prefix_key: Tensor | None,
@@ -70,18 +72,20 @@ def _backward(
     scale: float,
     dropout: float,
     seed: int,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, prefix_key and prefix_value, from what `forward` gave."""
     rows = (grad_out, query, key, value, out, lse, cu_seqlens, prefix, prefix_key, prefix_value)
-    if (kernels := _kernels(query, value, dropout)) is not None:
-        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.backward(*rows, scale)
+    if (module := kernels(query, value, dropout)) is not None:
+        result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.backward(*rows, scale, normalizer)
         return result
     if native.serves(query, dropout):
-        return native.backward(*rows, scale)
+        return native.backward(*rows, scale, normalizer)
     with torch.autocast(query.device.type, enabled=False):
-        return tiles.backward(*rows, scale, dropout, seed)
+        return tiles.backward(*rows, scale, dropout, seed, normalizer)
 
 
-def _kernels(query: Tensor, value: Tensor, dropout: float) -> ModuleType | None:
+def kernels(query: Tensor, value: Tensor, dropout: float) -> ModuleType | None:
     """The Triton kernels where they serve: on CUDA, all but float64, dropout and unequal or very wide heads.
 
     Elsewhere on CUDA the tiles run, which wait for the device once per call; one warning says why.
@@ -122,8 +126,8 @@ def _warn_once(reason: str) -> None:
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("span_attention", _forward, _device)
-    _library.impl("span_attention_grad", _backward, _device)
+    _library.impl("span_attention", forward, _device)
+    _library.impl("span_attention_grad", backward, _device)
 
 
 @torch.library.register_fake("patchkern::span_attention")
@@ -146,6 +150,14 @@ def _(
     prefix_value: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value, prefix_key, prefix_value)
+
+
+def empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the shapes that `backward` gives."""
+
     def rows(like: Tensor | None) -> Tensor:
         return query.new_empty(0 if like is None else like.shape)
 
@@ -211,7 +223,7 @@ def span_attention(
     return out
 
 
-def reference(
+def dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -220,8 +232,8 @@ def reference(
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     scale: float,
-) -> Tensor:
-    """The same in plain PyTorch, with the mask written out: the oracle and the documentation."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All scores (H, T, P + T), which of them a row sees (T, P + T), and the values (P + T, H, dv)."""
     prefix_key = key if prefix_key is None else prefix_key
     prefix_value = value if prefix_value is None else prefix_value
     span = torch.repeat_interleave(cu_seqlens.diff().long())
@@ -233,5 +245,19 @@ def reference(
     groups = query.shape[1] // key.shape[1]
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
-    weights = scores.masked_fill(~torch.cat([seen, own], dim=1), float("-inf")).softmax(dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, values)
+    return scores, torch.cat([seen, own], dim=1), values
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same in plain PyTorch, with the mask written out: the oracle and the documentation."""
+    scores, seen, values = dense(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(dim=-1), values)

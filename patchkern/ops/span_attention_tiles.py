@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchkern.batch.span_ranges import check_ranges
@@ -163,21 +164,46 @@ class _Plan:
 
 
 class _Attention:
-    """Attention of queries (H, R, d) over keys (Hkv, N, d) and values (Hkv, N, dv); every row sees at least one key."""
+    """Attention of queries (H, R, d) over keys (Hkv, N, d) and values (Hkv, N, dv); every row sees at least one key.
 
-    def __init__(self, scale: float, dropout: float, seed: int, device: torch.device) -> None:
-        self.scale, self.dropout = scale, dropout
-        self.generator = torch.Generator(device).manual_seed(seed) if dropout > 0 else None
+    `merged` makes one result of those of two parts; `backward` starts from what is saved of that of all parts.
+    """
 
-    def _scores(self, query: Tensor, keys: Tensor, part: _Part) -> Tensor:
-        """(Hkv, G * R, N), minus infinity where a row does not see a key."""
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, ...]:
+        """The output (H, R, dv), and what else the merging needs."""
+        raise NotImplementedError
+
+    def merged(self, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Of the keys of both."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, part: _Part, *saved: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the three."""
+        raise NotImplementedError
+
+    def scores(self, query: Tensor, keys: Tensor, part: _Part, unseen: float) -> Tensor:
+        """(Hkv, G * R, N), ``unseen`` where a row does not see a key."""
         scores = torch.bmm(query.view(len(keys), -1, query.shape[2]) * self.scale, keys.transpose(1, 2))
         hidden = part.hidden
         if part.causal:
             hidden = torch.ones(scores.shape[2], scores.shape[2], dtype=torch.bool, device=scores.device).triu_(1)
         if hidden is not None:
-            scores.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, float("-inf"))
+            scores.unflatten(1, (-1, len(hidden))).masked_fill_(hidden, unseen)
         return scores
+
+
+class _Softmax(_Attention):
+    """A part's result is the output and the log-sum-exp of the scores (H, R)."""
+
+    def __init__(self, scale: float, dropout: float, seed: int, device: torch.device) -> None:
+        super().__init__(scale)
+        self.dropout = dropout
+        self.generator = torch.Generator(device).manual_seed(seed) if dropout > 0 else None
 
     def _kept(self, scores: Tensor) -> Tensor | None:
         """Factors that drop attention weights, the same in both passes; part after part from one generator."""
@@ -186,9 +212,8 @@ class _Attention:
         draws = torch.rand(scores.shape, generator=self.generator, device=scores.device)
         return (draws >= self.dropout).to(scores.dtype).div_(1 - self.dropout)
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-        """Output (H, R, dv) and log-sum-exp of the scores (H, R)."""
-        weights = self._scores(query, keys, part)
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, ...]:
+        weights = self.scores(query, keys, part, float("-inf"))
         peak = weights.amax(dim=-1, keepdim=True)
         total = weights.sub_(peak).exp_().sum(dim=-1, keepdim=True)
         if (kept := self._kept(weights)) is not None:
@@ -196,11 +221,16 @@ class _Attention:
         out = torch.bmm(weights, values).div_(total)
         return out.view(*query.shape[:2], -1), total.log_().add_(peak).view(query.shape[:2])
 
+    def merged(self, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A mean of the outputs, weighted by their sums of exponentials."""
+        share = torch.sigmoid(right[1] - left[1])
+        return torch.lerp(left[0], right[0], share[..., None]), torch.logaddexp(left[1], right[1])
+
     def backward(
-        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, part: _Part
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, part: _Part, *saved: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the three, for ``out`` and ``lse`` merged over all parts."""
-        weights = self._scores(query, keys, part)
+        out, lse = saved
+        weights = self.scores(query, keys, part, float("-inf"))
         weights.sub_(lse.view(len(keys), -1, 1)).exp_()
         balance = (grad * out).sum(dim=-1).view(len(keys), -1, 1)
         grad = grad.view(len(keys), -1, grad.shape[2])
@@ -212,6 +242,38 @@ class _Attention:
         grad_scores.sub_(balance).mul_(weights).mul_(self.scale)
         grad_keys = torch.bmm(grad_scores.transpose(1, 2), query.view(len(keys), -1, query.shape[2]))
         return torch.bmm(grad_scores, keys).view(query.shape), grad_keys, grad_values
+
+
+class _Silu(_Attention):
+    """A part's result is its output, a sum: parts add up."""
+
+    def __init__(self, scale: float, normalizer: float) -> None:
+        super().__init__(scale)
+        self.normalizer = normalizer
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> tuple[Tensor, ...]:
+        weights = F.silu(self.scores(query, keys, part, torch.finfo(query.dtype).min), inplace=True)
+        return (torch.bmm(weights, values).div_(self.normalizer).view(*query.shape[:2], -1),)
+
+    def merged(self, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (left[0].add_(right[0]),)
+
+    def backward(
+        self, grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, part: _Part, *saved: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.scores(query, keys, part, torch.finfo(query.dtype).min)  # of unseen keys: all below is zero
+        gate = torch.sigmoid(scores)
+        weights = scores.mul_(gate)
+        grad = grad.view(len(keys), -1, grad.shape[2]) / self.normalizer
+        grad_values = torch.bmm(weights.transpose(1, 2), grad)
+        # the derivative of silu: sigmoid(s) (1 + s (1 - sigmoid(s)))
+        grad_scores = torch.bmm(grad, values.transpose(1, 2)).mul_(gate + weights * (1 - gate)).mul_(self.scale)
+        grad_keys = torch.bmm(grad_scores.transpose(1, 2), query.view(len(keys), -1, query.shape[2]))
+        return torch.bmm(grad_scores, keys).view(query.shape), grad_keys, grad_values
+
+
+def _attention(scale: float, dropout: float, seed: int, normalizer: float | None, device: torch.device) -> _Attention:
+    return _Softmax(scale, dropout, seed, device) if normalizer is None else _Silu(scale, normalizer)
 
 
 # ------------------------------------------------------------------ both passes
@@ -250,29 +312,27 @@ def forward(
     scale: float,
     dropout: float,
     seed: int,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from."""
-    attention = _Attention(scale, dropout, seed, query.device)
+    """Output (T, H, dv), and the log-sum-exp of every row's scores, (T, H), that `backward` starts from.
+
+    With a ``normalizer`` the weights are silu of the scores, divided by it, and there is no log-sum-exp.
+    """
+    attention = _attention(scale, dropout, seed, normalizer, query.device)
     plan = _Plan(query, key, cu_seqlens, prefix, prefix_key)
     run = _Pass(query, (key, value), (prefix_key, prefix_value))
     out = query.new_empty(*query.shape[:2], value.shape[2])
-    lse = query.new_empty(query.shape[:2], dtype=run.wide)
+    lse = query.new_empty(query.shape[:2] if normalizer is None else 0, dtype=run.wide)
     for tile in plan.tiles:
         rows = slice(tile.begin, tile.end)
         queries = run.by_head(query[rows])
-        merged: tuple[Tensor, Tensor] | None = None
+        merged: tuple[Tensor, ...] = ()
         for part in plan.parts(tile):
             one = attention.forward(queries, *run.seen(part), part)
-            merged = one if merged is None else _merged(merged, one)
-        if merged is not None:
-            out[rows], lse[rows] = merged[0].transpose(0, 1), merged[1].transpose(0, 1)
+            merged = attention.merged(merged, one) if merged else one
+        for whole, result in zip((out, lse), merged, strict=False):
+            whole[rows] = result.transpose(0, 1)
     return out, lse
-
-
-def _merged(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of both: a mean of their outputs, weighted by their sums of exponentials."""
-    share = torch.sigmoid(right[1] - left[1])
-    return torch.lerp(left[0], right[0], share[..., None]), torch.logaddexp(left[1], right[1])
 
 
 def backward(
@@ -280,8 +340,8 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     cu_seqlens: Tensor,
     prefix: Tensor,
     prefix_key: Tensor | None,
@@ -289,13 +349,14 @@ def backward(
     scale: float,
     dropout: float,
     seed: int,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, prefix_key and prefix_value; of the last two without rows where they are None.
 
     The weights are recomputed from the log-sum-exp. A key's gradient collects from tile after tile in a fixed order,
-    in at least float32, and is rounded once.
+    in at least float32, and is rounded once. ``out`` and ``lse`` are not read where there is a ``normalizer``.
     """
-    attention = _Attention(scale, dropout, seed, query.device)
+    attention = _attention(scale, dropout, seed, normalizer, query.device)
     plan = _Plan(query, key, cu_seqlens, prefix, prefix_key)
     run = _Pass(query, (key, value), (prefix_key, prefix_value))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -306,10 +367,11 @@ def backward(
     ]
     for tile in plan.tiles:
         rows = slice(tile.begin, tile.end)
-        grad, queries, outs, sums = (run.by_head(x[rows]) for x in (grad_out, query, out, lse))
+        grad, queries = run.by_head(grad_out[rows]), run.by_head(query[rows])
+        saved = [run.by_head(x[rows]) for x in (out, lse) if x is not None]
         grad_queries = torch.zeros_like(queries)
         for part in plan.parts(tile):
-            grads = attention.backward(grad, queries, *run.seen(part), outs, sums, part)
+            grads = attention.backward(grad, queries, *run.seen(part), part, *saved)
             grad_queries += grads[0]
             for total, one in zip(stored if part.stored else own, grads[1:], strict=True):
                 total[part.rows] += one.transpose(0, 1)

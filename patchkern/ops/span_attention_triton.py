@@ -48,7 +48,7 @@ def _forward_blocks(width: int, itemsize: int, ranges: int) -> Blocks:
         return Blocks(64, 32, 4, 1) if width <= 64 else Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 32, 8, 1)
     if width > 128:
         return Blocks(64, 32, 8, 1)
-    return Blocks(64, 32 if ranges > 1 and width <= 64 else 64, 4, 2)
+    return Blocks(64, 64, 8 if ranges > 1 and width <= 64 else 4, 2)
 
 
 def _query_gradient_blocks(width: int, itemsize: int, ranges: int) -> Blocks:
@@ -79,16 +79,20 @@ def forward(
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     scale: float,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, d), and the log-sum-exp of every row's scores, (T, H) float32, that `backward` starts from."""
+    """Output (T, H, d), and the log-sum-exp of every row's scores, (T, H) float32, that `backward` starts from.
+
+    With a ``normalizer`` the weights are silu of the scores, divided by it, and there is no log-sum-exp.
+    """
     n_rows, n_heads = query.shape[:2]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(n_rows, n_heads, dtype=torch.float32)
+    lse = query.new_empty((n_rows, n_heads) if normalizer is None else 0, dtype=torch.float32)
     if n_rows == 0:
         return out, lse
     stored = (key, value) if prefix_key is None or prefix_value is None else (prefix_key, prefix_value)
     groups = n_heads // key.shape[1]
-    constants = _constants(query, groups, prefix, _forward_blocks)
+    constants = _constants(query, groups, prefix, normalizer, _forward_blocks)
     query, key, value = _readable(query), _readable(key), _readable(value)
     seen_key, seen_value = map(_readable, stored)
     with torch.cuda.device_of(query):
@@ -97,7 +101,7 @@ def forward(
             *(query, key, value, seen_key, seen_value, rows, out, lse),
             *(x.stride(dim) for x in (query, key, value, seen_key, seen_value) for dim in (0, 1)),
             n_rows,
-            scale * LOG2E.value,
+            *_numbers(scale, normalizer),
             **constants,
         )
     return out, lse
@@ -108,15 +112,19 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     cu_seqlens: Tensor,
     prefix: Tensor,
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     scale: float,
+    normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, prefix_key and prefix_value; of the last two without rows where they are None."""
+    """Gradients of query, key, value, prefix_key and prefix_value; of the last two without rows where they are None.
+
+    With a ``normalizer`` neither ``out`` nor ``lse`` is read.
+    """
     stored = (key, value) if prefix_key is None or prefix_value is None else (prefix_key, prefix_value)
     separate = prefix_key is not None
     n_rows, n_heads = query.shape[:2]
@@ -130,35 +138,45 @@ def backward(
         for grad in grads:
             grad.zero_()
         return grads
-    grad_out, balance, scale_log2 = grad_out.contiguous(), torch.empty_like(lse), scale * LOG2E.value
+    grad_out = grad_out.contiguous()
+    if out is None or lse is None:
+        out, lse = grad_out, grad_out.new_empty(0, dtype=torch.float32)  # nothing is read of them
+    balance = torch.empty_like(lse)
+    factor, divisor = _numbers(scale, normalizer)
     with torch.cuda.device_of(query):
         rows = _rows(cu_seqlens, prefix, n_rows)
-        constants = _constants(query, groups, prefix, _query_gradient_blocks)
+        constants = _constants(query, groups, prefix, normalizer, _query_gradient_blocks)
         query_gradient_kernel[_grid(n_rows, constants["BLOCK_M"] // groups, key)](
             *(query, key, value, seen_key, seen_value, rows, out, lse, grad_out, balance, grad_query),
             *(x.stride(dim) for x in (query, key, value, seen_key, seen_value) for dim in (0, 1)),
             n_rows,
-            scale_log2,
-            scale,
+            factor,
+            scale / divisor,
             **constants,
         )
         sides = [(key, value, grad_key, grad_value, True, not separate)]
         if separate and seen_key.shape[0]:
             sides.append((seen_key, seen_value, grad_seen_key, grad_seen_value, False, True))
-        constants = _constants(query, groups, prefix, _key_gradient_blocks)
+        constants = _constants(query, groups, prefix, normalizer, _key_gradient_blocks)
         for k, v, grad_k, grad_v, is_own, is_prefix in sides:
             key_gradient_kernel[_grid(k.shape[0], constants["BLOCK_N"], k)](
                 *(query, k, v, grad_out, lse, balance, rows, cu_seqlens, prefix, grad_k, grad_v),
                 *(x.stride(dim) for x in (query, k, v) for dim in (0, 1)),
                 k.shape[0],
                 prefix.shape[0],
-                scale_log2,
-                scale,
+                factor,
+                scale / divisor,
+                divisor,
                 is_own,
                 is_prefix,
                 **constants,
             )
     return grads
+
+
+def _numbers(scale: float, normalizer: float | None) -> tuple[float, float]:
+    """What products of queries and keys are multiplied with, and what sums of values are divided by in the end."""
+    return (scale * LOG2E.value, 1.0) if normalizer is None else (scale, normalizer)
 
 
 def _rows(cu_seqlens: Tensor, prefix: Tensor, n_rows: int) -> Tensor:
@@ -182,7 +200,9 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _constants(query: Tensor, groups: int, prefix: Tensor, table: Callable[[int, int, int], Blocks]) -> dict[str, Any]:
+def _constants(
+    query: Tensor, groups: int, prefix: Tensor, normalizer: float | None, table: Callable[[int, int, int], Blocks]
+) -> dict[str, Any]:
     width = max(triton.next_power_of_2(query.shape[2]), 16)
     blocks = table(width, query.itemsize, prefix.shape[1])
     return {
@@ -194,6 +214,7 @@ def _constants(query: Tensor, groups: int, prefix: Tensor, table: Callable[[int,
         "BLOCK_N": blocks.keys,
         "BLOCK_D": width,
         "PRECISION": _precision(query.dtype),
+        "ACTIVATION": "softmax" if normalizer is None else "silu",
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }

@@ -83,30 +83,38 @@ def _attend(
     i_end: tl.tensor,
     b_lo: tl.tensor,
     b_hi: tl.tensor,
-    scale_log2: tl.tensor,
+    factor: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
-    """Stream keys ``i_begin..i_end - 1`` past the queries; row m sees ``b_lo[m]..b_hi[m] - 1``."""
+    """Stream keys ``i_begin..i_end - 1`` past the queries; row m sees ``b_lo[m]..b_hi[m] - 1``.
+
+    Of "silu" the peaks and totals stay what they are.
+    """
     for i_n in range(i_begin, i_end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < i_end
         # [BLOCK_M, BLOCK_N]
         b_k = load_rows(p_k, o_n, m_n, s_k, WIDTH, BLOCK_D)
-        b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2
+        b_s = dot(b_q, tl.trans(b_k), PRECISION) * factor
         m_seen = (o_n[None, :] >= b_lo[:, None]) & (o_n[None, :] < b_hi[:, None])
-        b_s = tl.where(m_seen, b_s, -float("inf"))
-        b_new = tl.maximum(b_peak, tl.max(b_s, axis=1))
-        # a row that has seen nothing yet: minus infinity minus itself would be NaN
-        b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - b_safe[:, None])
-        b_decay = tl.exp2(b_peak - b_safe)
-        b_total = b_total * b_decay + tl.sum(b_p, axis=1)
+        if ACTIVATION == "silu":
+            b_p = tl.where(m_seen, b_s * tl.sigmoid(b_s), 0.0)
+        else:
+            b_s = tl.where(m_seen, b_s, -float("inf"))
+            b_new = tl.maximum(b_peak, tl.max(b_s, axis=1))
+            # a row that has seen nothing yet: minus infinity minus itself would be NaN
+            b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
+            b_p = tl.exp2(b_s - b_safe[:, None])
+            b_decay = tl.exp2(b_peak - b_safe)
+            b_total = b_total * b_decay + tl.sum(b_p, axis=1)
+            b_acc = b_acc * b_decay[:, None]
+            b_peak = b_new
         b_v = load_rows(p_v, o_n, m_n, s_v, WIDTH, BLOCK_D)
-        b_acc = b_acc * b_decay[:, None] + dot(b_p.to(b_v.dtype), b_v, PRECISION)
-        b_peak = b_new
+        b_acc += dot(b_p.to(b_v.dtype), b_v, PRECISION)
     return b_acc, b_peak, b_total
 
 
@@ -131,7 +139,8 @@ def forward_kernel(
     s_prefix_v: tl.tensor,
     s_prefix_v_head: tl.tensor,
     n_rows: tl.tensor,
-    scale_log2: tl.tensor,
+    factor: tl.tensor,
+    normalizer: tl.tensor,
     RANGES: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -140,6 +149,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> None:
     i_head = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
@@ -178,11 +188,12 @@ def forward_kernel(
                 tl.max(b_end, axis=0),
                 b_lo,
                 b_end,
-                scale_log2,
+                factor,
                 WIDTH,
                 BLOCK_N,
                 BLOCK_D,
                 PRECISION,
+                ACTIVATION,
             )
             b_todo = tl.where(b_todo == i_lo, FAR, b_todo)
             i_lo = tl.min(b_todo, axis=0)
@@ -200,19 +211,22 @@ def forward_kernel(
         i_last,
         b_begin,
         tl.where(m_m, o_row + 1, 0),
-        scale_log2,
+        factor,
         WIDTH,
         BLOCK_N,
         BLOCK_D,
         PRECISION,
+        ACTIVATION,
     )
 
-    b_total = tl.where(m_m, b_total, 1.0)
-    b_peak = tl.where(m_m, b_peak, 0.0)
     o_out = o_row.to(tl.int64) * HEADS + o_head
     o_d = tl.arange(0, BLOCK_D)
     m_out = m_m[:, None] & (o_d < WIDTH)[None, :]
-    tl.store(
-        p_out + o_out[:, None] * WIDTH + o_d[None, :], (b_acc / b_total[:, None]).to(p_out.dtype.element_ty), m_out
-    )
-    tl.store(p_lse + o_out, (b_peak + tl.log2(b_total)) / LOG2E, mask=m_m)
+    if ACTIVATION == "silu":
+        b_out = b_acc / normalizer
+    else:
+        b_total = tl.where(m_m, b_total, 1.0)
+        b_peak = tl.where(m_m, b_peak, 0.0)
+        b_out = b_acc / b_total[:, None]
+        tl.store(p_lse + o_out, (b_peak + tl.log2(b_total)) / LOG2E, mask=m_m)
+    tl.store(p_out + o_out[:, None] * WIDTH + o_d[None, :], b_out.to(p_out.dtype.element_ty), m_out)

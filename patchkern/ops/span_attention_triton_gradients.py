@@ -12,6 +12,12 @@ _SPANS = tl.constexpr(128)  # spans that the key gradient's search for its rows 
 
 
 @triton.jit
+def _silu_slope(b_s: tl.tensor) -> tl.tensor:
+    b_gate = tl.sigmoid(b_s)
+    return b_gate * (1.0 + b_s * (1.0 - b_gate))
+
+
+@triton.jit
 def _query_gradient(
     b_acc: tl.tensor,
     b_q: tl.tensor,
@@ -26,11 +32,12 @@ def _query_gradient(
     i_end: tl.tensor,
     b_lo: tl.tensor,
     b_hi: tl.tensor,
-    scale_log2: tl.tensor,
+    factor: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
     """What keys ``i_begin..i_end - 1`` give to the gradient of the queries, unscaled."""
     for i_n in range(i_begin, i_end, BLOCK_N):
@@ -38,11 +45,15 @@ def _query_gradient(
         m_n = o_n < i_end
         # [BLOCK_M, BLOCK_N]
         b_k = load_rows(p_k, o_n, m_n, s_k, WIDTH, BLOCK_D)
-        b_s = dot(b_q, tl.trans(b_k), PRECISION) * scale_log2
+        b_s = dot(b_q, tl.trans(b_k), PRECISION) * factor
         m_seen = (o_n[None, :] >= b_lo[:, None]) & (o_n[None, :] < b_hi[:, None])
-        b_p = tl.exp2(tl.where(m_seen, b_s - b_lse[:, None], -float("inf")))
         b_v = load_rows(p_v, o_n, m_n, s_v, WIDTH, BLOCK_D)
-        b_ds = b_p * (dot(b_do, tl.trans(b_v), PRECISION) - b_balance[:, None])
+        b_dp = dot(b_do, tl.trans(b_v), PRECISION)
+        if ACTIVATION == "silu":
+            b_ds = tl.where(m_seen, b_dp * _silu_slope(b_s), 0.0)
+        else:
+            b_p = tl.exp2(tl.where(m_seen, b_s - b_lse[:, None], -float("inf")))
+            b_ds = b_p * (b_dp - b_balance[:, None])
         b_acc += dot(b_ds.to(b_k.dtype), b_k, PRECISION)
     return b_acc
 
@@ -71,7 +82,7 @@ def query_gradient_kernel(
     s_prefix_v: tl.tensor,
     s_prefix_v_head: tl.tensor,
     n_rows: tl.tensor,
-    scale_log2: tl.tensor,
+    factor: tl.tensor,
     scale: tl.tensor,
     RANGES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -81,8 +92,9 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> None:
-    """Also writes every row's ``balance``, the product of output and its gradient, for the key gradient's kernel."""
+    """Of softmax, also writes every row's ``balance``, the product of output and its gradient, for the next kernel."""
     i_head = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     i_first = tl.program_id(0) * (BLOCK_M // GROUPS)
@@ -94,10 +106,13 @@ def query_gradient_kernel(
     o_out = o_row.to(tl.int64) * HEADS + o_head
     b_q = load_rows(p_q + o_head[:, None] * s_q_head, o_row, m_m, s_q, WIDTH, BLOCK_D)
     b_do = load_rows(p_do, o_out, m_m, WIDTH, WIDTH, BLOCK_D)
-    b_out = load_rows(p_out, o_out, m_m, WIDTH, WIDTH, BLOCK_D)
-    b_balance = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
-    tl.store(p_balance + o_out, b_balance, mask=m_m)
-    b_lse = tl.load(p_lse + o_out, mask=m_m, other=0.0) * LOG2E
+    b_balance = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_lse = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if ACTIVATION == "softmax":
+        b_out = load_rows(p_out, o_out, m_m, WIDTH, WIDTH, BLOCK_D)
+        b_balance = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
+        tl.store(p_balance + o_out, b_balance, mask=m_m)
+        b_lse = tl.load(p_lse + o_out, mask=m_m, other=0.0) * LOG2E
     p_row = p_rows + o_row.to(tl.int64) * (2 + 2 * RANGES)
     b_begin = tl.load(p_row, mask=m_m, other=0)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -125,11 +140,12 @@ def query_gradient_kernel(
                 tl.max(b_end, axis=0),
                 b_lo,
                 b_end,
-                scale_log2,
+                factor,
                 WIDTH,
                 BLOCK_N,
                 BLOCK_D,
                 PRECISION,
+                ACTIVATION,
             )
             b_todo = tl.where(b_todo == i_lo, FAR, b_todo)
             i_lo = tl.min(b_todo, axis=0)
@@ -148,11 +164,12 @@ def query_gradient_kernel(
         i_last,
         b_begin,
         tl.where(m_m, o_row + 1, 0),
-        scale_log2,
+        factor,
         WIDTH,
         BLOCK_N,
         BLOCK_D,
         PRECISION,
+        ACTIVATION,
     )
 
     o_d = tl.arange(0, BLOCK_D)
@@ -178,7 +195,7 @@ def _key_gradient(
     p_rows: tl.tensor,
     s_q: tl.tensor,
     s_q_head: tl.tensor,
-    scale_log2: tl.tensor,
+    factor: tl.tensor,
     OWN: tl.constexpr,
     RANGES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -187,6 +204,7 @@ def _key_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> tl.tensor:
     """What query rows ``i_begin..i_end - 1`` give to the gradients of a block of keys and values.
 
@@ -205,16 +223,21 @@ def _key_gradient(
             b_lo = tl.load(p_row + 2 + 2 * i_range, mask=m_m, other=0)
             b_hi = tl.load(p_row + 3 + 2 * i_range, mask=m_m, other=0)
         o_out = o_row.to(tl.int64) * HEADS + o_head
-        b_lse = tl.load(p_lse + o_out, mask=m_m, other=0.0) * LOG2E
-        b_balance = tl.load(p_balance + o_out, mask=m_m, other=0.0)
         b_q = load_rows(p_q + o_head[:, None] * s_q_head, o_row, m_m, s_q, WIDTH, BLOCK_D)
         b_do = load_rows(p_do, o_out, m_m, WIDTH, WIDTH, BLOCK_D)
         # [BLOCK_N, BLOCK_M]
-        b_s = dot(b_k, tl.trans(b_q), PRECISION) * scale_log2
+        b_s = dot(b_k, tl.trans(b_q), PRECISION) * factor
         m_seen = (o_n[:, None] >= b_lo[None, :]) & (o_n[:, None] < b_hi[None, :])
-        b_p = tl.exp2(tl.where(m_seen, b_s - b_lse[None, :], -float("inf")))
-        b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
-        b_ds = b_p * (dot(b_v, tl.trans(b_do), PRECISION) - b_balance[None, :])
+        if ACTIVATION == "silu":
+            b_p = tl.where(m_seen, b_s * tl.sigmoid(b_s), 0.0)
+            b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
+            b_ds = tl.where(m_seen, dot(b_v, tl.trans(b_do), PRECISION) * _silu_slope(b_s), 0.0)
+        else:
+            b_lse = tl.load(p_lse + o_out, mask=m_m, other=0.0) * LOG2E
+            b_balance = tl.load(p_balance + o_out, mask=m_m, other=0.0)
+            b_p = tl.exp2(tl.where(m_seen, b_s - b_lse[None, :], -float("inf")))
+            b_dv += dot(b_p.to(b_do.dtype), b_do, PRECISION)
+            b_ds = b_p * (dot(b_v, tl.trans(b_do), PRECISION) - b_balance[None, :])
         b_dk += dot(b_ds.to(b_q.dtype), b_q, PRECISION)
     return b_dk, b_dv
 
@@ -240,8 +263,9 @@ def key_gradient_kernel(
     s_v_head: tl.tensor,
     n_rows: tl.tensor,
     n_spans: tl.tensor,
-    scale_log2: tl.tensor,
+    factor: tl.tensor,
     scale: tl.tensor,
+    normalizer: tl.tensor,
     OWN: tl.constexpr,
     PREFIX: tl.constexpr,
     RANGES: tl.constexpr,
@@ -252,6 +276,7 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ) -> None:
     """Keys that rows see as their own (``OWN``), as a prefix (``PREFIX``), or both; ``n_rows`` counts keys."""
     i_head = tl.program_id(1).to(tl.int64)
@@ -283,7 +308,7 @@ def key_gradient_kernel(
             p_rows,
             s_q,
             s_q_head,
-            scale_log2,
+            factor,
             True,
             RANGES,
             HEADS,
@@ -292,6 +317,7 @@ def key_gradient_kernel(
             BLOCK_M,
             BLOCK_D,
             PRECISION,
+            ACTIVATION,
         )
     if PREFIX:
         for i_range in range(RANGES):
@@ -325,7 +351,7 @@ def key_gradient_kernel(
                 p_rows,
                 s_q,
                 s_q_head,
-                scale_log2,
+                factor,
                 False,
                 RANGES,
                 HEADS,
@@ -334,10 +360,11 @@ def key_gradient_kernel(
                 BLOCK_M,
                 BLOCK_D,
                 PRECISION,
+                ACTIVATION,
             )
     o_out = o_n.to(tl.int64) * (HEADS // GROUPS) + i_head
     o_d = tl.arange(0, BLOCK_D)
     o_store = o_out[:, None] * WIDTH + o_d[None, :]
     m_store = m_n[:, None] & (o_d < WIDTH)[None, :]
     tl.store(p_dk + o_store, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_store)
-    tl.store(p_dv + o_store, b_dv.to(p_dv.dtype.element_ty), mask=m_store)
+    tl.store(p_dv + o_store, (b_dv / normalizer).to(p_dv.dtype.element_ty), mask=m_store)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -39,7 +40,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from patchkern.ops import span_attention_triton
 
     if DEVICE == "cpu":
-        monkeypatch.setattr(op, "_kernels", lambda *arguments: span_attention_triton)
+        monkeypatch.setattr(op, "kernels", lambda *arguments: span_attention_triton)
 
 
 def attend(spans: Spans, tensors: Any, scaling: float) -> Tensor:
@@ -168,19 +169,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from patchkern.ops import span_attention_triton as kernels
 
-folder, machines = sys.argv[1], [tuple(map(int, machine.split("-"))) for machine in sys.argv[2:]]
+folder, machines = sys.argv[1], [machine.split("-") for machine in sys.argv[2:]]
 integers, floats = {"p_rows", "p_cu_seqlens", "p_prefix"}, {"p_lse", "p_balance"}
-for (arch, width, ranges), (kernel, table, flags) in itertools.product(machines, (
+for (arch, width, ranges, activation), (kernel, table, flags) in itertools.product(machines, (
     (kernels.rows_kernel, None, {}),
     (kernels.forward_kernel, kernels._forward_blocks, {}),
     (kernels.query_gradient_kernel, kernels._query_gradient_blocks, {}),
     (kernels.key_gradient_kernel, kernels._key_gradient_blocks, {"OWN": True, "PREFIX": True}),
 )):
+    arch, width, ranges = int(arch), int(width), int(ranges)
     constants, options = {"BLOCK": 256, "RANGES": ranges}, {}
     if table is not None:
         blocks = table(width, 2, ranges)
         constants = {"RANGES": ranges, "HEADS": 32, "GROUPS": 4, "WIDTH": width, "BLOCK_M": blocks.queries}
-        constants |= {"BLOCK_N": blocks.keys, "BLOCK_D": width, "PRECISION": "tf32"} | flags
+        constants |= {"BLOCK_N": blocks.keys, "BLOCK_D": width, "PRECISION": "tf32", "ACTIVATION": activation} | flags
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
@@ -189,26 +191,27 @@ for (arch, width, ranges), (kernel, table, flags) in itertools.product(machines,
         elif name.startswith("p_"):
             signature[name] = "*i32" if name in integers else "*fp32" if name in floats else "*bf16"
         else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
+            signature[name] = "fp32" if name in ("factor", "scale", "normalizer") else "i32"
         if name.startswith(("p_", "s_")):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    name = f"{arch}-{width}-{ranges}-{kernel.__name__}"
+    name = f"{arch}-{width}-{ranges}-{activation}-{kernel.__name__}"
     with open(f"{folder}/{name}.cubin", "wb") as file:
         file.write(built.asm["cubin"])
-    print(json.dumps([arch, width, ranges, kernel.__name__, built.metadata.shared]))
+    print(json.dumps([arch, width, ranges, activation, kernel.__name__, built.metadata.shared]))
 """
 
 
 PRODUCTS = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
-USUAL = [(80, 64, 1), (90, 128, 2), (100, 64, 1)]
-SLOW = [(80, 128, 1), (90, 64, 1), (100, 128, 1), (90, 128, 1)]
-SLOW += [(80, 64, 2), (80, 128, 2), (90, 64, 2), (100, 64, 2), (100, 128, 2)]
+Machine = tuple[int, int, int, str]  # architecture, head width, ranges of a span, activation
+USUAL: list[Machine] = [(80, 64, 1, "softmax"), (90, 128, 2, "softmax"), (100, 64, 1, "softmax"), (90, 64, 2, "silu")]
+EVERY = itertools.product((80, 90, 100), (64, 128), (1, 2), ("softmax", "silu"))
+SLOW: list[Machine] = [machine for machine in EVERY if machine not in USUAL]
 
 
-def compiled(machines: list[tuple[int, int, int]]) -> Path:
-    """The folder of every kernel for these architectures, head widths and ranges: one process compiles them all."""
+def compiled(machines: list[Machine]) -> Path:
+    """The folder of every kernel for these machines: one process compiles them all."""
 
     def compile_all(folder: Path) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
@@ -224,17 +227,19 @@ def compiled(machines: list[tuple[int, int, int]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arch", "width", "ranges"), [*USUAL, *(pytest.param(*machine, marks=pytest.mark.slow) for machine in SLOW)]
+    ("arch", "width", "ranges", "activation"),
+    [*USUAL, *(pytest.param(*machine, marks=pytest.mark.slow) for machine in SLOW)],
 )
-def test_compiles_for(arch: int, width: int, ranges: int) -> None:
+def test_compiles_for(arch: int, width: int, ranges: int, activation: str) -> None:
     """bfloat16: nothing spilled, matrix products on the tensor cores, loads of 16 bytes, shared memory that any has."""
-    folder = compiled(USUAL if (arch, width, ranges) in USUAL else SLOW)
+    machine = (arch, width, ranges, activation)
+    folder = compiled(USUAL if machine in USUAL else SLOW)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     reports = map(json.loads, (folder / "report").read_text().splitlines())
-    found = [(name, shared) for *machine, name, shared in reports if machine == [arch, width, ranges]]
+    found = [(name, shared) for *built, name, shared in reports if tuple(built) == machine]
     assert len(found) == 4
     for name, shared in found:
-        cubin = folder / f"{arch}-{width}-{ranges}-{name}.cubin"
+        cubin = folder / f"{arch}-{width}-{ranges}-{activation}-{name}.cubin"
         dump = [str(cuobjdump), "--dump-resource-usage", "--dump-sass", str(cubin)]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         assert re.search(r"STACK:0 .*LOCAL:0 ", text), name

@@ -38,7 +38,8 @@ from patchkern.models.scratch import SIZES
 from recipes import training_flags
 from recipes.reproduction import cost
 from recipes.reproduction.cost import GPUS, Reader
-from recipes.reproduction.plan import FIGURES, FORMS, PEERS, TABLES, Options, Planner
+from recipes.reproduction.names import FIGURES, FORMS, OURS, PEERS, TABLES
+from recipes.reproduction.plan import Options, Planner
 from recipes.reproduction.report import report
 from recipes.reproduction.steps import Folder, Step, run
 from recipes.tables import markdown_table
@@ -73,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num_train_epochs", type=float, default=1.0, help="of every stage (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="test samples, evenly spaced (default: all)")
     parser.add_argument("--metric", nargs="+", choices=FORMS, default=list(FORMS), help="how to search and count")
+    parser.add_argument("--systems", nargs="+", choices=OURS, help="of ours, these alone (default: all of the table)")
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside ours in tables 2 and all"
     )
@@ -118,6 +120,7 @@ def reproduce(args: argparse.Namespace, further: list[str], folder: Folder) -> l
         forms=tuple(form for form in FORMS if form in args.metric),
         rows_per_pass=args.rows_per_pass,
         bf16=bf16,
+        systems=tuple(args.systems or ()),
         peers=tuple(args.peers),
         peer_epochs=args.peer_epochs,
         further=tuple(further),

@@ -192,8 +192,9 @@ def tell(steps: list[Step], folder: Folder, planner: Planner, args: argparse.Nam
     total = f"{sum(known) / 60:,.0f} minutes here on {threads} thread{'s' if threads > 1 else ''} of an idle machine"
     rates_told = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in rates.items())
     say("\n".join(markdown_table(rows)))
-    say(f"{total if rates else 'no rate is known here'} ({rates_told or 'none'} rows/s), without "
-        f"{len(here) - len(known)} steps of which no rate is known")  # fmt: skip
+    unknown = len(here) - len(known)
+    lacking = f", and {unknown} steps of which no rate is known" if unknown else ""
+    say(f"{total if rates else 'no rate is known here'} ({rates_told or 'none'} rows/s){lacking}")
     if there:
         say(
             f"{sum(there.values()) / 3600:,.2f} hours on one {args.gpu} at {args.utilization:.0%} of its peak: from "

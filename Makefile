@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build quickstart pretrained test test-all lint format docs bench bench-quick gpu sanitize clean
+.PHONY: help build quickstart pretrained reproduce test test-all lint format docs bench bench-quick gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,9 @@ quickstart: $(BUILT) ## train, evaluate and recommend in minutes; DATA=folder fo
 
 pretrained: $(BUILT) ## fetch a 135M language model, fine-tune and evaluate it; DATA=path/to/ml-100k, ARGS=--fetch_only
 	$(BIN)/python recipes/pretrained.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+reproduce: $(BUILT) ## the paper's tables and figures at small scale; DATA=path/to/ml-100k, ARGS='--table 2 --dry_run'
+	$(BIN)/python recipes/reproduce.py --data $(or $(DATA),synthetic) $(or $(ARGS),--table 1 2 3 4 all --figure 1 2 5 6 7 8)
 
 bench: $(BUILT) ## run every benchmark script; tables go to runs/bench
 	for script in bench/bench_*.py; do $(BIN)/python $$script || exit; done

@@ -38,7 +38,8 @@ from patchkern.models.scratch import SIZES
 from recipes import training_flags
 from recipes.reproduction import cost
 from recipes.reproduction.cost import GPUS, Reader
-from recipes.reproduction.plan import FIGURES, FORMS, PEERS, TABLES, Options, Planner
+from recipes.reproduction.names import FIGURES, FORMS, OURS, PEERS, TABLES
+from recipes.reproduction.plan import Options, Planner
 from recipes.reproduction.report import report
 from recipes.reproduction.steps import Folder, Step, run
 from recipes.tables import markdown_table
@@ -73,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num_train_epochs", type=float, default=1.0, help="of every stage (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="test samples, evenly spaced (default: all)")
     parser.add_argument("--metric", nargs="+", choices=FORMS, default=list(FORMS), help="how to search and count")
+    parser.add_argument("--systems", nargs="+", choices=OURS, help="of ours, these alone (default: all of the table)")
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside ours in tables 2 and all"
     )
@@ -118,6 +120,7 @@ def reproduce(args: argparse.Namespace, further: list[str], folder: Folder) -> l
         forms=tuple(form for form in FORMS if form in args.metric),
         rows_per_pass=args.rows_per_pass,
         bf16=bf16,
+        systems=tuple(args.systems or ()),
         peers=tuple(args.peers),
         peer_epochs=args.peer_epochs,
         further=tuple(further),
@@ -189,8 +192,9 @@ def tell(steps: list[Step], folder: Folder, planner: Planner, args: argparse.Nam
     total = f"{sum(known) / 60:,.0f} minutes here on {threads} thread{'s' if threads > 1 else ''} of an idle machine"
     rates_told = ", ".join(f"{kind} {rate:,.0f}" for kind, rate in rates.items())
     say("\n".join(markdown_table(rows)))
-    say(f"{total if rates else 'no rate is known here'} ({rates_told or 'none'} rows/s), without "
-        f"{len(here) - len(known)} steps of which no rate is known")  # fmt: skip
+    unknown = len(here) - len(known)
+    lacking = f", and {unknown} steps of which no rate is known" if unknown else ""
+    say(f"{total if rates else 'no rate is known here'} ({rates_told or 'none'} rows/s){lacking}")
     if there:
         say(
             f"{sum(there.values()) / 3600:,.2f} hours on one {args.gpu} at {args.utilization:.0%} of its peak: from "

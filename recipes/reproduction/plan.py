@@ -12,39 +12,20 @@ from patchkern.data import samples_of
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, Settings
 from recipes.reproduction.cost import Reader
+from recipes.reproduction.names import (
+    FORMS,
+    GROUP_SIZES,
+    KEEP_TEXT,
+    LATEST,
+    PEERS,
+    PRIORS,
+    TRAININGS,
+    YARDSTICKS,
+    Training,
+)
 from recipes.reproduction.steps import FOLDER, REPOSITORY, Step, Work, distinct
 
-TABLES = ("1", "2", "3", "4", "all")
-FIGURES = ("1", "2", "5", "6", "7", "8")
-FORMS = {
-    "paper": "the published search and counting, seen items allowed",
-    "allowed": "by item, seen items allowed",
-    "left_out": "by item, seen items left out",
-}
-PEERS = ("gru4rec", "caser", "sasrec", "linrec", "mamba4rec")
-YARDSTICKS = ("popular", "transitions", "transitions-prior", "linear-prior")
-PRIORS = ("transitions", "linear")
 PEER_SCRIPT = "recipes/baselines/train.py"
-KEEP_TEXT = (1, 5, 10, 20)
-GROUP_SIZES = (5, 10, 20)
-LATEST = (5, 10, 20, 50)
-
-LABELS = {
-    "popular": "most popular",
-    "transitions": "transitions",
-    "transitions-prior": "`TransitionPrior` alone",
-    "linear-prior": "`LinearPrior` alone",
-    "text": "text (Vanilla)",
-    "pretrain": "patch pre-training, read as item patches",
-    "items": "item patches (PatchRec-I)",
-    "sessions": "session patches (PatchRec-S)",
-    "items-direct": "item patches, no pre-training",
-    "sessions-direct": "session patches, no pre-training",
-    "items-longer": "item patches, no pre-training, as many passes",
-    "sessions-longer": "session patches, no pre-training, as many passes",
-    "dropout": "text, older items dropped at random",
-    "latest": "text, latest items alone",
-}
 
 
 @dataclass(frozen=True)
@@ -62,39 +43,13 @@ class Options:
     forms: tuple[str, ...] = tuple(FORMS)
     rows_per_pass: int = 4096
     bf16: bool = False
+    systems: tuple[str, ...] = ()
     peers: tuple[str, ...] = PEERS
     peer_epochs: int | None = None
     further: tuple[str, ...] = ()
     settings: str | None = None
     keep_text: int | None = None
     group_size: int | None = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """A stage: the one that it starts from, and by how many epochs it is longer than others."""
-
-    name: str
-    stage: str
-    start: str | None = None
-    times: float = 1.0
-    keep_text: int | None = None
-    group_size: int | None = None
-    max_items: int | None = None
-    dropped: float | None = None
-
-
-# In patch pre-training each sample is fed twice: a pass as text and one with patches.
-_STAGES = {
-    "text": Training("text", "sft"),
-    "pretrain": Training("pretrain", "pretrain"),
-    "items": Training("items", "items", "pretrain"),
-    "sessions": Training("sessions", "sessions", "pretrain"),
-    "items-direct": Training("items-direct", "items"),
-    "sessions-direct": Training("sessions-direct", "sessions"),
-    "items-longer": Training("items-longer", "items", times=3.0),
-    "sessions-longer": Training("sessions-longer", "sessions", times=3.0),
-}
 
 
 class Planner:
@@ -110,7 +65,8 @@ class Planner:
             steps += getattr(self, f"_table_{table}")()
         for figure in figures:
             steps += getattr(self, f"_figure_{figure}")()
-        return distinct(steps)
+        # seed by seed, so that a run that is cut off has some whole comparisons
+        return sorted(distinct(steps), key=lambda step: step.seed)
 
     # -------------------------------------------------------------- tables
 
@@ -141,7 +97,7 @@ class Planner:
         """The models of table 2, given ever longer histories."""
         steps = self._systems(("text", "items"), self._strict)
         for name in ("text", "items"):
-            for latest in LATEST:
+            for latest in LATEST if not self.options.systems or name in self.options.systems else ():
                 steps += self._evaluated(name, self.options.seeds, self._strict, latest=latest)
         return steps
 
@@ -184,6 +140,8 @@ class Planner:
         chosen = self.options.seeds if seeds is None else seeds
         steps: list[Step] = []
         for name in names:
+            if self.options.systems and name not in self.options.systems:
+                continue
             steps += self._trained(name, chosen)
             steps += self._evaluated(name, chosen, self.options.forms if forms is None else forms, priors=priors)
         return steps
@@ -309,8 +267,8 @@ class Planner:
     # -------------------------------------------------------------- what is read
 
     def training(self, name: str) -> Training:
-        if name in _STAGES:
-            return _STAGES[name]
+        if name in TRAININGS:
+            return TRAININGS[name]
         if name == "dropout":
             return Training(name, "sft", dropped=self.dropped_share())
         if name == "latest":
@@ -378,32 +336,6 @@ class Planner:
             raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {chosen.name!r}")
         given = {"keep_text": chosen.keep_text, "group_size": chosen.group_size}
         return replace(SETTINGS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-
-
-def label(system: str) -> str:
-    """What a table calls it."""
-    if system in LABELS:
-        return LABELS[system]
-    name, _, latest = system.partition("@")
-    if latest:
-        return f"{label(name)}, latest {latest}"
-    for setting, told in (("-paper", "as in the paper"), ("-tuned", "trained well")):
-        if system.endswith(setting):
-            return f"{_PEER_NAMES.get(system.removesuffix(setting), system.removesuffix(setting))}, {told}"
-    for kind, told in (("items-keep", "item patches, latest {} as text"), ("sessions-group", "sessions of {} items")):
-        if system.startswith(kind):
-            return told.format(system.removeprefix(kind))
-    return system
-
-
-_PEER_NAMES = {
-    "gru4rec": "GRU4Rec",
-    "caser": "Caser",
-    "sasrec": "SASRec",
-    "linrec": "LinRec",
-    "mamba4rec": "Mamba4Rec",
-    "morec": "MoRec",
-}
 
 
 def _flags(chosen: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from patchkern.data import samples_of
 from recipes.reproduction import figures, paper
 from recipes.reproduction.figures import Point
-from recipes.reproduction.plan import (
+from recipes.reproduction.names import (
     FORMS,
     GROUP_SIZES,
     KEEP_TEXT,
@@ -21,9 +21,9 @@ from recipes.reproduction.plan import (
     PEERS,
     PRIORS,
     YARDSTICKS,
-    Planner,
     label,
 )
+from recipes.reproduction.plan import Planner
 from recipes.reproduction.steps import Folder
 from recipes.reproduction.tables import MAIN, Entry, Table, compared, entries, write
 from recipes.tables import markdown_table

@@ -73,6 +73,12 @@ class Step:
     outputs: tuple[str, ...] = ()
     collects: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def seed(self) -> int:
+        """-1 where it has none."""
+        found = re.search(r"-s(\d+)", self.key)
+        return int(found[1]) if found else -1
+
     def command(self, folder: str = FOLDER) -> str:
         return shlex.join(["python", self.script, *self.filled(folder)])
 
@@ -161,6 +167,7 @@ def run(step: Step, folder: Folder) -> dict[str, Any]:
     record = {
         "key": step.key,
         "command": step.command(),
+        "seed": step.seed if step.seed >= 0 else None,
         "kind": step.work.kind,
         "rows": step.work.rows,
         "users": step.work.users,

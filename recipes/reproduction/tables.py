@@ -18,7 +18,7 @@ from patchkern.evaluation import Difference, estimate, paired_difference
 from recipes import per_sample
 from recipes.per_sample import PerSample
 from recipes.reproduction import paper
-from recipes.reproduction.plan import FORMS, label
+from recipes.reproduction.names import FORMS, label
 from recipes.reproduction.steps import Folder
 from recipes.results import KS
 from recipes.tables import markdown_table

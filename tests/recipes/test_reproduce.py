@@ -24,7 +24,8 @@ from patchkern.evaluation import estimate, paired_difference
 from recipes import per_sample, reproduce
 from recipes.reproduction import paper, steps, tables
 from recipes.reproduction.cost import SHAPES, Reader, Shape, at_rates, recorded
-from recipes.reproduction.plan import LABELS, Options, Planner
+from recipes.reproduction.names import LABELS
+from recipes.reproduction.plan import Options, Planner
 from recipes.reproduction.steps import Folder, Step, Work
 
 SMALL = ["--seeds", "0", "--limit", "20", "--peers", "--max_steps", "2", "--vocab_size", "300"]

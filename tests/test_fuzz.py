@@ -114,6 +114,7 @@ def legal_fields(draw: st.DrawFn) -> dict[str, Any]:
         "logit_labels": None,
         "history_tokens": draw(st.integers(0, 5)),
         "history_rows": draw(st.integers(0, 5)),
+        "max_position": 0 if rows else -1,
         "max_token_id": max([-1 - start for start in lo if start < 0] + token_ids, default=-1),
     }
     if rows and draw(st.booleans()):

@@ -128,9 +128,17 @@ class HSTUBlock(ItemBlock):
     ) -> Tensor:
         """See `ItemBlock`; ``max_seqlen`` and ``max_prefix`` are not needed."""
         query, key, value = (_by_row(x) for x in (query, key, value))
-        stored = (None if x is None else _by_row(x) for x in (prefix_key, prefix_value))
-        scale = 1.0 if scaling is None else scaling
-        out = hstu_attention(query, key, value, cu_seqlens, prefix, *stored, scale=scale, normalizer=self.normalizer)
+        out = hstu_attention(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            normalizer=self.normalizer,
+            scale=1.0 if scaling is None else scaling,
+            prefix=prefix,
+            prefix_key=None if prefix_key is None else _by_row(prefix_key),
+            prefix_value=None if prefix_value is None else _by_row(prefix_value),
+        )
         return out[None]
 
 

@@ -62,6 +62,7 @@ def hstu_attention(
 
     Examples:
         >>> import torch
+        >>> from patchkern.ops.hstu_attention import hstu_attention
         >>> rows, spans = torch.ones(3, 1, 4), torch.tensor([0, 3], dtype=torch.int32)
         >>> hstu_attention(rows, rows, rows, spans, normalizer=3.0)[:, 0, 0]  # silu(4 / 2) of one, two and three rows
         tensor([0.5872, 1.1745, 1.7617])

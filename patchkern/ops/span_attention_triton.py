@@ -39,33 +39,34 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def _forward_blocks(width: int, itemsize: int, heavy: bool) -> Blocks:
-    """The largest that were seen to compile without spilling, by padded head width and bytes per element.
+def _forward_blocks(width: int, itemsize: int, ranges: int, silu: bool) -> Blocks:
+    """The largest that were seen to compile without spilling, by padded head width, bytes per element and ranges.
 
-    ``heavy`` are spans of several ranges, and silu, which take more registers. All three tables are such; measuring
-    them on a GPU is still to be done.
+    All three tables are such; measuring them on a GPU is still to be done.
     """
     if itemsize == 4:
         return Blocks(64, 32, 4, 1) if width <= 64 else Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 32, 8, 1)
     if width > 128:
         return Blocks(64, 32, 8, 1)
-    return Blocks(64, 64 if width <= 64 else 32, 8, 2) if heavy else Blocks(64, 64, 4, 2)
+    return Blocks(64, 64 if width <= 64 else 32, 8, 2) if silu or ranges > 1 else Blocks(64, 64, 4, 2)
 
 
-def _query_gradient_blocks(width: int, itemsize: int, heavy: bool) -> Blocks:
+def _query_gradient_blocks(width: int, itemsize: int, ranges: int, silu: bool) -> Blocks:
     if itemsize == 4:
         return Blocks(32, 32, 4, 1) if width <= 64 else Blocks(16, 32, 4, 1) if width <= 128 else Blocks(16, 16, 4, 1)
     if width > 128:
         return Blocks(32, 32, 8, 1)
-    return Blocks(64, 32, 8, 1) if heavy or width > 64 else Blocks(64, 32, 4, 2)
+    if width > 64:
+        return Blocks(64, 32, 8, 2 if silu and ranges == 1 else 1)
+    return Blocks(64, 32, 8, 1) if silu or ranges > 1 else Blocks(64, 32, 4, 2)
 
 
-def _key_gradient_blocks(width: int, itemsize: int, heavy: bool) -> Blocks:
+def _key_gradient_blocks(width: int, itemsize: int, ranges: int, silu: bool) -> Blocks:
     if itemsize == 4:
         return Blocks(32, 32, 4, 1) if width <= 64 else Blocks(16, 16, 4, 1)
-    if width <= 64:
-        return Blocks(32 if heavy else 64, 64, 4, 2)
-    return Blocks(32, 64, 8, 1) if width <= 128 and not heavy else Blocks(32, 32, 8, 1)
+    if silu or ranges > 1:
+        return Blocks(32, 64, 4, 2) if width <= 64 else Blocks(32, 32, 8, 1)
+    return Blocks(64, 64, 4, 2) if width <= 64 else Blocks(32, 64, 8, 1) if width <= 128 else Blocks(32, 32, 8, 1)
 
 
 # ------------------------------------------------------------------ launches
@@ -202,10 +203,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _constants(
-    query: Tensor, groups: int, prefix: Tensor, normalizer: float | None, table: Callable[[int, int, bool], Blocks]
+    query: Tensor, groups: int, prefix: Tensor, normalizer: float | None, table: Callable[[int, int, int, bool], Blocks]
 ) -> dict[str, Any]:
     width = max(triton.next_power_of_2(query.shape[2]), 16)
-    blocks = table(width, query.itemsize, prefix.shape[1] > 1 or normalizer is not None)
+    blocks = table(width, query.itemsize, prefix.shape[1], normalizer is not None)
     return {
         "RANGES": prefix.shape[1],
         "HEADS": query.shape[1],

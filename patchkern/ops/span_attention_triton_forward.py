@@ -111,9 +111,10 @@ def _attend(
             b_p = tl.exp2(b_s - b_safe[:, None])
             b_decay = tl.exp2(b_peak - b_safe)
             b_total = b_total * b_decay + tl.sum(b_p, axis=1)
-            b_acc = b_acc * b_decay[:, None]
             b_peak = b_new
         b_v = load_rows(p_v, o_n, m_n, s_v, WIDTH, BLOCK_D)
+        if ACTIVATION == "softmax":
+            b_acc = b_acc * b_decay[:, None]
         b_acc += dot(b_p.to(b_v.dtype), b_v, PRECISION)
     return b_acc, b_peak, b_total
 
@@ -223,10 +224,11 @@ def forward_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_out = m_m[:, None] & (o_d < WIDTH)[None, :]
     if ACTIVATION == "silu":
-        b_out = b_acc / normalizer
-    else:
-        b_total = tl.where(m_m, b_total, 1.0)
+        b_total = tl.zeros([BLOCK_M], dtype=tl.float32) + normalizer
+    b_total = tl.where(m_m, b_total, 1.0)
+    tl.store(
+        p_out + o_out[:, None] * WIDTH + o_d[None, :], (b_acc / b_total[:, None]).to(p_out.dtype.element_ty), m_out
+    )
+    if ACTIVATION == "softmax":
         b_peak = tl.where(m_m, b_peak, 0.0)
-        b_out = b_acc / b_total[:, None]
         tl.store(p_lse + o_out, (b_peak + tl.log2(b_total)) / LOG2E, mask=m_m)
-    tl.store(p_out + o_out[:, None] * WIDTH + o_d[None, :], b_out.to(p_out.dtype.element_ty), m_out)

@@ -180,7 +180,7 @@ for (arch, width, ranges, activation), (kernel, table, flags) in itertools.produ
     arch, width, ranges = int(arch), int(width), int(ranges)
     constants, options = {"BLOCK": 256, "RANGES": ranges}, {}
     if table is not None:
-        blocks = table(width, 2, ranges > 1 or activation == "silu")
+        blocks = table(width, 2, ranges, activation == "silu")
         constants = {"RANGES": ranges, "HEADS": 32, "GROUPS": 4, "WIDTH": width, "BLOCK_M": blocks.queries}
         constants |= {"BLOCK_N": blocks.keys, "BLOCK_D": width, "PRECISION": "tf32", "ACTIVATION": activation} | flags
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}

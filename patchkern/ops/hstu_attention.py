@@ -65,7 +65,7 @@ def hstu_attention(
         >>> from patchkern.ops.hstu_attention import hstu_attention
         >>> rows, spans = torch.ones(3, 1, 4), torch.tensor([0, 3], dtype=torch.int32)
         >>> hstu_attention(rows, rows, rows, spans, normalizer=3.0)[:, 0, 0]  # silu(4 / 2) of one, two and three rows
-        tensor([0.5872, 1.1745, 1.7617])
+        tensor([0.5872, 1.1744, 1.7616])
     """
     if not normalizer > 0 or normalizer == float("inf"):
         raise ValueError(f"normalizer: expected a positive number, got {normalizer}")

@@ -9,6 +9,7 @@ Whole histories are looked at; what is anywhere in them is left out unless it is
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
     unseen, nll = args.seen_items == "left_out", {}
     lists: Lists
     if args.system in PRIORS:
-        scored = by_prior(data, catalog, samples, PRIORS[args.system](data, catalog), max(KS), unseen=unseen)
+        begun = time.process_time()
+        prior = PRIORS[args.system](data, catalog)
+        print(f"fitted in {time.process_time() - begun:.2f} CPU s", flush=True)
+        scored = by_prior(data, catalog, samples, prior, max(KS), unseen=unseen)
         lists, nll = scored.ranking.as_lists(), {"NLL item": scored.nll}
     else:
         lists = YARDSTICKS[args.system](data, samples, max(KS), unseen=unseen, max_items=None).as_lists()

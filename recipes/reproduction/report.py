@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from recipes.tables import markdown_table
 
 Found = Mapping[tuple[str, str, str], Entry]
 PATCHES = ("text", "pretrain", "items", "sessions")
+STAGES = ("text", "items", "sessions")
 STRICT = "left_out"
 
 
@@ -144,7 +146,10 @@ def _order(system: str) -> tuple[int, str]:
 
 
 def _seconds(system: str, records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of training and the stages before it."""
+    """Of training and the stages before it; of fitting, where there is nothing to train."""
+    fitted = records.get(f"{system}.{STRICT}", {}).get("fit_seconds")
+    if fitted is not None:
+        return f"{fitted:.1f}"
     sums = []
     for key, record in records.items():
         if key.rpartition("-s")[0] == system and key.rpartition("-s")[2].isdigit():
@@ -176,22 +181,19 @@ def _shown(value: float | None) -> float | str:
 # ------------------------------------------------------------------ figures
 
 
-def _point(found: Found, system: str, x: float, form: str = STRICT) -> list[Point]:
+def _point(found: Found, system: str, x: float, form: str = STRICT, named: str = "") -> list[Point]:
     if (system, form, "") not in found:
         return []
     cell = found[system, form, ""].cell(MAIN)
-    return [Point(x, cell.mean, cell.error, label(system))]
+    return [Point(x, cell.mean, cell.error, named)]
 
 
 def _figure_1(folder: Folder, planner: Planner, found: Found) -> Path | None:
     reader = planner.reader
     past = reader.data.before(samples_of(reader.data, "test").spread(reader.limit))
-    rows = {name: float(reader.prompts(past, policy).mean()) for name, policy in planner.policies(PATCHES).items()}
+    rows = {name: float(reader.prompts(past, policy).mean()) for name, policy in planner.policies(STAGES).items()}
     series = {
-        FORMS[form]: [
-            point for name in PATCHES if name != "pretrain" for point in _point(found, name, rows[name], form)
-        ]
-        for form in FORMS
+        FORMS[form]: [point for name in rows for point in _point(found, name, rows[name], form, name)] for form in FORMS
     }
     return figures.draw(folder, "figure-1", f"{planner.options.name}: hit rate and rows", "rows a prompt", MAIN, series)
 
@@ -248,15 +250,15 @@ def _figure_7(folder: Folder, planner: Planner, found: Found) -> Path | None:
     records, reader = folder.records(), planner.reader
     targets = samples_of(reader.data, "train").users.size
     searched, trained = [], []
-    for name, policy in planner.policies(("text", "items", "sessions")).items():
+    for name, policy in planner.policies(STAGES).items():
         ratio = reader.nominal_compression(policy)
         for seed in planner.options.seeds[:1]:
             search, train = records.get(f"{name}-s{seed}.{STRICT}"), records.get(f"{name}-s{seed}")
             if search and search.get("users_per_second"):
-                searched.append(Point(ratio, search["users_per_second"], label=label(name)))
+                searched.append(Point(ratio, search["users_per_second"], label=name))
             if train and train["attempts"] == 1:
                 count = targets * planner.options.epochs / train["seconds"]
-                trained.append(Point(ratio, count, label=label(name)))
+                trained.append(Point(ratio, count, label=name))
     name = planner.options.name
     figures.draw(
         folder, "figure-7-training", f"{name}: training", "compression ratio", "targets a second",
@@ -277,7 +279,8 @@ def _figure_8(folder: Folder, planner: Planner, found: Found) -> Path | None:
     path = folder / "measured/long/long_history.csv"
     if not path.is_file():
         return None
-    lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
     text = ["### Whole histories of the users with the most interactions", "", *markdown_table(lines, left=True)]
     return folder.write("measured/figure-8.md", "\n".join([*text, "", "![](long/long_history.png)", ""]))
 

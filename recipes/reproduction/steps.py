@@ -174,7 +174,8 @@ def run(step: Step, folder: Folder) -> dict[str, Any]:
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         "attempts": attempt,
-        "users_per_second": _users_per_second(log),
+        "users_per_second": _printed(log, r"([\d.,]+) users/s"),
+        "fit_seconds": _printed(log, r"fitted in ([\d.,]+) CPU s"),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else CPU,
         "versions": {
@@ -196,10 +197,10 @@ def run(step: Step, folder: Folder) -> dict[str, Any]:
     return record
 
 
-def _users_per_second(log: Path) -> float | None:
-    """As the recipe says of its first search."""
-    found = re.search(r"([\d.]+) users/s", log.read_text(encoding="utf-8"))
-    return float(found[1]) if found else None
+def _printed(log: Path, pattern: str) -> float | None:
+    """The first number of that form that the recipe has printed."""
+    found = re.search(pattern, log.read_text(encoding="utf-8"))
+    return float(found[1].replace(",", "")) if found else None
 
 
 def distinct(steps: Sequence[Step]) -> list[Step]:

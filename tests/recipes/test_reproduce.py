@@ -7,6 +7,7 @@ import csv
 import fcntl
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from recipes.reproduction import paper, steps, tables
 from recipes.reproduction.cost import SHAPES, Reader, Shape, at_rates, recorded
 from recipes.reproduction.names import LABELS
 from recipes.reproduction.plan import Options, Planner
+from recipes.reproduction.report import report
 from recipes.reproduction.steps import Folder, Step, Work
 
 SMALL = ["--seeds", "0", "--limit", "20", "--peers", "--max_steps", "2", "--vocab_size", "300"]
@@ -125,6 +127,20 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         reproduce.main([*flags, "--data", "synthetic"])
     assert message in capsys.readouterr().err
+
+
+def test_the_table_of_all_systems_has_what_was_put_there(done: Path, data: str, tmp_path: Path) -> None:
+    folder = Folder(shutil.copytree(done, tmp_path / "run"))
+    shutil.copy(folder / "csv/text-s0.left_out.csv", folder / "csv/mine-s3.left_out-transitions-linear.csv")
+    paths = report(folder, planner(data, limit=20), ["all"], ["1", "2", "5", "7"])
+    assert [path.name for path in paths] == ["all.md", "figure-1.md", "figure-2.md", "figure-5.md", "figure-7.md"]
+    rows = {row["system"]: row for row in csv.DictReader((folder / "measured/all.csv").open())}
+    text = tables.entries(folder)["text", "left_out", ""].cell("HR@20").mean
+    assert float(rows["text"]["HR@20"]) == float(rows["mine"]["HR@20 with priors"]) == pytest.approx(text)
+    assert rows["mine"]["HR@20"] == "" and float(rows["items"]["trained, CPU s"]) >= 0
+    (point,) = [row for row in csv.DictReader((folder / "results/figure-2.csv").open()) if "text" in row["series"]]
+    assert float(point["HR@20"]) == pytest.approx(text), "no shorter histories were evaluated"
+    assert {path.name for path in (folder / "measured").glob("*.png")} == {"figure-7.png", "figure-7-training.png"}
 
 
 # ------------------------------------------------------------------ steps

@@ -48,7 +48,9 @@ def _forward_blocks(width: int, itemsize: int, ranges: int, silu: bool) -> Block
         return Blocks(64, 32, 4, 1) if width <= 64 else Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 32, 8, 1)
     if width > 128:
         return Blocks(64, 32, 8, 1)
-    return Blocks(64, 64 if width <= 64 else 32, 8, 2) if silu or ranges > 1 else Blocks(64, 64, 4, 2)
+    if width <= 64:
+        return Blocks(64, 64, 8 if silu or ranges > 1 else 4, 2)
+    return Blocks(64, 32, 8, 2) if silu else Blocks(64, 64, 4, 2)
 
 
 def _query_gradient_blocks(width: int, itemsize: int, ranges: int, silu: bool) -> Blocks:

@@ -157,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
             print(
                 f"settings {name} are the paper's for a model of 1B; for one so small see pretrained-small", flush=True
             )
+        if arguments.save_strategy == "no":
+            print("--save_strategy no: the trained model will not be kept", flush=True)
     metrics = trainer.train(resume_from_checkpoint=None if start is None else str(start)).metrics
     if arguments.load_best_model_at_end:
         trainer.save_model()  # beside the checkpoints, of which it is not the last

@@ -151,7 +151,8 @@ def check(providers: Sequence[str], inputs: Inputs, grad: Tensor) -> None:
     """Raise unless all providers are as close to float64 as their dtype can be expected to be."""
     exact = [x.detach().double().requires_grad_() for x in inputs.tensors]
     rows = [x[0].transpose(0, 1) for x in exact]
-    wanted = reference(rows[0], rows[1], rows[2], inputs.cu_seqlens, inputs.prefix[:, None], None, None, WIDTH**-0.5)[None]
+    ranges = inputs.prefix[:, None]
+    wanted = reference(rows[0], rows[1], rows[2], inputs.cu_seqlens, ranges, None, None, WIDTH**-0.5)[None]
     grads = torch.autograd.grad(wanted, exact, grad.double())
     for name in providers:
         got = [infer(PROVIDERS[name], inputs)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables and figures of the PatchRec paper, one command each: trained, evaluated, and beside the paper's numbers.
 
-    python recipes/reproduce.py --table 1 2 3 4 --figure 1 2 5 6 7 8 --data path/to/ml-100k      # an hour of a core
+    python recipes/reproduce.py --table 1 2 3 4 --figure 1 2 5 6 7 8 --data path/to/ml-100k      # hours of a core
     python recipes/reproduce.py --table 2 --data path/to/ml-100k --head items --seeds 0 1 2
     python recipes/reproduce.py --table all --data path/to/ml-100k path/to/ml-1m                 # every system there is
     python recipes/reproduce.py --table 2 --data path/to/ml-1m --model runs/pretrained/SmolLM2-135M-Instruct.Q4_1

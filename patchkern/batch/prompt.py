@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -46,20 +46,41 @@ class Prompt:
     response_end: tuple[int, ...] = ()
     control: tuple[int, ...] = ()
     """control tokens of a chat template that stand elsewhere in the prompt"""
+    experts: tuple[int, ...] = ()
+    """reserved token ids whose embeddings are learned rows that compress a history, one for each such row"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _token_tuple(field.name, getattr(self, field.name)))
+        parts = (*self.prefix, *self.separator, *self.suffix, *self.response_end)
+        for at, token in enumerate(self.experts):
+            if token in parts or token in self.experts[:at]:
+                raise ValueError(f"experts[{at}]: expected a token id that the prompt has nowhere else, got {token}")
 
     @property
     def max_token_id(self) -> int:
         """The largest token id of any part, -1 if all are empty."""
-        return max((*self.prefix, *self.separator, *self.suffix, *self.response_end), default=-1)
+        return max((*self.prefix, *self.separator, *self.suffix, *self.response_end, *self.experts), default=-1)
+
+    def with_special(self, *, experts: Sequence[int]) -> Prompt:
+        """The prompt with other learned rows.
+
+        Args:
+            experts: token ids that no title holds and that stand nowhere else in the prompt, such as a tokenizer's
+                reserved special tokens; the model's embedding has a row for each.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> pk.Prompt(prefix=[1], separator=[2]).with_special(experts=[8, 9]).experts
+            (8, 9)
+        """
+        return replace(self, experts=_token_tuple("experts", experts))
 
     @cached_property
     def control_ids(self) -> dict[int, str]:
         """The token ids that no title may hold, and what each is for."""
         roles = dict.fromkeys(self.control, "a control token of the prompt")
+        roles |= dict.fromkeys(self.experts, "a learned row of the prompt (experts)")
         roles |= dict.fromkeys(self.prefix[-1:], "which starts the history in the prompt")
         roles |= dict.fromkeys(self.suffix[:1], "which ends the history in the prompt")
         roles |= dict.fromkeys(self.response_end, "the prompt's response_end")
@@ -166,8 +187,8 @@ class Prompt:
         return cls(separator=between, control=tuple(sorted(known.keys() & {*prefix, *suffix})), **parts)
 
     def to_dict(self) -> dict[str, list[int]]:
-        """The parts as JSON-ready lists; ``control`` only where there is some."""
-        return {name: list(ids) for name, ids in asdict(self).items() if ids or name != "control"}
+        """The parts as JSON-ready lists; ``control`` and ``experts`` only where there are some."""
+        return {name: list(ids) for name, ids in asdict(self).items() if ids or name not in ("control", "experts")}
 
     @classmethod
     def from_dict(cls, parts: Mapping[str, Any]) -> Prompt:

@@ -243,3 +243,22 @@ def test_chat_template_needs_a_tokenizer() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"tokenizer: expected an end-of-sequence token"):
         pk.Prompt.from_chat_template(tokenizer, SYSTEM, INSTRUCTION)
+
+
+def test_learned_rows() -> None:
+    prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
+    learned = prompt.with_special(experts=[9, 8])
+    assert learned.experts == (9, 8)
+    assert learned.max_token_id == 9
+    assert pk.Prompt.from_dict(json.loads(json.dumps(learned.to_dict()))) == learned
+    assert "experts" not in prompt.to_dict()
+    assert learned.with_special(experts=()) == prompt
+    catalog = pk.Catalog.from_token_ids([5, 8], [0, 2])
+    with pytest.raises(ValueError, match=r"catalog: expected titles without token 8, a learned row of the prompt"):
+        pk.build_layout(catalog, [[0]], pk.TextOnly(), learned)
+
+
+@pytest.mark.parametrize("experts", [[2], [9, 9]])
+def test_learned_rows_are_reserved(experts: list[int]) -> None:
+    with pytest.raises(ValueError, match=rf"experts\[{len(experts) - 1}\]: expected a token id that the prompt has"):
+        pk.Prompt(separator=[2]).with_special(experts=experts)

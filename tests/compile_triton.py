@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from patchkern.ops import triton_kernels
+from patchkern.ops import pool_rows_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -89,11 +89,11 @@ def launch(case: Case, dtype: torch.dtype, size: int = 1000, shift: int = 0) -> 
 
     table = matrix(10) if case.table else None
     title_index = index(size // 2) if case.table else None
-    triton_kernels.pool_rows(
+    pool_rows_triton.pool_rows(
         matrix(50), index(size), index(size), index(size), index(3 * size), index(size // 2 + 1),
         table, title_index, case.scale, matrix(size),
     )  # fmt: skip
-    triton_kernels.pool_rows_grad(
+    pool_rows_triton.pool_rows_grad(
         matrix(size), index(size // 3), index(size // 3 + 1), index(5 * size), index(5 * size), case.scale,
         torch.zeros(50, case.width, dtype=dtype), case.scatter, case.accumulate,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def read(kernel: Any) -> dict[str, Any]:
 
 
 def kernel_counts() -> dict[str, int]:
-    kernels = [value for value in vars(triton_kernels).values() if isinstance(value, JITFunction)]
+    kernels = [value for value in vars(pool_rows_triton).values() if isinstance(value, JITFunction)]
     return {kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels}
 
 

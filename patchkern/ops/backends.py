@@ -24,7 +24,7 @@ ENVIRONMENT = "PATCHKERN_BACKEND"
 # Fastest first. Imported when they are asked for: Triton takes a second.
 _MODULES = {
     "cuda": "patchkern.ops.cuda",
-    "triton": "patchkern.ops.triton_kernels",
+    "triton": "patchkern.ops.pool_rows_triton",
     "native": "patchkern.ops.native",
     "reference": "patchkern.ops.reference",
 }

@@ -25,7 +25,7 @@ from kept_builds import kept_build
 import patchkern as pk
 
 triton = pytest.importorskip("triton")
-tk = pytest.importorskip("patchkern.ops.triton_kernels", reason="needs triton")
+tk = pytest.importorskip("patchkern.ops.pool_rows_triton", reason="needs triton")
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs on CPU tensors, in Triton's interpreter"
@@ -73,20 +73,20 @@ def check(kernel: dict[str, Any]) -> None:
     stores = {name: count for name, count in memory.items() if name.startswith("STG")}
     if not case.startswith("vector"):
         return
-    if kernel["kernel"] == "_cut_sums_kernel":
+    if kernel["kernel"] == "cut_sums_kernel":
         # Its loads count, one per tile; it stores a row per token that occurs hundreds of times.
         assert loads["LDG.E.128"] > 0, label
         return
     # Index tensors are read by 32-bit loads; any other width but 128 bits would be data on a narrow path.
     assert set(loads) == {"LDG.E", "LDG.E.128"}, label
-    if kernel["kernel"] == "_pool_rows_kernel":
+    if kernel["kernel"] == "pool_rows_kernel":
         assert all(name.endswith(".128") for name in stores), label
         if case in ("vector", "vector-table"):
             blocks = tk._forward_blocks(2048, BYTES[dtype])
             per_row = blocks.columns * BYTES[dtype] // (16 * 32 * blocks.warps)
             assert loads["LDG.E.128"] == (tk._FORWARD_ROWS + blocks.slots) * per_row, label
             assert sum(stores.values()) == (tk._FORWARD_ROWS + 1) * per_row, label
-    if kernel["kernel"] == "_tile_sums_kernel":
+    if kernel["kernel"] == "tile_sums_kernel":
         # The one narrow store is the tile's cut token.
         assert set(stores) == {"STG.E", "STG.E.128"} and stores["STG.E"] == 1, label
         if case in ("vector", "vector-table"):
@@ -125,7 +125,7 @@ def test_imported_when_asked_for() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_unusable_reasons() -> None:
-    show = "from patchkern.ops import triton_kernels; print(triton_kernels.unusable_reason())"
+    show = "from patchkern.ops import pool_rows_triton; print(pool_rows_triton.unusable_reason())"
     assert python("-c", show) == "torch sees no CUDA device\n"
     late = "import os, triton; os.environ['TRITON_INTERPRET'] = '1'; " + show
     assert python("-c", late) == "TRITON_INTERPRET was set after triton was imported\n"
@@ -264,7 +264,7 @@ def test_copies_keep_every_bit_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_batches_share_a_compiled_kernel() -> None:
     def compiled_kernels() -> int:
-        kernels = (tk._pool_rows_kernel, tk._tile_sums_kernel, tk._cut_sums_kernel)
+        kernels = (tk.pool_rows_kernel, tk.tile_sums_kernel, tk.cut_sums_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     def run(policy: Any, lengths: list[int]) -> None:

@@ -118,12 +118,14 @@ def unpack(value: memoryview, model: bytes, name: str) -> UserRecord:
             f"{name}: expected a user compressed by this model and policy ({model.hex()}), got one of another "
             f"({made_by.hex()})"
         )
-    tensors, at = [], header_bytes(count)
+    elements, at = _viewed(value[header_bytes(count) :]), 0
+    tensors = []
     for number in range(count):
         code, ndim, *shape = _TENSOR.unpack_from(value, _HEADER.size + number * _TENSOR.size)
         dtype, shape = _DTYPES[code], shape[:ndim]
         size = math.prod(shape) * dtype.itemsize
-        tensors.append(_viewed(value[at : at + size]).view(dtype).view(shape))
+        own = elements[at : at + size]
+        tensors.append((own.clone() if at % dtype.itemsize else own).view(dtype).view(shape))
         at += size
     return UserRecord(cut, items, tuple(tensors))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_cases import Opener, read
+from store_cases import Opener, ended, in_child, read, rest_of, with_processes
 
 from patchkern.serving.stores import (
     LmdbStore,
@@ -22,38 +21,6 @@ from patchkern.serving.stores import (
 )
 
 with_files = pytest.mark.parametrize("kind", ["lmdb", "sqlite"], indirect=True)
-with_processes = pytest.mark.parametrize("kind", ["lmdb", "sqlite", "redis"], indirect=True)
-
-
-def in_child(work: Callable[[Callable[[bytes], None]], None]) -> tuple[int, int]:
-    """Run in a forked process, which opens its own store; returns its number and where it says what it has done."""
-    said, saying = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(said)
-            work(lambda word: os.write(saying, word) and None)
-            status = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(saying)
-    return child, said
-
-
-def rest_of(said: int) -> bytes:
-    """All that comes, until the other end is closed."""
-    words = b"".join(iter(lambda: os.read(said, 1 << 16), b""))
-    os.close(said)
-    return words
-
-
-def ended(child: int, said: int) -> bytes:
-    """What the child has said until its end."""
-    words = rest_of(said)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    return words
 
 
 @with_processes

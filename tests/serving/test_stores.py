@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ def test_views_of_lmdb_are_the_file_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="released"):
         view[0]
     store.close()
+
+
+def test_threads_share_a_store(open_one: Opener) -> None:
+    store = open_one()
+
+    def work(number: int) -> list[list[bytes | None]]:
+        users = [f"{number} {turn}".encode() for turn in range(10)]
+        for user in users:
+            store.put({user: user * 1000, b"all": user})
+        return [read(store, user) for user in users]
+
+    with ThreadPoolExecutor(4) as threads:
+        for number, found in enumerate(threads.map(work, range(4))):
+            assert found == [[f"{number} {turn}".encode() * 1000] for turn in range(10)]
+    assert len(store) == 41 and store.delete(list(store)) == 41
 
 
 # ------------------------------------------------------------------ budgets

@@ -28,6 +28,10 @@ MODULES = {
     "patchkern.data": ("data.", "Data sets: `from patchkern import data`. [How to bring your own](data.md)."),
     "patchkern.evaluation": ("evaluation.", "Metrics and yardsticks: `from patchkern import evaluation`."),
     "patchkern.training": ("training.", "Training: `from patchkern import training`. [How it is used](training.md)."),
+    "patchkern.serving.stores": (
+        "stores.",
+        "Stores of users: `from patchkern.serving import stores`. [Which to take](serving.md#users-kept-compressed).",
+    ),
     "patchkern.models.scratch": ("scratch.", "Small models of random weights: `from patchkern.models import scratch`."),
 }
 

@@ -272,6 +272,21 @@ def test_item_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             bench_item_head.main([*tiny, "--parts", part, "--threads", "1"])
 
 
+def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import bench_user_states
+
+    tiny = ["--users", "20", "--batch", "8", "--seconds", "0"]
+    bench_user_states.main(tiny)
+    rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "runs/bench/user-states.csv")}
+    for store in ("memory", "sqlite"):
+        assert {(store, mode, "speed") for mode in ("put", "get", "get, copied")} <= rows
+    assert ("sqlite", "put", "bytes per user on the disk") in rows
+    right = bench_user_states.unpack
+    monkeypatch.setattr(bench_user_states, "unpack", lambda *given: right(*given)._replace(cut=0))
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        bench_user_states.main(tiny)
+
+
 @pytest.mark.slow
 def test_attention_against_a_compiled_mask(tmp_path: Path) -> None:
     from bench import bench_attention

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.layout_checks import check_readable
 
@@ -44,6 +45,21 @@ def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
     patch = np.flatnonzero(lo >= 0)
     hashes[patch] = _sequences(titles[items], lo[patch], (hi - lo)[patch], _SESSION)
     return hashes
+
+
+def item_hashes(catalog: Catalog, by_item: bool = False) -> UInt64:
+    """What every item of a catalogue is to a model, as one number: its input tokens, as in `row_hashes`.
+
+    Args:
+        catalog: any.
+        by_item: tell items with equal titles apart, by their places in the catalogue.
+
+    Returns:
+        ``(n_items,)`` uint64.
+    """
+    token_ids, offsets = catalog.inputs.token_ids.astype(np.int64), catalog.inputs.offsets.astype(np.int64)
+    titles = _sequences(_mixed(token_ids + 1, _TOKEN), offsets[:-1], np.diff(offsets), _TITLE)
+    return _mixed(np.arange(titles.size), titles) if by_item else titles
 
 
 def _sequences(hashes: UInt64, starts: NDArray[np.int64], lengths: NDArray[np.int64], tag: np.uint64) -> UInt64:

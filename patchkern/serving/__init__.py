@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving: users kept compressed, and the stores that keep them."""
+"""Trained models at work: an HTTP server, users kept compressed, and engines that others keep."""

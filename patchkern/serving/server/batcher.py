@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread that owns the model: it takes what waits, computes it together, and looks again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from patchkern.serving.server.computing import Batch, Computer
+from patchkern.serving.server.jobs import Job
+from patchkern.serving.server.limits import Limits
+from patchkern.serving.server.metrics import Metrics
+from patchkern.serving.server.problems import Closing, Overloaded, Problem
+
+log = logging.getLogger(__name__)
+
+_SICK = 5  # batches in a row that failed: more than one bad request
+_LONGEST_RETRY = 60
+
+
+class Batcher:
+    """Computes jobs as they come: those of the group that waits longest, as many as fit, in the order of arrival.
+
+    A batch that fails is computed again, job by job, so that one user's failure is not another's.
+
+    Args:
+        limits: how many may wait, and be computed together.
+        metrics: is told of everything.
+    """
+
+    def __init__(self, limits: Limits, metrics: Metrics) -> None:
+        self._limits, self._metrics = limits, metrics
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._closing = False
+        self._computer: Computer | None = None  # of the model that the latest batch was for
+        self._failures = 0
+        self._seconds_each = 0.0  # per user, lately
+        self._thread = threading.Thread(target=self._work, name="patchkern-batcher", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Users who wait."""
+        return len(self._waiting)
+
+    @property
+    def sick(self) -> str | None:
+        """Why nothing can be expected of the thread any more, or None."""
+        if self._failures >= _SICK:
+            return f"the latest {self._failures} batches failed"
+        return None if self._closing or self._thread.is_alive() else "the thread that computes has died"
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Let jobs wait for their turn, all or none of them.
+
+        Raises:
+            Closing, Overloaded: they do not.
+        """
+        with self._changed:
+            if self._closing:
+                raise Closing("the server is shutting down")
+            if len(self._waiting) + len(jobs) > self._limits.max_waiting:
+                retry_after = math.ceil(min(max(len(self._waiting) * self._seconds_each, 1), _LONGEST_RETRY))
+                raise Overloaded(f"{len(self._waiting)} users wait already; try again", retry_after)
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def call(self, errand: Callable[[], Any]) -> Future[Any]:
+        """Run something on the thread, between two batches and before those that wait."""
+        done: Future[Any] = Future()
+        with self._changed:
+            if self._closing:
+                raise Closing("the server is shutting down")
+            self._errands.append((errand, done))
+            self._changed.notify()
+        return done
+
+    def close(self) -> None:
+        """Take no more jobs, compute those that wait, and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # ------------------------------------------------------------------ on the thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._errands or self._closing)
+                errand = self._errands.popleft() if self._errands else None
+                jobs = self._next_jobs() if errand is None else []
+                if errand is None and not jobs and not self._waiting and self._closing:
+                    return
+            if errand is not None:
+                _run_errand(*errand)
+            elif jobs:
+                try:
+                    self._compute(jobs)
+                except Exception as error:
+                    for job in jobs:
+                        self._fail(job, error)
+            jobs.clear()  # and with them, perhaps, a model that was replaced
+            errand = None
+
+    def _next_jobs(self) -> list[Job]:
+        """Those of the group that waits longest; nobody waits for the answer of those who gave up."""
+        jobs: list[Job] = []
+        kept: deque[Job] = deque()
+        while self._waiting and len(jobs) < self._limits.max_batch:
+            job = self._waiting.popleft()
+            if jobs and job.group != jobs[0].group:
+                kept.append(job)
+            elif job.result.set_running_or_notify_cancel():
+                jobs.append(job)
+        self._waiting.extendleft(reversed(kept))
+        return jobs
+
+    def _compute(self, jobs: list[Job]) -> None:
+        served = jobs[0].served
+        if self._computer is None or self._computer.served is not served:
+            self._computer = Computer(served, self._limits.budget, self._limits.max_batch)
+        fitting = []
+        for job in jobs:
+            self._metrics.waited.observe(time.monotonic() - job.arrived)
+            try:
+                self._computer.check(job)
+                fitting.append(job)
+            except Exception as error:
+                self._fail(job, error)
+        if fitting:
+            for batch in self._computer.batches(fitting):
+                self._compute_batch(self._computer, batch)
+
+    def _compute_batch(self, computer: Computer, batch: Batch) -> None:
+        start = time.perf_counter()
+        try:
+            lists = computer.lists(batch)
+        except Exception as error:
+            if len(batch.jobs) == 1:
+                self._fail(batch.jobs[0], error)
+                return
+            log.warning("a batch of %d users failed and is computed one by one: %s", len(batch.jobs), error)
+            for job in batch.jobs:
+                self._compute_batch(computer, Batch([job], batch.chunked))
+            return
+        seconds, count = time.perf_counter() - start, len(batch.jobs)
+        self._failures = 0
+        self._seconds_each += 0.2 * (seconds / count - self._seconds_each)
+        self._metrics.batch(count, sum(job.rows for job in batch.jobs), seconds)
+        for job, found in zip(batch.jobs, lists, strict=True):
+            job.result.set_result(found)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if job.result.done():
+            return
+        if not isinstance(error, Problem):
+            self._failures += 1
+            log.error("a user with %d rows was not served", job.rows, exc_info=error)
+            error = Problem("the server failed on this request; its log says why", job.loc)
+        job.result.set_exception(error)
+
+
+def _run_errand(errand: Callable[[], Any], done: Future[Any]) -> None:
+    try:
+        done.set_result(errand())
+    except Exception as error:
+        done.set_exception(error)

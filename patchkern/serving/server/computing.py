@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists for jobs that can be computed together, in as few calls as the memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from patchkern.batch.histories import Histories
+from patchkern.budget.search import SearchCost
+from patchkern.search.batching import plan_users
+from patchkern.search.recommend import Prepared, prepare, run
+from patchkern.search.request import Request
+from patchkern.serving.server.jobs import Job, Options, Ranked
+from patchkern.serving.server.problems import Invalid
+from patchkern.serving.server.served import Served
+
+
+class Batch(NamedTuple):
+    """Jobs for one call.
+
+    Attributes:
+        jobs: of one group.
+        chunked: whether their prompts must be computed in parts to stay within the budget.
+    """
+
+    jobs: list[Job]
+    chunked: bool = False
+
+
+class Computer:
+    """Computes for one model, on one thread.
+
+    What a search costs is counted once and kept; `recommend` with a ``memory_budget`` would count it in each call.
+
+    Args:
+        served: the model.
+        budget: bytes for everything that torch allocates; None: no limit.
+        max_batch: users in one call, at most.
+
+    Attributes:
+        served: as given.
+    """
+
+    def __init__(self, served: Served, budget: int | None, max_batch: int) -> None:
+        self.served, self._budget, self._max_batch = served, budget, max_batch
+        self._costs: dict[Options, SearchCost] = {}
+        self._taken: dict[Options, tuple[int, int]] = {}  # rows of the shortest and the longest prompt that were tried
+
+    def warm_up(self) -> None:
+        """Do once what is slow the first time, such as the tree of titles; here fails what cannot be searched."""
+        catalog = self.served.model.catalog
+        one = Histories(catalog.item_ids[:1], [0, min(1, len(catalog))], np.zeros(min(1, len(catalog))))
+        for search in self.served.searches:
+            options = Options(search, 1, 1, False, False, False, True)
+            job = Job(self.served, options, one, None, None, self.served.rows(one)[0], 0)
+            self.check(job)
+            self.lists(Batch([job]))
+
+    def check(self, job: Job) -> None:
+        """Raise unless the model takes the job's prompt and the budget has room for it.
+
+        What is between a prompt that it took and a longer one is taken too, so that few are tried.
+
+        Raises:
+            Invalid: what would have to be shorter.
+        """
+        kind = _kind(job.options)
+        shortest, longest = self._taken.get(kind, (job.rows, job.rows - 1))
+        if shortest <= job.rows <= longest:
+            return
+        request = self._request([job], None)
+        prepared = prepare(request)
+        cost = self._cost(job.options, prepared)
+        names, policy = request.names, request.policy
+        try:
+            plan_users(request.model, job.history, policy, prepared.depth, names, cost, self._budget, 1, prepared.head)
+        except ValueError as error:
+            raise Invalid(_without_name(error, names[0]), (*job.loc, "history")) from error
+        self._taken[kind] = min(shortest, job.rows), max(longest, job.rows)
+
+    def batches(self, jobs: Sequence[Job]) -> list[Batch]:
+        """The jobs of one group, all of which passed `check`, in batches that fit into the budget."""
+        if self._budget is None:
+            return [Batch(list(jobs[i : i + self._max_batch])) for i in range(0, len(jobs), self._max_batch)]
+        cost = self._costs[_kind(jobs[0].options)]
+        plan = cost.plan(np.array([job.rows for job in jobs]), self._budget, self._max_batch)
+        return [Batch([jobs[user] for user in x.users.tolist()], x.chunk_rows is not None) for x in plan.batches]
+
+    def lists(self, batch: Batch) -> list[Ranked]:
+        """What `recommend` gives each job, in one call."""
+        request = self._request(batch.jobs, self._budget if batch.chunked else None)
+        found, _ = run(request, prepare(request))
+        return found
+
+    def _request(self, jobs: Sequence[Job], budget: int | None) -> Request:
+        options, served = jobs[0].options, self.served
+        return Request(
+            served.model,
+            _together([job.history for job in jobs]),
+            served.policy,
+            options.k,
+            options.num_beams,
+            options.search,
+            options.exclude_seen,
+            budget,
+            len(jobs),
+            allowed_items=[job.allowed for job in jobs] if options.chooses else None,
+            length_penalty=0.0,
+            normalize=None,
+            prior=None,
+            prior_weight=1.0,
+            max_expansions=None,
+            user_cache=served.cache if options.named else None,
+            user_ids=[job.user_id for job in jobs],
+            short="allow",
+            unknown="error",
+            progress=False,
+        )
+
+    def _cost(self, options: Options, prepared: Prepared) -> SearchCost | None:
+        if self._budget is None:
+            return None
+        kind = _kind(options)
+        if kind not in self._costs:
+            self._costs[kind] = SearchCost(self.served.model, prepared.size)
+        return self._costs[kind]
+
+
+def _kind(options: Options) -> Options:
+    """The part that memory depends on."""
+    return options._replace(k=0, timed=False)
+
+
+def _together(histories: Sequence[Histories]) -> Histories:
+    """One after the other."""
+    if len(histories) == 1:
+        return histories[0]
+    times = None
+    if histories[0].timestamps is not None:
+        times = np.concatenate([history.timestamps for history in histories])
+    offsets = np.cumsum([0, *(history.items.size for history in histories)])
+    return Histories(np.concatenate([history.items for history in histories]), offsets, times)
+
+
+def _without_name(error: Exception, name: Hashable) -> str:
+    text = str(error).removeprefix("histories: ")
+    return text.replace(f" (user {name!r})", "").replace(f"user {name!r}", "this user")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that is served, with its catalogue: what one reload replaces by another."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.row_counts import row_counts
+from patchkern.models.files import read_description
+from patchkern.models.folders import current
+from patchkern.models.item_model import ItemModel
+from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.search.protocol import SearchModel, policy_of
+from patchkern.search.user_cache import UserCache
+from patchkern.serving.server.catalog_source import read_catalog
+from patchkern.serving.server.titles import TitleIndex
+from patchkern.training.checkpoints import find_model
+
+SEARCHES = ("items", "beam")
+
+_numbers = itertools.count(1)
+
+
+class Served:
+    """A model and what is kept beside it.
+
+    Args:
+        model: with a policy.
+        cache_bytes: for the prompts of users who give their ``user_id``; 0: none are kept.
+        search: where a request does not say; the item head where the model has one, else titles.
+
+    Attributes:
+        number: 1, 2, ... in the order in which models were read.
+        titles: one per item, in catalogue order; the ids where the catalogue has none.
+
+    Raises:
+        ValueError: a model without policy, or one that cannot be searched like that.
+    """
+
+    def __init__(self, model: SearchModel, cache_bytes: int = 0, search: str | None = None) -> None:
+        self.number = next(_numbers)
+        self.model = model
+        self.policy: AnyPolicy = policy_of(model, None)
+        able = {"items": model.item_head is not None, "beam": "titles" in model.learns}
+        self.searches = tuple(name for name in SEARCHES if able[name])
+        if search is not None and search not in self.searches:
+            raise ValueError(f"search: expected one of {', '.join(self.searches)} for this model, got {search!r}")
+        self.search = search or self.searches[0]
+        self.cache = UserCache(model, cache_bytes) if cache_bytes else None
+        catalog = model.catalog
+        titles = catalog.item_ids.tolist() if catalog.titles is None else catalog.titles
+        self.titles = tuple(str(title).encode("utf-8", "replace").decode() for title in titles)
+        self.index = TitleIndex(self.titles)
+
+    def rows(self, histories: Any) -> list[int]:
+        """Of every user's prompt."""
+        return row_counts(self.model.catalog, histories, self.policy, self.model.prompt).tolist()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, the first time and at every reload.
+
+    Attributes:
+        run: a folder that patchkern saved, or a run of the trainer, whose last checkpoint is taken.
+        catalog: a file of titles, see `patchkern.serving.server.catalog_source`; None: the model's own catalogue.
+        renamed: "allow" a catalogue in which more than a tenth of the items have other titles.
+        device, dtype: as of torch; None: a GPU where there is one, and the dtype that was saved.
+        search, cache_bytes: as of `Served`.
+    """
+
+    run: str
+    catalog: str | None = None
+    renamed: str = "error"
+    device: str | None = None
+    dtype: str | None = None
+    search: str | None = None
+    cache_bytes: int = 0
+
+    def read(self) -> Served:
+        """The model as it is on disk now.
+
+        Raises:
+            FileNotFoundError, ImportError, TypeError, ValueError: as of ``from_pretrained``; no policy was saved.
+        """
+        folder = Path(current(find_model(self.run, "RUN")))
+        description = read_description(folder)
+        catalog = None if self.catalog is None else read_catalog(self.catalog, folder, description)
+        kind: Any = PatchedCausalLM if "titles" in description.learns else ItemModel
+        options = {} if self.dtype is None else {"dtype": getattr(torch, self.dtype)}
+        model = kind.from_pretrained(folder, catalog, renamed=self.renamed, **options)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return Served(model.to(device).eval(), self.cache_bytes, self.search)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model behind a queue: requests in, answers out, and another model in its place when asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from patchkern.serving.server.batcher import Batcher
+from patchkern.serving.server.compression import compressed
+from patchkern.serving.server.computing import Computer
+from patchkern.serving.server.jobs import Job, Loc, Ranked, admitted
+from patchkern.serving.server.limits import Limits
+from patchkern.serving.server.metrics import Metrics
+from patchkern.serving.server.problems import Busy, NotReloaded, TooSlow
+from patchkern.serving.server.schema import Answer, Asked, Recommended
+from patchkern.serving.server.served import Served
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """What the routes call.
+
+    Args:
+        read: gives the model as it is now; called at once, and at every reload.
+        limits: of requests.
+
+    Attributes:
+        served: the model that new requests are answered by.
+
+    Raises:
+        Exception: whatever ``read`` raises the first time, or the model's first search.
+    """
+
+    def __init__(self, read: Callable[[], Served], limits: Limits) -> None:
+        self._read = read
+        self.limits = limits
+        self.metrics = Metrics()
+        self.served = self._ready()
+        self._batcher = Batcher(limits, self.metrics)
+        self._reloading = False
+        self.metrics.watch("waiting_users", "Users who wait", lambda: self._batcher.waiting)
+        self.metrics.watch("model_number", "Grows with every reload", lambda: self.served.number)
+        self.metrics.watch("catalog_items", "Items of the catalogue", lambda: len(self.served.titles))
+        self.metrics.watch("cached_users", "Users whose prompts are kept", lambda: len(self.served.cache or ()))
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._batcher.start()
+
+    def close(self) -> None:
+        """Answer those who wait, and end."""
+        self._batcher.close()
+
+    @property
+    def sick(self) -> str | None:
+        """Why it had better be started again, or None."""
+        return self._batcher.sick
+
+    @property
+    def full(self) -> str | None:
+        """Why it would refuse a request now, or None."""
+        waiting = self._batcher.waiting
+        return f"{waiting} users wait" if waiting >= self.limits.max_waiting else None
+
+    async def answers(self, asked: Sequence[Asked], locs: Sequence[Loc]) -> list[Answer]:
+        """For several users; all of their requests are checked before the first waits.
+
+        Raises:
+            Problem: why there are none.
+        """
+        served = self.served
+        jobs = [admitted(one, served, self.limits, loc) for one, loc in zip(asked, locs, strict=True)]
+        self._batcher.submit(jobs)
+        results = [asyncio.wrap_future(job.result) for job in jobs]
+        _, late = await asyncio.wait(results, timeout=self.limits.timeout)
+        for result in late:
+            result.cancel()
+        if late:
+            raise TooSlow(f"no answer within {self.limits.timeout:g} seconds")
+        for result in results:
+            result.exception()  # seen, also those after the first that is raised
+        return [
+            _answer(job, result.result(), one.explain) for job, result, one in zip(jobs, results, asked, strict=True)
+        ]
+
+    async def reload(self) -> Served:
+        """Read model and catalogue again, and answer what comes from now on by them.
+
+        They are read on the thread that computes, between two batches, because transformers changes the whole process
+        (torch's default dtype) while it reads a model. Who waits, waits that much longer, and is answered by the model
+        that was there when he came.
+
+        Raises:
+            Busy: another reload is under way.
+            NotReloaded: why not; the old model goes on.
+        """
+        if self._reloading:
+            raise Busy("a reload is under way")
+        self._reloading = True
+        start = time.perf_counter()
+        try:
+            self.served = await asyncio.wrap_future(self._batcher.call(self._ready))
+        except Exception as error:
+            self.metrics.reloads.labels("failed").inc()
+            log.error("not reloaded: %s", error)
+            raise NotReloaded(f"not reloaded: {type(error).__name__}: {error}") from error
+        finally:
+            self._reloading = False
+        self.metrics.reloads.labels("done").inc()
+        log.info("model %d after %.1f seconds", self.served.number, time.perf_counter() - start)
+        return self.served
+
+    def _ready(self) -> Served:
+        served = self._read()
+        Computer(served, self.limits.budget, self.limits.max_batch).warm_up()
+        return served
+
+
+def _answer(job: Job, found: Ranked, explain: bool) -> Answer:
+    served = job.served
+    places = served.model.catalog.find([item for item, _ in found]).tolist()
+    items = [
+        Recommended(item=item, title=served.titles[place], score=score)
+        for (item, score), place in zip(found, places, strict=True)
+    ]
+    history = compressed(served, job.history) if explain else None
+    return Answer(items=items, dropped=job.dropped, model=served.number, history=history)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, CatalogWarning
+from patchkern.batch.experts import Experts
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
@@ -75,6 +76,7 @@ __all__ = [
     "CatalogDiff",
     "CatalogWarning",
     "CombinedPrior",
+    "Experts",
     "FitRows",
     "FittingPolicy",
     "Histories",

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import patchkern as pk
 from patchkern.batch.layout import Transpose
-from patchkern.batch.policies import policy_from_dict
+from patchkern.batch.policy_dict import policy_from_dict
 
 BACKENDS = [name for name in ("reference", "native") if pk.backends()[name].usable]
 BATCH = cases.make_batch(pk.SessionPatches(2), [0, 9, 3])

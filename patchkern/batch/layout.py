@@ -102,6 +102,8 @@ class PatchLayout:
         item_rows: ``(M,)`` int64, the rows that an item head predicts the next item from, each the last of a history;
             None where the layout is for titles alone.
         item_labels: ``(M,)`` int64, catalogue positions of those items; None where they are not known.
+        cu_users: ``(B + 1,)`` int32, where each user's rows begin, in a layout of B users with several spans each; None
+            where spans are not users cut in pieces.
 
     Raises:
         TypeError, ValueError: a field of a wrong type, dtype, shape or range; the message names it.
@@ -130,6 +132,7 @@ class PatchLayout:
     identities: Identities | None = None
     item_rows: Tensor | None = None
     item_labels: Tensor | None = None
+    cu_users: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.__dict__.update(vars(_moved(self, aligned)))
@@ -172,6 +175,8 @@ class PatchLayout:
     def __repr__(self) -> str:
         """Shapes and what is known without reading a tensor, which may be on a device."""
         facts = [f"{self.num_users:,} {'users' if self.prefix is None else 'spans'}", f"{self.num_rows:,} rows"]
+        if self.cu_users is not None:
+            facts.insert(0, f"{self.prompts.shape[0] - 1:,} users")
         facts.append(f"longest {self.max_seqlen:,}")
         if self.prefix is not None:
             facts.append(f"longest prefix {self.max_prefix:,}")
@@ -192,6 +197,11 @@ class PatchLayout:
     def num_users(self) -> int:
         """B, the users of the batch; with prefixes S, its spans."""
         return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def prompts(self) -> Tensor:
+        """``(B + 1,)`` int32, where each user's rows begin, also where they are several spans."""
+        return self.cu_seqlens if self.cu_users is None else self.cu_users
 
     @property
     def ranges(self) -> Tensor | None:

@@ -29,9 +29,10 @@ _VECTORS = {
     "logit_labels": torch.int64,
     "item_rows": torch.int64,
     "item_labels": torch.int64,
+    "cu_users": torch.int32,
 }
 _SUPERVISED = ("labels", "logit_rows", "logit_labels")
-_OPTIONAL = {*_SUPERVISED, "item_rows", "item_labels"}
+_OPTIONAL = {*_SUPERVISED, "item_rows", "item_labels", "cu_users"}
 _COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix", "max_position")
 
 
@@ -136,6 +137,12 @@ def check_layout(layout: Any, exact: bool = True) -> None:
     for name in ("hi", "position_ids"):
         _check_shape(name, getattr(layout, name), rows, "one per row, as lo")
     _check_cuts("cu_seqlens", layout.cu_seqlens, rows)
+    if layout.cu_users is not None:
+        _check_cuts("cu_users", layout.cu_users, rows)
+        if not bool(torch.isin(layout.cu_users, layout.cu_seqlens).all()):
+            raise ValueError(
+                "cu_users: expected users who are whole spans of cu_seqlens, got one who ends inside a span"
+            )
     _check_shape("offsets", layout.offsets, titles + 1, "one more than title_index")
     _check_cuts("offsets", layout.offsets, layout.token_ids.shape[0])
     lengths = torch.diff(layout.offsets)

@@ -11,10 +11,10 @@ import torch
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.planned_layout import plan_layout
 from patchkern.batch.planning import Int64
 from patchkern.batch.policies import AnyPolicy, Level, TextOnly
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.sample_layout import plan_layout
 
 
 class Lists(NamedTuple):

@@ -8,8 +8,7 @@ is one method: `levels`, or `fit` where the titles' lengths matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -77,13 +76,40 @@ class TrunkPolicy(Policy, Protocol):
         """
 
 
-AnyPolicy = Policy | FittingPolicy
+@runtime_checkable
+class CuttingPolicy(Protocol):
+    """A policy that compresses old items into learned rows, such as `patchkern.Experts`: more than levels say."""
+
+    @property
+    def max_items(self) -> int | None:
+        """As of `Policy`."""
+
+    def cuts(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many items of histories of these lengths are old."""
+
+
+AnyPolicy = Policy | FittingPolicy | CuttingPolicy
 
 
 def check_policy(policy: Any) -> None:
-    """Raise a ``TypeError`` unless ``policy`` is one of the two kinds."""
-    if isinstance(policy, type) or not isinstance(policy, (Policy, FittingPolicy)):
+    """Raise a ``TypeError`` unless ``policy`` is one of the three kinds."""
+    if isinstance(policy, type) or not isinstance(policy, (Policy, FittingPolicy, CuttingPolicy)):
         raise TypeError(f"policy: expected a policy with max_items and levels, got {type(policy).__name__}")
+
+
+def levels_of(
+    policy: AnyPolicy, histories: Histories, title_lengths: NDArray[np.integer[Any]], prompt: Prompt
+) -> Levels:
+    """``(N,)`` one `Level` per item of the (already cut) histories, whose titles have so many tokens.
+
+    Raises:
+        TypeError: a policy that no levels can describe.
+    """
+    if isinstance(policy, FittingPolicy):
+        return policy.fit(histories, title_lengths, prompt)
+    if isinstance(policy, Policy):
+        return policy.levels(histories)
+    raise TypeError(f"policy: expected one with levels, got {type(policy).__name__}, whose rows are more than those")
 
 
 @dataclass(frozen=True)
@@ -384,31 +410,6 @@ class FitRows:
         levels = np.where(place < np.repeat(patches, lengths), np.uint8(Level.PATCH), np.uint8(Level.TEXT))
         levels[inside] = Level.JOIN
         return levels
-
-
-_KINDS = (TextOnly, ItemPatches, SessionPatches, RandomItemPatches, ItemDropout, TimeSessions, FitRows)
-_POLICIES: dict[str, Any] = {policy.__name__: policy for policy in _KINDS}
-
-
-def policy_to_dict(policy: AnyPolicy) -> dict[str, Any]:
-    """A JSON-ready description of one of this module's policies."""
-    if not isinstance(policy, _KINDS):
-        raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
-    values = asdict(policy).items()
-    arguments = {name: value.item() if isinstance(value, np.generic) else value for name, value in values}
-    return {"name": type(policy).__name__, **arguments}
-
-
-def policy_from_dict(description: Mapping[str, Any]) -> AnyPolicy:
-    """The inverse of `policy_to_dict`."""
-    if not isinstance(description, Mapping):
-        raise TypeError(f"description: expected a mapping, got {type(description).__name__}")
-    arguments = dict(description)
-    name = arguments.pop("name", None)
-    if name not in _POLICIES:
-        raise ValueError(f"description: expected a name among {', '.join(_POLICIES)}, got {name!r}")
-    policy: AnyPolicy = _POLICIES[name](**arguments)
-    return policy
 
 
 def _check_seconds(timestamps: NDArray[np.int64]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, check_policy
+from patchkern.batch.policies import AnyPolicy, Level, check_policy, levels_of
 from patchkern.batch.prompt import Prompt
 
 
@@ -34,10 +34,7 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
     check_policy(policy)
     kept = Histories.coerce(histories).latest(policy.max_items)
     titles = catalog.inputs.lengths[catalog.index_of(kept.items, "histories")]
-    if isinstance(policy, FittingPolicy):
-        levels = policy.fit(kept, titles, prompt)
-    else:
-        levels = policy.levels(kept)
+    levels = levels_of(policy, kept, titles, prompt)
     entries = (levels != Level.JOIN) & (levels != Level.DROP)
     own = np.where(levels == Level.TEXT, titles, levels == Level.PATCH) + entries * len(prompt.separator)
     before = np.append(0, np.cumsum(own, dtype=np.int64))

@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from patchkern.batch import planner
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.control_tokens import first_control_token
+from patchkern.batch.expert_layout import expert_layout, without_old
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.planning import Head, Int32, Int64, RowPlan, Spans
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
+from patchkern.batch.planned_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
+from patchkern.batch.planning import Head, Int32, Spans
+from patchkern.batch.policies import AnyPolicy, levels_of
 from patchkern.batch.prompt import Prompt
-
-HEADS = ("titles", "items", "both")
-"""What a layout is for: titles, token by token; items, scored from a history's last row; or both."""
 
 
 def build_layout(
@@ -67,124 +64,36 @@ def build_layout(
         raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
     check_head(head)
     kept = Histories.coerce(histories).latest(policy.max_items)
-    index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
-    if isinstance(policy, FittingPolicy):
-        levels = policy.fit(kept, catalog.inputs.lengths[index], prompt)
+    if isinstance(policy, Experts) and (uncompressed := without_old(kept, policy)) is not None:
+        kept, policy = uncompressed, policy.recents
+    if isinstance(policy, Experts):
+        layout = expert_layout(catalog, kept, policy, prompt, target_index, head)
     else:
-        levels = policy.levels(kept)
-    if head == "items":
-        open_ended = np.full(len(kept), -1, np.int32)
-        spans = Spans(np.full(len(kept), Head.PREFIX, np.uint8), np.zeros(len(kept), np.int64))
-        layout = unlabelled(plan_layout(catalog, kept, index, levels, prompt, open_ended, spans))
-    else:
-        layout = plan_layout(catalog, kept, index, levels, prompt, target_index)
+        layout = _user_layout(catalog, kept, policy, prompt, target_index, head)
     if head != "titles":
         after = np.zeros(len(kept), np.int64)
         if head == "both":
             after += len(prompt.suffix)
             if target_index is not None:
                 after += catalog.lengths[target_index] + len(prompt.response_end)
-        cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
-        layout = with_items(layout, cu_seqlens[1:] - 1 - after, cu_seqlens[:-1], target_index)
+        cu_users = layout.prompts.numpy().astype(np.int64)
+        layout = with_items(layout, cu_users[1:] - 1 - after, cu_users[:-1], target_index)
     wanted = targets is not None if transpose is None else transpose
     return layout.with_transpose() if wanted else layout
 
 
-def check_head(head: Any) -> None:
-    """Raise a ValueError unless ``head`` is one of `HEADS`."""
-    if head not in HEADS:
-        raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
-
-
-def unlabelled(layout: PatchLayout) -> PatchLayout:
-    """The layout without labels of tokens."""
-    return PatchLayout._trusted({**layout.__dict__, "labels": None, "logit_rows": None, "logit_labels": None})
-
-
-def with_items(layout: PatchLayout, rows: Int64, begins: Int64, labels: Int32 | None) -> PatchLayout:
-    """The layout with item rows, and their labels if they are known.
-
-    Args:
-        layout: any.
-        rows: ``(M,)`` the last row of each history.
-        begins: ``(M,)`` the first row that each history could have.
-        labels: ``(M,)`` catalogue positions.
-    """
-    lacking = np.flatnonzero(rows < begins)
-    if lacking.size:
-        raise ValueError(
-            "prompt: expected a prefix, from which the item head scores an empty history, got none and "
-            f"{lacking.size} histories without items"
-        )
-    item_labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return PatchLayout._trusted({**layout.__dict__, "item_rows": torch.from_numpy(rows), "item_labels": item_labels})
-
-
-def check_inputs(catalog: Any, policy: Any, prompt: Any) -> None:
-    """Raise a TypeError or ValueError unless these are what a layout is planned from."""
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
-    check_policy(policy)
-    if not isinstance(prompt, Prompt):
-        raise TypeError(f"prompt: expected a Prompt, got {type(prompt).__name__}")
-    check_titles(catalog, prompt)
-
-
-def check_titles(catalog: Catalog, prompt: Prompt) -> None:
-    """Raise a ValueError if a title holds one of the prompt's `control_ids`: its end could be anywhere.
-
-    The time is that of a few look-ups; a catalogue collects its tokens once.
-    """
-    found = title_with(catalog, prompt.control_ids)
-    if found is not None:
-        token, title = found
-        raise ValueError(
-            f"catalog: expected titles without token {token}, {prompt.control_ids[token]}, got it in {title}; no title "
-            "may write a control token, and a prompt's separator, response_end and markers must be tokens that no "
-            "title needs"
-        )
-
-
-def title_with(catalog: Catalog, control: Mapping[int, str]) -> tuple[int, str] | None:
-    """The first token of any title or text that is in ``control``, and a name for it; None without one."""
-    if control.keys().isdisjoint(catalog.distinct_tokens):
-        return None
-    at = first_control_token(catalog.token_ids, control)
-    if at is None:
-        return None if catalog.texts is None else title_with(catalog.texts, control)
-    item = int(np.searchsorted(catalog.offsets, at, side="right")) - 1
-    title = f"item {catalog.item_ids.item(item)!r}"
-    return int(catalog.token_ids[at]), title if catalog.titles is None else f"{title}, {catalog.titles[item]!r}"
-
-
-def plan_layout(
-    catalog: Catalog,
-    histories: Histories,
-    index: Int32,
-    levels: Levels,
-    prompt: Prompt,
-    targets: Int32 | None,
-    spans: Spans | None = None,
+def _user_layout(
+    catalog: Catalog, kept: Histories, policy: AnyPolicy, prompt: Prompt, targets: Int32 | None, head: str
 ) -> PatchLayout:
-    """What the planner makes of histories, the ``(N,)`` catalogue positions of their items and a policy's levels.
-
-    Prefixes, which need the rows that are planned here, and the transpose are left to the caller.
-    """
-    _check_levels(levels, histories)
-    if levels.max(initial=0) == Level.DROP:
-        kept = levels != Level.DROP
-        histories, index, levels = histories.keep(kept), index[kept], levels[kept]
-    _check_joins(levels, histories)
-    titles = None if targets is None else catalog.generated(targets)
-    plan: RowPlan = planner.active.plan_rows(catalog.planned, index, histories.offsets, levels, prompt, titles, spans)
-    values: dict[str, Any] = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in plan._asdict().items()
-    }
-    values |= {"prefix": None, "transpose": None, "catalog_fingerprint": catalog.fingerprint}
-    values["max_position"] = int(plan.position_ids.max(initial=-1))
-    return PatchLayout._trusted(values)
+    """A span per user."""
+    index = catalog.index_of(kept.items, "histories")
+    levels = levels_of(policy, kept, catalog.inputs.lengths[index], prompt)
+    if head != "items":
+        return plan_layout(catalog, kept, index, levels, prompt, targets)
+    open_ended = np.full(len(kept), -1, np.int32)
+    spans = Spans(np.full(len(kept), Head.PREFIX, np.uint8), np.zeros(len(kept), np.int64))
+    return unlabelled(plan_layout(catalog, kept, index, levels, prompt, open_ended, spans))
 
 
 def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_users: int) -> NDArray[np.int32]:
@@ -196,21 +105,3 @@ def _target_index(catalog: Catalog, targets: Sequence[Any] | NDArray[Any], n_use
     if index.ndim != 1:
         raise ValueError(f"targets: expected one item id per user ({n_users}), got shape {index.shape}")
     return index
-
-
-def _check_levels(levels: Levels, histories: Histories) -> None:
-    """A policy may be the user's own: see that it kept to the contract before the planner relies on it."""
-    if not isinstance(levels, np.ndarray) or levels.dtype != np.uint8 or levels.shape != histories.items.shape:
-        got = f"{levels.dtype} {levels.shape}" if isinstance(levels, np.ndarray) else type(levels).__name__
-        raise ValueError(f"policy: expected levels of dtype uint8 and shape {histories.items.shape}, got {got}")
-    if levels.max(initial=0) > Level.DROP:
-        raise ValueError(f"policy: expected levels 0 to 3, got {levels.max()}")
-
-
-def _check_joins(levels: Levels, histories: Histories) -> None:
-    if levels.max(initial=0) < Level.JOIN:
-        return
-    starts = histories.offsets[:-1][histories.lengths > 0]
-    alone = (levels[1:] == Level.JOIN) & (levels[:-1] == Level.TEXT)
-    if (levels[starts] == Level.JOIN).any() or alone.any():
-        raise ValueError("policy: expected every JOIN to follow a patch item of the same user, got one that does not")

@@ -20,13 +20,22 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.expert_training import expert_training_layout, expert_training_rows
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.list_layout import Lists, is_list, list_layout
+from patchkern.batch.planned_layout import (
+    check_head,
+    check_inputs,
+    plan_layout,
+    target_samples,
+    unlabelled,
+    with_items,
+)
 from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.sample_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
 
 
 class _Samples(NamedTuple):
@@ -68,7 +77,8 @@ def build_training_layout(
     Args:
         catalog: the titles.
         histories: whole histories of B users, targets included.
-        policy: a `TrunkPolicy`: `TextOnly`, `ItemPatches`, `SessionPatches`, `RandomItemPatches` or `ItemDropout`.
+        policy: a `TrunkPolicy`: `TextOnly`, `ItemPatches`, `SessionPatches`, `RandomItemPatches` or `ItemDropout`; or
+            `Experts`, whose spans are trunks, experts and branches (`patchkern.batch.expert_training`).
         prompt: the fixed tokens.
         target_ranges: ``(B, 2)`` integers, the first and the last position in the user's history that is a target; a
             user whose last is less than the first has none.
@@ -113,6 +123,12 @@ def build_training_layout(
     if not isinstance(transpose, bool):
         raise TypeError(f"transpose: expected a bool, got {type(transpose).__name__}")
     histories = Histories.coerce(histories)
+    if isinstance(policy, Experts):
+        check_inputs(catalog, policy, prompt)
+        of_targets = target_samples(histories, target_ranges)
+        layout = expert_training_layout(catalog, histories, policy, prompt, of_targets, head)
+        _check_rows(layout, max_rows)
+        return layout.with_transpose() if transpose else layout
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     parts = _parts(catalog, histories, policy, samples, head)
@@ -137,8 +153,7 @@ def build_training_layout(
             np.append(np.full(parts.trunks, -1, np.int32), titles),
             Spans(heads, np.append(np.zeros(parts.trunks, np.int64), of_branches)),
         )
-    if max_rows is not None and layout.num_rows > max_rows:
-        raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
+    _check_rows(layout, max_rows)
     cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
     trunk_starts = cu_seqlens[samples.trunk]
     if not listed and (head != "items" or parts.branched.size):
@@ -168,9 +183,16 @@ def training_rows(
     block_size: int = 50,
     head: str = "titles",
 ) -> Int64:
-    """``(B,)`` rows that each user takes in `build_training_layout` with these arguments."""
+    """``(B,)`` rows that each user takes in `build_training_layout` with these arguments.
+
+    With `Experts`, whose borders are drawn, the most that it can be.
+    """
     check_head(head)
     histories = Histories.coerce(histories)
+    if isinstance(policy, Experts):
+        check_inputs(catalog, policy, prompt)
+        of_targets = target_samples(histories, target_ranges)
+        return expert_training_rows(catalog, histories, policy, prompt, of_targets, head)
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
     rows = np.zeros(len(histories), np.int64)
@@ -230,6 +252,7 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         "prefix": None,
         "max_prefix": 0,
         "transpose": None,
+        "cu_users": None,
         "catalog_fingerprint": fingerprints.pop() if len(fingerprints) == 1 else None,
     }
     if any(x.labels is not None for x in layouts):
@@ -258,6 +281,11 @@ def _joined_ranges(layouts: Sequence[PatchLayout], rows: Sequence[int]) -> Tenso
     return joined if most > 1 else joined[:, 0]
 
 
+def _check_rows(layout: PatchLayout, max_rows: int | None) -> None:
+    if max_rows is not None and layout.num_rows > max_rows:
+        raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
+
+
 class _Parts(NamedTuple):
     """The parts of histories that are the spans of a batch: the trunks, and then a branch per sample."""
 
@@ -281,21 +309,7 @@ def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkP
 
 def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike, block_size: int) -> _Samples:
     check_count("block_size", block_size, minimum=1)
-    ranges = np.asarray(target_ranges)
-    if ranges.shape != (len(histories), 2) or ranges.dtype.kind not in "iu":
-        raise ValueError(
-            f"target_ranges: expected integers of shape {(len(histories), 2)}, got {ranges.dtype} {ranges.shape}"
-        )
-    first, last = ranges.astype(np.int64).T
-    count = np.maximum(last - first + 1, 0)
-    wrong = np.flatnonzero((count > 0) & ((first < 0) | (last >= histories.lengths)))
-    if wrong.size:
-        at = int(wrong[0])
-        raise ValueError(
-            f"target_ranges[{at}]: expected positions in 0..{histories.lengths[at] - 1}, got {ranges[at].tolist()}"
-        )
-    user = np.repeat(np.arange(len(histories)), count)
-    position = np.arange(user.size) - np.repeat(np.cumsum(count) - count - first, count)
+    user, position = target_samples(histories, target_ranges)
     start = np.zeros_like(position)
     if policy.max_items is not None:
         start = np.maximum(position - policy.max_items, 0) // block_size * block_size

@@ -234,7 +234,7 @@ class ItemModel(wrapped.WrappedLM):
         with self._undisturbed():
             rows = self.embed(layout)
             layout = layout.to(rows.device, non_blocking=True)
-            wanted = layout.cu_seqlens[1:].long() - 1 if layout.item_rows is None else layout.item_rows
+            wanted = layout.prompts[1:].long() - 1 if layout.item_rows is None else layout.item_rows
             if layout.num_rows == 0:
                 return rows[wanted]
             return self.hf_model(inputs_embeds=rows[None], **packed_kwargs(layout)).last_hidden_state[0][wanted]
@@ -259,7 +259,7 @@ class ItemModel(wrapped.WrappedLM):
             )
         if layout.logit_rows is not None:
             raise ValueError('layout: expected one for items (head="items"), got one with labels of titles')
-        if layout.item_rows is None and bool((layout.cu_seqlens.diff() == 0).any()):
+        if layout.item_rows is None and bool((layout.prompts.diff() == 0).any()):
             raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
         self._check_positions(layout)
 

@@ -18,9 +18,9 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, check_tokens
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.planned_layout import check_titles
 from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.sample_layout import check_titles
 from patchkern.models import attention, files, wrapped
 from patchkern.models.embedding import EmbeddingScale
 from patchkern.models.isolation import Isolation
@@ -130,7 +130,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             self._check_token_ids(name, largest)
         check_titles(catalog, prompt)
         wrapped.warn_of_special_tokens(hf_model, catalog)
-        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end)
+        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end, prompt.experts)
         self._scale = EmbeddingScale(catalog.distinct_tokens.union(*fixed))
         self.register_parameter("item_embedding", None)
         if item_embeddings:
@@ -271,7 +271,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         return pool_rows(table, compact.to(table.device, non_blocking=True))
 
     def _last_rows(self, layout: PatchLayout) -> Tensor:
-        ends = layout.cu_seqlens.long()
+        ends = layout.prompts.long()
         may_be_empty = not (self.prompt.prefix or self.prompt.suffix)
         if may_be_empty and bool((ends.diff() == 0).any()):
             raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")

@@ -20,9 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.planned_layout import title_with
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.sample_layout import title_with
 from patchkern.models import files
 from patchkern.models.hub import upload
 from patchkern.models.model_card import ModelCard

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count, flat_array, is_sequence
-from patchkern.batch.policies import AnyPolicy, policy_to_dict
+from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_dict import policy_to_dict
 from patchkern.budget.search import SearchCost
 from patchkern.data.parquet import import_pyarrow
 from patchkern.search.arguments import of_users

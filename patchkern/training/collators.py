@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly
@@ -82,7 +83,7 @@ class PassCollator:
     ``samples`` has the users and, ``(n, 2)``, from which to which positions their targets are.
 
     In patch pre-training every user has two trunks side by side, the text and one draw of patches, each with all the
-    user's targets.
+    user's targets. Under `Experts`, the borders at which histories are cut are drawn anew for every pass.
 
     An item is predicted from the row of the one before it, so that histories that are cut cost rows by themselves: for
     "items" they begin at multiples of ``max_items``, which reads at most two rows a target, and else of 50 items.
@@ -102,6 +103,9 @@ class PassCollator:
     def __call__(self, passes: list[Pass]) -> dict[str, Any]:
         (one,) = passes
         policies = [self.policy]
+        if isinstance(self.policy, Experts):
+            draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
+            policies = [replace(self.policy, seed=int(draw[0]))]
         if self.pretrain_steps is not None:
             draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
             patched = RandomItemPatches(one.step / self.pretrain_steps, self.policy.max_items, int(draw[0]))

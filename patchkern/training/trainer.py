@@ -25,8 +25,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
 from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policies import AnyPolicy
-from patchkern.batch.sample_layout import check_head
 from patchkern.models.files import choose_catalog, is_model
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, PassCollator

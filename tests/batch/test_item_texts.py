@@ -14,7 +14,7 @@ import torch
 import patchkern as pk
 from patchkern.batch import planner, planning
 from patchkern.batch.catalog_diff import compare
-from patchkern.batch.sample_layout import check_titles
+from patchkern.batch.planned_layout import check_titles
 from patchkern.models.catalog_file import read_catalog, write_catalog
 
 PROMPT = pk.Prompt(prefix=[1, 2], separator=[3], suffix=[4, 5], response_end=[6])

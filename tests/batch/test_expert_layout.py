@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts under `Experts` against the rule, row by row: what each row is, where it stands, and what it sees."""
+
+from __future__ import annotations
+
+import pickle
+
+import expert_cases as cases
+import numpy as np
+import pytest
+from expert_cases import CATALOG, N_ITEMS, POLICIES, prompt_of
+
+import patchkern as pk
+from patchkern.batch.expert_layout import compress_layout, read_layout
+
+HISTORIES = [np.random.default_rng(n).integers(0, N_ITEMS, n).tolist() for n in (13, 0, 3, 8, 1, 7)]
+PROMPTS = {
+    "marked": cases.PROMPT,
+    "bare": pk.Prompt(suffix=[103], response_end=[105]),
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("head", ["titles", "items", "both"])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_reading(kind: str, head: str, prompt: str) -> None:
+    policy = POLICIES[kind]
+    marked = prompt_of(policy, PROMPTS[prompt])
+    histories = HISTORIES if prompt == "marked" else [items for items in HISTORIES if items]
+    targets = [3] * len(histories)
+    layout = pk.build_layout(CATALOG, histories, policy, marked, targets, head=head)
+    ending = [] if head == "items" else [*marked.suffix, *cases.TITLES[3], *marked.response_end]
+    expected = [cases.signatures(cases.rows_of(items, policy, CATALOG, marked, ending)) for items in histories]
+    found = np.split(np.array(cases.layout_signatures(layout)), layout.prompts[1:-1].numpy())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert sorted(ours) == sorted(theirs) and ours[-len(ending or "1") :].tolist() == theirs[-len(ending or "1") :]
+    if head != "items":
+        size = len(cases.TITLES[3]) + len(marked.response_end)
+        assert layout.logit_labels.tolist() == [*cases.TITLES[3], *marked.response_end] * len(histories)
+        ends = layout.prompts.numpy()[1:, None] - 1 - np.arange(size, 0, -1)
+        assert layout.logit_rows.tolist() == ends.flatten().tolist()
+    if head != "titles":
+        history_ends = [row[-1 - len(ending)] for row in expected]
+        assert np.array(cases.layout_signatures(layout))[layout.item_rows].tolist() == history_ends
+        assert layout.item_labels.tolist() == targets
+    checked = pickle.loads(pickle.dumps(layout))
+    assert checked.max_prefix == layout.max_prefix and layout.transpose is not None
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_what_is_compressed_and_what_is_read_later_are_the_whole(kind: str) -> None:
+    policy = POLICIES[kind]
+    prompt = prompt_of(policy)
+    whole = pk.build_layout(CATALOG, HISTORIES, policy, prompt)
+    before, after = (
+        compress_layout(CATALOG, pk.Histories.coerce(HISTORIES), policy, prompt),
+        read_layout(CATALOG, pk.Histories.coerce(HISTORIES), policy, prompt, "titles"),
+    )
+    pickle.loads(pickle.dumps(before)), pickle.loads(pickle.dumps(after))
+    signs = [np.split(np.array(cases.layout_signatures(x)), x.prompts[1:-1].numpy()) for x in (whole, before)]
+    contents = [[(row.content, row.position) for row in cases.rows_in(x)] for x in (whole, after)]
+    experts = {("token", token) for token in prompt.experts}
+    for user, items in enumerate(HISTORIES):
+        every, computed = (x[user].tolist() for x in signs)
+        compressed = policy.cuts(np.array([len(items)]))[0] and policy.count
+        assert set(computed) <= set(every)
+        rows = [contents[0][row] for row in range(*whole.prompts[user : user + 2].tolist())]
+        left = [contents[1][row] for row in range(*after.cu_seqlens[user : user + 2].tolist())]
+        own = [row for row in rows if row[0] in experts]
+        assert len(own) == policy.count * int(policy.compressed_parts(policy.cuts(np.array([len(items)])))[0])
+        if not compressed:
+            assert not computed and left == rows
+            continue
+        # without the old items, in their order
+        n_old = len(computed) - len(own) - len(prompt.prefix)
+        assert sorted(left, key=lambda row: row[1]) == left and len(left) == len(rows) - n_old
+        assert set(own) <= set(left) and left[: len(prompt.prefix)] == rows[: len(prompt.prefix)]
+        recents = len(left) - len(prompt.prefix) - len(own)
+        assert left[-recents:] == rows[-recents:]
+
+
+def test_without_old_items_it_is_the_inner_policy() -> None:
+    for policy in (POLICIES["one, text last"], POLICIES["blocks, items"]):
+        histories = [items[: policy.block] for items in HISTORIES]
+        prompt = prompt_of(policy)
+        ours = pk.build_layout(CATALOG, histories, policy, prompt, [1] * 6)
+        theirs = pk.build_layout(CATALOG, histories, policy.recents, prompt, [1] * 6)
+        assert ours.prefix is None
+        for name in ("lo", "hi", "cu_seqlens", "position_ids", "logit_rows", "logit_labels"):
+            assert getattr(ours, name).tolist() == getattr(theirs, name).tolist()
+
+
+def test_without_experts_it_is_the_recent_items() -> None:
+    policy = POLICIES["one, none"]
+    recent = [items[policy.cuts(np.array([len(items)]))[0] :] for items in HISTORIES]
+    ours = pk.build_layout(CATALOG, HISTORIES, policy, cases.PROMPT)
+    theirs = pk.build_layout(CATALOG, recent, policy.policy, cases.PROMPT)
+    assert ours.lo.tolist() == theirs.lo.tolist() and ours.position_ids.tolist() == theirs.position_ids.tolist()

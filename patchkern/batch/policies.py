@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,17 @@ class TrunkPolicy(Policy, Protocol):
             key, the levels before the split are those that the longest one has there, no patch reaches across the
             split, and what follows it has the levels that it would have as a history of its own.
         """
+
+
+@runtime_checkable
+class PlanningPolicy(Policy, Protocol):
+    """A policy whose prompts are more than a history's entries: it plans them itself, and `levels` is not asked."""
+
+    def plan(self, catalog: Any, histories: Histories, prompt: Prompt, targets: Any, head: str) -> Any:
+        """What `build_layout` returns, without a transpose; ``targets`` are catalogue positions, or None."""
+
+    def count_rows(self, catalog: Any, histories: Histories, prompt: Prompt) -> NDArray[np.int64]:
+        """What `row_counts` returns."""
 
 
 AnyPolicy = Policy | FittingPolicy
@@ -388,14 +399,25 @@ class FitRows:
 
 _KINDS = (TextOnly, ItemPatches, SessionPatches, RandomItemPatches, ItemDropout, TimeSessions, FitRows)
 _POLICIES: dict[str, Any] = {policy.__name__: policy for policy in _KINDS}
+Kind = TypeVar("Kind", bound=type)
+
+
+def written_down(kind: Kind) -> Kind:
+    """Let `policy_to_dict` know a policy of another module: a dataclass, whose fields may be policies."""
+    _POLICIES[kind.__name__] = kind
+    return kind
 
 
 def policy_to_dict(policy: AnyPolicy) -> dict[str, Any]:
-    """A JSON-ready description of one of this module's policies."""
-    if not isinstance(policy, _KINDS):
+    """A JSON-ready description of one of patchkern's policies."""
+    if _POLICIES.get(type(policy).__name__) is not type(policy):
         raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
-    values = asdict(policy).items()
-    arguments = {name: value.item() if isinstance(value, np.generic) else value for name, value in values}
+    arguments: dict[str, Any] = {}
+    for field in fields(policy):  # type: ignore[arg-type]
+        value = getattr(policy, field.name)
+        if type(value).__name__ in _POLICIES:
+            value = policy_to_dict(value)
+        arguments[field.name] = value.item() if isinstance(value, np.generic) else value
     return {"name": type(policy).__name__, **arguments}
 
 
@@ -407,6 +429,9 @@ def policy_from_dict(description: Mapping[str, Any]) -> AnyPolicy:
     name = arguments.pop("name", None)
     if name not in _POLICIES:
         raise ValueError(f"description: expected a name among {', '.join(_POLICIES)}, got {name!r}")
+    for field, value in arguments.items():
+        if isinstance(value, Mapping):
+            arguments[field] = policy_from_dict(value)
     policy: AnyPolicy = _POLICIES[name](**arguments)
     return policy
 

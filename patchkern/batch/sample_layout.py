@@ -16,7 +16,7 @@ from patchkern.batch.control_tokens import first_control_token
 from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Head, Int32, Int64, RowPlan, Spans
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
+from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, PlanningPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 
 HEADS = ("titles", "items", "both")
@@ -69,6 +69,10 @@ def build_layout(
     kept = Histories.coerce(histories).latest(policy.max_items)
     index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
+    wanted = targets is not None if transpose is None else transpose
+    if isinstance(policy, PlanningPolicy):
+        planned: PatchLayout = policy.plan(catalog, kept, prompt, target_index, head)
+        return planned.with_transpose() if wanted else planned
     if isinstance(policy, FittingPolicy):
         levels = policy.fit(kept, catalog.inputs.lengths[index], prompt)
     else:
@@ -87,7 +91,6 @@ def build_layout(
                 after += catalog.lengths[target_index] + len(prompt.response_end)
         cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
         layout = with_items(layout, cu_seqlens[1:] - 1 - after, cu_seqlens[:-1], target_index)
-    wanted = targets is not None if transpose is None else transpose
     return layout.with_transpose() if wanted else layout
 
 

@@ -243,6 +243,9 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         values["item_rows"] = torch.cat([own + at for own, _, at in items_of if own is not None])
         if all(labels is not None for own, labels, _ in items_of if own is not None):
             values["item_labels"] = torch.cat([labels for _, labels, _ in items_of if labels is not None])
+    if any(x.vector_rows is not None for x in layouts):
+        vectors = [x.vector_rows + at for x, at in zip(layouts, rows, strict=False) if x.vector_rows is not None]
+        values["vector_rows"] = torch.cat(vectors)
     if any(x.prefix is not None for x in layouts):
         values["prefix"] = _joined_ranges(layouts, rows)
         values["max_prefix"] = max(x.max_prefix for x in layouts)
@@ -279,8 +282,8 @@ def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkP
     return policy
 
 
-def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike, block_size: int) -> _Samples:
-    check_count("block_size", block_size, minimum=1)
+def targets_of(histories: Histories, target_ranges: ArrayLike) -> tuple[Int64, Int64]:
+    """``(S,)`` users and positions of the targets that ``target_ranges`` of `build_training_layout` names, in order."""
     ranges = np.asarray(target_ranges)
     if ranges.shape != (len(histories), 2) or ranges.dtype.kind not in "iu":
         raise ValueError(
@@ -295,7 +298,12 @@ def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike
             f"target_ranges[{at}]: expected positions in 0..{histories.lengths[at] - 1}, got {ranges[at].tolist()}"
         )
     user = np.repeat(np.arange(len(histories)), count)
-    position = np.arange(user.size) - np.repeat(np.cumsum(count) - count - first, count)
+    return user, np.arange(user.size) - np.repeat(np.cumsum(count) - count - first, count)
+
+
+def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike, block_size: int) -> _Samples:
+    check_count("block_size", block_size, minimum=1)
+    user, position = targets_of(histories, target_ranges)
     start = np.zeros_like(position)
     if policy.max_items is not None:
         start = np.maximum(position - policy.max_items, 0) // block_size * block_size

@@ -44,6 +44,7 @@ from patchkern.batch.policies import (
     TimeSessions,
     TrunkPolicy,
 )
+from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.prompt_words import PromptWords
 from patchkern.batch.row_counts import row_counts
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from patchkern.models.item_model import ItemModel
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
+    from patchkern.models.recurrent import RecurrentMemory
     from patchkern.search.batching import plan_memory
     from patchkern.search.combined_prior import CombinedPrior
     from patchkern.search.head_prior import ItemHeadPrior
@@ -94,10 +96,12 @@ __all__ = [
     "PatchedCausalLM",
     "Policy",
     "PopularityPrior",
+    "PreferenceMemory",
     "PriorFit",
     "Prompt",
     "PromptWords",
     "RandomItemPatches",
+    "RecurrentMemory",
     "SessionPatches",
     "TextOnly",
     "TimeSessions",
@@ -137,6 +141,7 @@ _LAZY = {
     "PatchedCausalLM": "patchkern.models.patched_lm",
     "PopularityPrior": "patchkern.search.prior",
     "PriorFit": "patchkern.search.prior_weight",
+    "RecurrentMemory": "patchkern.models.recurrent",
     "TrainingPlan": "patchkern.budget.training",
     "TransitionPrior": "patchkern.search.prior",
     "UnprovenSearchWarning": "patchkern.search.summary",

@@ -104,6 +104,8 @@ class PatchLayout:
         item_labels: ``(M,)`` int64, catalogue positions of those items; None where they are not known.
         cu_users: ``(B + 1,)`` int32, where each user's rows begin, in a layout of B users with several spans each; None
             where spans are not users cut in pieces.
+        vector_rows: ``(V,)`` int64, ascending, the rows that are no embeddings but vectors, which a model is given
+            beside the layout, such as the memory of `patchkern.PreferenceMemory`; None without any.
 
     Raises:
         TypeError, ValueError: a field of a wrong type, dtype, shape or range; the message names it.
@@ -133,6 +135,7 @@ class PatchLayout:
     item_rows: Tensor | None = None
     item_labels: Tensor | None = None
     cu_users: Tensor | None = None
+    vector_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.__dict__.update(vars(_moved(self, aligned)))
@@ -186,6 +189,8 @@ class PatchLayout:
             facts.append(f"{self.logit_rows.shape[0]:,} labels")
         if self.item_rows is not None:
             facts.append(f"{self.item_rows.shape[0]:,} item rows")
+        if self.vector_rows is not None:
+            facts.append(f"{self.vector_rows.shape[0]:,} vectors")
         return f"PatchLayout({', '.join(facts)}, on {self.device})"
 
     @property
@@ -301,6 +306,8 @@ class PatchLayout:
         """
         supervised = self.lo < 0
         supervised[self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()] = False
+        if self.vector_rows is not None:
+            supervised[self.vector_rows] = False
         tokens = -1 - self.lo.long()
         values = {
             "labels": torch.where(supervised, tokens, -100),

@@ -30,9 +30,10 @@ _VECTORS = {
     "item_rows": torch.int64,
     "item_labels": torch.int64,
     "cu_users": torch.int32,
+    "vector_rows": torch.int64,
 }
 _SUPERVISED = ("labels", "logit_rows", "logit_labels")
-_OPTIONAL = {*_SUPERVISED, "item_rows", "item_labels", "cu_users"}
+_OPTIONAL = {*_SUPERVISED, "item_rows", "item_labels", "cu_users", "vector_rows"}
 _COUNTS = ("max_seqlen", "history_tokens", "history_rows", "max_token_id", "max_prefix", "max_position")
 
 
@@ -175,6 +176,8 @@ def check_layout(layout: Any, exact: bool = True) -> None:
     if layout.max_position < last or (exact and layout.max_position != last):
         raise ValueError(f"max_position: expected the largest position, {last}, got {layout.max_position}")
     _check_supervision(layout, rows)
+    if layout.vector_rows is not None:
+        _check_ascending("vector_rows", layout.vector_rows, rows)
     _check_prefix(layout, exact)
     if layout.transpose is not None:
         _check_transpose(layout.transpose, rows, layout.max_token_id, layout.lo.device)
@@ -239,6 +242,10 @@ def _check_identities(identities: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"identities.layout: expected device {device}, got {identities.layout.device}")
     check_vector("identities.rows", identities.rows, torch.int64, device)
     _check_shape("identities.rows", identities.rows, identities.layout.num_rows, "one per row of identities.layout")
-    _check_range("identities.rows", identities.rows, 0, rows - 1)
-    if bool((torch.diff(identities.rows) <= 0).any()):
-        raise ValueError("identities.rows: expected ascending rows without repeats")
+    _check_ascending("identities.rows", identities.rows, rows)
+
+
+def _check_ascending(name: str, chosen: Tensor, rows: int) -> None:
+    _check_range(name, chosen, 0, rows - 1)
+    if bool((torch.diff(chosen) <= 0).any()):
+        raise ValueError(f"{name}: expected ascending rows without repeats")

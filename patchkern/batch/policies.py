@@ -88,6 +88,17 @@ class CuttingPolicy(Protocol):
         """How many items of histories of these lengths are old."""
 
 
+@runtime_checkable
+class PlanningPolicy(Policy, Protocol):
+    """A policy whose prompts are more than a history's entries: it plans them itself, and `levels` is not asked."""
+
+    def plan(self, catalog: Any, histories: Histories, prompt: Prompt, targets: Any, head: str) -> Any:
+        """What `build_layout` returns, without a transpose; ``targets`` are catalogue positions, or None."""
+
+    def count_rows(self, catalog: Any, histories: Histories, prompt: Prompt) -> NDArray[np.int64]:
+        """What `row_counts` returns."""
+
+
 AnyPolicy = Policy | FittingPolicy | CuttingPolicy
 
 

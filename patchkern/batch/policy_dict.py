@@ -20,8 +20,19 @@ from patchkern.batch.policies import (
     TextOnly,
     TimeSessions,
 )
+from patchkern.batch.preference_memory import PreferenceMemory
 
-_KINDS = (TextOnly, ItemPatches, SessionPatches, RandomItemPatches, ItemDropout, TimeSessions, FitRows, Experts)
+_KINDS = (
+    TextOnly,
+    ItemPatches,
+    SessionPatches,
+    RandomItemPatches,
+    ItemDropout,
+    TimeSessions,
+    FitRows,
+    Experts,
+    PreferenceMemory,
+)
 _POLICIES: dict[str, Any] = {policy.__name__: policy for policy in _KINDS}
 
 

@@ -16,7 +16,7 @@ from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
 from patchkern.batch.planning import Head, Int32, Spans
-from patchkern.batch.policies import AnyPolicy, levels_of
+from patchkern.batch.policies import AnyPolicy, PlanningPolicy, levels_of
 from patchkern.batch.prompt import Prompt
 
 
@@ -65,6 +65,10 @@ def build_layout(
     check_head(head)
     kept = Histories.coerce(histories).latest(policy.max_items)
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
+    wanted = targets is not None if transpose is None else transpose
+    if isinstance(policy, PlanningPolicy):
+        planned: PatchLayout = policy.plan(catalog, kept, prompt, target_index, head)
+        return planned.with_transpose() if wanted else planned
     if isinstance(policy, Experts) and (uncompressed := without_old(kept, policy)) is not None:
         kept, policy = uncompressed, policy.recents
     if isinstance(policy, Experts):
@@ -79,7 +83,6 @@ def build_layout(
                 after += catalog.lengths[target_index] + len(prompt.response_end)
         cu_users = layout.prompts.numpy().astype(np.int64)
         layout = with_items(layout, cu_users[1:] - 1 - after, cu_users[:-1], target_index)
-    wanted = targets is not None if transpose is None else transpose
     return layout.with_transpose() if wanted else layout
 
 

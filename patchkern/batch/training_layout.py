@@ -266,6 +266,9 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         values["item_rows"] = torch.cat([own + at for own, _, at in items_of if own is not None])
         if all(labels is not None for own, labels, _ in items_of if own is not None):
             values["item_labels"] = torch.cat([labels for _, labels, _ in items_of if labels is not None])
+    if any(x.vector_rows is not None for x in layouts):
+        vectors = [x.vector_rows + at for x, at in zip(layouts, rows, strict=False) if x.vector_rows is not None]
+        values["vector_rows"] = torch.cat(vectors)
     if any(x.prefix is not None for x in layouts):
         values["prefix"] = _joined_ranges(layouts, rows)
         values["max_prefix"] = max(x.max_prefix for x in layouts)

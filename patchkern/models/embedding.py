@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input embeddings that are only their weight, or that times a number: what may be pooled without calling them."""
+"""Rows from embeddings: which may be pooled without calling them, and rows that are vectors from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,37 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
+
+from patchkern.batch.layout import PatchLayout
+
+
+def with_vectors(rows: Tensor, layout: PatchLayout, vectors: Tensor | None) -> Tensor:
+    """The rows of a layout with its ``vector_rows`` overwritten; differentiable, and the same bits every time.
+
+    Args:
+        rows: ``(T, D)`` from an embedding.
+        layout: whose they are.
+        vectors: ``(V, D)``, in the order of ``vector_rows``; None where it has none.
+
+    Raises:
+        ValueError: vectors for a layout without such rows, none for one with, or others than it has rows for.
+    """
+    if layout.vector_rows is None:
+        if vectors is not None:
+            raise ValueError("vectors: expected None for a layout without vector rows, got some")
+        return rows
+    expected = (layout.vector_rows.shape[0], rows.shape[1])
+    if vectors is None:
+        if expected[0] == 0:
+            return rows
+        raise ValueError(
+            f"vectors: expected {expected[0]}, for the vector rows of the layout, got None; a RecurrentMemory around "
+            "the model makes them"
+        )
+    if tuple(vectors.shape) != expected:
+        raise ValueError(f"vectors: expected shape {expected}, one per vector row, got {tuple(vectors.shape)}")
+    places = layout.vector_rows.to(rows.device, non_blocking=True)
+    return rows.index_copy(0, places, vectors.to(device=rows.device, dtype=rows.dtype))
 
 
 class EmbeddingScale:

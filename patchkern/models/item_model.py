@@ -27,6 +27,7 @@ from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
 from patchkern.models.catalog_file import read_catalog
+from patchkern.models.embedding import with_vectors
 from patchkern.models.item_blocks import BLOCKS
 from patchkern.models.item_head import CatalogHead
 from patchkern.models.item_network import ItemNetwork, ItemNetworkConfig
@@ -201,6 +202,7 @@ class ItemModel(wrapped.WrappedLM):
         smoothing: float = 0.0,
         title_weight: float = 1.0,
         item_weight: float = 1.0,
+        vectors: Tensor | None = None,
     ) -> CausalLMOutput:
         """The loss of a layout with targets, the scores of all items for one without.
 
@@ -211,6 +213,7 @@ class ItemModel(wrapped.WrappedLM):
             labels, title_weight: not used, as of a model that learns items alone.
             smoothing: of the labels, see `patchkern.ops.item_softmax.item_softmax`.
             item_weight: of the loss.
+            vectors: as of `embed`.
 
         Returns:
             With targets ``loss``; without, ``logits`` (M, n_items) of every history's last row, float32 or float64.
@@ -219,7 +222,7 @@ class ItemModel(wrapped.WrappedLM):
             TypeError, ValueError: a layout of another catalogue, for titles, or with a longer history than the model
                 has positions for.
         """
-        states = self.item_states(layout)
+        states = self.item_states(layout, vectors)
         if layout.item_labels is None:
             logits = self.item_head.logits(states, self.hf_model.items.weight, None)
             return CausalLMOutput(logits=logits)
@@ -228,26 +231,40 @@ class ItemModel(wrapped.WrappedLM):
         count = max(targets.shape[0], 1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=item_weight * total / count)
 
-    def item_states(self, layout: PatchLayout) -> Tensor:
+    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(M, D)`` hidden states of the rows that items are predicted from: each history's last."""
+        if isinstance(layout, PatchLayout) and layout.item_rows is None and bool((layout.prompts.diff() == 0).any()):
+            raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
+        states = self.row_states(layout, vectors)
+        wanted = layout.prompts[1:].long() - 1 if layout.item_rows is None else layout.item_rows
+        return states[wanted.to(states.device, non_blocking=True)]
+
+    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
         self._check(layout)
         with self._undisturbed():
-            rows = self.embed(layout)
-            layout = layout.to(rows.device, non_blocking=True)
-            wanted = layout.prompts[1:].long() - 1 if layout.item_rows is None else layout.item_rows
+            rows = self.embed(layout, vectors)
             if layout.num_rows == 0:
-                return rows[wanted]
-            return self.hf_model(inputs_embeds=rows[None], **packed_kwargs(layout)).last_hidden_state[0][wanted]
+                return rows
+            layout = layout.to(rows.device, non_blocking=True)
+            states: Tensor = self.hf_model(inputs_embeds=rows[None], **packed_kwargs(layout)).last_hidden_state[0]
+            return states
 
-    def embed(self, layout: PatchLayout) -> Tensor:
-        """``(T, D)`` the rows of a layout: vectors, and means of them; differentiable."""
+    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the rows of a layout: items' vectors, and means of them; differentiable.
+
+        Args:
+            layout: of the model's catalogue and prompt.
+            vectors: ``(V, D)`` what its ``vector_rows`` are, which `patchkern.RecurrentMemory` gives.
+        """
         if layout.max_token_id >= self.config.vocab_size:
             raise ValueError(
                 f"layout: expected rows below {self.config.vocab_size}, items and special rows of the model, got "
                 f"{layout.max_token_id}"
             )
         weight = self.hf_model.items.weight
-        return pool_rows(weight, layout.to(weight.device, non_blocking=True))
+        rows = pool_rows(weight, layout.to(weight.device, non_blocking=True))
+        return with_vectors(rows, layout, vectors)
 
     def _check(self, layout: PatchLayout) -> None:
         if not isinstance(layout, PatchLayout):
@@ -259,8 +276,6 @@ class ItemModel(wrapped.WrappedLM):
             )
         if layout.logit_rows is not None:
             raise ValueError('layout: expected one for items (head="items"), got one with labels of titles')
-        if layout.item_rows is None and bool((layout.prompts.diff() == 0).any()):
-            raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
         self._check_positions(layout)
 
     def _check_positions(self, layout: PatchLayout) -> None:
@@ -300,9 +315,11 @@ class ItemModel(wrapped.WrappedLM):
         """See `patchkern.search.protocol.SearchModel`."""
         self._check_positions(layout)
 
-    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_states(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
-        embedded = self.embed(layout)
+        embedded = self.embed(layout, vectors)
         positions = layout.position_ids.to(embedded.device, non_blocking=True)
         states = self.hf_model(inputs_embeds=embedded[None], position_ids=positions[None], span_cache=cache)
         return states.last_hidden_state[0][rows.to(embedded.device, non_blocking=True)]
@@ -311,7 +328,9 @@ class ItemModel(wrapped.WrappedLM):
         """See `patchkern.search.protocol.SearchModel`."""
         return self.item_head.scores(states, self.hf_model.items.weight, None)
 
-    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_logits(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """Refused: there are no titles to search."""
         raise ValueError(_NO_TITLES)
 

@@ -92,7 +92,11 @@ class ItemNetwork(PreTrainedModel):
     ) -> BaseModelOutput:
         """Arguments of a transformers model for a packed batch, see `patchkern.ops.packed.packed_kwargs`."""
         rows = self.items(input_ids) if inputs_embeds is None else inputs_embeds
-        rows = self.dropout(rows + self.positions(position_ids).to(rows.dtype))
+        if position_ids is None:
+            raise ValueError("position_ids: expected one per row, -1 where a row has none, got None")
+        # a table has no entry for rows without a position, such as a memory's
+        placed = (position_ids >= 0)[..., None]
+        rows = self.dropout(rows + (self.positions(position_ids.clamp(min=0)) * placed).to(rows.dtype))
         spans = Spans(cu_seq_lens_q, max_length_q, span_prefix, max_span_prefix, span_cache)
         for layer in self.layers:
             rows = layer(rows, spans)

@@ -22,7 +22,7 @@ from patchkern.batch.planned_layout import check_titles
 from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import attention, files, wrapped
-from patchkern.models.embedding import EmbeddingScale
+from patchkern.models.embedding import EmbeddingScale, with_vectors
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.searching import lock_of
@@ -156,6 +156,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         smoothing: float = 0.0,
         title_weight: float = 1.0,
         item_weight: float = 1.0,
+        vectors: Tensor | None = None,
     ) -> CausalLMOutput:
         """Logits where they are needed, and the loss if the layout has targets.
 
@@ -170,6 +171,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 `torch.nn.functional.cross_entropy`.
             title_weight, item_weight: the loss is ``title_weight`` times that of the titles' tokens plus
                 ``item_weight`` times that of the items, of those that the layout labels.
+            vectors: as of `embed`.
 
         Returns:
             With targets ``loss`` and the ``logits`` (K, V) of the K supervised rows, in the order of
@@ -179,15 +181,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         Raises:
             ValueError: a token id, or a user's length, beyond what the model has; items to score without an item head.
         """
-        if not isinstance(layout, PatchLayout):
-            raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
-        self._check_length(layout.max_position + 1)
-        own: Tensor | None = self.item_embedding
-        if own is not None and self.training and self.vector_dropout:
-            own = drop_vectors(own, self.vector_dropout)
-        with self._undisturbed():
-            rows = self._embed(layout, own)
-            self._isolation.check_layout(self.hf_model, layout, rows)
+        rows, own = self._rows(layout, vectors)
         layout = layout.to(rows.device, non_blocking=True)
         has_titles = layout.logit_rows is not None and layout.logit_rows.shape[0] > 0
         has_items = layout.item_rows is not None and layout.item_rows.shape[0] > 0
@@ -217,6 +211,31 @@ class PatchedCausalLM(wrapped.WrappedLM):
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
 
+    def _rows(self, layout: PatchLayout, vectors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A layout's rows, once it is known to be one for this model, and the items' own vectors that are in them."""
+        if not isinstance(layout, PatchLayout):
+            raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
+        self._check_length(layout.max_position + 1)
+        own: Tensor | None = self.item_embedding
+        if own is not None and self.training and self.vector_dropout:
+            own = drop_vectors(own, self.vector_dropout)
+        with self._undisturbed():
+            rows = with_vectors(self._embed(layout, own), layout, vectors)
+            self._isolation.check_layout(self.hf_model, layout, rows)
+        return rows, own
+
+    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
+        rows, _ = self._rows(layout, vectors)
+        if layout.num_rows == 0:
+            return rows
+        unlabelled = {"labels": None, "logit_rows": None, "logit_labels": None}
+        layout = PatchLayout._trusted({**layout.__dict__, **unlabelled}).to(rows.device, non_blocking=True)
+        none = rows.new_zeros(0, dtype=torch.int64)
+        with self._undisturbed(), wrapped.hidden_states(self.hf_model) as states:
+            self.hf_model(inputs_embeds=rows[None], logits_to_keep=none, **packed_kwargs(layout))
+        return states[0]
+
     def _item_loss(
         self, states: Tensor, labels: Tensor, own: Tensor | None, smoothing: float, num_items: Tensor | int | None
     ) -> Tensor:
@@ -225,7 +244,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
         loss = self.item_head.loss(states, labels, output_weight(self.hf_model), own, smoothing)
         return loss / (labels.shape[0] if num_items is None else num_items)
 
-    def embed(self, layout: PatchLayout) -> Tensor:
+    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
 
         An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
@@ -235,12 +254,13 @@ class PatchedCausalLM(wrapped.WrappedLM):
         Args:
             layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more, and
                 its identities where there are item embeddings.
+            vectors: ``(V, D)`` what the layout's ``vector_rows`` are, which `patchkern.RecurrentMemory` gives.
 
         Raises:
-            ValueError: a token id beyond the embedding, an embedding that is sharded and not gathered here, or, with
-                item embeddings, a layout of another catalogue.
+            ValueError: a token id beyond the embedding, vector rows and no vectors, an embedding that is sharded and
+                not gathered here, or, with item embeddings, a layout of another catalogue.
         """
-        return self._embed(layout, self.item_embedding)
+        return with_vectors(self._embed(layout, self.item_embedding), layout, vectors)
 
     def _embed(self, layout: PatchLayout, own: Tensor | None) -> Tensor:
         """`embed` with ``own`` (n_items, D) as the items' vectors."""
@@ -293,12 +313,12 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
             )
 
-    def item_states(self, layout: PatchLayout) -> Tensor:
-        """``(M, D)`` hidden states of a layout's item rows."""
+    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(M, D)`` hidden states of a layout's item rows; ``vectors`` as of `embed`."""
         if layout.item_rows is None:
             raise ValueError('layout: expected one for items (head="items"), got one without item rows')
         with wrapped.hidden_states(self.hf_model) as states:  # which are all that is asked of it
-            self(replace(layout, item_labels=None))
+            self(replace(layout, item_labels=None), vectors=vectors)
         return states[0][layout.item_rows.to(states[0].device, non_blocking=True)]
 
     # ------------------------------------------------------------------ recommending
@@ -353,20 +373,24 @@ class PatchedCausalLM(wrapped.WrappedLM):
         """See `patchkern.search.protocol.SearchModel`."""
         self._isolation.check_search(self.hf_model, layout, depth)
 
-    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_logits(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
-        embedded = self.embed(layout)
+        embedded = self.embed(layout, vectors)
         kwargs = {
             name: value.to(embedded.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in {"logits_to_keep": rows, **packed_kwargs(layout)}.items()
         }
         return self.hf_model(inputs_embeds=embedded[None], span_cache=cache, **kwargs).logits[0]
 
-    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_states(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
         none = rows.new_zeros(0)
         with wrapped.hidden_states(self.hf_model) as states:
-            self.prompt_logits(layout, none, cache)
+            self.prompt_logits(layout, none, cache, vectors)
         return states[0][rows.to(states[0].device, non_blocking=True)]
 
     def item_scores(self, states: Tensor) -> Tensor:

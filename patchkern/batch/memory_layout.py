@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rec2PM's passes as spans: reference memories of all segments at once, and every segment read from a memory.
+
+*Stage 1*: ``[prompt | items]`` is a span, and the query rows after each segment are one more, which sees the items so
+far: their states are the segment's *reference* memory. *Stage 2*: ``[memory | segment | query rows]`` is a span for
+each segment, whose memory rows are given vectors, the references of what came before: its items teach the next ones,
+and the states of its query rows are to be the segment's own reference. Where recent items are read otherwise than old
+ones, or a title follows them, they are a branch of their segment's span. What several spans would begin with, the
+prompt and, in the mode "append", the memory so far, is a span of its own that they see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from patchkern.batch.histories import Histories
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.memory_pieces import MemoryPieces, Runs, Spliced, starts_of
+from patchkern.batch.memory_stages import References, Training
+from patchkern.batch.planned_layout import check_head
+from patchkern.batch.planning import Int64
+from patchkern.batch.splice import Pieces
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryBatch:
+    """What a training pass computes: two layouts, and which rows of one are vectors of the other.
+
+    Attributes:
+        stage1: the reference pass.
+        stage2: the pass over segments, whose ``vector_rows`` are the memories, with the labels.
+        queries: ``(G, C)`` int64, the query rows of stage 1: their states are G references of C vectors.
+        memories: ``(M,)`` int64, for each of stage 2's vector rows which of the G * C reference vectors it holds.
+        updates: ``(U, C)`` int64, query rows of stage 2, of every whole segment but the first of a user, and
+            updated: ``(U,)`` int64, the reference that each of them must come to.
+    """
+
+    stage1: PatchLayout
+    stage2: PatchLayout
+    queries: Tensor
+    memories: Tensor
+    updates: Tensor
+    updated: Tensor
+
+    def _moved(self, move: Callable[[PatchLayout | Tensor], PatchLayout | Tensor]) -> MemoryBatch:
+        return MemoryBatch(*(move(value) for value in vars(self).values()))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MemoryBatch:
+        """The batch on ``device``."""
+        return self._moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MemoryBatch:
+        """The batch in page-locked memory, so that `to` can copy without waiting."""
+        return self._moved(lambda part: part.pin_memory())
+
+    def planned(self, transpose: bool = True, identities: bool = False) -> MemoryBatch:
+        """The batch with what gradients, and item embeddings, need of its layouts."""
+
+        def plan(part: PatchLayout | Tensor) -> PatchLayout | Tensor:
+            if isinstance(part, PatchLayout):
+                part = part.with_transpose() if transpose else part
+                part = part.with_identities() if identities else part
+            return part
+
+        return self._moved(plan)
+
+    @property
+    def num_rows(self) -> int:
+        """Of both stages."""
+        return self.stage1.num_rows + self.stage2.num_rows
+
+    @property
+    def compression_ratio(self) -> float:
+        """As of `PatchLayout`, of stage 2."""
+        return self.stage2.compression_ratio
+
+
+class Queries(NamedTuple):
+    """A pass that absorbs items."""
+
+    layout: PatchLayout
+    """its ``vector_rows`` are the memories before, if any"""
+    rows: Tensor
+    """``(G, C)`` int64, the query rows, whose states are the memories after"""
+
+
+class MemoryPlanner(MemoryPieces):
+    """Plans the passes of a recurrent memory; arguments as of `MemoryPieces`."""
+
+    # ------------------------------------------------------------------ training
+
+    def training(
+        self, histories: Histories, target_ranges: ArrayLike, *, head: str = "titles", reference: bool = False
+    ) -> MemoryBatch:
+        """Every target of ``target_ranges``, read as it will be: from the memory, and the recent items before it.
+
+        Args:
+            histories: whole histories of B users, targets included.
+            target_ranges, head: as of `patchkern.build_training_layout`.
+            reference: label the targets in stage 1 too, from all items before them; for an item head, and under a
+                policy where every item has a row.
+
+        Returns:
+            A batch without transposes, see `MemoryBatch.planned`.
+        """
+        check_head(head)
+        plan = Training(self, histories, target_ranges, head, reference)
+        return MemoryBatch(
+            stage1=plan.stage1(),
+            stage2=plan.stage2(),
+            queries=torch.from_numpy(plan.references.rows()),
+            memories=torch.from_numpy(plan.memories()),
+            updates=torch.from_numpy(plan.updates()),
+            updated=torch.from_numpy(plan.updated()),
+        )
+
+    def rows(
+        self, histories: Histories, target_ranges: ArrayLike, *, head: str = "titles", reference: bool = False
+    ) -> Int64:
+        """``(B,)`` rows that each user takes in `training`, both stages together."""
+        plan = Training(self, histories, target_ranges, head, reference)
+        rows = np.zeros(len(histories), np.int64)
+        np.add.at(rows, plan.users[plan.owners1()], plan.references.spliced.pieces.rows)
+        np.add.at(rows, plan.users[plan.owners2()], plan.spliced.pieces.rows)
+        return rows
+
+    # ------------------------------------------------------------------ inference
+
+    def update(self, segments: Histories, absorbed: Int64) -> Queries:
+        """``[prompt | memory | segment | query rows]`` for each of B users.
+
+        Args:
+            segments: B users' next ``block`` items each.
+            absorbed: ``(B,)`` how many items are in the memories before.
+        """
+        policy, users = self.policy, np.arange(len(segments))
+        runs = Runs.of(self.catalog, segments, policy.settled(segments))
+        first, groups = len(self.prompt.prefix), policy.memory_rows(absorbed) // policy.slots
+        memory = self.memory(users, groups, first)
+        behind = first + policy.slots * groups
+        rows = runs.before(users, segments.lengths, len(self.prompt.separator))
+        spliced = Spliced(
+            self.prefix(users, rows.sum()),
+            memory._replace(source=memory.source + rows.sum()),
+            Pieces(starts_of(rows), rows, behind, users),
+            self.query(users, behind + rows, rows.sum()),
+        )
+        layout = spliced.layout(self.planned(runs), self, None, vectors=1)
+        return Queries(layout, torch.from_numpy(spliced.rows_of(3, policy.slots)))
+
+    def once(self, histories: Histories) -> Queries:
+        """The memories of whole segments in one pass over all items: ``[prompt | items]``, and what sees them.
+
+        Args:
+            histories: B users' items, whole segments each; a user without any has no memory. G is one for each user
+                with the mode "overwrite", and one for each segment with "append".
+        """
+        count = histories.lengths // self.policy.block
+        begin = np.zeros_like(count) if self.policy.mode == "append" else np.maximum(count - 1, 0)
+        references = References(self, histories, begin, count)
+        return Queries(references.layout(), torch.from_numpy(references.rows()))

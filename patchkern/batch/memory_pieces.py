@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the passes of a recurrent memory are made of: the prompt, memory rows, runs of items, query rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.planned_layout import check_inputs, plan_layout, unlabelled
+from patchkern.batch.planning import Head, Int32, Int64, Spans
+from patchkern.batch.policies import Level, Levels
+from patchkern.batch.preference_memory import PreferenceMemory
+from patchkern.batch.prompt import Prompt
+from patchkern.batch.splice import Pieces, splice
+
+
+@dataclass(frozen=True)
+class MemoryPieces:
+    """The pieces of a recurrent memory's passes: integers only, on the CPU.
+
+    Args:
+        catalog: the titles.
+        policy: how histories are read.
+        prompt: the fixed tokens, with ``experts`` for the query rows.
+        placed: whether memory and query rows have positions, which go on before and behind the items; else their
+            ``position_ids`` are -1. The same query then means the same in both stages to a model with a table of
+            positions.
+
+    Raises:
+        TypeError, ValueError: naming the argument; among them a prompt with too few experts.
+    """
+
+    catalog: Catalog
+    policy: PreferenceMemory
+    prompt: Prompt
+    placed: bool = True
+
+    def __post_init__(self) -> None:
+        check_inputs(self.catalog, self.policy, self.prompt)
+        if not isinstance(self.policy, PreferenceMemory):
+            raise TypeError(f"policy: expected a PreferenceMemory, got {type(self.policy).__name__}")
+        self.policy.check_prompt(self.prompt)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """What is spliced in between items: the prompt's prefix, then a token for each slot."""
+        return (*self.prompt.prefix, *self.prompt.experts[: self.policy.slots])
+
+    def prefix(self, spans: Int64, planned: int) -> Pieces:
+        """The prompt's beginning in each of some spans."""
+        zeros = np.zeros_like(spans)
+        return Pieces(zeros + planned, zeros + len(self.prompt.prefix), zeros, spans)
+
+    def query(self, spans: Int64, position: Int64, planned: int) -> Pieces:
+        """A row for each slot, in each of some spans."""
+        position = position if self.placed else np.full_like(position, -1)
+        source = np.full_like(spans, planned + len(self.prompt.prefix))
+        return Pieces(source, np.full_like(spans, self.policy.slots), position, spans)
+
+    def memory(self, spans: Int64, groups: Int64, position: Int64 | int) -> Pieces:
+        """So many groups of rows for vectors in each of some spans; ``source`` is relative to the planned rows."""
+        owner, nth = each_of(groups)
+        at = np.broadcast_to(position, spans.shape)[owner] + self.policy.slots * nth
+        return self.query(spans[owner], at, 0)
+
+    def planned(self, runs: Runs, heads: Int64 | None = None, titles: Int32 | None = None) -> PatchLayout:
+        """Rows of runs of items alone, or with what follows them where there are ``titles``."""
+        count = len(runs.items)
+        layout = plan_layout(
+            self.catalog,
+            runs.items,
+            runs.of_catalog,
+            runs.levels,
+            self.prompt,
+            np.full(count, -1, np.int32) if titles is None else titles,
+            Spans(
+                np.full(count, Head.NOTHING, np.uint8) if heads is None else heads.astype(np.uint8),
+                np.zeros(count, np.int64),
+            ),
+        )
+        return unlabelled(layout) if titles is None else layout
+
+
+class Runs(NamedTuple):
+    """Runs of items that stand together, with running counts of their rows."""
+
+    items: Histories
+    of_catalog: Int32
+    levels: Levels
+    rows: Int64
+    entries: Int64
+
+    @classmethod
+    def of(cls, catalog: Catalog, items: Histories, levels: Levels) -> Runs:
+        index = catalog.index_of(items.items, "histories")
+        rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
+        return cls(items, index, levels, running_sum(rows), running_sum(levels != Level.JOIN))
+
+    def counted(self, running: Int64, run: Int64, count: Int64) -> Int64:
+        """Of the first ``count`` items of each of some runs."""
+        begin = self.items.offsets[run]
+        return running[begin + count] - running[begin]
+
+    def before(self, run: Int64, count: Int64, separator: int) -> Int64:
+        """Rows of the first ``count`` items of each of some runs, and of the separators between them."""
+        entries = self.counted(self.entries, run, count)
+        return self.counted(self.rows, run, count) + np.maximum(entries - 1, 0) * separator
+
+
+class Spliced:
+    """Kinds of pieces, in the order of their spans, and within a span in the order of the kinds."""
+
+    def __init__(self, *kinds: Pieces) -> None:
+        columns = [np.concatenate(column) for column in zip(*kinds, strict=True)]
+        kind = np.repeat(np.arange(len(kinds)), [part.span.size for part in kinds])
+        self.order = np.lexsort((np.arange(kind.size), kind, columns[3]))
+        self.pieces = Pieces(*(column[self.order] for column in columns))
+        self.kind = kind
+        place = np.empty_like(self.order)
+        place[self.order] = self.pieces.starts
+        self.starts = [place[kind == k] for k in range(len(kinds))]
+        """per kind, where each of its pieces begins"""
+
+    def rows_of(self, kind: int, count: int) -> Int64:
+        """``(n, count)`` the rows of each piece of a kind."""
+        return self.starts[kind][:, None] + np.arange(count)
+
+    def layout(
+        self, planned: PatchLayout, planner: MemoryPieces, prefix: Int64 | None, vectors: int | None = None
+    ) -> PatchLayout:
+        """What is planned, spliced; the rows of the kind ``vectors`` are vectors."""
+        rows = None if vectors is None else np.sort(self.rows_of(vectors, planner.policy.slots).flatten())
+        if prefix is not None and not prefix.any():
+            prefix = None
+        layout = splice(planned, planner.tokens, self.pieces, prefix, rows)
+        if rows is None:
+            return layout
+        return PatchLayout._trusted({**layout.__dict__, "history_rows": planned.history_rows + rows.size})
+
+
+def running_sum(counts: NDArray[Any]) -> Int64:
+    """``(N + 1,)`` sums of the first 0..N counts."""
+    sums = np.zeros(counts.size + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
+
+
+def starts_of(counts: Int64) -> Int64:
+    """``(n,)`` the sum of the counts before each."""
+    return np.cumsum(counts) - counts
+
+
+def each_of(counts: Int64) -> tuple[Int64, Int64]:
+    """Whose each of ``counts[i]`` things of every i is, and which of i's."""
+    owner = np.repeat(np.arange(counts.size), counts)
+    return owner, np.arange(owner.size) - starts_of(counts)[owner]

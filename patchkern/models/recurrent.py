@@ -1,0 +1,575 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rec2PM: a user's past in a few vectors, which a model reads, and writes anew when a segment of items is full.
+
+A `RecurrentMemory` is a model of this library, `patchkern.PatchedCausalLM` or `patchkern.ItemModel`, whose policy is a
+`patchkern.PreferenceMemory`, with the two passes that train it (`patchkern.batch.memory_layout`) and what makes a
+memory of a history. A user's state is small and plain, so that anything may keep it::
+
+    memories = memory.compress(histories)             # a Memories: vectors (M, D), and items absorbed, of each user
+    memories = memory.compress(longer, memories)      # absorbs what is new alone; nothing where no segment became full
+    vectors, absorbed = memories[0]                   # (C, D), or (n C, D) with mode="append", and an int
+    memories = Memories.of([(vectors, absorbed)])
+    memory.recommend(longer)                          # computes the memories of its users on the way
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.catalog_diff import CatalogDiff
+from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.layout import PatchLayout
+from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner, Queries
+from patchkern.batch.planning import Int64
+from patchkern.batch.policies import AnyPolicy, SessionPatches
+from patchkern.batch.preference_memory import PreferenceMemory
+from patchkern.batch.prompt import Prompt
+from patchkern.batch.row_counts import row_counts
+from patchkern.models import wrapped
+from patchkern.models.item_model import ItemModel
+from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.search.protocol import SpanCache
+from patchkern.search.recommend import recommend
+from patchkern.search.scoring import score_items
+
+REDUCTIONS = ("mean", "sum")
+"""Of the squared differences between a memory and its reference."""
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Memories:
+    """The memories of B users.
+
+    Attributes:
+        vectors: ``(M, D)``, user by user, as a model's prompts read them.
+        rows: ``(B,)`` how many of them each user has.
+        absorbed: ``(B,)`` how many of each user's first items are in them.
+    """
+
+    vectors: Tensor
+    rows: Int64
+    absorbed: Int64
+
+    @classmethod
+    def of(cls, users: Sequence[tuple[Tensor, int]]) -> Memories:
+        """Of each user's vectors and the number of items in them; at least one user."""
+        vectors = [own for own, _ in users]
+        rows = np.array([own.shape[0] for own in vectors], np.int64)
+        return cls(torch.cat(vectors), rows, np.array([absorbed for _, absorbed in users], np.int64))
+
+    def __len__(self) -> int:
+        return self.rows.size
+
+    def __getitem__(self, user: int) -> tuple[Tensor, int]:
+        """A user's vectors, and how many items are in them."""
+        if not 0 <= user < len(self):
+            raise IndexError(f"user: expected an index below {len(self)}, got {user}")
+        begin = int(self.rows[:user].sum())
+        return self.vectors[begin : begin + int(self.rows[user])], int(self.absorbed[user])
+
+
+@dataclass
+class MemoryOutput(ModelOutput):
+    """What a training pass gives, `RecurrentMemory.forward`.
+
+    Attributes:
+        loss: the sum of the others, each with its weight.
+        next_item: of the targets, read from memory and recent items.
+        consistency: between updates and references, not yet weighted.
+        reference: of the same targets, read from the whole history; None without ``reference_loss``.
+    """
+
+    loss: Tensor | None = None
+    next_item: Tensor | None = None
+    consistency: Tensor | None = None
+    reference: Tensor | None = None
+
+
+class MemoryMap(nn.Module):
+    """g: a language model's last states as rows that it can read, ``RMSNorm(x) * scale``.
+
+    Attributes:
+        scale: ``(D,)``, at first the root mean square of the embedding's entries.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        rms = weight.detach().float().square().mean().sqrt()
+        self.scale = nn.Parameter(rms.to(weight.dtype).expand(weight.shape[1]).clone())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``(..., D)``."""
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + _EPSILON)
+        return normed.to(states.dtype) * self.scale
+
+
+class RecurrentMemory(wrapped.WrappedLM):
+    """A model that reads ``prompt | memory | recent items``, and makes the memory.
+
+    It trains with `patchkern.training.PatchTrainer`, is validated, recommends and is saved as the model that it wraps.
+
+    Args:
+        model: its policy a `PreferenceMemory`, its prompt with a token for every slot (`Prompt.with_special`).
+        consistency: weight of the squared difference between a segment's updated memory and its reference.
+        reduction: of that, over a memory's numbers: "mean", or "sum", which is slots * width times as much.
+        detach_memory: keep the next items' loss from the references that memories are made of.
+        detach_reference: the reference is a constant in the consistency loss; else it may come to meet the update.
+        reference_loss: weight of the next items' loss in the reference pass, where whole histories are read.
+        rollout: how often, as a share of the passes, memories are the model's own updates instead of references, as
+            they are when it recommends; below 1.
+        one_time: make memories in one pass over all items, as references are, and not segment by segment; an attribute,
+            which may be set anew.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; among them options with which
+            nothing would train what a memory says.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5))
+        >>> prompt = pk.Prompt(prefix=[4]).with_special(experts=[5, 6])
+        >>> policy = pk.PreferenceMemory(pk.ItemPatches(keep_text=0, max_items=None), slots=2, block=3)
+        >>> memory = pk.RecurrentMemory(pk.ItemModel(catalog, policy, prompt=prompt, width=16))
+        >>> histories = pk.Histories.from_sequences([[0, 1, 2, 3, 0, 1, 2, 3], [3, 1]])
+        >>> batch = memory.planner.training(histories, [[1, 7], [1, 1]], head="items")
+        >>> memory(batch).loss.backward()
+        >>> memory.compress(histories).absorbed.tolist()
+        [6, 0]
+        >>> [len(items) for items in memory.recommend(histories, k=2)]
+        [2, 2]
+    """
+
+    model: PatchedCausalLM | ItemModel
+    """the model that reads and writes memories"""
+
+    recurrent = True
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self,
+        model: PatchedCausalLM | ItemModel,
+        *,
+        consistency: float = 1.0,
+        reduction: str = "mean",
+        detach_memory: bool = False,
+        detach_reference: bool = True,
+        reference_loss: float = 0.0,
+        rollout: float = 0.0,
+        one_time: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, (PatchedCausalLM, ItemModel)):
+            raise TypeError(f"model: expected a PatchedCausalLM or an ItemModel, got {type(model).__name__}")
+        if not isinstance(model.policy, PreferenceMemory):
+            raise ValueError(
+                f"model: expected one whose policy is a PreferenceMemory, got {type(model.policy).__name__}"
+            )
+        switches = {"detach_memory": detach_memory, "detach_reference": detach_reference, "one_time": one_time}
+        for name, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(switch).__name__}")
+        numbers = {"consistency": consistency, "reference_loss": reference_loss, "rollout": rollout}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+            if not 0 <= number < (1 if name == "rollout" else math.inf):
+                below = "below 1" if name == "rollout" else "finite"
+                raise ValueError(f"{name}: expected a number of at least 0, {below}, got {number}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if detach_memory and (detach_reference or consistency == 0):
+            raise ValueError(
+                "detach_memory: expected False with detach_reference or without consistency, as nothing would train "
+                "what a memory says, got True"
+            )
+        if reference_loss and model.item_head is None:
+            raise ValueError("reference_loss: expected 0 for a model without an item head, got more")
+        if reference_loss and isinstance(model.policy.policy, SessionPatches):
+            raise ValueError("reference_loss: expected 0 with sessions, whose items have no rows, got more")
+        self.model = model
+        self.consistency, self.reduction = float(consistency), reduction
+        self.detach_memory, self.detach_reference = detach_memory, detach_reference
+        self.reference_loss, self.rollout, self.one_time = float(reference_loss), float(rollout), one_time
+        self.map: MemoryMap | None = None
+        if self.placed:
+            weight: Any = model.get_input_embeddings().weight
+            self.map = MemoryMap(weight)
+        self.planner.policy.check_prompt(self.prompt)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that it was made with, by name."""
+        names = (
+            "consistency",
+            "reduction",
+            "detach_memory",
+            "detach_reference",
+            "reference_loss",
+            "rollout",
+            "one_time",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    # ------------------------------------------------------------------ training
+
+    def forward(
+        self,
+        layout: MemoryBatch | PatchLayout,
+        num_items_in_batch: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        smoothing: float = 0.0,
+        title_weight: float = 1.0,
+        item_weight: float = 1.0,
+        vectors: Tensor | None = None,
+    ) -> Any:
+        """The loss of a pass over both stages; or what the model makes of prompts with the memories that are given.
+
+        Args:
+            layout: of `planner.training <patchkern.batch.memory_layout.MemoryPlanner.training>`, or prompts, of
+                `build_layout`.
+            num_items_in_batch: as of the model; where a step has several passes, the consistency of each counts as its
+                targets do.
+            labels, smoothing, title_weight, item_weight: as of the model.
+            vectors: ``(M, D)`` the memories of the prompts, see `compress`.
+
+        Returns:
+            A `MemoryOutput` for a `MemoryBatch`, else what the model returns.
+        """
+        options: dict[str, Any] = {"smoothing": smoothing, "title_weight": title_weight, "item_weight": item_weight}
+        if isinstance(layout, PatchLayout):
+            return self.model(self._unplaced(layout), num_items_in_batch, vectors=vectors, **options)
+        if not isinstance(layout, MemoryBatch):
+            raise TypeError(f"layout: expected a MemoryBatch or a PatchLayout, got {type(layout).__name__}")
+        batch = layout.to(self.device, non_blocking=True)
+        counts = wrapped.counts(batch.stage2, num_items_in_batch)
+        references, of_reference = self._references(batch, counts.items, options)
+        memories = references.detach() if self.detach_memory else references
+        if self.rollout and self.training and float(torch.rand(())) < self.rollout:
+            memories = self._rolled_out(batch, references.detach())
+        with wrapped.hidden_states(self.hf_model) as states:
+            next_item = self.model(
+                batch.stage2, num_items_in_batch, vectors=self._memory_rows(batch, memories), **options
+            ).loss
+        if not states:  # no target, no pass
+            return MemoryOutput(loss=next_item, next_item=next_item)
+        target = references.detach() if self.detach_reference else references
+        consistency = self._distance(states[0][batch.updates], target[batch.updated])
+        total = next_item + self.consistency * _share(batch.stage2, counts) * consistency
+        if of_reference is not None:
+            total = total + self.reference_loss * of_reference
+        return MemoryOutput(loss=total, next_item=next_item, consistency=consistency, reference=of_reference)
+
+    def _references(
+        self, batch: MemoryBatch, num_items: Tensor | int | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(G, C, D)`` the states of stage 1's query rows, and the loss of its items."""
+        if batch.stage1.item_labels is None:
+            return self.model.row_states(batch.stage1)[batch.queries], None
+        with wrapped.hidden_states(self.hf_model) as states:
+            loss = self.model(batch.stage1, num_items, **options).loss
+        if not states:
+            return self.model.row_states(batch.stage1)[batch.queries], loss
+        return states[0][batch.queries], loss
+
+    def _memory_rows(self, batch: MemoryBatch, memories: Tensor) -> Tensor:
+        """``(M, D)`` stage 2's memory rows, of ``(G, C, D)``."""
+        return self._read(memories.flatten(0, 1)[batch.memories])
+
+    def _rolled_out(self, batch: MemoryBatch, references: Tensor) -> Tensor:
+        """The model's own updates in the places of references; where there is no update, the reference."""
+        with torch.no_grad():
+            states = self.model.row_states(batch.stage2, self._memory_rows(batch, references))
+            return references.index_copy(0, batch.updated, states[batch.updates].to(references.dtype))
+
+    def _distance(self, updates: Tensor, references: Tensor) -> Tensor:
+        """The mean over ``(U, C, D)`` memories of their squared distance, 0 without any."""
+        wide = torch.promote_types(updates.dtype, torch.float32)
+        squared = (updates.to(wide) - references.to(wide)).square().flatten(1)
+        each = squared.mean(dim=1) if self.reduction == "mean" else squared.sum(dim=1)
+        return each.sum() / max(each.shape[0], 1)
+
+    def _read(self, states: Tensor) -> Tensor:
+        """g."""
+        return states if self.map is None else self.map(states)
+
+    def _unplaced(self, layout: PatchLayout) -> PatchLayout:
+        """A layout of prompts whose memory rows have no positions, where the model's are a table."""
+        if self.placed or layout.vector_rows is None:
+            return layout
+        positions = layout.position_ids.index_fill(0, layout.vector_rows, -1)
+        return PatchLayout._trusted({**layout.__dict__, "position_ids": positions})
+
+    # ------------------------------------------------------------------ memories
+
+    @property
+    def placed(self) -> bool:
+        """Whether memory and query rows have positions; not in a model of item ids, whose positions are a table."""
+        return not isinstance(self.model, ItemModel)
+
+    @property
+    def planner(self) -> MemoryPlanner:
+        """Plans the passes of this model."""
+        return self.planner_of(self.policy)
+
+    def planner_of(self, policy: AnyPolicy | None) -> MemoryPlanner:
+        """Plans the passes of another `PreferenceMemory`."""
+        return MemoryPlanner(self.catalog, policy, self.prompt, self.placed)  # type: ignore[arg-type]
+
+    def compress(
+        self,
+        histories: HistoriesLike,
+        memories: Memories | None = None,
+        policy: PreferenceMemory | None = None,
+        *,
+        one_time: bool | None = None,
+        rows_per_pass: int = 16384,
+    ) -> Memories:
+        """The memories of users, as far as whole segments were followed by another item.
+
+        Args:
+            histories: B users' items, oldest first and from the first on.
+            memories: of the same users earlier, from which it goes on; None: from nothing.
+            policy: the model's own where not given.
+            one_time: in one pass over all items; the model's own choice where not given. ``memories`` are not used.
+            rows_per_pass: of users computed together; a user alone may have more.
+
+        Raises:
+            ValueError: ``memories`` of another number of users, or that hold more items than a history has.
+        """
+        planner = self.planner_of(self.policy if policy is None else policy)
+        histories = Histories.coerce(histories)
+        check_count("rows_per_pass", rows_per_pass, minimum=1)
+        wanted = planner.policy.absorbed(histories.lengths)
+        nothing = torch.zeros(0, self.width, dtype=self.dtype, device=self.device)
+        kept, absorbed = [nothing] * len(histories), np.zeros_like(wanted)
+        once = self.one_time if one_time is None else one_time
+        if memories is not None and not once:
+            _check_memories(memories, planner.policy, wanted)
+            kept = list(memories.vectors.to(self.device, self.dtype).split(memories.rows.tolist()))
+            absorbed = memories.absorbed.copy()
+        searching = self.searching()
+        try:
+            with searching:
+                if once:
+                    self._once(planner, histories, wanted, kept, rows_per_pass)
+                else:
+                    while (behind := np.flatnonzero(absorbed < wanted)).size:
+                        self._absorb(planner, histories, behind, absorbed, kept, rows_per_pass)
+        finally:
+            searching.close()
+        vectors = torch.cat(kept) if kept else nothing
+        return Memories(vectors, np.array([own.shape[0] for own in kept], np.int64), wanted)
+
+    def _absorb(
+        self,
+        planner: MemoryPlanner,
+        histories: Histories,
+        users: Int64,
+        absorbed: Int64,
+        kept: list[Tensor],
+        rows_per_pass: int,
+    ) -> None:
+        """The next segment of some users, in their memories."""
+        policy = planner.policy
+        segments = histories.between(users, absorbed[users], absorbed[users] + policy.block)
+        rows = row_counts(self.catalog, segments, policy.policy, self.prompt) + policy.memory_rows(absorbed[users])
+        for part in _within(rows, rows_per_pass):
+            asked = planner.update(segments.take(part), absorbed[users[part]])
+            vectors = torch.cat([kept[user] for user in users[part]])
+            for user, new in zip(users[part].tolist(), self._written(asked, vectors), strict=True):
+                kept[user] = torch.cat([kept[user], new]) if policy.mode == "append" else new
+        absorbed[users] += policy.block
+
+    def _once(
+        self, planner: MemoryPlanner, histories: Histories, wanted: Int64, kept: list[Tensor], rows_per_pass: int
+    ) -> None:
+        """All segments of all users at once."""
+        policy, users = planner.policy, np.flatnonzero(wanted)
+        items = histories.between(users, np.zeros_like(users), wanted[users])
+        rows = row_counts(self.catalog, items, policy.policy, self.prompt) + policy.memory_rows(wanted[users])
+        for part in _within(rows, rows_per_pass):
+            new = self._written(planner.once(items.take(part)), None).flatten(0, 1)
+            counts = policy.memory_rows(wanted[users[part]])
+            for user, own in zip(users[part].tolist(), new.split(counts.tolist()), strict=True):
+                kept[user] = own
+
+    def _written(self, asked: Queries, vectors: Tensor | None) -> Tensor:
+        """``(G, C, D)`` the memories that a pass writes."""
+        given = vectors if asked.layout.vector_rows is not None else None
+        states = self.model.row_states(asked.layout, given)
+        return self._read(states[asked.rows.to(states.device, non_blocking=True)])
+
+    def prompt_vectors(self, histories: Histories, policy: AnyPolicy) -> Tensor:
+        """``(M, D)`` the memories that the prompts of these users read; see `SearchModel.prompt_vectors`."""
+        return self.compress(histories, policy=policy).vectors  # type: ignore[arg-type]
+
+    @property
+    def width(self) -> int:
+        """D, of a memory's vectors."""
+        return int(self._text_config.hidden_size)
+
+    # ------------------------------------------------------------------ recommending, as the model
+
+    def recommend(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
+    ) -> list[list[tuple[Any, float]]]:
+        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
+
+        Memories are computed on the way, as `compress` does.
+        """
+        return recommend(self, histories, policy, k, **{**self._searched_by, **options})
+
+    def score_items(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
+    ) -> NDArray[np.floating[Any]]:
+        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
+        head = {} if "titles" in self.learns else {"head": "items"}
+        return score_items(self, histories, policy, items, **{**head, **options})
+
+    @property
+    def _searched_by(self) -> dict[str, str]:
+        return {} if "titles" in self.learns else {"search": "items"}
+
+    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """As of the model."""
+        return self.model.embed(layout, vectors)
+
+    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """As of the model."""
+        return self.model.item_states(self._unplaced(layout), vectors)
+
+    @property
+    def takes_branches(self) -> bool:
+        """As of the model."""
+        return self.model.takes_branches
+
+    def check_search(self, layout: PatchLayout, depth: int) -> None:
+        """As of the model."""
+        self.model.check_search(layout, depth)
+
+    def prompt_logits(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
+        """As of the model."""
+        return self.model.prompt_logits(self._unplaced(layout), rows, cache, vectors)
+
+    def prompt_states(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
+        """As of the model."""
+        return self.model.prompt_states(self._unplaced(layout), rows, cache, vectors)
+
+    def item_scores(self, states: Tensor) -> Tensor:
+        """As of the model."""
+        return self.model.item_scores(states)
+
+    def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
+        """As of the model."""
+        return self.model.token_logits(tokens, positions, cache)
+
+    # ------------------------------------------------------------------ what the model has
+
+    @property
+    def hf_model(self) -> PreTrainedModel:  # type: ignore[override]
+        """The network."""
+        return self.model.hf_model
+
+    @property
+    def catalog(self) -> Catalog:  # type: ignore[override]
+        """The titles."""
+        return self.model.catalog
+
+    @property
+    def catalog_diff(self) -> CatalogDiff | None:
+        """How the catalogue differs from the one that the model was saved with."""
+        return self.model.catalog_diff
+
+    @property
+    def prompt(self) -> Prompt:  # type: ignore[override]
+        """The fixed tokens."""
+        return self.model.prompt
+
+    @property
+    def policy(self) -> AnyPolicy | None:
+        """How histories are read."""
+        return self.model.policy
+
+    @policy.setter
+    def policy(self, policy: AnyPolicy | None) -> None:
+        self.model.policy = policy
+
+    @property
+    def tokenizer(self) -> Any:
+        """Saved along."""
+        return self.model.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.model.tokenizer = tokenizer
+
+    @property
+    def learns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """As of the model."""
+        return self.model.learns
+
+    @property
+    def item_head(self) -> Any:
+        """As of the model."""
+        return self.model.item_head
+
+    @property
+    def item_embedding(self) -> nn.Parameter | None:
+        """As of the model."""
+        return self.model.item_embedding
+
+
+def _share(layout: PatchLayout, counts: wrapped.Counts) -> Any:
+    """Of a step's labels, those of this pass."""
+    if layout.logit_labels is not None:
+        return 1.0 if counts.titles is None else layout.logit_labels.shape[0] / counts.titles
+    count = 0 if layout.item_labels is None else layout.item_labels.shape[0]
+    return 1.0 if counts.items is None else count / counts.items
+
+
+def _within(rows: Int64, most: int) -> list[Int64]:
+    """Consecutive users whose rows together are at most ``most``, at least one."""
+    parts, begin, filled = [], 0, 0
+    for place, count in enumerate(rows.tolist()):
+        if place > begin and filled + count > most:
+            parts.append(np.arange(begin, place))
+            begin, filled = place, 0
+        filled += count
+    return [*parts, np.arange(begin, rows.size)] if rows.size else parts
+
+
+def _check_memories(memories: Any, policy: PreferenceMemory, wanted: Int64) -> None:
+    if not isinstance(memories, Memories):
+        raise TypeError(f"memories: expected Memories or None, got {type(memories).__name__}")
+    if len(memories) != wanted.size:
+        raise ValueError(f"memories: expected those of {wanted.size} users, as histories, got {len(memories)}")
+    wrong = np.flatnonzero(
+        (memories.absorbed > wanted)
+        | (memories.absorbed % policy.block != 0)
+        | (memories.rows != policy.memory_rows(memories.absorbed))
+    )
+    if wrong.size:
+        user = int(wrong[0])
+        raise ValueError(
+            f"memories: expected at most {wanted[user]} items of user {user}, a multiple of {policy.block}, in "
+            f"{policy.memory_rows(memories.absorbed[user])} vectors, got {memories.absorbed[user]} in "
+            f"{memories.rows[user]}"
+        )

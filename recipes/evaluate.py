@@ -9,9 +9,12 @@
     python recipes/evaluate.py runs/text --data ml-1m --exclude_seen --max_items 20     # what do fewer rows cost?
     python recipes/evaluate.py runs/head --data ml-1m --exclude_seen --search items --prior transitions linear
     python recipes/evaluate.py Llama-3.2-1B-Instruct --data ml-1m --policy text --limit 500     # zero-shot
+    python recipes/evaluate.py runs/head --data ml-1m --split_by leave_two_out --targets all --ks 5 10 50 200
 
 Errors are over users, whose samples are not independent. The yardsticks, which any recommender should beat, are
-computed on the same samples; so is a prior alone. "Unseen" leaves out the items of the whole history with
+computed on the same samples; so is a prior alone. Each sample asks for one item, knowing those before it; with
+--targets all for all that the user takes in the split, knowing what came before, and Recall@k says which share of them
+is found (of one target it is HR@k). "Unseen" leaves out the items of the whole history with
 --exclude_seen, as the model then does, else those among the latest 100. NLL title, where titles are searched: minus
 the log-probability of the target's title, all its tokens together; NLL item: of the item, by the item head or a
 prior. --slices adds tables by length of history and by how often the target occurs in training. One line per sample
@@ -41,7 +44,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 import patchkern as pk
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import parse_bytes
-from patchkern.data import samples_of
+from patchkern.data import Interactions, Samples, samples_of
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import Evaluation, most_popular, transitions
 from patchkern.evaluation.metrics import METRICS, evaluate
@@ -58,7 +61,6 @@ from recipes.results import KS, Result, Results
 
 PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
 POLICIES = ("text", "items", "sessions")
-K = max(KS)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
@@ -70,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     data = load(args)
     if args.run:
         check_words("--run", data.item_ids.tolist())
-    samples = samples_of(data, args.split).spread(args.limit)
+    if args.k > data.num_items:
+        raise ValueError(f"--ks: expected at most the {data.num_items:,} items of {data.name}, got {args.k}")
+    samples, targets = chosen_samples(data, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # flash attention takes no float32
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -91,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     policy = chosen_policy(model, args)
     rows = pk.row_counts(model.catalog, data.before(samples), policy, model.prompt)
     first = pk.build_layout(model.catalog, data.before(samples.spread(1000)), policy, model.prompt)
-    results = Results(data, samples, model.catalog)
+    results = Results(data, samples, model.catalog, targets, args.ks)
     print(f"{data}\n{args.checkpoint}: {policy}, {samples.users.size:,} {args.split} samples", end="")
     print(f" of {results.num_users:,} users")
     print(f"{rows.mean():.1f} rows a prompt, compression {first.compression_ratio:.2f}", flush=True)
@@ -102,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     else:
         seconds = searched(results, model, policy, priors, args, path)
     for name, prior in priors.items():
-        scored = by_prior(data, model.catalog, samples, prior, K, unseen=args.exclude_seen)
+        scored = by_prior(data, model.catalog, samples, prior, args.k, unseen=args.exclude_seen)
         results[f"{name} prior alone"] = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
     yardsticks(results, None if args.exclude_seen else 100)
 
@@ -124,6 +128,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     return {name: result.found for name, result in results.items()}
 
 
+def chosen_samples(data: Interactions, args: argparse.Namespace) -> tuple[Samples, pk.Histories | None]:
+    """The samples of the split, at most --limit; with --targets all one of each user, and all its targets."""
+    samples = samples_of(data, args.split)
+    if args.targets == "each":
+        return samples.spread(args.limit), None
+    samples = data.target_sets(args.split)[0].spread(args.limit)
+    ends = data.ranges[args.split][samples.users, 1]
+    return samples, data.histories.between(samples.users, samples.positions, ends)
+
+
 def output_path(args: argparse.Namespace) -> Path:
     """--output, else a file beside a model that patchkern saved, or below runs/ for any other."""
     name = f"{args.split}-{args.metric}.csv"
@@ -136,7 +150,7 @@ def output_path(args: argparse.Namespace) -> Path:
 
 def write_runs(results: Results, path: Path) -> None:
     """The lists of the model, alone and with priors, and the targets, in the format of TREC."""
-    write_qrels(path.with_name(f"{path.name}.qrels"), results.data.targets(results.samples))
+    write_qrels(path.with_name(f"{path.name}.qrels"), list(results.targets))
     for name, result in results.items():
         if name == "this model" or name.startswith("+ "):
             tag = "model" if name == "this model" else re.sub(r"[^\w.]+", "-", name).strip("-")
@@ -161,9 +175,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_arguments(parser, item_text=True)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
+    parser.add_argument(
+        "--targets",
+        choices=["each", "all"],
+        default="each",
+        help="one item next, or all that the user takes in the split",
+    )
+    parser.add_argument("--ks", type=int, nargs="+", default=KS, help="list lengths counted (default: 10 20)")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
     parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where no titles were learned)")
-    parser.add_argument("--num_beams", type=int, default=K, help="of all searches; at least %(default)s")
+    parser.add_argument(
+        "--num_beams", type=int, help="of all searches (default: the largest of --ks, which is the least)"
+    )
     parser.add_argument("--policy", choices=POLICIES, help="how histories are read (default: as trained)")
     parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
     parser.add_argument("--keep_text", type=int, help="latest items that stay text beside item patches")
@@ -196,14 +219,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     check_prior(parser, args)
-    if args.num_beams < K:
-        parser.error(f"--num_beams: expected at least {K}, the length of the lists, got {args.num_beams}")
+    if min(args.ks) < 1 or len(set(args.ks)) < len(args.ks):
+        parser.error(f"--ks: expected numbers of at least 1, each once, got {' '.join(map(str, args.ks))}")
     if args.metric == "paper" and args.run:
         parser.error("--run: expected none with --metric paper, whose lists are of titles")
-    if args.metric == "paper" and (args.exclude_seen or args.num_beams != K):
+    if args.metric == "paper" and (args.exclude_seen or args.num_beams is not None or args.targets == "all"):
         parser.error(
-            "--metric paper: expected neither --exclude_seen nor --num_beams, which its protocol does not have"
+            "--metric paper: expected none of --exclude_seen, --num_beams and --targets all, which its protocol does "
+            "not have"
         )
+    args.ks = sorted(args.ks)
+    args.k = args.ks[-1]
+    args.num_beams = args.k if args.num_beams is None else args.num_beams
+    if args.num_beams < args.k:
+        parser.error(f"--num_beams: expected at least {args.k}, the length of the lists, got {args.num_beams}")
     if args.policy is None and not models.is_saved(args.checkpoint):
         parser.error("--policy: expected one with a model that patchkern did not save, which has none")
     return args
@@ -264,7 +293,7 @@ def searched(
     started = time.perf_counter()
     alone = recommended(results, model, policy, args)
     seconds = time.perf_counter() - started
-    if args.metric == "strict":
+    if args.metric == "strict" and not results.has_several:
         alone.nll["NLL title"] = target_nll(model, data.histories, samples, policy)
         if model.item_head is not None:
             alone.nll["NLL item"] = target_nll(model, data.histories, samples, policy, head="items")
@@ -296,7 +325,7 @@ def ranked_by_head(
         rows[with_priors(weights)] = together(chosen, weights)
         files[with_priors(weights)] = beside(path, chosen)
     started = time.perf_counter()
-    found = by_item_head(model, data, samples, policy, rows, K, unseen=args.exclude_seen)
+    found = by_item_head(model, data, samples, policy, rows, args.k, unseen=args.exclude_seen)
     seconds = time.perf_counter() - started
     for name, scored in found.items():
         keep(results, name, counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll}), files[name])
@@ -322,29 +351,28 @@ def recommended(
     data, samples = results.data, results.samples
     shared = {"batch_size": args.batch_size, "memory_budget": args.memory_budget}
     if args.metric == "paper":
-        decoded = [generate_titles(model, data.before(samples), policy, num_beams=k, **shared) for k in KS]
+        decoded = [generate_titles(model, data.before(samples), policy, num_beams=k, **shared) for k in args.ks]
         evaluations = [
             evaluate(lists, data.targets(samples), [k], "paper", catalog=model.catalog, users=samples.users)
-            for k, lists in zip(KS, decoded, strict=True)
+            for k, lists in zip(args.ks, decoded, strict=True)
         ]
         return Result(evaluations, decoded[-1])
-    options |= {"k": K, "num_beams": args.num_beams, "search": args.search, "exclude_seen": args.exclude_seen}
+    options |= {"k": args.k, "num_beams": args.num_beams, "search": args.search, "exclude_seen": args.exclude_seen}
     return counted(results, recommend(model, data, samples, policy, **shared, **options))
 
 
 def counted(results: Results, lists: Lists, nll: dict[str, Any] | None = None) -> Result:
-    data, samples = results.data, results.samples
-    found = evaluate(lists, data.targets(samples), KS, catalog=results.catalog, users=samples.users)
-    return Result([found], lists, nll or {})
+    """Without likelihoods where samples have several targets: these are of the one that came next."""
+    return Result([results.evaluate(lists)], lists, {} if results.has_several else nll or {})
 
 
 def yardsticks(results: Results, max_items: int | None) -> None:
     """Recommenders without a model."""
-    data, samples = results.data, results.samples
+    data, samples, k = results.data, results.samples, max(results.ks)
     rankings = {
-        "most popular": most_popular(data, samples, K),
-        "most popular, unseen": most_popular(data, samples, K, unseen=True, max_items=max_items),
-        "transitions, unseen": transitions(data, samples, K, max_items=max_items),
+        "most popular": most_popular(data, samples, k),
+        "most popular, unseen": most_popular(data, samples, k, unseen=True, max_items=max_items),
+        "transitions, unseen": transitions(data, samples, k, max_items=max_items),
     }
     for name, ranking in rankings.items():
         results[name] = counted(results, ranking.as_lists())

@@ -36,7 +36,7 @@ class PerSample:
 
     Attributes:
         path: where from.
-        samples: user, position and target of each line.
+        samples: user, position and target of each line; several targets with spaces between them.
         columns: ``{name: (S,) float64}`` of all other columns; NaN where nothing is written.
     """
 
@@ -50,14 +50,18 @@ class PerSample:
         return np.array([user for user, _, _ in self.samples], np.str_)
 
     def measures(self) -> dict[str, NDArray[np.float64]]:
-        """``HR@k`` of every k, ``NDCG@k`` and ``MRR@k`` of the longest list, ``NLL`` of titles and of items."""
+        """``HR@k`` of every k, ``NDCG@k`` and ``MRR@k`` of the longest list, ``NLL`` of titles and of items.
+
+        Of a file whose samples have several targets also ``Recall@k``, and ``NDCG@k`` of every k.
+        """
         hits = {int(name[4:]): column for name, column in self.columns.items() if name.startswith("hit@")}
         found = {f"HR@{k}": hits[k] for k in sorted(hits)}
         longest, rank = max(hits), self.columns["rank"]
         listed = (rank > 0) & (rank <= longest)
         found[f"NDCG@{longest}"] = listed / np.log2(np.maximum(rank, 1) + 1)
         found[f"MRR@{longest}"] = listed / np.maximum(rank, 1)
-        return found | {name: column for name, column in self.columns.items() if name.startswith("NLL ")}
+        written = ("Recall@", "NDCG@", "NLL ")
+        return found | {name: column for name, column in self.columns.items() if name.startswith(written)}
 
     def as_in(self, other: PerSample) -> PerSample:
         """Its lines in the other's order.

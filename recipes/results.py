@@ -20,6 +20,7 @@ from patchkern.evaluation import (
     Evaluation,
     coverage,
     estimate,
+    evaluate,
     log_popularity,
     paired_difference,
     slices,
@@ -52,13 +53,39 @@ class Result:
 
 
 class Results(dict[str, Result]):
-    """Results of recommenders, by name, all of the same samples."""
+    """Results of recommenders, by name, all of the same samples.
 
-    def __init__(self, data: Interactions, samples: Samples, catalog: pk.Catalog) -> None:
+    Args:
+        targets: several for each sample; None: the one item that came next.
+        ks: the list lengths counted.
+    """
+
+    def __init__(
+        self,
+        data: Interactions,
+        samples: Samples,
+        catalog: pk.Catalog,
+        targets: pk.Histories | None = None,
+        ks: Sequence[int] = KS,
+    ) -> None:
         super().__init__()
-        self.data, self.samples, self.catalog = data, samples, catalog
+        self.data, self.samples, self.catalog, self.ks = data, samples, catalog, tuple(ks)
+        self.has_several = targets is not None
+        self.targets = pk.Histories.coerce(data.targets(samples)[:, None]) if targets is None else targets
         self.counts = training_counts(data, catalog)
-        self.target_counts = self.counts[catalog.index_of(data.targets(samples), "targets")]
+        counts = self.counts[catalog.index_of(self.targets.items, "targets")]
+        # of several targets their mean, rounded down
+        self.target_counts = np.add.reduceat(counts, self.targets.offsets[:-1]) // self.targets.lengths
+
+    @property
+    def main(self) -> str:
+        """The measure that says most in one number."""
+        return f"{'Recall' if self.has_several else 'HR'}@{max(self.ks)}"
+
+    def evaluate(self, lists: Lists) -> Evaluation:
+        """What lists are worth, counted by item."""
+        targets: Any = self.targets if self.has_several else self.targets.items
+        return evaluate(lists, targets, self.ks, catalog=self.catalog, users=self.samples.users)
 
     @property
     def num_users(self) -> int:
@@ -70,8 +97,9 @@ class Results(dict[str, Result]):
     # -------------------------------------------------------------- what is printed
 
     def table(self) -> list[str]:
-        """Hit rates and NDCG, with errors over users."""
-        columns = [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in KS]
+        """Hit rates and NDCG, of several targets also recall, with errors over users."""
+        kinds = ("HR", "Recall", "NDCG") if self.has_several else ("HR", "NDCG")
+        columns = [f"{measure}@{k}" for measure in kinds for k in self.ks]
         rows = [["", *columns]]
         for name, result in self.items():
             measures = result.measures()
@@ -80,7 +108,7 @@ class Results(dict[str, Result]):
 
     def further(self) -> list[str]:
         """Likelihood of the targets, reciprocal rank, how much of the catalogue is shown, and how popular that is."""
-        k = max(KS)
+        k = max(self.ks)
         likelihoods = list(dict.fromkeys(name for result in self.values() for name in result.nll))
         header = [f"MRR@{k}", *likelihoods, f"coverage@{k}", f"log popularity@{k}"]
         rows = [["", *header]]
@@ -97,8 +125,9 @@ class Results(dict[str, Result]):
         taken = np.log1p(self.target_counts.astype(np.float64))
         return [*aligned(rows), f"what users took: log popularity {self.estimate(taken)}, log(1 + training count)"]
 
-    def differences(self, measure: str = f"HR@{KS[-1]}") -> list[str]:
+    def differences(self) -> list[str]:
         """The model, alone and with priors, beside each of the others on the same samples."""
+        measure = self.main
         values = {name: result.measures()[measure] for name, result in self.items()}
         first, *others = values
         pairs = [(first, other) for other in others if not other.startswith("+ ")]
@@ -118,7 +147,7 @@ class Results(dict[str, Result]):
     def by_slices(self) -> list[str]:
         lines: list[str] = []
         values = {name: result.measures() for name, result in self.items()}
-        shown = [f"HR@{KS[-1]}", *dict.fromkeys(name for result in self.values() for name in result.nll)]
+        shown = [self.main, *dict.fromkeys(name for result in self.values() for name in result.nll)]
         for by, parts in self.slices().items():
             for measure in shown:
                 known = {name: own[measure] for name, own in values.items() if measure in own}
@@ -133,15 +162,23 @@ class Results(dict[str, Result]):
     # -------------------------------------------------------------- what is written
 
     def write(self, name: str, path: Path) -> None:
-        """One line per sample; a rank of 0: not in the list. With one list per k, ``rank`` is that of the longest."""
+        """One line per sample; a rank of 0: not in the list. With one list per k, ``rank`` is that of the longest.
+
+        Of several targets ``rank`` is that of the first in the list.
+        """
         result, samples = self[name], self.samples
         hits = {f"hit@{k}": part.hits(k).astype(int) for part in result.found for k in part.ks}
-        ranks = {f"rank@{part.ks[-1]}": part.ranks for part in result.found[:-1]}
+        ranks: dict[str, NDArray[Any]] = {f"rank@{part.ks[-1]}": part.ranks for part in result.found[:-1]}
+        targets = self.targets.items
+        if self.has_several:
+            (part,) = result.found
+            ranks |= {f"Recall@{k}": part.recalls(k) for k in part.ks} | {f"NDCG@{k}": part.gains(k) for k in part.ks}
+            targets = np.array([" ".join(map(str, items.tolist())) for items in self.targets])
         columns: dict[str, NDArray[Any]] = {
             "user": self.data.user_ids[samples.users],
             "position": samples.positions,
-            "target": self.data.targets(samples),
-            "rank": result.found[-1].ranks,
+            "target": targets,
+            "rank": result.found[-1].first_ranks,
             **ranks,
             **hits,
             **result.nll,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets: readers, filters, splits and a synthetic generator.
 
-    data = open_dataset("ml-100k")              # MovieLens, Amazon, Steam, Goodreads, RecBole, parquet, by their files
+    data = open_dataset("ml-100k")              # MovieLens, Amazon, Steam, MerRec, EB-NeRD, ..., by their files
     data = from_tables(interactions, items)     # or tables of pandas, polars, pyarrow
     data = prepare(data)                        # rating > 3, users with more than 20 of those, split 48:1:1 by time
     test = data.samples("test")                 # users and positions of the targets
@@ -13,6 +13,7 @@ Nothing is ever downloaded or unpickled.
 from __future__ import annotations
 
 from patchkern.data.amazon import read_amazon
+from patchkern.data.ebnerd import read_ebnerd
 from patchkern.data.filters import (
     hold_out_items,
     k_core,
@@ -25,6 +26,7 @@ from patchkern.data.filters import (
 from patchkern.data.formats import open_dataset
 from patchkern.data.goodreads import read_goodreads
 from patchkern.data.interactions import MIN_HISTORY, SPLITS, Interactions, Samples
+from patchkern.data.merrec import read_merrec
 from patchkern.data.movielens import clean_title, read_movielens
 from patchkern.data.parquet import read_parquet, write_parquet
 from patchkern.data.preparation import prepare, samples_of
@@ -53,7 +55,9 @@ __all__ = [
     "rating_above",
     "rating_at_least",
     "read_amazon",
+    "read_ebnerd",
     "read_goodreads",
+    "read_merrec",
     "read_movielens",
     "read_parquet",
     "read_recbole",

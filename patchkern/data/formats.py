@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from patchkern.data import amazon, goodreads, movielens, parquet, steam, tables
+from patchkern.data import amazon, ebnerd, goodreads, merrec, movielens, parquet, steam, tables
 from patchkern.data._text import one_file
 from patchkern.data.interactions import Interactions
 from patchkern.data.recbole import read_recbole
@@ -48,6 +48,8 @@ def open_dataset(path: str | PathLike[str], **options: Any) -> Interactions:
         "Goodreads": (_is_goodreads(path), goodreads.read_goodreads, path),
         "Amazon Reviews 2023": (amazon.is_amazon(path), amazon.read_amazon, path),
         "Steam": (steam.is_steam(path), steam.read_steam, path),
+        "EB-NeRD": (ebnerd.is_ebnerd(path), ebnerd.read_ebnerd, path),
+        "MerRec": (merrec.is_merrec(path), merrec.read_merrec, path),
     }
     found = {name: (read, where) for name, (there, read, where) in known.items() if there}
     if len(found) > 1:
@@ -57,7 +59,8 @@ def open_dataset(path: str | PathLike[str], **options: Any) -> Interactions:
             f"path: expected a data set in {path}, found none of: {parquet.HISTORIES} (parquet), "
             f"{tables.INTERACTIONS} (two tables), {', '.join(movielens.FILES)} (MovieLens), *.inter (RecBole), "
             f"{goodreads.INTERACTIONS_FILES[0]}[.gz] (Goodreads), {amazon.META_FILES[0]}[.gz] beside the category's "
-            f"reviews (Amazon Reviews 2023), {steam.REVIEWS_FILES[0]}[.gz] (Steam)"
+            f"reviews (Amazon Reviews 2023), {steam.REVIEWS_FILES[0]}[.gz] (Steam), {ebnerd.ARTICLES} beside "
+            f"{ebnerd.PARTS[0]}/{ebnerd.BEHAVIORS} (EB-NeRD), 000000000000.parquet (MerRec)"
         )
     ((read, where),) = found.values()
     return read(where, **options)

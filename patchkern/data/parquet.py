@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,16 @@ def write_parquet(interactions: Interactions, folder: str | PathLike[str]) -> No
     replace_file(folder / HISTORIES, lambda file: pq.write_table(pa.table(columns), file))
 
 
-def read_table(path: Path) -> Any:
+def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
     """The ``pyarrow.Table`` of a parquet file; text stays a dictionary, which takes no more room than in the file.
+
+    Args:
+        columns: names of those to read; None: all.
 
     Raises:
         ImportError: pyarrow is missing.
-        ValueError: no parquet file, two columns of one name, or one that declares far more values than it has bytes.
+        ValueError: no parquet file, a column that is not there, two of one name, or one that declares far more values
+            than it has bytes.
     """
     pa, pq = import_pyarrow()
     try:
@@ -155,7 +159,11 @@ def read_table(path: Path) -> Any:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{path}: expected one column {twice[0]!r}, got {', '.join(names)}")
-        return pq.ParquetFile(path, read_dictionary=text).read()
+        missing = [name for name in columns or () if name not in names]
+        if missing:
+            raise ValueError(f"{path}: expected a column {missing[0]!r}, got {', '.join(names)}")
+        with pq.ParquetFile(path, read_dictionary=text) as file:
+            return file.read(columns=None if columns is None else list(columns))
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: expected a parquet file: {error}") from error
 

@@ -56,6 +56,15 @@ class Evaluation:
         """Users that the samples are of."""
         return int(self.num_samples if self.users is None else np.unique(self.users).size)
 
+    @property
+    def first_ranks(self) -> NDArray[np.int64]:
+        """``(B,)`` the place of the target that comes first in each sample's list, 0 where none is in it."""
+        last = np.iinfo(np.int64).max
+        first = np.where(self.ranks > 0, self.ranks, last)
+        if self.offsets is not None and self.num_samples:
+            first = np.minimum.reduceat(first, self.offsets[:-1])
+        return np.where(first < last, first, 0)
+
     def hits(self, k: int) -> NDArray[np.float64]:
         """``(B,)`` 1 where a target is among the first ``k``, else 0."""
         return self._each(np.maximum, self._listed(k))

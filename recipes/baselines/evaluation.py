@@ -13,10 +13,10 @@ from patchkern.data import samples_of
 from patchkern.evaluation import Evaluation
 from recipes.baselines.networks import Recommender
 from recipes.baselines.scoring import Ranker
-from recipes.evaluate import PRIORS, K, beside, counted, keep
+from recipes.evaluate import PRIORS, beside, counted, keep
 from recipes.prior_weights import given_weights, validation_samples, weights_beside_scores, with_priors
 from recipes.ranking import ScoredItems
-from recipes.results import Results
+from recipes.results import KS, Results
 
 SEEN = ("left_out", "allowed")
 ALONE = "this model"
@@ -41,7 +41,7 @@ def rank(
         beside_it = weights_of(priors, model, ranker, args, unseen=unseen)
         rows[seen] = {ALONE: {}} | {with_priors(weights): weights for weights in beside_it}
         names = [*rows[seen], *(_by_itself(name) for name in priors)]
-        found[seen] = {name: ScoredItems(data, samples, catalog, K, unseen) for name in names}
+        found[seen] = {name: ScoredItems(data, samples, catalog, max(KS), unseen) for name in names}
     wall = cpu = 0.0
     begin = time.perf_counter(), time.process_time()
     for numbers, scores in ranker.scores(model, samples):

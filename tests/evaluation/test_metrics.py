@@ -160,6 +160,7 @@ def test_several_targets_by_hand() -> None:
     assert result.gains(2) == pytest.approx([1, 1, 0])
     assert result.gains(3) == pytest.approx([best / (best + 1 / 2), 1, 0])
     assert result.reciprocals(3).tolist() == [1, 1, 0]
+    assert result.first_ranks.tolist() == [1, 1, 0]
     assert result.recall(2) == pytest.approx(5 / 9) and result.hr(2) == pytest.approx(2 / 3)
     assert list(result.per_sample())[-3:] == ["Recall@1", "Recall@2", "Recall@3"] and "3 samples of 2 users" in str(
         result

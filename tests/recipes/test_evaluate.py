@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import patchkern as pk
-from patchkern.data import Interactions, open_dataset, synthetic, write_parquet
+from patchkern.data import Interactions, open_dataset, prepare, synthetic, write_parquet
 from patchkern.evaluation import TRAINING_COUNTS, estimate, paired_difference, training_counts
 from patchkern.evaluation.metrics import evaluate as count
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
@@ -205,6 +205,12 @@ def test_another_policy_than_the_model_was_saved_with(data: Any, run: Any, tmp_p
         (["runs", "--prior", "linear", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
         (["runs", "--prior", "linear", "--search", "diverse"], "--prior: expected none with --metric paper or"),
         (["runs", "--prior", "linear", "--split", "val"], "--prior_weight: expected with --split val"),
+        (["runs", "--ks", "5", "0"], "--ks: expected numbers of at least 1, each once, got 5 0"),
+        (
+            ["runs", "--ks", "50", "--num_beams", "20"],
+            "--num_beams: expected at least 50, the length of the lists, got 20",
+        ),
+        (["runs", "--metric", "paper", "--targets", "all"], "--metric paper: expected none of --exclude_seen"),
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +300,61 @@ def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp
 def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: expected one with an item head"):
         evaluate.main([run[0], "--data", data[0], "--search", "items", "--output", str(tmp_path / "x.csv")])
+
+
+# ------------------------------------------------------------------ several targets
+
+
+def test_all_targets_of_a_user_at_once(
+    data: Any, head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source, _), (folder, model) = data, head
+    flags = ["--split_by", "leave_two_out", "--targets", "all", "--ks", "40", "5", "--search", "items", "--slices"]
+    prior = ["--prior", "transitions", "--prior_weight", "2"]
+    output = tmp_path / "all.csv"
+    files = ["--output", str(output), "--run", str(tmp_path / "lists")]
+    results = evaluate.main([folder, "--data", source, *flags, *prior, *files])
+    printed = capsys.readouterr().out
+    two = prepare(open_dataset(source), split_by="leave_two_out")
+    samples, targets = two.target_sets("test")
+    assert samples.users.size and set(targets.lengths.tolist()) == {2}
+    lists = model.recommend(two.before(samples), k=40, search="items")
+    expected = count(lists, targets, ks=[5, 40], catalog=model.catalog, users=samples.users)
+    (found,) = results["this model"]
+    assert found.as_dict() == expected.as_dict() and "Recall@40" in found.as_dict()
+    assert f"  {estimate(expected.recalls(5), samples.users)}" in printed
+    assert "difference of Recall@40 on the same samples" in printed and "Recall@40 by history length" in printed
+    assert "NLL" not in printed, "likelihoods are of one target"
+
+    rows = rows_of(output)
+    assert [row["target"].split() for row in rows] == [[str(item) for item in items.tolist()] for items in targets]
+    assert [int(row["rank"]) for row in rows] == expected.first_ranks.tolist()
+    # compare.py counts the file as evaluate did
+    measures = per_sample.read(output).measures()
+    for name in ("HR@5", "HR@40", "Recall@5", "Recall@40", "NDCG@5", "NDCG@40", "MRR@40"):
+        assert measures[name].tolist() == pytest.approx(expected.per_sample()[name].tolist())
+    counts = training_counts(two, model.catalog)[model.catalog.index_of(targets.items)].reshape(-1, 2)
+    assert [int(row["training_count"]) for row in rows] == (counts.sum(axis=1) // 2).tolist()
+    qrels = (tmp_path / "lists.qrels").read_text().splitlines()
+    assert qrels == [f"{n} 0 {item} 1" for n, items in enumerate(targets) for item in items.tolist()]
+
+    few = evaluate.main([folder, "--data", source, *flags, "--limit", "7", "--output", str(tmp_path / "few.csv")])
+    chosen = np.linspace(0, samples.users.size - 1, 7).astype(int)
+    assert few["this model"][0].as_dict() == expected.take(chosen).as_dict()
+
+
+def test_list_lengths(data: Any, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", data[0], "--limit", "9", "--output", str(tmp_path / "ks.csv")]
+    (found,) = evaluate.main([run[0], *flags, "--ks", "5", "1", "30"])["this model"]
+    samples = data[1].samples("test").spread(9)
+    lists = run[1].recommend(data[1].before(samples), k=30, num_beams=30)
+    expected = count(lists, data[1].targets(samples), ks=[1, 5, 30], catalog=run[1].catalog, users=samples.users)
+    assert found.as_dict() == expected.as_dict()
+    header = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["HR@1"])
+    assert header == [f"{measure}@{k}" for measure in ("HR", "NDCG") for k in (1, 5, 30)]
+    assert {"hit@1", "hit@5", "hit@30"} <= set(rows_of(tmp_path / "ks.csv")[0])
+    with pytest.raises(ValueError, match="--ks: expected at most the 50 items of synthetic, got 51"):
+        evaluate.main([run[0], *flags, "--ks", "51"])
 
 
 # ------------------------------------------------------------------ prompts that samples share

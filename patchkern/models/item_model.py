@@ -249,6 +249,12 @@ class ItemModel(wrapped.WrappedLM):
         weight = self.hf_model.items.weight
         return pool_rows(weight, layout.to(weight.device, non_blocking=True))
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: what is named here is sharded apart, and this table is read outside of its module, `hf_model.items`."""
+
+    def get_output_embeddings(self) -> None:
+        """None, as the input embedding."""
+
     def _check(self, layout: PatchLayout) -> None:
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")

@@ -44,8 +44,13 @@ Pretrained models far below 1B learn at higher rates than the paper's, and in st
     python recipes/train.py --stage items --model SmolLM2-135M-Instruct --data ml-100k --output_dir runs/small \\
         --settings pretrained-small --rows_per_pass 4096 --targets_per_step 512
 
-A run that was killed goes on where it was: the same command and --resume. Several GPUs: torchrun --nproc_per_node 2
-recipes/train.py ... Before transformers 5.23 it is --gradient_checkpointing instead of --activation_checkpointing.
+A run that was killed goes on where it was: the same command and --resume. Several GPUs, or processes on a CPU
+(docs/several-processes.md), and what each of eight would hold, before there are any:
+
+    torchrun --nproc_per_node 2 recipes/train.py --stage items ...
+    python recipes/train.py --stage items ... --dry_run --processes 8
+
+Before transformers 5.23 it is --gradient_checkpointing instead of --activation_checkpointing.
 """
 
 from __future__ import annotations
@@ -58,7 +63,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, EarlyStoppingCallback, set_seed
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
@@ -69,13 +74,14 @@ from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, PatchTrainer, Settings, checkpoints
 from patchkern.training.collators import PassCollator
 from recipes import item_models, models, training_flags
-from recipes.training_choices import CHECKPOINTING, choose_bf16, plan_passes
+from recipes.dry_run import dry_run
+from recipes.training_choices import CHECKPOINTING, Place, choose_bf16, plan_passes
 from recipes.training_run import banner, check_output, describe, peak_memory, read_arguments, write_arguments
 
 # What a resumed run must share with the run it continues, or its losses would not be the uninterrupted run's.
 SHARED = (
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "max_grad_norm"),
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "seed", "data_seed"),
     *("bf16", "fp16"),
 )
@@ -98,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     arguments = training_flags.training_arguments(parser, argv, args, defaults)
 
     def description() -> dict[str, Any]:
-        return (
-            training_flags.own_flags(args) | {"settings": name} | {key: str(getattr(arguments, key)) for key in SHARED}
-        )
+        return training_flags.own_flags(args) | {"settings": name} | shared(arguments, args.targets_per_step)
 
     start = check_output(folder, description(), args.resume)
     set_seed(arguments.seed)
@@ -120,12 +124,16 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         model.item_embedding is not None,
         args.head,
     )
+    accumulates = args.targets_per_step is not None or arguments.gradient_accumulation_steps > 1
+    if args.dry_run is not None:
+        print(f"{data}\n{dry_run(args, model, data, arguments, collator, accumulates)}", flush=True)
+        raise SystemExit
     if args.bf16 is None and "bf16" not in before and arguments.device.type == "cpu" and model.dtype is torch.float32:
         defaults["bf16"] = choose_bf16(model, data, arguments, collator)
         arguments = training_flags.training_arguments(parser, argv, args, defaults)
     if args.memory_budget is not None:
-        accumulates = args.targets_per_step is not None or arguments.gradient_accumulation_steps > 1
-        plan = plan_passes(args.memory_budget, args.rows_per_pass, model, data, arguments, collator, accumulates)
+        place = Place.of(arguments)
+        plan = plan_passes(args.memory_budget, args.rows_per_pass, model, data, arguments, collator, accumulates, place)
         args.rows_per_pass, defaults[CHECKPOINTING] = plan.rows_per_pass, plan.choice.checkpointing
         arguments = training_flags.training_arguments(parser, argv, args, defaults)
         if arguments.process_index == 0:
@@ -171,6 +179,15 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         speed = trainer.train_dataset.num_targets * done / metrics["train_runtime"]
         print(f"{speed:.1f} targets/s, peak memory {peak_memory() / 2**30:.2f} GiB, saved: {saved}", flush=True)
     return trainer
+
+
+def shared(arguments: TrainingArguments, targets_per_step: int | None) -> dict[str, str]:
+    """`SHARED`, and what a step consists of, which any number of processes may go on with."""
+    step = {"processes": arguments.world_size}  # for which the passes of so many targets are packed
+    if targets_per_step is None:
+        samples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        step = {"batch size x accumulation x processes": samples * arguments.world_size}
+    return {key: str(getattr(arguments, key)) for key in SHARED} | {key: str(value) for key, value in step.items()}
 
 
 def held_out(data: Interactions, share: float) -> Interactions:

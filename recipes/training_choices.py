@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,21 +49,38 @@ def choose_bf16(
     return chosen[0]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run is, as of `patchkern.plan_training`."""
+
+    device: str
+    autocast: torch.dtype | None
+    world_size: int
+    sharded: bool
+
+    @classmethod
+    def of(cls, arguments: TrainingArguments) -> Place:
+        """Where it is when it starts."""
+        autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        return cls(arguments.device.type, autocast, arguments.world_size, bool(arguments.fsdp))
+
+
 def plan_passes(
-    budget: str,
+    budget: str | None,
     rows_per_pass: int,
     model: TrainableModel,
     data: Interactions,
     arguments: TrainingArguments,
     collator: PassCollator,
     accumulates: bool,
+    place: Place,
 ) -> pk.TrainingPlan:
     """The most rows a pass, up to ``rows_per_pass``, with which training needs no more than the budget.
 
     Recomputed activations are the only other thing that it changes.
 
     Args:
-        budget: such as "40GiB".
+        budget: such as "40GiB"; None: no limit.
         arguments: of the run, with its optimiser and precision.
         collator: makes the run's passes.
         accumulates: whether a step has several of them.
@@ -77,15 +95,12 @@ def plan_passes(
                 rows_per_pass,
                 budget,
                 optimizer=OptimizerNames(arguments.optim).value,
-                autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
                 checkpointing=getattr(arguments, CHECKPOINTING),
                 accumulates=accumulates,
                 label_smoothing=arguments.label_smoothing_factor,
                 head=collator.head,
                 **_of_passes(rows_per_pass, data, collator),
-                world_size=arguments.world_size,
-                sharded=bool(arguments.fsdp),
-                device=arguments.device,
+                **vars(place),
             )
         except ValueError as error:
             raise ValueError(f"--memory_budget: {error}") from error

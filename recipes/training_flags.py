@@ -29,6 +29,7 @@ HANDED_ON: dict[str, Any] = {
     "head": "titles",
     "hold_out_items": 0.0,
 }
+_NOT_KEPT = ("resume", "dry_run", "processes")
 # Twenty evaluations a run; --eval_steps and --save_steps change that.
 EARLY_STOPPING = {
     "eval_strategy": "steps",
@@ -151,6 +152,14 @@ def make_parser(description: str | None) -> Parser:
         help="evaluations without a better --metric_for_best_model "
         "that end the run (default: HR@20; NDCG@20 and others do too)",
     )
+    group.add_argument(
+        "--dry_run",
+        nargs="?",
+        const="cuda",
+        choices=["cuda", "cpu"],
+        help="print what each process would hold on such a device, and train nothing",
+    )
+    group.add_argument("--processes", type=int, help="of a --dry_run (default: those that run)")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir, if any")
     theirs = _OfDataclasses(TrainingArguments, add_help=False)
     theirs._optionals.title = "transformers.TrainingArguments"
@@ -221,6 +230,14 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             "--memory_budget: expected none with --targets_per_pass one, whose batches it does not choose",
         ),
         (
+            args.dry_run is not None and args.targets_per_pass == "one",
+            "--dry_run: expected none with --targets_per_pass one, whose batches have no number of rows",
+        ),
+        (
+            args.processes is not None and (args.dry_run is None or args.processes < 1),
+            f"--processes: expected at least 1, and only with --dry_run, got {args.processes}; torchrun starts some",
+        ),
+        (
             args.load_in_4bit and args.lora is None and not _is_adapter(args.checkpoint),
             "--load_in_4bit: expected only with --lora, which trains beside it, or --from a run with that",
         ),
@@ -255,9 +272,9 @@ def training_arguments(
 
 
 def own_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe's flags of a parsed command line, without those of transformers."""
+    """The recipe's flags that a run is known by, without those of transformers."""
     theirs = TrainingArguments.__dataclass_fields__
-    return {name: value for name, value in vars(args).items() if name not in theirs and name != "resume"}
+    return {name: value for name, value in vars(args).items() if name not in theirs and name not in _NOT_KEPT}
 
 
 def _is_adapter(checkpoint: str | None) -> bool:

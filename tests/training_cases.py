@@ -59,7 +59,7 @@ def make_trainer(
     **arguments: Any,
 ) -> PatchTrainer:
     histories, samples = make_data()
-    model, tokenizer = make_model(item_head=head != "titles", **(config or {}))
+    model, tokenizer = make_model(**{"item_head": head != "titles", **(config or {})})
     defaults = {
         "per_device_train_batch_size": 8,
         "logging_steps": 1,
@@ -85,6 +85,20 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+
+
+def make_id_trainer(folder: Path | str, policy: Any = None, *, dropout: float = 0.2, **options: Any) -> PatchTrainer:
+    """Of an `ItemModel`."""
+    histories, samples = make_data()
+    of_trainer = {name: options.pop(name) for name in ("rows_per_pass", "jitter", "head") if name in options}
+    if options.pop("validate", None) is not None:
+        of_trainer["eval_samples"] = held_out_samples()
+    catalog = pk.Catalog.from_token_ids(range(len(TITLES)), range(len(TITLES) + 1), list(TITLES))
+    model = pk.ItemModel(catalog, width=16, dropout=dropout, max_positions=32)
+    arguments = {"logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 3}
+    arguments |= {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0, **options}
+    settings = UNTUNED.arguments("items", folder, **arguments)
+    return PatchTrainer(model, settings, histories, samples, policy or pk.ItemPatches(0, 10), **of_trainer)
 
 
 def evaluations_of(trainer: PatchTrainer) -> list[dict[str, float]]:

@@ -266,6 +266,12 @@ class ItemModel(wrapped.WrappedLM):
         rows = pool_rows(weight, layout.to(weight.device, non_blocking=True))
         return with_vectors(rows, layout, vectors)
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: what is named here is sharded apart, and this table is read outside of its module, `hf_model.items`."""
+
+    def get_output_embeddings(self) -> None:
+        """None, as the input embedding."""
+
     def _check(self, layout: PatchLayout) -> None:
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")

@@ -79,6 +79,16 @@ class WrappedLM(nn.Module):
         """The wrapped model's input embedding."""
         return self.hf_model.get_input_embeddings()
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The wrapped model's output embedding; fully sharded training gathers the two together where they are tied."""
+        return self.hf_model.get_output_embeddings()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the layers' classes, as transformers' models have them: each layer is sharded as a unit."""
+        named = base_of(self.hf_model)._no_split_modules or ()
+        return sorted({type(module).__name__ for module in self.hf_model.modules()}.intersection(named))
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:

@@ -33,6 +33,7 @@ from patchkern.training.collators import LayoutCollator, PassCollator
 from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
 from patchkern.training.precision import share_at_rest
+from patchkern.training.processes import check_processes, check_sharding, load_states, save_states
 from patchkern.training.protocol import TrainableModel
 from patchkern.training.validation import Validation, summary
 
@@ -121,6 +122,7 @@ class PatchTrainer(Trainer):
         policy = model.policy if policy is None else policy
         if policy is None:
             raise ValueError("policy: expected one, here or in the model, got None")
+        check_processes(args)
         if args.auto_find_batch_size:
             raise ValueError("args: expected auto_find_batch_size=False: the schedule depends on the batch size")
         if not 0 <= jitter < math.inf or (jitter and rows_per_pass is None):
@@ -211,6 +213,7 @@ class PatchTrainer(Trainer):
                 stacklevel=2,
             )
         self._saving = False
+        self._loaded: str | None = None
         self._head_learning_rate = head_learning_rate
         self._losses = FiniteLosses()
         super().__init__(
@@ -220,6 +223,7 @@ class PatchTrainer(Trainer):
             data_collator=collator,
             **kwargs,
         )
+        check_sharding(args, self.accelerator)
         if eval_samples is not None and self.is_fsdp_enabled:
             raise ValueError("eval_samples: expected None under FSDP, where no process has a whole model to search")
         self.label_smoother = None  # it would compute a second loss; `compute_loss` has the model smooth its own
@@ -298,23 +302,47 @@ class PatchTrainer(Trainer):
         folder = str(self.args.output_dir if output_dir is None else output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP as without, so that any number of processes goes on from there."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_states(self.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            load_states(self.optimizer, self.lr_scheduler, checkpoint)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Under FSDP a checkpoint's model is loaded like any model, before it is sharded."""
+        if self.is_fsdp_enabled and resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled and model is not None:
+            if self._loaded != resume_from_checkpoint:
+                raise RuntimeError("the model was sharded before the checkpoint was loaded")
+            return
+        self._loaded = resume_from_checkpoint
         patched: Any = self.accelerator.unwrap_model(self.model)
         wrapped: Any = patched.hf_model
         if is_model(resume_from_checkpoint):
             choose_catalog(resume_from_checkpoint, patched.catalog)
-        if patched.item_embedding is not None and not self.is_fsdp_enabled:
+        if patched.item_embedding is not None:
             patched.load_item_embeddings(resume_from_checkpoint)
-        if patched.item_head is not None and not self.is_fsdp_enabled:
+        if patched.item_head is not None:
             patched.item_head.load(resume_from_checkpoint)
-        if self.is_fsdp_enabled or not isinstance(wrapped, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model if self.is_fsdp_enabled else wrapped)
+        if not isinstance(wrapped, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, wrapped)
             return
         saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype, trust_remote_code=False)
         wrapped.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))

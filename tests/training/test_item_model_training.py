@@ -9,32 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_cases import EARLY, TITLES, UNTUNED, evaluations_of, held_out_samples, losses_of, make_data
+from training_cases import EARLY, evaluations_of, held_out_samples, losses_of, make_id_trainer
 from transformers import PreTrainedModel
 
 import patchkern as pk
 from patchkern.evaluation.metrics import evaluate
-from patchkern.training import PatchTrainer
-
-
-def make_trainer(folder: Path, policy: Any = None, *, dropout: float = 0.2, **options: Any) -> PatchTrainer:
-    histories, samples = make_data()
-    of_trainer = {name: options.pop(name) for name in ("rows_per_pass", "jitter", "head") if name in options}
-    if options.pop("validate", None) is not None:
-        of_trainer["eval_samples"] = held_out_samples()
-    catalog = pk.Catalog.from_token_ids(range(len(TITLES)), range(len(TITLES) + 1), list(TITLES))
-    model = pk.ItemModel(catalog, width=16, dropout=dropout, max_positions=32)
-    arguments = {"logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 3}
-    arguments |= {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_grad_norm": 1.0, **options}
-    settings = UNTUNED.arguments("items", folder, **arguments)
-    return PatchTrainer(model, settings, histories, samples, policy or pk.ItemPatches(0, 10), **of_trainer)
 
 
 @pytest.mark.parametrize("policy", [pk.ItemPatches(0, None), pk.SessionPatches(2, 10)], ids=["items", "sessions"])
 @pytest.mark.parametrize("rows_per_pass", [None, 100], ids=["samples", "passes"])
 def test_it_learns(rows_per_pass: int | None, policy: Any, tmp_path: Path) -> None:
     options = {"per_device_train_batch_size": 64, "learning_rate": 2e-2, "max_steps": 40}
-    trainer = make_trainer(tmp_path, policy, dropout=0.0, rows_per_pass=rows_per_pass, **options)
+    trainer = make_id_trainer(tmp_path, policy, dropout=0.0, rows_per_pass=rows_per_pass, **options)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     trainer.train()
     losses = losses_of(trainer)
@@ -46,9 +32,9 @@ def test_it_learns(rows_per_pass: int | None, policy: Any, tmp_path: Path) -> No
 def test_resuming_continues_the_run(tmp_path: Path) -> None:
     options: dict[str, Any] = {"rows_per_pass": 60, "jitter": 2.0, "max_steps": 4}
     options |= {"save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(tmp_path, **options)
+    whole = make_id_trainer(tmp_path, **options)
     whole.train()
-    resumed = make_trainer(tmp_path, **options)
+    resumed = make_id_trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses_of(resumed)[-2:] == losses_of(whole)[-2:]
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
@@ -58,7 +44,7 @@ def test_resuming_continues_the_run(tmp_path: Path) -> None:
 
 
 def test_the_best_model_is_found_by_what_it_recommends(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, rows_per_pass=60, max_steps=6, **EARLY)
+    trainer = make_id_trainer(tmp_path, rows_per_pass=60, max_steps=6, **EARLY)
     trainer.train()
     found = evaluations_of(trainer)
     assert [entry["step"] for entry in found] == [2, 4, 6]
@@ -73,7 +59,7 @@ def test_activations_are_recomputed_to_the_same_losses(tmp_path: Path) -> None:
     named = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
     losses = []
     for recomputed in (False, True):
-        trainer = make_trainer(tmp_path, rows_per_pass=60, max_steps=3, **{f"{named}_checkpointing": recomputed})
+        trainer = make_id_trainer(tmp_path, rows_per_pass=60, max_steps=3, **{f"{named}_checkpointing": recomputed})
         trainer.train()
         assert all(layer.gradient_checkpointing == recomputed for layer in trainer.model.hf_model.layers)
         losses.append(losses_of(trainer))
@@ -82,4 +68,4 @@ def test_activations_are_recomputed_to_the_same_losses(tmp_path: Path) -> None:
 
 def test_titles_are_not_learned(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="head: expected one of items for ItemModel, got 'titles'"):
-        make_trainer(tmp_path, head="titles")
+        make_id_trainer(tmp_path, head="titles")

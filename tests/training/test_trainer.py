@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import multiprocessing
-import os
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 from training_cases import (
-    EARLY,
     UNTUNED,
-    evaluations_of,
     held_out_samples,
     losses_of,
     make_data,
@@ -300,77 +294,7 @@ class _KeepGradients(TrainerCallback):
         self.gradients = [parameter.grad.clone() for parameter in model.parameters()]
 
 
-# ------------------------------------------------------------------ data parallelism
-
-
-TOGETHER: dict[str, dict[str, Any]] = {
-    "samples": {},
-    "passes": {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
-    "pre-training on passes": {"rows_per_pass": 500, "stage": "pretrain"},
-    "a number of targets": {"rows_per_pass": 250, "targets_per_step": 25},
-}
-_SHORT = EARLY | {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-
-
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    for kind, own in TOGETHER.items():
-        trainer = make_trainer(
-            Path(folder, kind),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            ddp_backend="gloo",
-            **_SHORT | own,
-        )
-        trainer.train()
-        result = {"losses": losses_of(trainer), "evaluations": evaluations_of(trainer)}
-        result |= {"best": trainer.state.best_model_checkpoint}
-        Path(folder, kind, f"rank-{rank}.json").write_text(json.dumps(result))
-        torch.save(trainer.model.state_dict(), Path(folder, kind, f"rank-{rank}.pt"))
-    # Not by way of the destructors: that of DDP's reducer can wait for a gloo thread that waits for the GIL.
-    os._exit(0)
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per kind of what two processes wrote; they start once for all kinds."""
-    folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, port, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0]
-    return folder
-
-
-@pytest.mark.parametrize("kind", TOGETHER)
-def test_two_processes_train_as_one(kind: str, together: Path, tmp_path: Path) -> None:
-    folder = together / kind
-    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, **_SHORT, **TOGETHER[kind]}
-    alone = make_trainer(tmp_path, **arguments)
-    alone.train()
-    best = str(folder / Path(str(alone.state.best_model_checkpoint)).name)
-    evaluations = evaluations_of(alone)
-    assert len(evaluations) == 2
-    for rank in range(2):
-        found = json.loads((folder / f"rank-{rank}.json").read_text())
-        assert found["losses"] == pytest.approx(losses_of(alone), rel=1e-6)
-        for got, expected in zip(found["evaluations"], evaluations, strict=True):
-            assert got == pytest.approx(expected, rel=1e-5)
-        assert found["best"] == best, "both processes know where it is in the end"
-        for name, value in torch.load(folder / f"rank-{rank}.pt").items():
-            torch.testing.assert_close(value, alone.model.state_dict()[name], rtol=0, atol=2e-4)
-    saved = PatchedCausalLM.from_pretrained(best, alone.model.catalog)
-    for parameter, expected in zip(saved.parameters(), alone.model.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=0, atol=2e-4)
+# ------------------------------------------------------------------ passes
 
 
 @pytest.mark.parametrize(

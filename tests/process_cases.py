@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each of two processes does that torchrun starts: it trains what `tests/training` trains in one.
+
+`torchrun --nproc_per_node 2 tests/process_cases.py FOLDER`, where FOLDER has the checkpoints of the same runs by one
+process, from which they are resumed too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_trainer
+
+from patchkern.training import PatchTrainer
+from recipes import train
+from recipes.training_choices import CHECKPOINTING
+
+_SHORT = {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+_STEPS = _SHORT | {"rows_per_pass": 250, "save_strategy": "steps", "save_steps": 2}
+_VECTORS = {"vector_dropout": 0.0}
+
+ALIKE: dict[str, dict[str, Any]] = {
+    "samples": _SHORT | EARLY,
+    "passes": _SHORT | EARLY | {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
+    "pre-training on passes": _SHORT | EARLY | {"rows_per_pass": 500, "stage": "pretrain"},
+    "a number of targets": _SHORT | EARLY | {"rows_per_pass": 250, "targets_per_step": 25},
+    "titles beside an item head": _STEPS | {"config": {"item_head": True, **_VECTORS}},
+    "items": _STEPS | {"head": "items", "config": _VECTORS},
+    "both": _STEPS | {"head": "both", "config": {"tie_word_embeddings": False, **_VECTORS}},
+    "item ids": _STEPS | {"rows_per_pass": 60},
+}
+"""Runs by data parallelism, which equal those of one process."""
+
+SHARDED = {
+    "titles beside an item head": {CHECKPOINTING: True},
+    "items": {},
+    "both": {},
+    "item ids": {},
+}
+"""Of those, the runs that FSDP2 equals too, and with what."""
+
+RESUMED = ("items", "item ids", "both")
+
+
+def trainer_of(kind: str, folder: Path, accumulation: int, **options: Any) -> PatchTrainer:
+    """Of ``accumulation`` passes a step, or twice as many samples."""
+    options = {"gradient_accumulation_steps": accumulation, **ALIKE[kind], **options}
+    if kind == "item ids":
+        return make_id_trainer(folder, dropout=0.0, **options)
+    return make_trainer(folder, **({} if "rows_per_pass" in options else {"per_device_train_batch_size": 2}), **options)
+
+
+def alone(kind: str, folder: Path) -> PatchTrainer:
+    """The run by one process."""
+    trainer = trainer_of(kind, folder, 4)
+    trainer.train()
+    return trainer
+
+
+def _run(kind: str, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    trainer = trainer_of(kind, folder, 2, **options)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    parameters = list(trainer.model.parameters())
+    return {
+        "losses": losses_of(trainer),
+        "evaluations": evaluations_of(trainer),
+        "best": trainer.state.best_model_checkpoint,
+        "processes": trainer.args.world_size,
+        "sharded": sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters),
+    }
+
+
+def _recipe(folder: Path, *flags: str) -> dict[str, Any]:
+    """recipes/train.py, told nothing of processes."""
+    own = ["--stage", "items", "--model", "tiny", "--vocab_size", "300", "--data", "synthetic", "--max_steps", "2"]
+    own += ["--rows_per_pass", "512", "--bf16", "False", "--logging_steps", "1", "--disable_tqdm", "True"]
+    try:
+        trainer = train.main([*own, "--output_dir", str(folder), *flags])
+    except ValueError as error:
+        return {"error": str(error)}
+    finally:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+    return {"losses": losses_of(trainer), "processes": trainer.args.world_size}
+
+
+def _shard_on_cpus() -> None:
+    """accelerate shards among accelerators only; made to do it here, it does what it does there."""
+    made = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    results: dict[str, Any] = {kind: _run(kind, folder / "data parallel" / kind) for kind in ALIKE}
+    results["recipe"] = _recipe(folder / "recipe")
+    results["recipe, fsdp"] = _recipe(folder / "refused", "--fsdp")
+    for kind in RESUMED:
+        start = folder / "alone" / kind / "checkpoint-2"
+        results[f"{kind}, resumed"] = _run(kind, folder / "resumed" / kind, start)
+    _shard_on_cpus()
+    for kind, own in SHARDED.items():
+        start = folder / "alone" / kind / "checkpoint-2"
+        results[f"{kind}, sharded"] = _run(kind, folder / "sharded" / kind, fsdp=True, **own)
+        if kind in RESUMED:
+            results[f"{kind}, sharded, resumed"] = _run(
+                kind, folder / "sharded and resumed" / kind, start, fsdp=True, **own
+            )
+    (folder / f"rank-{rank}.json").write_text(json.dumps(results))
+    # Not by way of the destructors: that of DDP's reducer can wait for a gloo thread that waits for the GIL.
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes of torchrun train as one does, whole or sharded, and either goes on where the other was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_cases import ALIKE, RESUMED, SHARDED, alone, trainer_of
+from training_cases import evaluations_of, losses_of, make_trainer
+
+import patchkern as pk
+from patchkern.training import PatchTrainer
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend"
+)
+TESTS = Path(__file__).resolve().parents[1]
+WAYS = [("data parallel", kind) for kind in ALIKE] + [("sharded", kind) for kind in SHARDED]
+
+
+class Runs:
+    """What one process did, and what two did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.alone: dict[str, PatchTrainer] = {kind: alone(kind, folder / "alone" / kind) for kind in ALIKE}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        done = subprocess.run(
+            [*command, str(TESTS / "process_cases.py"), str(folder)],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        self.two: list[dict[str, Any]] = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Starting the processes is what takes time: they do everything in turn."""
+    return Runs(tmp_path_factory.mktemp("processes"))
+
+
+def check_saved(folder: Path, expected: Any) -> None:
+    saved = type(expected).from_pretrained(folder, expected.catalog)
+    assert [name for name, _ in saved.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    for (name, parameter), value in zip(saved.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, value, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(("way", "kind"), WAYS)
+def test_two_processes_train_as_one(way: str, kind: str, runs: Runs) -> None:
+    one = runs.alone[kind]
+    evaluations = evaluations_of(one)
+    name = kind if way == "data parallel" else f"{kind}, sharded"
+    best = one.state.best_model_checkpoint
+    folder = runs.folder / way / kind / ("checkpoint-4" if best is None else Path(best).name)
+    for two in runs.two:
+        found = two[name]
+        assert found["processes"] == 2 and found["sharded"] == (way == "sharded")
+        assert len(found["losses"]) == 4 and found["losses"] == pytest.approx(losses_of(one), rel=1e-5)
+        assert len(found["evaluations"]) == len(evaluations) == (0 if best is None else 2)
+        for got, expected in zip(found["evaluations"], evaluations, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+        assert found["best"] == (best and str(folder)), "both processes know where it is in the end"
+    check_saved(folder, one.model)
+    assert not list(folder.glob("*.bin")), "nothing is saved twice"
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_two_processes_go_on_where_one_was(kind: str, runs: Runs) -> None:
+    one = runs.alone[kind]
+    for two in runs.two:
+        for name in (f"{kind}, resumed", f"{kind}, sharded, resumed"):
+            assert two[name]["losses"] == pytest.approx(losses_of(one), rel=1e-5), name
+    for way in ("resumed", "sharded and resumed"):
+        check_saved(runs.folder / way / kind / "checkpoint-4", one.model)
+
+
+@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in ("data parallel", "sharded") for kind in RESUMED])
+def test_one_process_goes_on_where_two_were(way: str, kind: str, runs: Runs, tmp_path: Path) -> None:
+    one = runs.alone[kind]
+    resumed = trainer_of(kind, tmp_path, 4)
+    resumed.train(resume_from_checkpoint=str(runs.folder / way / kind / "checkpoint-2"))
+    assert losses_of(resumed) == pytest.approx(losses_of(one), rel=1e-5)
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), one.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
+
+
+def test_the_recipe_by_torchrun(runs: Runs) -> None:
+    losses = [two["recipe"]["losses"] for two in runs.two]
+    assert [two["recipe"]["processes"] for two in runs.two] == [2, 2]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    model = pk.PatchedCausalLM.from_pretrained(runs.folder / "recipe" / "checkpoint-2")
+    assert len(model.recommend([[]], k=3)[0]) == 3
+    for two in runs.two:
+        assert "fsdp: expected several processes with an accelerator each" in two["recipe, fsdp"]["error"]
+    assert not (runs.folder / "refused").exists() or not list((runs.folder / "refused").iterdir())
+
+
+# ------------------------------------------------------------------ what is refused, before a process is started
+
+
+def test_processes_that_do_not_know_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"args: expected use_cpu=True .* as 4 processes were started"):
+        make_trainer(tmp_path, use_cpu=False)

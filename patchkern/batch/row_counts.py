@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, check_policy
+from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, check_policy, cut
 from patchkern.batch.prompt import Prompt
 
 
@@ -32,7 +32,7 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
         [9, 4]
     """
     check_policy(policy)
-    kept = Histories.coerce(histories).latest(policy.max_items)
+    kept = cut(Histories.coerce(histories), policy)
     titles = catalog.inputs.lengths[catalog.index_of(kept.items, "histories")]
     if isinstance(policy, FittingPolicy):
         levels = policy.fit(kept, titles, prompt)

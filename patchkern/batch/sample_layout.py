@@ -16,7 +16,7 @@ from patchkern.batch.control_tokens import first_control_token
 from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Head, Int32, Int64, RowPlan, Spans
-from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy
+from patchkern.batch.policies import AnyPolicy, FittingPolicy, Level, Levels, check_policy, cut
 from patchkern.batch.prompt import Prompt
 
 HEADS = ("titles", "items", "both")
@@ -66,7 +66,7 @@ def build_layout(
     if not (transpose is None or isinstance(transpose, bool)):
         raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
     check_head(head)
-    kept = Histories.coerce(histories).latest(policy.max_items)
+    kept = cut(Histories.coerce(histories), policy)
     index = catalog.index_of(kept.items, "histories")
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
     if isinstance(policy, FittingPolicy):

@@ -21,11 +21,11 @@ from patchkern.models import files
 from patchkern.models.adapters import ADAPTER
 from patchkern.models.folders import current, replacing
 from patchkern.serving.vllm.plugin import ARCHITECTURES, PREFIX
+from patchkern.serving.vllm.requests import LOGITS_PROCESSOR
 from patchkern.serving.vllm.served import FOLDER, HEADS, identity_of
 
 _OWN = (files.DESCRIPTION, files.CATALOG, files.ITEM_EMBEDDINGS, files.ITEM_HEAD)
 _STALE = ("*.safetensors", "*.bin", "model.safetensors.index.json", f"{FOLDER}/*.safetensors")
-LOGITS_PROCESSOR = "patchkern.serving.vllm.masks:ItemMasks"
 
 
 def export(run: str | os.PathLike[str], folder: str | os.PathLike[str], head: str = "titles") -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts as plain token ids: items are tokens behind the vocabulary, of which an engine need not know what they are."""
+"""Layouts as plain token ids: items are tokens behind the vocabulary, and an engine need not know what they are."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def item_token_ids(layout: PatchLayout, catalog: Catalog, vocab_size: int) -> li
     """The prompts of a layout as token ids, where the item at catalogue position i is token ``vocab_size + i``.
 
     Args:
-        layout: of `patchkern.build_layout` without targets, with patches of one item each: of `TextOnly`, `ItemPatches`,
-            `RandomItemPatches`, or a policy of one's own. It is read on the CPU.
+        layout: of `patchkern.build_layout` without targets, with patches of one item each: of `TextOnly`,
+            `ItemPatches`, `RandomItemPatches`, or a policy of one's own. It is read on the CPU.
         catalog: the layout's.
         vocab_size: token ids of the model, below which no item is; `Served.vocab_size`.
 
@@ -56,8 +56,8 @@ def item_token_ids(layout: PatchLayout, catalog: Catalog, vocab_size: int) -> li
     sizes = hi[patch] - lo[patch]
     if (sizes != 1).any():
         raise ValueError(
-            f"layout: expected patches of one item each, got one of {sizes.max()}: sessions are no tokens; serve them as "
-            "prompt embeddings (PromptRows)"
+            f"layout: expected patches of one item each, got one of {sizes.max()}: sessions are no tokens; serve "
+            "them as prompt embeddings (PromptRows)"
         )
     ids = -1 - lo
     # a layout's items are places among its own titles, and those have places in the catalogue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM finds by the entry point ``vllm.general_plugins``: names of models, whose classes it imports when needed."""
+"""What vLLM finds by the entry point ``vllm.general_plugins``: names of models, whose classes it imports if needed."""
 
 from __future__ import annotations
 

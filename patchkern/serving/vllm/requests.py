@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from patchkern.serving.vllm.served import Served
 
+LOGITS_PROCESSOR = "patchkern.serving.vllm.masks:ItemMasks"
+"""what a server must be started with"""
+
 CATALOG, ALLOWED, EXCLUDED, TITLE_AT = (f"patchkern_{name}" for name in ("catalog", "allowed", "excluded", "title_at"))
 
 

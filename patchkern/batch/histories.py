@@ -65,10 +65,22 @@ def check_offsets(name: str, offsets: NDArray[np.integer[Any]], total: int) -> N
         raise ValueError(f"{name}: expected non-decreasing offsets, got {offsets[at]} then {offsets[at + 1]} at {at}")
 
 
-def check_max_items(max_items: int | None) -> None:
-    """Raise unless ``max_items`` is None or an integer of at least 1."""
+def check_max_items(max_items: int | None, cut_every: int = 1) -> None:
+    """Raise unless ``max_items`` is None or an integer of at least 1, and ``cut_every`` one too."""
     if max_items is not None:
         check_count("max_items", max_items, minimum=1)
+    check_count("cut_every", cut_every, minimum=1)
+
+
+def first_kept(lengths: NDArray[np.int64], max_items: int | None, cut_every: int = 1) -> NDArray[np.int64]:
+    """``(B,)`` how many of its oldest items each history loses when it is cut to its latest ``max_items``.
+
+    ``cut_every`` makes that a multiple of so many: of a history that is longer, ``max_items`` to
+    ``max_items + cut_every - 1`` items are kept, and while it grows by ``cut_every`` items it begins at the same one.
+    """
+    if max_items is None:
+        return np.zeros_like(lengths)
+    return np.maximum(lengths - max_items, 0) // cut_every * cut_every
 
 
 def check_count(name: str, value: int, minimum: int, maximum: int = 2**31 - 1) -> None:
@@ -240,14 +252,14 @@ class Histories:
         times = None if self.timestamps is None else self.timestamps[index]
         return Histories._owned(self.items[index], offsets, times)
 
-    def latest(self, max_items: int | None) -> Histories:
-        """Each history cut to its latest ``max_items`` items (None: unchanged)."""
-        check_max_items(max_items)
+    def latest(self, max_items: int | None, cut_every: int = 1) -> Histories:
+        """Each history cut to its latest ``max_items`` items (None: unchanged); see `first_kept` for ``cut_every``."""
+        check_max_items(max_items, cut_every)
         lengths = self.lengths
         if max_items is None or lengths.size == 0 or int(lengths.max()) <= max_items:
             return self
-        kept = np.minimum(lengths, max_items)
-        return self._gather(self.offsets[1:] - kept, kept)
+        first = first_kept(lengths, max_items, cut_every)
+        return self._gather(self.offsets[:-1] + first, lengths - first)
 
     def take(self, users: ArrayLike) -> Histories:
         """The histories of ``users`` (``(S,)`` indices), in that order."""
@@ -262,12 +274,14 @@ class Histories:
         kept.timestamps = None if self.timestamps is None else self.timestamps[mask]
         return kept
 
-    def before(self, users: ArrayLike, positions: ArrayLike, max_items: int | None = None) -> Histories:
-        """For each sample, the items of ``users[s]`` before ``positions[s]``, cut to the latest ``max_items``."""
-        check_max_items(max_items)
+    def before(
+        self, users: ArrayLike, positions: ArrayLike, max_items: int | None = None, cut_every: int = 1
+    ) -> Histories:
+        """For each sample, the items of ``users[s]`` before ``positions[s]``, cut as by `latest`."""
+        check_max_items(max_items, cut_every)
         index, ends = self._samples(users, positions)
-        kept = ends if max_items is None else np.minimum(ends, max_items)
-        return self._gather(self.offsets[index] + ends - kept, kept)
+        first = first_kept(ends, max_items, cut_every)
+        return self._gather(self.offsets[index] + first, ends - first)
 
     def between(self, users: ArrayLike, starts: ArrayLike, ends: ArrayLike) -> Histories:
         """For each sample, the items of ``users[s]`` from position ``starts[s]`` to before ``ends[s]``."""

@@ -8,7 +8,7 @@ is one method: `levels`, or `fit` where the titles' lengths matter.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -102,6 +102,17 @@ class PlanningPolicy(Policy, Protocol):
 AnyPolicy = Policy | FittingPolicy | CuttingPolicy
 
 
+def cut(histories: Histories, policy: AnyPolicy) -> Histories:
+    """The histories as the policy cuts them: to their latest ``max_items``, ``cut_every`` at a time if it has that."""
+    return histories.latest(policy.max_items, cut_every_of(policy))
+
+
+def cut_every_of(policy: AnyPolicy) -> int:
+    """How many items at a time a policy cuts from a history; 1 for one that does not say."""
+    every: int = getattr(policy, "cut_every", 1)
+    return every
+
+
 def check_policy(policy: Any) -> None:
     """Raise a ``TypeError`` unless ``policy`` is one of the three kinds."""
     if isinstance(policy, type) or not isinstance(policy, (Policy, FittingPolicy, CuttingPolicy)):
@@ -124,7 +135,20 @@ def levels_of(
 
 
 @dataclass(frozen=True)
-class TextOnly:
+class _Cut:
+    """What all policies of this module have besides ``max_items``.
+
+    Attributes:
+        cut_every: histories longer than ``max_items`` are cut so many items at a time, and keep up to
+            ``cut_every - 1`` more than that: as long as the cut stays, a growing history's prompts share their
+            beginning, which a prefix cache then need not compute again.
+    """
+
+    cut_every: int = field(default=1, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TextOnly(_Cut):
     """Every item as text (the paper's "Vanilla").
 
     Examples:
@@ -139,7 +163,7 @@ class TextOnly:
     max_items: int | None = 100
 
     def __post_init__(self) -> None:
-        check_max_items(self.max_items)
+        check_max_items(self.max_items, self.cut_every)
 
     def levels(self, histories: Histories) -> Levels:
         return np.zeros(histories.items.size, np.uint8)
@@ -149,7 +173,7 @@ class TextOnly:
 
 
 @dataclass(frozen=True)
-class ItemPatches:
+class ItemPatches(_Cut):
     """The latest ``keep_text`` items as text, all earlier ones as item patches (the paper's PFT-I).
 
     Examples:
@@ -166,7 +190,7 @@ class ItemPatches:
 
     def __post_init__(self) -> None:
         check_count("keep_text", self.keep_text, minimum=0)
-        check_max_items(self.max_items)
+        check_max_items(self.max_items, self.cut_every)
 
     def levels(self, histories: Histories) -> Levels:
         levels = np.full(histories.items.size, Level.PATCH, np.uint8)
@@ -178,7 +202,7 @@ class ItemPatches:
 
 
 @dataclass(frozen=True)
-class SessionPatches:
+class SessionPatches(_Cut):
     """The latest ``group_size`` items as text, the ones before as item patches, the oldest as sessions (PFT-S).
 
     ``align="end"`` counts sessions of ``group_size`` back from the item patches, so only the oldest may be short.
@@ -203,7 +227,7 @@ class SessionPatches:
 
     def __post_init__(self) -> None:
         check_count("group_size", self.group_size, minimum=1)
-        check_max_items(self.max_items)
+        check_max_items(self.max_items, self.cut_every)
         if not isinstance(self.align, str) or self.align not in ("end", "start"):
             raise ValueError(f'align: expected "end" or "start", got {self.align!r}')
 
@@ -230,7 +254,7 @@ class SessionPatches:
 
 
 @dataclass(frozen=True)
-class RandomItemPatches:
+class RandomItemPatches(_Cut):
     """Every item independently an item patch with ``probability``, else text (the paper's patch pre-training).
 
     The draws depend on ``seed`` and the flat position of the item in the batch only: the same call gives the same
@@ -247,7 +271,7 @@ class RandomItemPatches:
         if not 0.0 <= self.probability <= 1.0 or math.isnan(self.probability):
             raise ValueError(f"probability: expected a number in 0..1, got {self.probability}")
         check_count("seed", self.seed, minimum=0, maximum=2**64 - 1)
-        check_max_items(self.max_items)
+        check_max_items(self.max_items, self.cut_every)
 
     def levels(self, histories: Histories) -> Levels:
         draws = np.random.Generator(np.random.SFC64(self.seed)).random(histories.items.size, np.float32)
@@ -259,7 +283,7 @@ class RandomItemPatches:
 
 
 @dataclass(frozen=True)
-class ItemDropout:
+class ItemDropout(_Cut):
     """All but the latest ``keep_text`` items dropped with ``probability`` each, what stays is text.
 
     What compression is compared with: as few rows, by leaving items out. Draws are as of `RandomItemPatches`, and all
@@ -282,7 +306,7 @@ class ItemDropout:
 
     def __post_init__(self) -> None:
         check_count("keep_text", self.keep_text, minimum=0)
-        RandomItemPatches(self.probability, self.max_items, self.seed)  # checks these
+        RandomItemPatches(self.probability, self.max_items, self.seed, cut_every=self.cut_every)  # checks these
 
     def levels(self, histories: Histories) -> Levels:
         patches = RandomItemPatches(self.probability, self.max_items, self.seed).levels(histories)
@@ -295,7 +319,7 @@ class ItemDropout:
 
 
 @dataclass(frozen=True)
-class TimeSessions:
+class TimeSessions(_Cut):
     """Sessions as they happened: old items are pooled with those that came shortly before them.
 
     The latest ``keep_text`` items stay text, the ``keep_items`` before them become item patches. Of the earlier ones,
@@ -325,7 +349,7 @@ class TimeSessions:
         check_count("keep_items", self.keep_items, minimum=0)
         if self.max_size is not None:
             check_count("max_size", self.max_size, minimum=1)
-        check_max_items(self.max_items)
+        check_max_items(self.max_items, self.cut_every)
 
     def levels(self, histories: Histories) -> Levels:
         """Raises a ``ValueError`` for histories without timestamps, with some that fall or that are not in seconds."""
@@ -355,7 +379,7 @@ class TimeSessions:
 
 
 @dataclass(frozen=True)
-class FitRows:
+class FitRows(_Cut):
     """The finest granularity that keeps a user's prompt within ``max_rows`` rows, the oldest items compressed first.
 
     ``max_rows`` counts what the model reads: prefix, history with its separators, suffix; not the response. A user who
@@ -383,7 +407,7 @@ class FitRows:
         check_count("max_rows", self.max_rows, minimum=1)
         check_count("keep_text", self.keep_text, minimum=0)
         check_count("group_size", self.group_size, minimum=2)
-        check_max_items(self.max_items)
+        check_max_items(self.max_items, self.cut_every)
 
     def fit(self, histories: Histories, title_lengths: NDArray[np.integer[Any]], prompt: Prompt) -> Levels:
         """Raises a ``ValueError`` for a user whose text alone exceeds ``max_rows``."""

@@ -41,6 +41,8 @@ def policy_to_dict(policy: AnyPolicy) -> dict[str, Any]:
     if not isinstance(policy, _KINDS):
         raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
     arguments = {field.name: _described(getattr(policy, field.name)) for field in fields(policy)}
+    if arguments.get("cut_every") == 1:
+        del arguments["cut_every"]  # as it was before there was such a thing
     return {"name": type(policy).__name__, **arguments}
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.policies import AnyPolicy, Level, PlanningPolicy, check_policy, levels_of
+from patchkern.batch.policies import AnyPolicy, Level, PlanningPolicy, check_policy, cut, levels_of
 from patchkern.batch.prompt import Prompt
 
 
@@ -32,7 +32,7 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
         [9, 4]
     """
     check_policy(policy)
-    kept = Histories.coerce(histories).latest(policy.max_items)
+    kept = cut(Histories.coerce(histories), policy)
     if isinstance(policy, PlanningPolicy):
         return policy.count_rows(catalog, kept, prompt)
     titles = catalog.inputs.lengths[catalog.index_of(kept.items, "histories")]

@@ -16,7 +16,7 @@ from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
 from patchkern.batch.planning import Head, Int32, Spans
-from patchkern.batch.policies import AnyPolicy, PlanningPolicy, levels_of
+from patchkern.batch.policies import AnyPolicy, PlanningPolicy, cut, levels_of
 from patchkern.batch.prompt import Prompt
 
 
@@ -63,7 +63,7 @@ def build_layout(
     if not (transpose is None or isinstance(transpose, bool)):
         raise TypeError(f"transpose: expected a bool or None, got {type(transpose).__name__}")
     check_head(head)
-    kept = Histories.coerce(histories).latest(policy.max_items)
+    kept = cut(Histories.coerce(histories), policy)
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
     wanted = targets is not None if transpose is None else transpose
     if isinstance(policy, PlanningPolicy):

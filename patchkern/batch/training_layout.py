@@ -22,7 +22,7 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_training import expert_training_layout, expert_training_rows
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.histories import Histories, HistoriesLike, check_count, first_kept
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.list_layout import Lists, is_list, list_layout
 from patchkern.batch.planned_layout import (
@@ -34,8 +34,10 @@ from patchkern.batch.planned_layout import (
     with_items,
 )
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy
+from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy, cut_every_of
 from patchkern.batch.prompt import Prompt
+
+_BLOCK_SIZE = 50
 
 
 class _Samples(NamedTuple):
@@ -56,7 +58,7 @@ def build_training_layout(
     target_ranges: ArrayLike,
     max_rows: int | None = None,
     *,
-    block_size: int = 50,
+    block_size: int | None = None,
     transpose: bool = True,
     head: str = "titles",
 ) -> PatchLayout:
@@ -65,7 +67,8 @@ def build_training_layout(
     With ``policy.max_items`` None, or histories within it, the loss over the layout is exactly that of
     `build_layout` over one sample per target. Beyond it a sample's history cannot begin at its own ``max_items``-th
     latest item, or no two would share a trunk: it begins at the last multiple of ``block_size`` before that, and so
-    holds up to ``block_size - 1`` items more.
+    holds up to ``block_size - 1`` items more. It is what `build_layout` makes of it all the same where ``block_size``
+    is the policy's ``cut_every``.
 
     Where histories are text and the prompt is a list (`Prompt.is_list`), the next item's title is the next target: the
     trunk alone is planned, with labels on all its targets, for no row more. A target without a history then follows
@@ -83,7 +86,8 @@ def build_training_layout(
         target_ranges: ``(B, 2)`` integers, the first and the last position in the user's history that is a target; a
             user whose last is less than the first has none.
         max_rows: refuse a batch of more rows; `training_rows` says what each user needs.
-        block_size: items between the possible beginnings of histories that are cut.
+        block_size: items between the possible beginnings of histories that are cut; the policy's ``cut_every`` where
+            not given, or 50 where that is 1.
         transpose: also plan the embeddings' gradient.
         head: "titles"; "items", for a model's item head: every target is predicted from the last row of the history
             before it, which costs no row of its own where the trunk holds that history (`TextOnly`,
@@ -180,7 +184,7 @@ def training_rows(
     prompt: Prompt,
     target_ranges: ArrayLike,
     *,
-    block_size: int = 50,
+    block_size: int | None = None,
     head: str = "titles",
 ) -> Int64:
     """``(B,)`` rows that each user takes in `build_training_layout` with these arguments.
@@ -310,12 +314,12 @@ def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkP
     return policy
 
 
-def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike, block_size: int) -> _Samples:
+def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike, block_size: int | None) -> _Samples:
+    if block_size is None:
+        block_size = cut_every_of(policy) if cut_every_of(policy) > 1 else _BLOCK_SIZE
     check_count("block_size", block_size, minimum=1)
     user, position = target_samples(histories, target_ranges)
-    start = np.zeros_like(position)
-    if policy.max_items is not None:
-        start = np.maximum(position - policy.max_items, 0) // block_size * block_size
+    start = first_kept(position, policy.max_items, block_size)
     key, split = policy.trunks(position - start)
     return _Samples(user, position, start, split, _numbered(user, start, key))
 

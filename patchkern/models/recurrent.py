@@ -206,7 +206,7 @@ class RecurrentMemory(wrapped.WrappedLM):
         self.reference_loss, self.rollout, self.one_time = float(reference_loss), float(rollout), one_time
         self.map: MemoryMap | None = None
         if self.placed:
-            weight: Any = model.get_input_embeddings().weight
+            weight: Any = model.hf_model.get_input_embeddings().weight
             self.map = MemoryMap(weight)
         self.planner.policy.check_prompt(self.prompt)
 

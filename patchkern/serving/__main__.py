@@ -8,7 +8,10 @@ import importlib
 from collections.abc import Sequence
 
 # Each is imported when it is asked for: what one command needs, the others do not.
-COMMANDS = {"serve": ("patchkern.serving.server.command", "recommendations over HTTP, from a folder with a model")}
+COMMANDS = {
+    "serve": ("patchkern.serving.server.command", "recommendations over HTTP, from a folder with a model"),
+    "export": ("patchkern.serving.vllm.export", "a folder with a model as one that vLLM serves"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

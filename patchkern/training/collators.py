@@ -13,7 +13,7 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly
+from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly, cut_every_of
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
@@ -27,6 +27,7 @@ class RawAndPatched:
     probability: float
     max_items: int | None = 100
     seed: int = 0
+    cut_every: int = 1
 
     def levels(self, histories: Histories) -> Levels:
         levels = RandomItemPatches(self.probability, self.max_items, self.seed).levels(histories)
@@ -65,8 +66,9 @@ class LayoutCollator:
         if self.pretrain_steps is not None:
             users, positions = np.tile(users, 2), np.tile(positions, 2)
             draw = np.random.SeedSequence((self.seed, slots[0].number)).generate_state(1)
-            policy = RawAndPatched(slots[0].step / self.pretrain_steps, policy.max_items, int(draw[0]))
-        histories = self.histories.before(users, positions, policy.max_items)
+            share = slots[0].step / self.pretrain_steps
+            policy = RawAndPatched(share, policy.max_items, int(draw[0]), cut_every_of(policy))
+        histories = self.histories.before(users, positions, policy.max_items, cut_every_of(policy))
         targets = self.histories.at(users, positions)
         layout = build_layout(self.catalog, histories, policy, self.prompt, targets, head=self.head)
         if self.supervise_history:
@@ -108,8 +110,9 @@ class PassCollator:
             policies = [replace(self.policy, seed=int(draw[0]))]
         if self.pretrain_steps is not None:
             draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
-            patched = RandomItemPatches(one.step / self.pretrain_steps, self.policy.max_items, int(draw[0]))
-            policies = [TextOnly(self.policy.max_items), patched]
+            cut: dict[str, Any] = {"max_items": self.policy.max_items, "cut_every": cut_every_of(self.policy)}
+            patched = RandomItemPatches(one.step / self.pretrain_steps, seed=int(draw[0]), **cut)
+            policies = [TextOnly(**cut), patched]
         histories = self.histories.take(one.users)
         if self.jitter:
             rng = np.random.default_rng((self.seed, one.number))
@@ -132,7 +135,7 @@ class PassCollator:
     def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
         """``(n,)`` the most rows that each user takes; with `ItemDropout`, which draws again, about as many."""
         histories = self.histories.take(users)
-        text = TextOnly(self.policy.max_items)
+        text = TextOnly(self.policy.max_items, cut_every=cut_every_of(self.policy))
         policy = self.policy if self.pretrain_steps is None else text
         rows = training_rows(self.catalog, histories, policy, self.prompt, ranges, **self._planned)
         return rows if self.pretrain_steps is None else 2 * rows

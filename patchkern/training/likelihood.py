@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, TrunkPolicy
+from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, TrunkPolicy, cut_every_of
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
@@ -163,7 +163,8 @@ def _passes(
 
 def _share_trunks(model: TrainableModel, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:
     """Are passes of many targets exactly their samples?"""
-    whole = policy.max_items is None or int(positions.max()) <= policy.max_items
+    uncut = policy.max_items is None or int(positions.max()) <= policy.max_items
+    whole = uncut or cut_every_of(policy) > 1  # else histories of a layout begin elsewhere
     drawn = isinstance(policy, (RandomItemPatches, ItemDropout))  # for every prompt anew
     begun = bool(model.prompt.suffix) or head == "items"  # a branch for a title begins with a row of its own
     return isinstance(policy, TrunkPolicy) and whole and not drawn and begun and model.takes_branches

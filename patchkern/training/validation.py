@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, check_count
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policies import AnyPolicy, cut_every_of
 from patchkern.batch.sample_layout import build_layout
 from patchkern.data.interactions import Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate
@@ -118,7 +118,7 @@ class Validation:
         for start in range(0, chosen.size, batch_size):
             part = slice(start, start + batch_size)
             users, positions = self.users[chosen[part]], self.positions[chosen[part]]
-            histories = self.histories.before(users, positions, self.policy.max_items)
+            histories = self.histories.before(users, positions, self.policy.max_items, cut_every_of(self.policy))
             layout = build_layout(model.catalog, histories, self.policy, model.prompt, targets[part], head=self.head)
             labels = layout.item_labels if self.head == "items" else layout.logit_labels
             with torch.no_grad():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from patchkern.batch.histories import Histories
-from patchkern.batch.policies import Level, levels_of
+from patchkern.batch.policies import Level, cut, levels_of
 from patchkern.batch.sample_layout import build_layout
 from patchkern.serving.server.schema import Compressed, Entry, Item
 from patchkern.serving.server.served import Served
@@ -15,7 +15,7 @@ _KINDS = {Level.TEXT: "text", Level.PATCH: "item", Level.DROP: "dropped"}
 def compressed(served: Served, history: Histories) -> Compressed:
     """Of one user: which items became what, oldest first, and how many rows that took."""
     model, policy = served.model, served.policy
-    kept = history.latest(policy.max_items)
+    kept = cut(history, policy)
     index = model.catalog.index_of(kept.items, "histories")
     tokens = model.catalog.inputs.lengths[index]
     levels = levels_of(policy, kept, tokens, model.prompt)

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from patchkern.search.results import read_recommendations, read_summary, recommend_to_disk
     from patchkern.search.summary import PartialListsWarning, UnprovenSearchWarning
     from patchkern.search.user_cache import UserCache
+    from patchkern.serving.user_states import UserStates
 
 __version__ = "0.1.0"
 
@@ -110,6 +111,7 @@ __all__ = [
     "TrunkPolicy",
     "UnprovenSearchWarning",
     "UserCache",
+    "UserStates",
     "backends",
     "build_layout",
     "build_training_layout",
@@ -146,6 +148,7 @@ _LAZY = {
     "TransitionPrior": "patchkern.search.prior",
     "UnprovenSearchWarning": "patchkern.search.summary",
     "UserCache": "patchkern.search.user_cache",
+    "UserStates": "patchkern.serving.user_states",
     "fit_prior_weight": "patchkern.search.prior_weight",
     "plan_memory": "patchkern.search.batching",
     "plan_training": "patchkern.budget.training",

@@ -4,7 +4,7 @@ r"""Users kept compressed: what the stores take and give, and what one more even
     python bench/bench_user_states.py                                      # minutes; 2,000 users
     python bench/bench_user_states.py --parts stores --users 100000        # 900 MB on the disk for each store
     python bench/bench_user_states.py --output bench/results/user-states.csv
-    python bench/bench_user_states.py --users 50 --seconds 0               # does it run at all
+    python bench/bench_user_states.py --users 50 --seconds 0 --items 60 --events 5     # does it run at all
 
 "stores": --users values of --layers x 2 x --width x --experts numbers in float32, a small model's, are put in
 transactions of --batch and read back by as many, in an order of its own. "put" is on the disk when it ends, where there
@@ -12,7 +12,13 @@ is one; "get" is a header checked, the checksum too, and tensors that can be rea
 search does. The bytes of a user are those of the file, beside the formula's. A Redis server is started for the run
 where redis-server is installed, without a file of its own.
 
-Before any time is printed, every value must be read back bit for bit.
+"events": one user of --items items has --events more, one after the other, under a language model with an item head.
+"update" is ``UserStates.update``, which compresses only where a block of items is full; "anew" the same for a user who
+is not kept. "list" is the user's 20 items behind what is kept, "list, anew" without it; both read the recent items.
+"whole history" has nothing compressed: its list is computed anew, or with a `UserCache` of the prompt. Times are those
+of single events, and their mean, which has the blocks in it.
+
+Before any time is printed, every value must be read back bit for bit, and lists must be those without states.
 """
 
 from __future__ import annotations
@@ -35,12 +41,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
+import patchkern as pk
 from bench import output
-from bench.timing import Table, measure
+from bench.timing import Table, Timing, measure
+from bench.training_providers import make_model
+from bench.workloads import ml1m
 from patchkern.serving.records import UserRecord, header_bytes, pack, record_bytes, unpack
 from patchkern.serving.stores import LmdbStore, MemoryStore, RedisStore, SqliteStore, UserStore
 
-PARTS = ("stores",)
+PARTS = ("stores", "events")
+K = 20
 MODEL = bytes(16)
 
 
@@ -52,13 +62,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128, help="key-value heads times their width")
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--items", type=int, default=1000, help="of the user who has further events")
+    parser.add_argument("--events", type=int, default=100)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=3.0, help="of reading, for each store")
     parser.add_argument("--folder", type=Path, help="where the files are written (default: a temporary folder)")
     output.add_option(parser, "user-states.csv")
     args = parser.parse_args(argv)
     table = Table(output.prepare(args.output, "user-states.csv"))
     for part in args.parts:
-        {"stores": stores}[part](table, args)
+        {"stores": stores, "events": events}[part](table, args)
         table.write()
 
 
@@ -179,6 +193,97 @@ def redis_server(folder: Path) -> Iterator[str | None]:
 def answers(port: int) -> bool:
     with socket.socket() as trial:
         return trial.connect_ex(("127.0.0.1", port)) == 0
+
+
+# ------------------------------------------------------------------ events
+
+
+def events(table: Table, args: argparse.Namespace) -> None:
+    workload = ml1m(args.vocab_size)
+    prompt = workload.prompt.with_special(experts=range(args.vocab_size, args.vocab_size + args.experts))
+    items = np.random.default_rng(0).choice(workload.catalog.item_ids, args.items + args.events)
+    patches = pk.ItemPatches(0, None)
+    policies: dict[str, Any] = {
+        "experts, one": pk.Experts(patches, count=args.experts, keep=20, block=50),
+        "experts, blocks": pk.Experts(patches, count=args.experts, block=50, parts="blocks"),
+        "memory, overwrite": pk.PreferenceMemory(patches, slots=args.experts, block=50),
+        "memory, append": pk.PreferenceMemory(patches, slots=args.experts, block=50, mode="append"),
+        "whole history": patches,
+    }
+    for name, policy in policies.items():
+        network = make_model(args.hidden_size, args.layers, args.vocab_size + args.experts)
+        model: Any = pk.PatchedCausalLM(network, workload.catalog, prompt, policy, item_head=True).eval()
+        if isinstance(policy, pk.PreferenceMemory):
+            model = pk.RecurrentMemory(model).eval()
+        find = partial(model.recommend, k=K, search="items", user_ids=["ada"])
+        config = {part: getattr(args, part) for part in ("items", "events", "hidden_size", "layers", "experts")}
+        config |= {"data": workload.name, "policy": str(policy)}
+        if name == "whole history":
+            taken = whole_history(model, find, items, args)
+        else:
+            states = pk.UserStates(model)
+            taken = kept(states, find, items, args, name)
+            config["bytes_per_user"] = states.bytes_per_user
+        timing = Timing({mode: np.array(seconds) for mode, seconds in taken.items()})
+        for mode, seconds in timing.seconds.items():
+            table.add(name, mode, "time", "ms", quantiles(1e3 * seconds), config)
+            table.add(name, mode, "mean time", "ms", 3 * (1e3 * float(seconds.mean()),), config)
+        for anew, mode in (("anew", "update"), ("list, anew", "list"), ("list, anew", "update and list")):
+            if {anew, mode} <= taken.keys():
+                table.add(name, mode, f"speed-up over {anew}", "x", timing.ratio(anew, mode), config)
+                mean = timing.seconds[anew].mean() / timing.seconds[mode].mean()
+                table.add(name, mode, f"speed-up over {anew}, means", "x", 3 * (float(mean),), config)
+
+
+def kept(
+    states: pk.UserStates, find: Callable[..., Any], items: Any, args: argparse.Namespace, name: str
+) -> dict[str, list[float]]:
+    """Seconds of every event, by what was done."""
+    model = states.model
+    anew = pk.UserStates(model)
+    taken: dict[str, list[float]] = {part: [] for part in ("update", "anew", "list", "list, anew", "update and list")}
+    states.update(["ada"], [items[: args.items - 1]])
+    for length in range(args.items, args.items + args.events):
+        history = [items[:length]]
+        anew.delete(["ada"])
+        calls: dict[str, Callable[[], Any]] = {
+            "update": partial(states.update, ["ada"], history),
+            "anew": partial(anew.update, ["ada"], history),
+            "list": partial(find, history, user_states=states),
+            "list, anew": partial(find, history),
+        }
+        results = {}
+        for part, call in calls.items():
+            before = time.perf_counter()
+            results[part] = call()
+            if length > args.items:  # the first one warms up
+                taken[part].append(time.perf_counter() - before)
+        scores = [dict(results[part][0]) for part in ("list", "list, anew")]
+        if results["anew"].compressed != 1 or not alike(*scores):
+            sys.exit(f"{name}: wrong result: other lists than without states; nothing was timed")
+    taken["update and list"] = [sum(both) for both in zip(taken["update"], taken["list"], strict=True)]
+    return taken
+
+
+def whole_history(model: Any, find: Callable[..., Any], items: Any, args: argparse.Namespace) -> dict[str, list[float]]:
+    cache = pk.UserCache(model, 1 << 28)
+    taken: dict[str, list[float]] = {"list": [], "list, anew": []}
+    for length in range(args.items - 1, args.items + args.events):
+        scores = []
+        for part, more in (("list", {"user_cache": cache}), ("list, anew", {})):
+            before = time.perf_counter()
+            scores.append(dict(find([items[:length]], **more)[0]))
+            if length > args.items:
+                taken[part].append(time.perf_counter() - before)
+        if not alike(*scores):
+            sys.exit("whole history: wrong result: other lists than without a cache; nothing was timed")
+    return taken
+
+
+def alike(found: dict[Any, float], expected: dict[Any, float]) -> bool:
+    """The same items with the same scores, but for rounding, which may exchange the last of them."""
+    both = found.keys() & expected.keys()
+    return len(both) >= K - 1 and all(abs(found[item] - expected[item]) < 1e-3 for item in both)
 
 
 def quantiles(rates: Any) -> tuple[float, float, float]:

@@ -80,7 +80,7 @@ class UserStates:
         self, model: SearchModel, policy: AnyPolicy | None = None, store: UserStore | str | PathLike[str] | None = None
     ) -> None:
         check_model(model)
-        self._model = model
+        self.model = model
         self._compressor: Compressor = compressor_of(model, policy)
         with model.searching():
             self._state = model_state(model)
@@ -133,8 +133,8 @@ class UserStates:
         counts = {"recent": len(given) - len(users), "unchanged": 0, "extended": 0, "compressed": 0, "deleted": 0}
         last = {user.key: at for at, user in enumerate(users)}
         users = [user for at, user in enumerate(users) if last[user.key] == at]
-        with self._model.searching():
-            self.check(self._model)
+        with self.model.searching():
+            self.check(self.model)
             waiting: list[tuple[_User, Known | None]] = []
             for first in range(0, len(users), _AT_ONCE):
                 some = users[first : first + _AT_ONCE]
@@ -190,7 +190,7 @@ class UserStates:
 
     def check(self, model: Any) -> None:
         """Raise a ValueError unless this is the model that compressed the users, as it was; inside its `searching`."""
-        if model is not self._model:
+        if model is not self.model:
             raise ValueError("user_states: expected those made for this model, got another model's")
         if model_state(model) != self._state:
             raise ValueError(
@@ -227,7 +227,7 @@ class UserStates:
     def _users(self, names: Sequence[Hashable], histories: Histories) -> list[_User]:
         """Those with old items."""
         cuts = self._compressor.cuts(histories.lengths)
-        index = self._model.catalog.index_of(histories.items, "histories")
+        index = self.model.catalog.index_of(histories.items, "histories")
         keys = [user_key(name, f"user_ids[{at}]") for at, name in enumerate(names)]
         starts = histories.offsets
         return [

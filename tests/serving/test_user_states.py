@@ -90,7 +90,7 @@ def read_items(states: UserStates) -> list[int]:
 
 def is_right(states: UserStates, names: list[Any], histories: list[list[int]]) -> bool:
     """Is what is kept that which all old items are compressed to?"""
-    fresh = Sums(states._model, states._compressor.policy["parts"])
+    fresh = Sums(states.model, states._compressor.policy["parts"])
     for found, history in zip(kept(states, names, histories), histories, strict=True):
         if len(history) < KEEP + BLOCK:
             assert found is None
@@ -177,7 +177,7 @@ def test_another_models_store_is_refused(open_one: Opener, make: Callable[..., U
     states.update(["ada"], [PASTS[0]])
     other = pk.PatchedCausalLM(tiny("llama", rms_norm_eps=1e-3).eval(), CATALOG, PROMPT)
     where = {"memory": "MemoryStore", "redis": "Redis server at"}.get(kind, f"users.{kind}")
-    for model, parts in ((other, "one"), (states._model, "another")):
+    for model, parts in ((other, "one"), (states.model, "another")):
         if kind != "memory":
             store.close()
             store = open_one()

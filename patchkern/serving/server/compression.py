@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from patchkern.batch.histories import Histories
-from patchkern.batch.policies import FittingPolicy, Level
+from patchkern.batch.policies import Level, levels_of
 from patchkern.batch.sample_layout import build_layout
 from patchkern.serving.server.schema import Compressed, Entry, Item
 from patchkern.serving.server.served import Served
@@ -18,10 +18,7 @@ def compressed(served: Served, history: Histories) -> Compressed:
     kept = history.latest(policy.max_items)
     index = model.catalog.index_of(kept.items, "histories")
     tokens = model.catalog.inputs.lengths[index]
-    if isinstance(policy, FittingPolicy):
-        levels = policy.fit(kept, tokens, model.prompt)
-    else:
-        levels = policy.levels(kept)
+    levels = levels_of(policy, kept, tokens, model.prompt)
     entries: list[Entry] = []
     for level, place, length in zip(levels.tolist(), index.tolist(), tokens.tolist(), strict=True):
         item = Item(item=model.catalog.item_ids.item(place), title=served.titles[place])

@@ -200,6 +200,10 @@ MALFORMED: list[tuple[bytes, int]] = [
 ]
 
 
+class WrongAnswer(Exception):
+    """What the server said in place of what it should have."""
+
+
 class Mixed:
     """Clients who do anything, and what came of it."""
 
@@ -243,10 +247,10 @@ class Mixed:
         self, status: int, content: bytes, kind: Kind, users: list[int], lists: Callable[[Any], list[Any]]
     ) -> None:
         if status != 200:
-            sys.exit(f"mixed: users {users} got {status} {content[:300]!r}")
+            raise WrongAnswer(f"users {users} got {status} {content[:300]!r}")
         for user, answer in zip(users, lists(json.loads(content)), strict=True):
             if not kind.is_right(answer, user):
-                sys.exit(f"mixed: user {user} got {answer} in place of a list of its own")
+                raise WrongAnswer(f"user {user} got {answer} in place of a list of its own")
         self.counts["lists"] += len(users)
 
     async def _malformed(self, connection: Connection, draw: random.Random) -> None:
@@ -259,7 +263,7 @@ class Mixed:
             connection.close()
         else:
             if status != expected or not json.loads(content)["detail"][0]["msg"]:
-                sys.exit(f"mixed: expected {expected} for {body[:60]!r}, got {status} {content[:300]!r}")
+                raise WrongAnswer(f"expected {expected} for {body[:60]!r}, got {status} {content[:300]!r}")
         self.counts["refused"] += 1
 
     async def _hang_up(self, connection: Connection, draw: random.Random) -> None:
@@ -281,7 +285,7 @@ class Mixed:
         )
         status, _ = await connection.ask(path)
         if status != expected:
-            sys.exit(f"mixed: expected {expected} for {path}, got {status}")
+            raise WrongAnswer(f"expected {expected} for {path}, got {status}")
         self.counts["other"] += 1
 
     async def _reload(self, count: int, pause: float) -> None:
@@ -290,9 +294,9 @@ class Mixed:
             await asyncio.sleep(pause)
             status, content = await connection.ask("/admin/reload", b"{}", f"Authorization: Bearer {self._token}")
             if status != 200:
-                sys.exit(f"mixed: not reloaded: {status} {content!r}")
+                raise WrongAnswer(f"not reloaded: {status} {content!r}")
             self.counts["reloads"] += 1
-        connection.close()
+            connection.close()  # the server would not keep it until the next
 
     async def _watch(self, pause: float) -> None:
         connection = Connection(self._port)
@@ -300,7 +304,7 @@ class Mixed:
             _, content = await connection.ask("/metrics")
             found = re.search(rb"^process_resident_memory_bytes (\S+)", content, re.MULTILINE)
             if found is None:
-                sys.exit("mixed: the metrics say nothing of memory, which they do on Linux")
+                raise WrongAnswer("the metrics say nothing of memory, which they do on Linux")
             self.memory.append(float(found[1]) / 2**20)
             await asyncio.sleep(pause)
         connection.close()
@@ -313,7 +317,10 @@ def mixed(table: Table, runs: dict[str, Path], kinds: dict[str, dict[str, Kind]]
     options = ("--cache", args.cache, "--admin_token_file", str(secret), "--memory_budget", "1GiB")
     with server(runs["language model"], *options) as (port, process):
         clients = Mixed(port, kinds["language model"], histories, token, args.seconds)
-        asyncio.run(clients.run(args.mixed_clients, args.reloads, args.seconds))
+        try:
+            asyncio.run(clients.run(args.mixed_clients, args.reloads, args.seconds))
+        except WrongAnswer as error:
+            sys.exit(f"mixed: {error}")
         if process.poll() is not None:
             sys.exit(f"mixed: the server ended with {process.returncode}")
     config = {"seconds": args.seconds, "clients": args.mixed_clients, "cache": args.cache}

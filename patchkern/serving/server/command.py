@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _LIMITS = Limits()
+_SWITCH_INTERVAL = 0.0005  # seconds: Python's own 5 ms is how long the thread that computes would let answers wait
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.name is None or error.name.partition(".")[0] not in PACKAGES:
             raise
         sys.exit(f"serve needs {error.name}, which is not installed: pip install 'patchkern[serving]'")
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     source = Source(args.run, args.catalog, args.renamed, args.device, args.dtype, args.search, cache_bytes)
     try:

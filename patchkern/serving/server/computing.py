@@ -74,24 +74,25 @@ class Computer:
         request = self._request([job], None)
         prepared = prepare(request)
         cost = self._cost(job.options, prepared)
-        names, policy = request.names, request.policy
+        names, policy, room = request.names, request.policy, self._room(job.options)
         try:
-            plan_users(request.model, job.history, policy, prepared.depth, names, cost, self._budget, 1, prepared.head)
+            plan_users(request.model, job.history, policy, prepared.depth, names, cost, room, 1, prepared.head)
         except ValueError as error:
             raise Invalid(_without_name(error, names[0]), (*job.loc, "history")) from error
         self._taken[kind] = min(shortest, job.rows), max(longest, job.rows)
 
     def batches(self, jobs: Sequence[Job]) -> list[Batch]:
         """The jobs of one group, all of which passed `check`, in batches that fit into the budget."""
-        if self._budget is None:
+        room = self._room(jobs[0].options)
+        if room is None:
             return [Batch(list(jobs[i : i + self._max_batch])) for i in range(0, len(jobs), self._max_batch)]
         cost = self._costs[_kind(jobs[0].options)]
-        plan = cost.plan(np.array([job.rows for job in jobs]), self._budget, self._max_batch)
+        plan = cost.plan(np.array([job.rows for job in jobs]), room, self._max_batch)
         return [Batch([jobs[user] for user in x.users.tolist()], x.chunk_rows is not None) for x in plan.batches]
 
     def lists(self, batch: Batch) -> list[Ranked]:
         """What `recommend` gives each job, in one call."""
-        request = self._request(batch.jobs, self._budget if batch.chunked else None)
+        request = self._request(batch.jobs, self._room(batch.jobs[0].options) if batch.chunked else None)
         found, _ = run(request, prepare(request))
         return found
 
@@ -119,6 +120,12 @@ class Computer:
             unknown="error",
             progress=False,
         )
+
+    def _room(self, options: Options) -> int | None:
+        """The budget, less what is kept for others: a search that uses the prompts that are kept counts them itself."""
+        if self._budget is None or self.served.cache is None or options.named:
+            return self._budget
+        return max(self._budget - self.served.cache.max_bytes, 1)
 
     def _cost(self, options: Options, prepared: Prepared) -> SearchCost | None:
         if self._budget is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from starlette.exceptions import HTTPException
+from fastapi.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from patchkern.serving.server.metrics import Metrics

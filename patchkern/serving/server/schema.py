@@ -19,7 +19,9 @@ class Asked(BaseModel):
     history: list[ItemId] | None = Field(None, description="item ids, oldest first")
     titles: list[str] | None = Field(None, description="titles of the catalogue in place of a history's ids")
     timestamps: list[float] | None = Field(None, description="seconds, one per item, for policies that go by time")
-    user_id: int | str | None = Field(None, description="whose prompt is kept for the next request, where any are")
+    user_id: int | Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="whose prompt is kept for the next request, where any are"
+    )
     k: int = Field(20, ge=1, description="items to recommend")
     search: Literal["items", "beam"] | None = Field(None, description="the server's own where not given")
     num_beams: int | None = Field(None, ge=1, description="hypotheses of a beam search; 20, or k if that is more")

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 _LOOKED_AT = 10_000  # occurrences of a word, at most, so that one of a single letter costs no more than others
-_COMPARED = 200  # titles, letter by letter
+_COMPARED = 50  # titles, letter by letter
+_LONGEST = 100  # letters of a title that is compared so
 
 
 class TitleIndex:
@@ -61,6 +62,8 @@ class TitleIndex:
 
     def near(self, title: str) -> list[int]:
         """Catalogue positions of up to two titles that are spelled nearly like ``title``."""
+        if len(title) > _LONGEST:
+            return []
         word = max(fold(title).split(), key=len, default="")
         places = self.search(word, _COMPARED) or self.search(word[:3], _COMPARED) if word else []
         of_title = {self._title(place): place for place in reversed(places)}

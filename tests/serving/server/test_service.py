@@ -24,6 +24,7 @@ from patchkern.serving.server.limits import Limits
 from patchkern.serving.server.middleware import BodyLimit
 from patchkern.serving.server.served import Served
 
+CACHE = 1 << 20
 ASKED = {"history": ITEMS[:5], "k": 3}
 
 
@@ -111,7 +112,8 @@ def test_batches_stay_within_the_budget(model: pk.PatchedCausalLM, monkeypatch: 
     trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
     for search, size in (("items", size_of_items(model, None, None)), ("beam", size_of_beams(trie, 20))):
         budget = SearchCost(model, size).needed(6, 6 * longest, longest).peak
-        with serving(model, Limits(memory_budget=budget, max_batch=16)) as client:
+        limits = Limits(memory_budget=budget + CACHE, max_batch=16)
+        with serving(model, limits, cache_bytes=CACHE) as client:
             sizes.clear()
             asked = [{"history": history, "k": 4, "search": search} for history in users]
             answers = client.post("/v1/recommend:batch", json={"users": asked})

@@ -56,6 +56,7 @@ Before transformers 5.23 it is --gradient_checkpointing instead of --activation_
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     arguments = training_flags.training_arguments(parser, argv, args, defaults)
 
     def description() -> dict[str, Any]:
-        return training_flags.own_flags(args) | {"settings": name} | shared(arguments, args.targets_per_step)
+        return training_flags.own_flags(args) | {"settings": name} | shared(arguments, args)
 
     start = check_output(folder, description(), args.resume)
     set_seed(arguments.seed)
@@ -181,19 +182,21 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     return trainer
 
 
-def shared(arguments: TrainingArguments, targets_per_step: int | None) -> dict[str, str]:
-    """`SHARED`, and what a step consists of, which any number of processes may go on with."""
-    step = {"processes": arguments.world_size}  # for which the passes of so many targets are packed
-    if targets_per_step is None:
-        samples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        step = {"batch size x accumulation x processes": samples * arguments.world_size}
+def shared(arguments: TrainingArguments, args: argparse.Namespace) -> dict[str, str]:
+    """`SHARED`, and what a step consists of, with which any number of processes may go on."""
+    if args.targets_per_step is not None:  # in passes that are packed for so many
+        step = {"processes": arguments.world_size}
+    else:
+        step = {"passes of a step": arguments.gradient_accumulation_steps * arguments.world_size}
+        if args.targets_per_pass == "one":
+            step = {"samples of a step": arguments.per_device_train_batch_size * step["passes of a step"]}
     return {key: str(getattr(arguments, key)) for key in SHARED} | {key: str(value) for key, value in step.items()}
 
 
 def held_out(data: Interactions, share: float) -> Interactions:
     """What is trained and validated on; a model that is saved with the catalogue of that says what was left out."""
     kept = hold_out_items(data, share)
-    if share:
+    if share and os.environ.get("RANK", "0") == "0":
         print(
             f"{data.num_items - kept.num_items:,} of {data.num_items:,} items held out, and "
             f"{data.num_interactions - kept.num_interactions:,} of {data.num_interactions:,} interactions with them "

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_trainer
 
@@ -69,13 +71,30 @@ def _run(kind: str, folder: Path, resume: Path | None = None, **options: Any) ->
     trainer = trainer_of(kind, folder, 2, **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     parameters = list(trainer.model.parameters())
+    states = [value for entries in trainer.optimizer.state.values() for value in entries.values() if value.dim()]
     return {
         "losses": losses_of(trainer),
         "evaluations": evaluations_of(trainer),
         "best": trainer.state.best_model_checkpoint,
         "processes": trainer.args.world_size,
         "sharded": sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters),
+        "units": [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)],
+        "weights": _held(parameters),
+        "optimizer": _held(states),
     }
+
+
+def _held(tensors: list[Tensor]) -> int:
+    """Bytes in this process."""
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
+
+
+def _refused(folder: Path, kind: str, **options: Any) -> str:
+    try:
+        trainer_of(kind, folder, 2, fsdp=True, **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def _recipe(folder: Path, *flags: str) -> dict[str, Any]:
@@ -121,6 +140,11 @@ def main(folder: Path) -> None:
             results[f"{kind}, sharded, resumed"] = _run(
                 kind, folder / "sharded and resumed" / kind, start, fsdp=True, **own
             )
+    results["refused"] = [
+        _refused(folder / "refused", "samples"),
+        _refused(folder / "refused", "items", fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}),
+        _refused(folder / "refused", "items", fsdp_config={"cpu_ram_efficient_loading": True}),
+    ]
     (folder / f"rank-{rank}.json").write_text(json.dumps(results))
     # Not by way of the destructors: that of DDP's reducer can wait for a gloo thread that waits for the GIL.
     torch.distributed.barrier()

@@ -240,6 +240,8 @@ def _choices(asked: Choice, hf_model: Any) -> list[Choice]:
     choices = [asked, asked._replace(checkpointing=True)]
     if OPTIMIZERS[asked.optimizer] in ("fused", "unfused"):
         choices.append(choices[-1]._replace(optimizer="adamw_bnb_8bit"))
-    if asked.lora is None and not hasattr(hf_model, "peft_config"):
+    # peft adapts what generates text, which a model of item ids does not
+    takes_lora = isinstance(hf_model, PretrainedConfig) or hasattr(hf_model, "prepare_inputs_for_generation")
+    if asked.lora is None and takes_lora and not hasattr(hf_model, "peft_config"):
         choices.append(asked._replace(checkpointing=True, lora=Lora()))
     return list(dict.fromkeys(choices))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -29,8 +29,8 @@ def check_processes(args: TrainingArguments) -> None:
         )
 
 
-def check_sharding(args: TrainingArguments, accelerator: Any) -> None:
-    """Refuse fully sharded training that would be none, or write checkpoints that are no models.
+def check_sharding(args: TrainingArguments, accelerator: Any, model: nn.Module) -> None:
+    """Refuse fully sharded training that would be none, that fails, or whose checkpoints would be no models.
 
     Raises:
         ValueError: accelerate shards nothing here, or not as asked.
@@ -43,17 +43,29 @@ def check_sharding(args: TrainingArguments, accelerator: Any) -> None:
             f"got {args.world_size} on {args.device.type}, of which each would have all of it"
         )
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_config: expected version 2, got {plugin.fsdp_version}")
     kind = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
-    if kind != "FULL_STATE_DICT":
-        raise ValueError(
-            f"fsdp_config: expected state_dict_type FULL_STATE_DICT, as checkpoints are whole models, got {kind}"
-        )
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end: expected False under FSDP, where no process has a whole model to choose one by"
-        )
+    for wrong, message in (
+        (plugin.fsdp_version != 2, f"fsdp_config: expected version 2, got {plugin.fsdp_version}"),
+        (
+            kind != "FULL_STATE_DICT",
+            f"fsdp_config: expected state_dict_type FULL_STATE_DICT, as checkpoints are whole models, got {kind}",
+        ),
+        (
+            plugin.cpu_ram_efficient_loading,
+            "fsdp_config: expected cpu_ram_efficient_loading False, as every process has read the model already",
+        ),
+        (
+            args.load_best_model_at_end,
+            "load_best_model_at_end: expected False under FSDP, where no process has a whole model to choose one by",
+        ),
+        (
+            any(type(module).__name__ == "TrainableTokensWrapper" for module in model.modules()),
+            "fsdp: expected no adapter that trains the rows of some tokens (trainable_token_indices), whose embedding "
+            "cannot be sharded; by data parallelism every process has all of the model",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 def save_states(optimizer: Any, scheduler: Any, folder: str, is_main_process: bool) -> None:

@@ -223,7 +223,7 @@ class PatchTrainer(Trainer):
             data_collator=collator,
             **kwargs,
         )
-        check_sharding(args, self.accelerator)
+        check_sharding(args, self.accelerator, self.model)
         if eval_samples is not None and self.is_fsdp_enabled:
             raise ValueError("eval_samples: expected None under FSDP, where no process has a whole model to search")
         self.label_smoother = None  # it would compute a second loss; `compute_loss` has the model smooth its own

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -400,6 +401,64 @@ def test_activation_checkpointing_does_not_change_the_losses(folder: str, tmp_pa
     layers = recomputed.model.hf_model.model.layers
     assert all(layer.gradient_checkpointing for layer in layers)
     assert _losses(recomputed) == _losses(plain) and len(_losses(plain)) == 2
+
+
+def test_other_batches_of_the_same_steps_go_on(folder: str, tmp_path: Path) -> None:
+    """Two passes of a process are one of each of two; with as many samples it is the same run too."""
+    flags = (
+        "--model",
+        "tiny",
+        "--vocab_size",
+        "300",
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--rows_per_pass",
+        "512",
+    )
+    whole = _train("items", folder, tmp_path, *flags, "--gradient_accumulation_steps", "2")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="got other passes of a step '2' -> '1'"):
+        _train("items", folder, tmp_path, *flags, "--resume")
+    written = json.loads((tmp_path / "arguments.json").read_text())
+    assert written["passes of a step"] == "2" and "dry_run" not in written
+
+    one = ("--targets_per_pass", "one", *flags[:-2])
+    first = _train("items", folder, tmp_path / "one", *one, "--gradient_accumulation_steps", "2")
+    shutil.rmtree(tmp_path / "one" / "checkpoint-2")
+    again = _train("items", folder, tmp_path / "one", *one, "--per_device_train_batch_size", "8", "--resume")
+    assert _losses(again) == pytest.approx(_losses(first), rel=0.05) and len(_losses(whole)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "passes"),
+    [([], 2), (["--targets_per_step", "60", "--head", "items"], 2), (["--backbone", "sasrec"], 2)],
+    ids=["titles", "items", "ids"],
+)
+def test_a_dry_run_prints_what_each_process_holds(
+    flags: list[str], passes: int, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--rows_per_pass", "512", *flags]
+    if "--backbone" not in flags:
+        flags += ["--model", "tiny", "--vocab_size", "300"]
+    with pytest.raises(SystemExit) as left:
+        _train("items", folder, tmp_path / "dry", *flags, "--dry_run", "--processes", "2")
+    assert not left.value.code and not (tmp_path / "dry").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("512 rows per pass, all parameters, adamw_torch_fused: peak ") == 2
+    apart, together = (round(float(found) * 10) for found in re.findall(r"weights +([\d.]+) MiB", printed))
+    assert apart == pytest.approx(2 * together, abs=2)
+    accumulated = () if "--targets_per_step" in flags else ("--gradient_accumulation_steps", "2")
+    trained = _train("items", folder, tmp_path / "run", *flags, *accumulated).train_dataset
+    steps = f"{trained.num_targets:,} targets in {trained.steps:,} steps of "
+    assert printed.count(steps) == 2, steps
+    assert printed.count(f": {passes} passes a step, 1 by each process, ") == 2
+
+    with pytest.raises(SystemExit):
+        _train("items", folder, tmp_path / "dry", *flags, "--dry_run", "cpu", "--memory_budget", "1MiB")
+    printed = capsys.readouterr().out
+    assert "dry run: 1 process on CPUs, autocast None" in printed and "does not fit: --memory_budget: " in printed
 
 
 def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None:

@@ -77,6 +77,28 @@ def test_two_processes_train_as_one(way: str, kind: str, runs: Runs) -> None:
     assert not list(folder.glob("*.bin")), "nothing is saved twice"
 
 
+@pytest.mark.parametrize("kind", SHARDED)
+def test_each_process_holds_its_share(kind: str, runs: Runs) -> None:
+    """Every layer is a unit that is gathered alone."""
+    layers = {f"hf_model.{'' if kind == 'item ids' else 'model.'}layers.{n}" for n in range(2)}
+    for two in runs.two:
+        whole, share = two[kind], two[f"{kind}, sharded"]
+        assert layers < set(share["units"]) and "" in share["units"]
+        # a parameter of one number is not halved
+        assert share["weights"] == pytest.approx(whole["weights"] / 2, rel=0.01)
+        assert share["optimizer"] == pytest.approx(whole["optimizer"] / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_a_process_holds_is_planned(sharded: bool, runs: Runs) -> None:
+    model = runs.alone["both"].model
+    plan = pk.plan_training(model, 64, optimizer="adamw_torch", head="both", world_size=2, sharded=sharded)
+    for two in runs.two:
+        found = two["both, sharded" if sharded else "both"]
+        assert found["weights"] == pytest.approx(plan.needed.weights, rel=0.01)  # which has the buffers too
+        assert found["optimizer"] == pytest.approx(plan.needed.optimizer, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", RESUMED)
 def test_two_processes_go_on_where_one_was(kind: str, runs: Runs) -> None:
     one = runs.alone[kind]
@@ -108,7 +130,15 @@ def test_the_recipe_by_torchrun(runs: Runs) -> None:
     assert not (runs.folder / "refused").exists() or not list((runs.folder / "refused").iterdir())
 
 
-# ------------------------------------------------------------------ what is refused, before a process is started
+# ------------------------------------------------------------------ what is refused
+
+
+def test_sharding_that_fails_or_leaves_no_model(runs: Runs) -> None:
+    for two in runs.two:
+        best, kind, loading = two["refused"]
+        assert best.startswith("load_best_model_at_end: expected False under FSDP")
+        assert kind.startswith("fsdp_config: expected state_dict_type FULL_STATE_DICT")
+        assert loading.startswith("fsdp_config: expected cpu_ram_efficient_loading False")
 
 
 def test_processes_that_do_not_know_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, CatalogWarning
+from patchkern.batch.expert_layout import expert_row_counts
 from patchkern.batch.experts import Experts
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
@@ -116,6 +117,7 @@ __all__ = [
     "build_layout",
     "build_training_layout",
     "compress_batch",
+    "expert_row_counts",
     "fit_prior_weight",
     "item_table",
     "join_layouts",

@@ -25,11 +25,11 @@ def compute(
 def computed_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every pass over prompts from now on."""
     rows: list[int] = []
-    original = prompts._packed
+    original = prompts.packed
 
     def spy(layout: pk.PatchLayout, spans: Any) -> pk.PatchLayout:
         rows.append(len(spans.rows))
         return original(layout, spans)
 
-    monkeypatch.setattr(prompts, "_packed", spy)
+    monkeypatch.setattr(prompts, "packed", spy)
     return rows

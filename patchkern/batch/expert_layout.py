@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from patchkern.batch.arrangement import Table, arranged, running
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import Experts, settled_levels
-from patchkern.batch.histories import Histories
+from patchkern.batch.hashes import UInt64, learned_hashes
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
@@ -43,10 +44,9 @@ class Parts(NamedTuple):
     rows: Int64
 
     @classmethod
-    def of(cls, catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt) -> Parts:
-        """Where no user's history is without recent items and old ones are left out if there are no experts."""
+    def of(cls, catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt, cut: Int64) -> Parts:
+        """Of histories whose first ``cut`` items are old; without experts these are left out."""
         lengths = histories.lengths
-        cut = policy.cuts(lengths)
         compressed = policy.compressed_parts(cut)
         user = np.repeat(np.arange(lengths.size), compressed + 1)
         nth = np.arange(user.size) - np.repeat(running(compressed + 1)[:-1], compressed + 1)
@@ -133,15 +133,24 @@ def expert_layout(
     return _joined(layout, begin, rows, parts, np.ones_like(parts.is_old), policy, prompt)
 
 
-def compress_layout(catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt) -> PatchLayout:
-    """What must be computed for the experts of every user: `expert_layout` without recent items and suffix.
+def compress_layout(
+    catalog: Catalog, old: Histories, policy: Experts, prompt: Prompt, known: Int64 | None = None
+) -> PatchLayout:
+    """What must be computed for the experts of users' old items: their prompts and parts as spans, experts behind each.
 
-    Users without old items have no rows.
+    The prompt is a span of its own, ``[prompt | old U]`` or ``[prompt | U_0 U_1 .. | s_0 | s_1 | ..]``, positions are
+    those of the whole prompt.
+
+    Args:
+        old: B pasts of whole blocks, none empty.
+        known: ``(B,)`` how many parts of each have experts already; these stand in their places, what they read does
+            not.
     """
-    parts = _checked_parts(catalog, histories, policy, prompt)
+    parts = _old_parts(catalog, old, policy, prompt)
+    chosen = parts.is_old if known is None else parts.is_old & (parts.nth >= known[parts.user])
     nothing = np.full(parts.user.size, -1, np.int32)
-    layout, begin = parts.planned(catalog, prompt, parts.is_old, nothing)
-    return _joined(unlabelled(layout), begin, parts.rows, parts, parts.is_old, policy, prompt)
+    layout, begin = parts.planned(catalog, prompt, chosen, nothing)
+    return _joined(unlabelled(layout), begin, parts.rows, parts, chosen, policy, prompt, apart=True)
 
 
 def read_layout(catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt, head: str) -> PatchLayout:
@@ -163,9 +172,90 @@ def read_layout(catalog: Catalog, histories: Histories, policy: Experts, prompt:
     return PatchLayout._trusted({**layout.__dict__, **counts})
 
 
+def expert_hashes(
+    catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt, by_item: bool = False
+) -> UInt64:
+    """``(n,)`` what the experts of all users stand for, in order: they differ where anything does that they have read.
+
+    Args:
+        by_item: as of `patchkern.row_hashes`.
+    """
+    parts = _checked_parts(catalog, histories, policy, prompt)
+    layout, _ = parts.planned(catalog, prompt, parts.is_old, np.full(parts.user.size, -1, np.int32))
+    ends = layout.cu_seqlens.numpy()[1:].astype(np.int64)
+    first = parts.nth[parts.is_old] == 0
+    starts = layout.cu_seqlens.numpy()[:-1].astype(np.int64)[first][np.cumsum(first) - 1]
+    return learned_hashes(layout, starts, ends - starts, policy.count, by_item)
+
+
+class ExpertRowCounts(NamedTuple):
+    """``(B,)`` rows of every user's prompt: all of them, those computed for experts, and those that are left then."""
+
+    whole: Int64
+    compressed: Int64
+    read: Int64
+
+
+def expert_row_counts(
+    catalog: Catalog, histories: HistoriesLike, policy: Experts, prompt: Prompt, head: str = "titles"
+) -> ExpertRowCounts:
+    """How many rows histories take, without building a layout.
+
+    Args:
+        catalog, histories, policy, prompt, head: as in `patchkern.build_layout`.
+
+    Returns:
+        ``whole`` is what `patchkern.row_counts` says. A search computes and drops those of ``compressed``, a few users
+        at a time, and keeps those of ``read``: `patchkern.plan_memory` takes both.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(9), range(10))
+        >>> policy = pk.Experts(pk.ItemPatches(keep_text=0, max_items=None), count=2, keep=1, block=3)
+        >>> rows = pk.expert_row_counts(catalog, [range(8), range(3)], policy, pk.Prompt(prefix=[9], experts=[10, 11]))
+        >>> rows.whole.tolist(), rows.compressed.tolist(), rows.read.tolist()
+        ([11, 4], [9, 0], [5, 4])
+    """
+    histories = Histories.coerce(histories)
+    parts = _checked_parts(catalog, histories, policy, prompt)
+    n_users, is_old = len(histories), parts.is_old
+    recent = np.zeros(n_users, np.int64)
+    np.add.at(recent, parts.user[~is_old], parts.rows[~is_old])
+    old = _old_rows(parts, n_users)
+    experts = policy.count * np.bincount(parts.user[is_old], minlength=n_users)
+    read = len(prompt.prefix) + experts + recent + (len(prompt.suffix) if head != "items" else 0)
+    return ExpertRowCounts(read + old, np.where(old > 0, len(prompt.prefix) + old + experts, 0), read)
+
+
+def compressed_row_counts(catalog: Catalog, old: Histories, policy: Experts, prompt: Prompt) -> Int64:
+    """``(B,)`` rows of `compress_layout`."""
+    parts = _old_parts(catalog, old, policy, prompt)
+    experts = policy.count * policy.compressed_parts(old.lengths)
+    return len(prompt.prefix) + _old_rows(parts, len(old)) + experts
+
+
+def _old_rows(parts: Parts, n_users: int) -> Int64:
+    rows = np.zeros(n_users, np.int64)
+    np.add.at(rows, parts.user[parts.is_old], parts.rows[parts.is_old])
+    return rows
+
+
 def _checked_parts(catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt) -> Parts:
     policy.check_prompt(prompt)
-    return Parts.of(catalog, histories, policy, prompt)
+    lengths = histories.lengths
+    return Parts.of(catalog, histories, policy, prompt, policy.cuts(lengths))
+
+
+def _old_parts(catalog: Catalog, old: Histories, policy: Experts, prompt: Prompt) -> Parts:
+    policy.check_prompt(prompt)
+    if policy.count == 0:
+        raise ValueError("policy: expected experts to compress old items to, got count=0")
+    wrong = np.flatnonzero((old.lengths % policy.block != 0) | (old.lengths == 0))
+    if wrong.size:
+        raise ValueError(
+            f"old[{wrong[0]}]: expected whole blocks of {policy.block} items, got {old.lengths[wrong[0]]} items"
+        )
+    return Parts.of(catalog, old, policy, prompt, old.lengths)
 
 
 def _joined(
@@ -176,10 +266,12 @@ def _joined(
     chosen: NDArray[np.bool_],
     policy: Experts,
     prompt: Prompt,
+    apart: bool = False,
 ) -> PatchLayout:
     """Chosen parts and all experts, in their order and as spans; without old items a user is one span.
 
     Args:
+        apart: the prompt is a span of its own also where one part follows it.
         begin: ``(Q,)`` where each part's rows begin in the layout, after a prefix.
         rows: ``(Q,)`` how many of them are taken.
     """
@@ -198,7 +290,7 @@ def _joined(
     compressed[parts.user[old]] = chosen[old]
     table = Table()
     of_prompts = table.add(begin[leads] - first_rows, first_rows, 0, True, parts.user[leads], 0)
-    opens = compressed[parts.user[bodies]] & (in_blocks | (parts.nth[bodies] > 0))
+    opens = compressed[parts.user[bodies]] & (in_blocks | apart | (parts.nth[bodies] > 0))
     of_bodies = table.add(begin[bodies], rows[bodies], position[bodies], opens, parts.user[bodies], body_rank[bodies])
     behind = position[old] + parts.rows[old]
     opens = compressed[parts.user[old]] & in_blocks
@@ -215,10 +307,10 @@ def _joined(
     if in_blocks:
         own = np.zeros(parts.user.size, np.int64)
         own[bodies] = at[of_bodies]
-        ranges[1, :, of_experts] = np.stack([own[old], own[old] + rows[old]])
+        ranges[1, :, of_experts] = np.stack([own[old], own[old] + rows[old] * chosen[old]])
     else:
         first = experts[parts.user[bodies]]
-        ranges[1, :, of_bodies] = np.stack([first, first + count])
+        ranges[1, :, of_bodies] = np.stack([first, first + count * (parts.nth[bodies] > 0)])
     per_user = np.zeros(n_users, np.int64)
     for where, which in ((of_prompts, leads), (of_bodies, bodies), (of_experts, old)):
         np.add.at(per_user, parts.user[which], pieces.rows[np.argsort(order)[where]])

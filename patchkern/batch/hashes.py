@@ -12,7 +12,9 @@ from patchkern.batch.layout_checks import check_readable
 
 UInt64 = NDArray[np.uint64]
 
-_TOKEN, _TITLE, _SESSION = (np.uint64(tag) for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F))
+_TOKEN, _TITLE, _SESSION, _LEARNED = (
+    np.uint64(tag) for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F, 0x7B1FD2A3E96C5D41)
+)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -60,6 +62,24 @@ def item_hashes(catalog: Catalog, by_item: bool = False) -> UInt64:
     token_ids, offsets = catalog.inputs.token_ids.astype(np.int64), catalog.inputs.offsets.astype(np.int64)
     titles = _sequences(_mixed(token_ids + 1, _TOKEN), offsets[:-1], np.diff(offsets), _TITLE)
     return _mixed(np.arange(titles.size), titles) if by_item else titles
+
+
+def learned_hashes(
+    layout: PatchLayout, starts: NDArray[np.int64], lengths: NDArray[np.int64], count: int, by_item: bool = False
+) -> UInt64:
+    """What learned rows stand for that have read other rows, which need not be there any more.
+
+    Args:
+        layout: of the rows that were read.
+        starts, lengths: ``(G,)`` which of them each group of learned rows has read, in order.
+        count: learned rows of a group.
+        by_item: as of `row_hashes`.
+
+    Returns:
+        ``(G * count,)`` uint64: each row's comes from the hashes of the rows it has read and its place in its group.
+    """
+    pasts = _sequences(row_hashes(layout, by_item), starts, lengths, _LEARNED)
+    return _mixed(np.tile(np.arange(count), pasts.size), np.repeat(pasts, count))
 
 
 def _sequences(hashes: UInt64, starts: NDArray[np.int64], lengths: NDArray[np.int64], tag: np.uint64) -> UInt64:

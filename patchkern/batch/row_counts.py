@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.expert_layout import expert_row_counts
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.policies import AnyPolicy, Level, PlanningPolicy, check_policy, cut, levels_of
 from patchkern.batch.prompt import Prompt
@@ -35,6 +37,8 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
     kept = cut(Histories.coerce(histories), policy)
     if isinstance(policy, PlanningPolicy):
         return policy.count_rows(catalog, kept, prompt)
+    if isinstance(policy, Experts):
+        return expert_row_counts(catalog, kept, policy, prompt).whole
     titles = catalog.inputs.lengths[catalog.index_of(kept.items, "histories")]
     levels = levels_of(policy, kept, titles, prompt)
     entries = (levels != Level.JOIN) & (levels != Level.DROP)

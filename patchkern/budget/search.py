@@ -48,6 +48,10 @@ CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
 _USUAL_CHUNK = 2048  # smaller ones are slow: only to make room for a user who would not fit otherwise
 
+ASIDE_ROWS = 4096
+"""Rows of old items whose keys and values stand beside a batch's prompts while experts are made of them; more where a
+single user has more."""
+
 _CUBLAS_WORKSPACE = 32 << 20  # what PyTorch gives to cuBLAS on Hopper, from the memory that it counts; less before
 _ROW_INTEGERS = 32  # bytes of a row of the layout and of where it belongs
 _TILE_ROWS, _TILE_SCORES = 128, 1 << 18  # of `patchkern.ops.span_attention_tiles`
@@ -254,8 +258,14 @@ class SearchCost:
         decode = in_step - 2 * hypotheses * logits + (self.row_bytes + one_layer) * suffix_rows
         return SearchBytes(self.weights, store, prefill, decode, (2 * n_users + 3 * hypotheses) * logits)
 
-    def plan(self, row_counts: NDArray[np.int64], budget: int | None, batch_size: int | None = None) -> SearchPlan:
-        """Cut users into batches; see `plan_memory`.
+    def plan(
+        self,
+        row_counts: NDArray[np.int64],
+        budget: int | None,
+        batch_size: int | None = None,
+        aside: NDArray[np.int64] | None = None,
+    ) -> SearchPlan:
+        """Cut users into batches; see `plan_memory`, whose ``compressed`` is ``aside``.
 
         Each batch takes the chunk that lets most users in, of those the largest; chunks too small to be fast are only
         for users who would not fit otherwise.
@@ -264,17 +274,18 @@ class SearchCost:
             UserTooLarge: a user who does not fit alone.
         """
         order = np.argsort(-row_counts, kind="stable")
-        ends = np.append(0, np.cumsum(row_counts[order]))
         batches = []
         start = 0
         while start < order.size:
             most = order.size if batch_size is None else min(start + batch_size, order.size)
+            users = order[start:most]
+            ends = _stored_rows(row_counts[users], None if aside is None else aside[users])
             count, chunk = most - start, None
             if budget is not None:
-                count, chunk = self._most_users(ends[start : most + 1], budget)
+                count, chunk = self._most_users(ends, budget)
                 if count == 0:
-                    raise self._too_large(int(order[start]), int(ends[start + 1] - ends[start]), budget)
-            batches.append(MicroBatch(order[start : start + count], chunk, self._of(ends[start:], count, chunk)))
+                    raise self._too_large(int(order[start]), int(ends[1]), budget)
+            batches.append(MicroBatch(order[start : start + count], chunk, self._of(ends, count, chunk)))
             start += count
         return SearchPlan(tuple(batches), budget)
 
@@ -332,3 +343,12 @@ class SearchCost:
         own_rows = self._size.kept_rows // self._size.width
         gathered = own_rows * (2 * self._kv_heads * self._head_dim * self._item + self._heads * self._wide)
         return query * (3 * self._item + 4 * self._wide) + gathered
+
+
+def _stored_rows(row_counts: NDArray[np.int64], aside: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """``(n + 1,)`` rows whose keys and values the first 0..n users have in memory at once."""
+    rows = np.append(0, np.cumsum(row_counts))
+    if aside is None:
+        return rows
+    largest = np.append(0, np.maximum.accumulate(aside))
+    return rows + np.where(largest > 0, np.maximum(largest, np.minimum(rows, ASIDE_ROWS)), 0)

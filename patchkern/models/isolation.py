@@ -133,10 +133,10 @@ class Isolation:
             ValueError: naming what of the model or the prompts is in the way.
         """
         config = base_of(hf_model).config.get_text_config()
-        if layout.num_users and int(layout.cu_seqlens.diff().min()) == 0:
+        if layout.num_users and int(layout.prompts.diff().min()) == 0:
             raise ValueError("histories: expected at least one row per user to predict from, got a user without rows")
         # nothing follows the last token, so it is never fed
-        rows, positions = layout.max_seqlen + depth - 1, layout.max_position + depth
+        rows, positions = layout.max_seqlen + layout.max_prefix + depth - 1, layout.max_position + depth
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and positions > limit:
             raise ValueError(

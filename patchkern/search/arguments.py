@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, is_sequence
 from patchkern.budget.search import parse_bytes
 from patchkern.search.user_cache import UserCache
@@ -40,6 +41,18 @@ def users_named(given: Any, n_users: int, user_ids: Any) -> list[Hashable]:
 def check_cache(user_cache: Any) -> None:
     if user_cache is not None and not isinstance(user_cache, UserCache):
         raise TypeError(f"user_cache: expected a UserCache or None, got {type(user_cache).__name__}")
+
+
+def check_states(user_states: Any, policy: Any) -> None:
+    if user_states is None:
+        return
+    lacking = [name for name in ("check", "reading") if not hasattr(user_states, name)]
+    if lacking:
+        raise TypeError(f"user_states: expected UserStates or None, got {type(user_states).__name__}")
+    if not isinstance(policy, Experts):
+        raise ValueError(
+            f"user_states: expected None under {type(policy).__name__}, which compresses no old items to experts"
+        )
 
 
 def check_leniency(short: Any, unknown: Any) -> None:

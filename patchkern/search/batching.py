@@ -18,12 +18,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from patchkern.batch.expert_layout import compress_layout, expert_row_counts, without_old
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, ItemPatches, SessionPatches, TextOnly, check_policy
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes
+from patchkern.search.experts import ExpertPrompts, SearchPrompts, UserStates
 from patchkern.search.item_search import size_of_items
 from patchkern.search.protocol import SearchModel
 from patchkern.search.trie import Trie
@@ -40,12 +43,13 @@ def in_batches(
     policy: AnyPolicy,
     size: SearchSize,
     depth: int,
-    compute: Callable[[Users, PatchLayout, int | None], T],
+    compute: Callable[[Users, SearchPrompts, int | None], T],
     memory_budget: int | str | None = None,
     batch_size: int = 64,
     progress: bool = False,
     names: Sequence[Hashable] | None = None,
     head: str = "titles",
+    user_states: UserStates | None = None,
 ) -> Iterator[tuple[Users, T]]:
     """Run ``compute`` on users of about equal length together, the longest first.
 
@@ -58,6 +62,7 @@ def in_batches(
             returns.
         names: what the users are called in errors; 0, 1, 2, ... where not given.
         head: what the prompts are for, as in `build_layout`.
+        user_states: of users whose old items are compressed; computed where not given.
 
     Returns:
         The users of each batch, as indices into ``histories``, and what ``compute`` returned for them: every user once.
@@ -82,8 +87,14 @@ def in_batches(
             if users.size > most:
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
-            layout = build_layout(model.catalog, histories.take(users), policy, model.prompt, head=head)
-            if cost is not None and budget is not None and users.size > 1:
+            own = histories.take(users)
+            prompts: SearchPrompts
+            if isinstance(policy, Experts) and without_old(own, policy) is None:
+                prompts = ExpertPrompts(model, own, policy, head, user_states, [names[user] for user in users])
+                layout = prompts.layout
+            else:
+                prompts = layout = build_layout(model.catalog, own, policy, model.prompt, head=head)
+            if cost is not None and budget is not None and users.size > 1 and not isinstance(policy, Experts):
                 # a policy that draws at random may have drawn other rows than were planned for
                 needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
                 if needed.peak > budget:
@@ -91,7 +102,7 @@ def in_batches(
                     continue
             failure = None
             try:
-                found = _searched(model, layout, depth, partial(compute, users, layout, chunk_rows))
+                found = _searched(model, layout, depth, partial(compute, users, prompts, chunk_rows))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -127,22 +138,38 @@ def plan_users(
     Raises:
         ValueError: naming the user whose prompt the model does not take, or who does not fit into the budget.
     """
-    counts = row_counts(model.catalog, histories, policy, model.prompt)
-    if head == "items":
-        counts -= len(model.prompt.suffix)
+    compressed = None
+    if isinstance(policy, Experts):
+        rows = expert_row_counts(model.catalog, histories, policy, model.prompt, head)
+        counts, compressed = rows.read, rows.compressed
+    else:
+        counts = row_counts(model.catalog, histories, policy, model.prompt)
+        if head == "items":
+            counts -= len(model.prompt.suffix)
     # what a model does not take is too long or empty
     for user in sorted({int(counts.argmax()), int(counts.argmin())}) if counts.size else ():
         try:
-            layout = build_layout(model.catalog, histories.take([user]), policy, model.prompt, head=head)
-            _searched(model, layout, depth, lambda: None)
+            for layout in _checked_layouts(model, histories.take([user]), policy, head):
+                _searched(model, layout, depth, lambda: None)
         except ValueError as error:
             raise ValueError(f"{error} (user {names[user]!r})") from None
     if cost is None or memory_budget is None:
         return counts, None
     try:
-        return counts, cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size)
+        return counts, cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size, compressed)
     except UserTooLarge as error:
         raise _with_advice(error, model, histories, names) from None
+
+
+def _checked_layouts(model: SearchModel, history: Histories, policy: AnyPolicy, head: str) -> list[PatchLayout]:
+    """What a model must take of a user."""
+    if not isinstance(policy, Experts) or without_old(history, policy) is not None:
+        return [build_layout(model.catalog, history, policy, model.prompt, head=head)]
+    old = history.between([0], [0], policy.cuts(history.lengths))
+    return [
+        compress_layout(model.catalog, old, policy, model.prompt),
+        ExpertPrompts(model, history, policy, head).layout,
+    ]
 
 
 def _searched(model: SearchModel, layout: PatchLayout, depth: int, compute: Callable[[], T]) -> T:
@@ -210,6 +237,7 @@ def plan_memory(
     title_tokens: int | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    compressed: ArrayLike | None = None,
 ) -> SearchPlan:
     """Cut users into batches whose predicted peak stays within a budget; `patchkern.budget.search` has the formula.
 
@@ -225,6 +253,8 @@ def plan_memory(
         title_tokens: of the longest title with its response end, 32 where not given; not for a `PatchedCausalLM`.
         batch_size: users in one batch, at most; None: no limit but the budget.
         device: where the search runs; the model's, or the CPU for a configuration, where not given.
+        compressed: ``(B,)`` rows of every user that are computed for experts and dropped, with ``row_counts`` those
+            that are left, both from `patchkern.expert_row_counts`; not with ``policies``.
 
     Raises:
         TypeError, ValueError: naming the argument; a user who does not fit alone, with what would be needed.
@@ -243,14 +273,20 @@ def plan_memory(
     check_count("num_beams", num_beams, minimum=1)
     cost = SearchCost(model_config, _size(model_config, num_beams, title_tokens), dtype, device)
     if policies is None:
-        return cost.plan(_counts(row_counts), budget, batch_size)  # type: ignore[arg-type]
+        every = _counts("row_counts", row_counts)
+        aside = None if compressed is None else _counts("compressed", compressed)
+        if aside is not None and aside.size != every.size:
+            raise ValueError(f"compressed: expected one per user ({every.size}), got {aside.size}")
+        return cost.plan(every, budget, batch_size, aside)
+    if compressed is not None:
+        raise ValueError("compressed: expected None with policies, whose rows are all kept")
     of_policies: Sequence[ArrayLike] = row_counts  # type: ignore[assignment]
     if not policies or len(policies) != len(of_policies):
         raise ValueError(f"policies: expected one for each of {len(of_policies)} row_counts, got {len(policies)}")
     for policy, counts in zip(policies, of_policies, strict=True):
         check_policy(policy)
         try:
-            plan = cost.plan(_counts(counts), budget, batch_size)
+            plan = cost.plan(_counts("row_counts", counts), budget, batch_size)
         except UserTooLarge as error:
             too_large = error
         else:
@@ -275,8 +311,8 @@ def size_of_beams(trie: Trie, num_beams: int) -> SearchSize:
     return SearchSize(num_beams, trie.live_rows(num_beams), 0, trie.num_bytes)
 
 
-def _counts(values: ArrayLike) -> NDArray[np.int64]:
+def _counts(name: str, values: Any) -> NDArray[np.int64]:
     counts = np.asarray(values)
     if counts.ndim != 1 or (counts.size and (counts.dtype.kind not in "iu" or counts.min() < 0)):
-        raise ValueError(f"row_counts: expected a 1-D array of integers, got {counts.dtype} of shape {counts.shape}")
+        raise ValueError(f"{name}: expected a 1-D array of integers, got {counts.dtype} of shape {counts.shape}")
     return counts.astype(np.int64)

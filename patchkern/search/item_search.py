@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchkern.batch.layout import PatchLayout
 from patchkern.budget.search import SearchSize
+from patchkern.search.experts import SearchPrompts
 from patchkern.search.filters import ItemFilter, ItemPrior
 from patchkern.search.prompts import Prompts
 from patchkern.search.protocol import SearchModel
@@ -22,7 +22,7 @@ _SLACK = 16  # items beyond the k-th that are looked at for equal scores
 
 def item_log_probs(
     model: SearchModel,
-    layout: PatchLayout,
+    layout: SearchPrompts,
     chunk_rows: int | None = None,
     user_cache: UserCache | None = None,
     user_ids: list[object] | None = None,

@@ -51,20 +51,22 @@ class PrefixCache:
         cu_seqlens: ``(B + 1,)`` int32, the prompts of B users, on the model's device.
         num_rows: of all prompts.
         max_rows: tokens fed after the prompts, in all passes together.
+        positions: ``(B,)`` int64, of the first token after each prompt, where that is not its number of rows: positions
+            go on where rows were left out.
     """
 
-    def __init__(self, cu_seqlens: Tensor, num_rows: int, max_rows: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, num_rows: int, max_rows: int, positions: Tensor | None = None) -> None:
         self.num_rows = num_rows
-        self.lengths = cu_seqlens.diff().long()  # (B,)
+        self.positions = cu_seqlens.diff().long() if positions is None else positions  # (B,)
         self.layers: Layers = {}  # per layer keys and values, (Hkv, num_rows, d)
         self.suffixes = Suffixes(max_rows, cu_seqlens.device)
         self._ranges = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)  # (B, 2)
         self._spans: _Spans | None = None
-        self._user = self.lengths[:0]
+        self._user = self.positions[:0]
 
     def prefill(self, spans: Pass) -> None:
         """Announce the next pass: rows of the prompts."""
-        device = self.lengths.device
+        device = self.positions.device
 
         def moved(integers: NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(integers, dtype=dtype).to(device, non_blocking=True)
@@ -94,7 +96,7 @@ class PrefixCache:
         self._spans = None
         self._user = user
         depth = self.suffixes.advance(parent, None if shape is None else shape.depth)
-        return self.lengths[user] + depth - 1
+        return self.positions[user] + depth - 1
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Attention of the new rows; see `patchkern.search.protocol.SpanCache`."""

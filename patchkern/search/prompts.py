@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout
-from patchkern.search.prefill import Pass, plan_passes, shared_literals
+from patchkern.search.experts import ExpertPrompts, SearchPrompts
+from patchkern.search.prefill import Pass, packed, plan_passes, shared_literals, with_beginnings
 from patchkern.search.prefix_cache import PrefixCache, StepShape
 from patchkern.search.protocol import SearchModel
 from patchkern.search.user_cache import UserCache
@@ -22,7 +24,7 @@ class Prompts:
 
     Args:
         model: inside its ``searching()``.
-        layout: the prompts, on the CPU unless they are there already.
+        layout: the prompts, on the CPU unless they are there already; or such that keep experts of what is old.
         max_rows: tokens that all steps together may feed, until `forget`.
         chunk_rows: rows of the prompts that go through the model together, at most; bounds the memory of activations.
         user_cache: keeps the prompts' keys and values for later calls, and is asked for them first.
@@ -40,7 +42,7 @@ class Prompts:
     def __init__(
         self,
         model: SearchModel,
-        layout: PatchLayout,
+        layout: SearchPrompts,
         max_rows: int,
         *,
         chunk_rows: int | None = None,
@@ -49,19 +51,25 @@ class Prompts:
         head: str = "titles",
     ) -> None:
         self._head = head
+        experts = layout if isinstance(layout, ExpertPrompts) else None
+        layout = layout.layout if isinstance(layout, ExpertPrompts) else layout.to("cpu")
         self.num_users = layout.num_users
         self._model = model
-        layout = layout.to("cpu")
         cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
         on_device = layout.cu_seqlens.to(model.device, non_blocking=True)
-        self._cache = PrefixCache(on_device, layout.num_rows, max_rows)
+        positions = layout.position_ids[layout.cu_seqlens[1:].long() - 1] + 1
+        self._cache = PrefixCache(on_device, layout.num_rows, max_rows, positions.to(model.device, non_blocking=True))
         cached = None
         stored = np.zeros(self.num_users, np.int64)
         if user_cache is not None:
-            cached = user_cache.begin(model, layout, user_ids)
+            cached = user_cache.begin(model, layout, user_ids, None if experts is None else experts.hashes(model))
             stored = cached.load(self._cache)
-        shared = shared_literals(layout.lo.numpy(), cu_seqlens)
-        for number, spans in enumerate(plan_passes(cu_seqlens, stored, shared, chunk_rows)):
+        if experts is None:
+            shared = shared_literals(layout.lo.numpy(), cu_seqlens)
+            passes = plan_passes(cu_seqlens, stored, shared, chunk_rows)
+        else:
+            passes = self._behind_experts(experts, cu_seqlens, stored, chunk_rows)
+        for number, spans in enumerate(passes):
             ending = self._prefill(layout, spans)
             if number == 0:
                 endings = ending.new_empty(self.num_users, ending.shape[1])
@@ -75,10 +83,20 @@ class Prompts:
         if cached is not None:
             cached.save(self._cache)
 
+    def _behind_experts(
+        self, experts: ExpertPrompts, cu_seqlens: NDArray[np.int64], stored: NDArray[np.int64], chunk_rows: int | None
+    ) -> list[Pass]:
+        """The passes over what follows the experts, who are loaded where a cache does not have them."""
+        beginning = len(self._model.prompt.prefix)
+        lacking = np.flatnonzero(stored < experts.kept)
+        experts.load(self._model, self._cache, lacking, chunk_rows)
+        passes = plan_passes(cu_seqlens, np.maximum(stored, experts.kept), 0, chunk_rows)
+        return with_beginnings(passes, cu_seqlens[lacking], beginning, chunk_rows)
+
     def _prefill(self, layout: PatchLayout, spans: Pass) -> Tensor:
         """Compute rows of the prompts; returns the logits (k, V), or states (k, D), of those that end one."""
         self._cache.prefill(spans)
-        asked = (_packed(layout, spans), torch.from_numpy(spans.last), self._cache)
+        asked = (packed(layout, spans), torch.from_numpy(spans.last), self._cache)
         if self._head == "items":
             return self._model.prompt_states(*asked)
         return _wide(self._model.prompt_logits(*asked))
@@ -121,26 +139,6 @@ class Prompts:
     def forget(self) -> None:
         """Drop all rows fed after the prompts and number from 0 again."""
         self._cache.suffixes.forget()
-
-
-def _packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
-    """The rows of a pass as a layout of their own, which has the titles of all."""
-    rows = torch.from_numpy(spans.rows)
-    values = {
-        "lo": layout.lo[rows],
-        "hi": layout.hi[rows],
-        "position_ids": layout.position_ids[rows],
-        "cu_seqlens": torch.from_numpy(spans.cu_seqlens).int(),
-        "max_seqlen": spans.max_seqlen,
-        "labels": None,
-        "logit_rows": None,
-        "logit_labels": None,
-        "transpose": None,
-        "identities": None,
-        "item_rows": None,
-        "item_labels": None,
-    }
-    return PatchLayout._trusted({**layout.__dict__, **values})
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import SearchSize
 from patchkern.search.arguments import check_batching, check_positive, known_histories, users_named
 from patchkern.search.batching import in_batches
+from patchkern.search.experts import SearchPrompts, UserStates
 from patchkern.search.found_items import items_of, normalized
 from patchkern.search.item_search import best_items, item_log_probs, size_of_items
 from patchkern.search.prompts import Prompts
@@ -72,6 +72,7 @@ def recommend(
     prior_weight: float | Sequence[float] = 1.0,
     max_expansions: int | None = None,
     user_cache: UserCache | None = None,
+    user_states: UserStates | None = None,
     user_ids: Sequence[Hashable] | None = None,
     short: str = "error",
     unknown: str = "error",
@@ -138,8 +139,10 @@ def recommend(
         max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
             search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
         user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.
-        user_ids: names of the B users, hashable, in errors, in warnings and in ``user_cache``; 0, 1, 2, ... where not
-            given, or the keys where ``histories`` is a mapping.
+        user_states: keeps what users' old items are compressed to (`patchkern.Experts`); what it does not have is
+            computed on the way, for the same lists.
+        user_ids: names of the B users, hashable, in errors, in warnings, in ``user_cache`` and in ``user_states``; 0,
+            1, 2, ... where not given, or the keys where ``histories`` is a mapping.
         short: where fewer than ``k`` items are left for a user, because of ``exclude_seen``, ``allowed_items``, the
             prior or a small catalogue: ``"error"`` refuses the call, before anything is computed unless a prior is a
             callable; ``"allow"`` gives the user those that are left, perhaps none, and everybody else their ``k``.
@@ -176,6 +179,7 @@ def recommend(
         prior_weight=prior_weight,
         max_expansions=max_expansions,
         user_cache=user_cache,
+        user_states=user_states,
         user_ids=user_ids,
         short=short,
         unknown=unknown,
@@ -241,6 +245,7 @@ def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
         request.progress,
         request.names,
         prepared.head,
+        request.user_states,
     ):
         _collect(results, users, model, *found)
         n_unproven += int(unproven.sum())
@@ -248,7 +253,7 @@ def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
 
 
 def _find_items(
-    request: Request, users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None
+    request: Request, users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
 ) -> tuple[Tensor, ...]:
     """User, item and score of the best items of a batch; and of no user that anything is unproven."""
     log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users))
@@ -261,7 +266,7 @@ def _find_titles(
     prepared: Prepared,
     trie: Trie,
     users: NDArray[np.int64],
-    layout: PatchLayout,
+    layout: SearchPrompts,
     chunk_rows: int | None,
 ) -> tuple[Tensor, ...]:
     """User, item and score of the best titles' items of a batch; and whether each user's list is unproven."""
@@ -332,7 +337,9 @@ def generate_titles(
     everything = trie.running_count(torch.ones(1, len(model.catalog), dtype=torch.bool, device=model.device))
     size = SearchSize(num_beams, _kept_rows(trie, "diverse", num_beams), 0, trie.num_bytes)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(
+        users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         prompts = Prompts(model, layout, users.size * size.kept_rows, chunk_rows=chunk_rows)
         found = diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
         owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)

@@ -16,6 +16,7 @@ from patchkern.search.arguments import (
     check_positive,
     check_prior,
     check_search,
+    check_states,
     known_histories,
     users_named,
 )
@@ -61,6 +62,7 @@ class Request:
         prior_weight: Any,
         max_expansions: Any,
         user_cache: Any,
+        user_states: Any,
         user_ids: Any,
         short: Any,
         unknown: Any,
@@ -80,6 +82,7 @@ class Request:
         check_prior(search, prior, prior_weight)
         check_leniency(short, unknown)
         check_cache(user_cache)
+        check_states(user_states, self.policy)
         n_items = len(model.catalog)
         if k > n_items and short == "error":
             raise ValueError(f"k: expected at most {n_items}, the items of the catalog, got {k}")
@@ -93,6 +96,7 @@ class Request:
             )
         self.memory_budget, self.batch_size, self.progress = memory_budget, batch_size, progress
         self.length_penalty, self.normalize, self.short, self.user_cache = length_penalty, normalize, short, user_cache
+        self.user_states = user_states
         self.max_expansions = max_expansions
         if search == "exact" and max_expansions is None:
             self.max_expansions = EXPANSIONS_PER_BEAM * num_beams

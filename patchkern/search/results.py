@@ -45,7 +45,13 @@ from patchkern.search.run_folder import (
 )
 from patchkern.search.summary import Summary
 
-_FREE = {"memory_budget", "batch_size", "progress", "user_cache"}  # arguments that may change when a run goes on
+_FREE = {
+    "memory_budget",
+    "batch_size",
+    "progress",
+    "user_cache",
+    "user_states",
+}  # arguments that may change when a run goes on
 _OWN = {"model", "histories", "policy", "user_ids"}  # described by themselves
 
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import SearchSize
 from patchkern.search.arguments import check_batching, check_leniency, check_positive, known_histories, users_named
 from patchkern.search.batching import in_batches
+from patchkern.search.experts import SearchPrompts
 from patchkern.search.item_search import item_log_probs, size_of_items
 from patchkern.search.prompts import Prompts
 from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
@@ -27,7 +27,7 @@ from patchkern.search.trie_cache import catalog_trie
 
 __all__ = ["score_items"]
 
-Scorer = Callable[[NDArray[np.int64], PatchLayout, "int | None"], Tensor]
+Scorer = Callable[[NDArray[np.int64], SearchPrompts, "int | None"], Tensor]
 
 
 def score_items(
@@ -109,7 +109,7 @@ def _title_scorer(model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass:
     itemsize = torch.promote_types(model.dtype, torch.float32).itemsize
     size = SearchSize(rows, rows, itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> Tensor:
+    def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
         prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
         return score_titles(prompts, trie, passes)[:, title]
 
@@ -119,7 +119,7 @@ def _title_scorer(model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass:
 def _item_scorer(model: SearchModel, wanted: NDArray[np.int64], _: int) -> tuple[Scorer, SearchSize, int]:
     column = torch.from_numpy(wanted).to(model.device)
 
-    def compute(users: NDArray[np.int64], layout: PatchLayout, chunk_rows: int | None) -> Tensor:
+    def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
         return item_log_probs(model, layout, chunk_rows)[:, column]
 
     return compute, size_of_items(model, None, None), 0

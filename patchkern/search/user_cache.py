@@ -84,13 +84,20 @@ class UserCache:
         with self._lock:
             return self._row_bytes * sum(entry.places.size for entry in self._entries.values())
 
-    def begin(self, model: SearchModel, layout: PatchLayout, user_ids: Sequence[Any] | None) -> CachedPrompts:
+    def begin(
+        self,
+        model: SearchModel,
+        layout: PatchLayout,
+        user_ids: Sequence[Any] | None,
+        hashes: UInt64 | None = None,
+    ) -> CachedPrompts:
         """Look up the prompts of a batch.
 
         Args:
             model: must be the cache's.
             layout: the prompts of B users, on the CPU.
             user_ids: ``B`` hashable names; None: 0, 1, 2, ...
+            hashes: ``(T,)`` of its rows, where they stand for more than what is in the layout.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -99,12 +106,14 @@ class UserCache:
             raise ValueError("user_cache: expected one made for this model, got another model's")
         names = _names(user_ids, layout.num_users)
         state = model_state(model)
-        hashes = np.split(row_hashes(layout, by_item=model.item_embedding is not None), layout.cu_seqlens[1:-1].numpy())
+        if hashes is None:
+            hashes = row_hashes(layout, by_item=model.item_embedding is not None)
+        of_users = np.split(hashes, layout.cu_seqlens[1:-1].numpy())
         with self._lock:
             if state != self._model_state:
                 self.clear()
                 self._model_state = state
-            return CachedPrompts(self, self._era, names, hashes)
+            return CachedPrompts(self, self._era, names, of_users)
 
     # ------------------------------------------------------------------ for CachedPrompts
 

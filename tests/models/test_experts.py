@@ -3,76 +3,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import expert_cases as cases
+import model_cases
 import numpy as np
 import pytest
 import torch
-from item_model_cases import BLOCKS, ITEM_IDS, N_ITEMS, _norm, make_model
+from expert_model_cases import HISTORIES, MASKED, PLACES, POLICIES, model_for, rows_of, state_of
+from item_model_cases import BLOCKS
 from torch import Tensor
 
 import patchkern as pk
-
-POLICIES: dict[str, pk.Experts] = {
-    "one": pk.Experts(cases.PATCH, count=2, keep=3, block=4, boundaries=None),
-    "one, sessions": pk.Experts(cases.SESSIONS, count=3, keep=2, block=4, boundaries=None),
-    "blocks": pk.Experts(cases.PATCH, count=2, block=4, parts="blocks"),
-}
-HISTORIES = [np.random.default_rng(n).integers(0, N_ITEMS, n).tolist() for n in (13, 2, 9, 6)]
-PLACES = [[ITEM_IDS[item] for item in items] for items in HISTORIES]
-
-
-def model_for(policy: pk.Experts, block: str, dtype: torch.dtype = torch.float64) -> pk.ItemModel:
-    """With the experts' ids after the row that starts a history."""
-    prompt = pk.Prompt(prefix=(N_ITEMS,), experts=range(N_ITEMS + 1, N_ITEMS + 1 + policy.count))
-    return make_model(dtype, policy=policy, block=block, prompt=prompt)
-
-
-def state_of(model: pk.ItemModel, rows: list[cases.Row]) -> Tensor:
-    """``(T, D)`` after each row, from its dense mask alone."""
-    net: Any = model.hf_model
-    table = net.items.weight
-    vectors = [
-        table[content[1]] if content[0] == "token" else sum(table[item] for item in content[1:]) / (len(content) - 1)
-        for content, _, _ in rows
-    ]
-    x = torch.stack(vectors) + net.positions.weight[[row.position for row in rows]]
-    mask = torch.zeros(len(rows), len(rows), dtype=torch.bool)
-    for row, (_, _, sees) in enumerate(rows):
-        mask[row, [*sees, row]] = True
-    for layer in net.layers:
-        x = MASKED[net.config.block](layer, x, net.config, mask)
-    return _norm(x, net.norm)
-
-
-def sasrec(layer: Any, x: Tensor, config: Any, mask: Tensor) -> Tensor:
-    width = config.hidden_size // config.num_attention_heads
-    packed = _norm(x, layer.attention_norm) @ layer.query_key_value.weight.T + layer.query_key_value.bias
-    query, key, value = (part.unflatten(1, (-1, width)) for part in packed.split(config.hidden_size, dim=1))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / width**0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    seen = torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
-    x = x + seen @ layer.attention_output.weight.T + layer.attention_output.bias
-    inner = torch.nn.functional.gelu(_norm(x, layer.inner_norm) @ layer.inner.weight.T + layer.inner.bias)
-    return x + inner @ layer.inner_output.weight.T + layer.inner_output.bias
-
-
-def hstu(layer: Any, x: Tensor, config: Any, mask: Tensor) -> Tensor:
-    width = config.hidden_size // config.num_attention_heads
-    made = torch.nn.functional.silu(_norm(x, layer.norm) @ layer.projection.weight.T)
-    gate, value, query, key = made.split(config.hidden_size, dim=1)
-    query, key, value = (part.unflatten(1, (-1, width)) for part in (query, key, value))
-    weights = torch.nn.functional.silu(torch.einsum("qhd,khd->hqk", query, key)) * mask
-    seen = torch.einsum("hqk,khd->qhd", weights, value).flatten(1) / config.normalizer
-    return x + (gate * _norm(seen, layer.output_norm)) @ layer.output.weight.T + layer.output.bias
-
-
-MASKED = {"sasrec": sasrec, "hstu": hstu}
-
-
-def rows_of(model: pk.ItemModel, items: list[int], policy: pk.Experts) -> list[cases.Row]:
-    return cases.rows_of(items, policy, model.catalog, model.prompt, [])
 
 
 def test_the_masked_networks_are_those_of_the_other_tests() -> None:
@@ -128,3 +71,88 @@ def test_a_pass_is_its_samples(kind: str, block: str) -> None:
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert len(layout.item_rows) > len(targets) and torch.isfinite(model(layout).loss)
+
+
+# ------------------------------------------------------------------ language models
+
+
+TITLE_POLICIES: dict[str, pk.Experts] = {
+    "text": pk.Experts(cases.TEXT, count=2, keep=2, block=3, boundaries=None),
+    "patches and text": pk.Experts(cases.PATCH, recent=cases.TEXT, count=3, keep=2, block=4),
+    "sessions": pk.Experts(cases.SESSIONS, count=2, keep=2, block=4, boundaries=None),
+    "blocks": pk.Experts(cases.PATCH, count=2, block=4, parts="blocks"),
+}
+
+
+def dense_logits(hf_model: Any, rows: list[cases.Row], wanted: list[int]) -> Tensor:
+    """By transformers alone, from the mask that the rule gives."""
+    weight = hf_model.get_input_embeddings().weight
+    titles = [torch.tensor(title) for title in model_cases.TITLES]
+
+    def vector(content: tuple[Any, ...]) -> Tensor:
+        if content[0] == "token":
+            return weight[content[1]]
+        return torch.stack([weight[titles[item]].mean(0) for item in content[1:]]).mean(0)
+
+    mask = torch.zeros(1, 1, len(rows), len(rows), dtype=torch.bool)
+    for row, (_, _, sees) in enumerate(rows):
+        mask[0, 0, row, [*sees, row]] = True
+    output = hf_model(
+        inputs_embeds=torch.stack([vector(row.content) for row in rows])[None],
+        position_ids=torch.tensor([[row.position for row in rows]]),
+        attention_mask=mask,
+        use_cache=False,
+    )
+    return output.logits[0, wanted]
+
+
+@pytest.mark.parametrize("kind", TITLE_POLICIES)
+def test_a_pass_of_titles_is_the_dense_mask_of_its_samples(kind: str) -> None:
+    policy = TITLE_POLICIES[kind]
+    ids = range(model_cases.VOCABULARY, model_cases.VOCABULARY + policy.count)
+    prompt = model_cases.PROMPT.with_special(experts=ids)
+    hf_model = model_cases.tiny("llama", vocab_size=90)
+    histories, _ = model_cases.batch_of([11, 3])
+    ranges = np.array([[0, 10], [1, 2]])
+    layout = pk.build_training_layout(model_cases.CATALOG, histories, policy, prompt, ranges)
+    assert layout.prefix is not None
+    model = pk.PatchedCausalLM(hf_model, model_cases.CATALOG, prompt, policy)
+    ours = model(layout).logits.detach()
+    dense = {torch.float32: copy.deepcopy(hf_model), torch.float64: copy.deepcopy(hf_model).double()}
+    for twin in dense.values():
+        twin.set_attn_implementation("sdpa")
+    found: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in dense}
+    for user, (first, last) in enumerate(ranges):
+        for position in range(first, last + 1):
+            response = [*model_cases.TITLES[histories[user][position]], *prompt.response_end]
+            ending = [*prompt.suffix, *response]
+            rows = cases.rows_of(histories[user][:position], policy, model_cases.CATALOG, prompt, ending)
+            wanted = list(range(len(rows) - len(response) - 1, len(rows) - 1))
+            for dtype, twin in dense.items():
+                with torch.no_grad():
+                    found[dtype].append(dense_logits(twin, rows, wanted))
+    exact = torch.cat(found[torch.float64])
+    error = (torch.cat(found[torch.float32]).double() - exact).abs().max()
+    assert (ours.double() - exact).abs().max() <= 2 * error
+    apart = model(pk.build_layout(model_cases.CATALOG, histories, policy, prompt)).logits.detach()
+    assert apart.shape[0] == 2, "of every user's last row"
+    for user, items in enumerate(histories):
+        rows = cases.rows_of(items, policy, model_cases.CATALOG, prompt, list(prompt.suffix))
+        with torch.no_grad():
+            expected = dense_logits(dense[torch.float64], rows, [len(rows) - 1])[0]
+        assert (apart[user].double() - expected).abs().max() <= 2 * error
+
+
+def test_experts_beside_an_item_head_are_learned() -> None:
+    policy = TITLE_POLICIES["patches and text"]
+    prompt = model_cases.PROMPT.with_special(experts=[83, 84, 85])
+    hf_model = model_cases.tiny("llama", vocab_size=90)
+    model = pk.PatchedCausalLM(hf_model, model_cases.CATALOG, prompt, policy, item_head=True)
+    histories, _ = model_cases.batch_of([11, 3])
+    for head in ("items", "both"):
+        model.zero_grad()
+        layout = pk.build_training_layout(model_cases.CATALOG, histories, policy, prompt, [[0, 10], [0, 2]], head=head)
+        model(layout).loss.backward()
+        gradient = hf_model.get_input_embeddings().weight.grad
+        assert gradient is not None and gradient[[83, 84, 85]].abs().sum(1).min() > 0
+        assert gradient[86:].abs().sum() == 0

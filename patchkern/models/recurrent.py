@@ -15,6 +15,7 @@ memory of a history. A user's state is small and plain, so that anything may kee
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,10 @@ from patchkern.batch.policies import AnyPolicy, SessionPatches
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.row_counts import row_counts
-from patchkern.models import wrapped
+from patchkern.models import files, wrapped
 from patchkern.models.item_model import ItemModel
 from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.models.sources import locate
 from patchkern.search.protocol import SpanCache
 from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
@@ -480,6 +482,69 @@ class RecurrentMemory(wrapped.WrappedLM):
     def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
         """As of the model."""
         return self.model.token_logits(tokens, positions, cache)
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        tokenizer: Any = None,
+        **hf_kwargs: Any,
+    ) -> None:
+        """Write the model as it writes itself, with the memory's options and its map beside it.
+
+        Args:
+            state_dict: of this module, gathered.
+            folder, is_main_process, tokenizer, hf_kwargs: as of the model.
+        """
+        own = self.state_dict() if state_dict is None else state_dict
+        kept = {name.removeprefix("map."): value for name, value in own.items() if name.startswith("map.")}
+        inner = None
+        if state_dict is not None:
+            inner = {name.removeprefix("model."): x for name, x in state_dict.items() if name.startswith("model.")}
+        self.model._save(folder, inner, is_main_process, tokenizer, hf_kwargs, files.Memory(self.options, kept))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], catalog: Catalog | None = None, **options: Any
+    ) -> RecurrentMemory:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            folder, catalog: as of the `from_pretrained` of the model that it wraps.
+            options: their other arguments.
+
+        Raises:
+            FileNotFoundError, ValueError: as those, and for a folder without a memory.
+        """
+        hub = {name: options[name] for name in ("revision", "token") if name in options}
+        folder = files.current(locate(folder, "folder", **hub))
+        description = files.read_description(folder)
+        if description.memory is None:
+            raise ValueError(f"folder: expected a RecurrentMemory in {os.fspath(folder)!r}, got a model without memory")
+        kind: Any = PatchedCausalLM if "titles" in description.learns else ItemModel
+        model = kind.from_pretrained(folder, catalog, **options)
+        try:
+            memory = cls(model, **description.memory)
+        except TypeError as error:
+            raise ValueError(
+                f"{os.fspath(folder)}: not a memory that this version of patchkern reads: {error}"
+            ) from error
+        memory.load_map(folder)
+        return memory
+
+    def load_map(self, folder: str | os.PathLike[str]) -> None:
+        """Take the map that `save_pretrained` wrote, where the model has one.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or one of another width.
+        """
+        if self.map is not None:
+            shapes = {name: tuple(value.shape) for name, value in self.map.named_parameters()}
+            self.map.load_state_dict(files.read_memory(files.current(folder), shapes))
 
     # ------------------------------------------------------------------ what the model has
 

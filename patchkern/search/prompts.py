@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout
@@ -28,6 +29,7 @@ class Prompts:
         user_cache: keeps the prompts' keys and values for later calls, and is asked for them first.
         user_ids: ``B`` hashable names of the users in ``user_cache``.
         head: "titles", for `logits`; or "items", for `states`.
+        vectors: ``(V, D)`` what the layout's ``vector_rows`` are; None where it has none.
 
     Attributes:
         logits: ``(B, V)``, what follows each prompt; float32 or float64.
@@ -47,8 +49,9 @@ class Prompts:
         user_cache: UserCache | None = None,
         user_ids: Sequence[Any] | None = None,
         head: str = "titles",
+        vectors: Tensor | None = None,
     ) -> None:
-        self._head = head
+        self._head, self._vectors = head, vectors
         self.num_users = layout.num_users
         self._model = model
         layout = layout.to("cpu")
@@ -58,9 +61,9 @@ class Prompts:
         cached = None
         stored = np.zeros(self.num_users, np.int64)
         if user_cache is not None:
-            cached = user_cache.begin(model, layout, user_ids)
+            cached = user_cache.begin(model, layout, user_ids, vectors)
             stored = cached.load(self._cache)
-        shared = shared_literals(layout.lo.numpy(), cu_seqlens)
+        shared = shared_literals(_literals(layout), cu_seqlens)
         for number, spans in enumerate(plan_passes(cu_seqlens, stored, shared, chunk_rows)):
             ending = self._prefill(layout, spans)
             if number == 0:
@@ -78,7 +81,11 @@ class Prompts:
     def _prefill(self, layout: PatchLayout, spans: Pass) -> Tensor:
         """Compute rows of the prompts; returns the logits (k, V), or states (k, D), of those that end one."""
         self._cache.prefill(spans)
-        asked = (_packed(layout, spans), torch.from_numpy(spans.last), self._cache)
+        packed = _packed(layout, spans)
+        vectors = None
+        if layout.vector_rows is not None and self._vectors is not None:
+            vectors = self._vectors[_among(layout.vector_rows, spans)]
+        asked = (packed, torch.from_numpy(spans.last), self._cache, vectors)
         if self._head == "items":
             return self._model.prompt_states(*asked)
         return _wide(self._model.prompt_logits(*asked))
@@ -140,7 +147,25 @@ def _packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
         "item_rows": None,
         "item_labels": None,
     }
+    if layout.vector_rows is not None:
+        values["vector_rows"] = torch.nonzero(torch.isin(rows, layout.vector_rows))[:, 0]
     return PatchLayout._trusted({**layout.__dict__, **values})
+
+
+def _among(vector_rows: Tensor, spans: Pass) -> Tensor:
+    """``(n,)`` the vectors of a pass's rows, in the order of those."""
+    rows = torch.from_numpy(spans.rows)
+    rows = rows[torch.isin(rows, vector_rows)]
+    return torch.searchsorted(vector_rows, rows)
+
+
+def _literals(layout: PatchLayout) -> NDArray[Any]:
+    """``lo`` of the layout, where rows that are vectors are no literals."""
+    lo: NDArray[Any] = layout.lo.numpy()
+    if layout.vector_rows is not None:
+        lo = lo.copy()
+        lo[layout.vector_rows.numpy()] = 0
+    return lo
 
 
 def _wide(logits: Tensor) -> Tensor:

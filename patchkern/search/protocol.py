@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
@@ -92,8 +93,8 @@ class SearchModel(Protocol):
     def buffers(self) -> Iterator[Tensor]:
         """As of a module."""
 
-    def embed(self, layout: PatchLayout) -> Tensor:
-        """``(T, D)`` the rows of a layout."""
+    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the rows of a layout, of which ``vectors`` are those that are no embeddings."""
 
     def searching(self) -> Searching:
         """Evaluation mode, no gradients, and attention that hands rows to a `SpanCache`; all restored afterwards.
@@ -104,16 +105,21 @@ class SearchModel(Protocol):
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """Raise where a search over these prompts, with titles of up to ``depth`` tokens, would be silently wrong."""
 
-    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_logits(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """``(k, V)`` logits after some of the rows of a pass over prompts.
 
         Args:
             layout: the rows that the cache was told of.
             rows: ``(k,)`` int64, which of them.
             cache: what the rows' attention goes through.
+            vectors: ``(V, D)`` what the pass's ``vector_rows`` are.
         """
 
-    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_states(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """``(k, D)`` hidden states of some of the rows of a pass over prompts; as `prompt_logits`."""
 
     def item_scores(self, states: Tensor) -> Tensor:
@@ -151,6 +157,29 @@ def check_titles(model: SearchModel, argument: str, given: Any) -> None:
         raise ValueError(
             f'{argument}: expected "items" for {type(model).__name__}, which reads no titles, got {given!r}'
         )
+
+
+def vectors_of(model: SearchModel, layout: PatchLayout, histories: Histories, policy: AnyPolicy) -> Tensor | None:
+    """``(V, D)`` what the vector rows of users' prompts are, which a model with memories makes; None without any.
+
+    Args:
+        model: of the prompts.
+        layout: the prompts.
+        histories: the users that they are of, in that order.
+        policy: by which they were planned.
+
+    Raises:
+        ValueError: the layout has such rows, and the model makes none.
+    """
+    if layout.vector_rows is None:
+        return None
+    if not hasattr(model, "prompt_vectors"):
+        raise ValueError(
+            f"policy: expected one of the history's items alone for {type(model).__name__}, which has no memory, got "
+            f"{type(policy).__name__}; wrap the model in a RecurrentMemory"
+        )
+    vectors: Tensor = model.prompt_vectors(histories, policy)
+    return vectors
 
 
 def policy_of(model: SearchModel, policy: AnyPolicy | None) -> AnyPolicy:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchkern.batch.hashes import UInt64, row_hashes
 from patchkern.batch.histories import check_count, is_sequence
@@ -84,13 +85,16 @@ class UserCache:
         with self._lock:
             return self._row_bytes * sum(entry.places.size for entry in self._entries.values())
 
-    def begin(self, model: SearchModel, layout: PatchLayout, user_ids: Sequence[Any] | None) -> CachedPrompts:
+    def begin(
+        self, model: SearchModel, layout: PatchLayout, user_ids: Sequence[Any] | None, vectors: Tensor | None = None
+    ) -> CachedPrompts:
         """Look up the prompts of a batch.
 
         Args:
             model: must be the cache's.
             layout: the prompts of B users, on the CPU.
             user_ids: ``B`` hashable names; None: 0, 1, 2, ...
+            vectors: what the layout's ``vector_rows`` are.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -99,7 +103,9 @@ class UserCache:
             raise ValueError("user_cache: expected one made for this model, got another model's")
         names = _names(user_ids, layout.num_users)
         state = model_state(model)
-        hashes = np.split(row_hashes(layout, by_item=model.item_embedding is not None), layout.cu_seqlens[1:-1].numpy())
+        hashes = np.split(
+            row_hashes(layout, model.item_embedding is not None, vectors), layout.cu_seqlens[1:-1].numpy()
+        )
         with self._lock:
             if state != self._model_state:
                 self.clear()

@@ -208,8 +208,8 @@ class RecurrentMemory(wrapped.WrappedLM):
         self.reference_loss, self.rollout, self.one_time = float(reference_loss), float(rollout), one_time
         self.map: MemoryMap | None = None
         if self.placed:
-            weight: Any = model.get_input_embeddings().weight
-            self.map = MemoryMap(weight)
+            embedding: Any = model.get_input_embeddings()
+            self.map = MemoryMap(embedding.weight)
         self.planner.policy.check_prompt(self.prompt)
 
     @property

@@ -163,7 +163,7 @@ def test_files(tmp_path: Path, kind: str) -> None:
         inner.recommend(histories, **options)
     inner.save_pretrained(tmp_path)
     assert not (tmp_path / "memory.safetensors").exists()
-    with pytest.raises(ValueError, match="folder: expected a RecurrentMemory in .*, got a model without memory"):
+    with pytest.raises(ValueError, match=r"folder: expected a RecurrentMemory in .*, got a model without memory"):
         pk.RecurrentMemory.from_pretrained(tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_it_learns(kind: str, head: str, tmp_path: Path) -> None:
 
 
 def test_passes_hold_as_many_rows_as_they_count() -> None:
-    histories, (users, positions) = make_data()
+    histories, _ = make_data()
     for memory, head in ((make_memory("sasrec", reference_loss=1.0), "items"), (make_memory("lm"), "both")):
         collator = MemoryCollator(memory.planner, histories, bool(memory.reference_loss), head=head)
         ranges = np.array([[3, 5], [4, 4], [9, 16], [0, 1]])
@@ -137,5 +137,5 @@ def test_what_a_memory_cannot_learn_from(options: dict[str, Any], message: str, 
 
 
 def test_a_model_alone_has_no_memory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="policy: expected a PreferenceMemory with a RecurrentMemory, .* ItemModel"):
+    with pytest.raises(ValueError, match=r"policy: expected a PreferenceMemory with a RecurrentMemory, .* ItemModel"):
         make_trainer(tmp_path, memory=make_memory("sasrec").model)

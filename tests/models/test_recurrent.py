@@ -14,7 +14,7 @@ from item_model_cases import ITEM_IDS, N_ITEMS
 from memory_model_cases import BLOCK, HISTORIES, INNER, LENGTHS, RANGES, SLOTS, make_memory
 
 import patchkern as pk
-from patchkern.models.recurrent import Memories
+from patchkern.models.memories import Memories
 
 KINDS = [("sasrec", "overwrite", "items"), ("hstu", "append", "items"), ("sasrec", "append", "sessions")]
 EXACT = {"rtol": 0, "atol": 1e-12}

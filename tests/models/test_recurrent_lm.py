@@ -13,7 +13,7 @@ import torch
 from model_cases import CATALOG, PROMPT, VOCABULARY, tiny
 
 import patchkern as pk
-from patchkern.models.recurrent import Memories
+from patchkern.models.memories import Memories
 from patchkern.search.item_search import item_log_probs
 from patchkern.training import target_nll
 

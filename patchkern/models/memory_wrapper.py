@@ -37,6 +37,14 @@ class MemoryWrapper(wrapped.WrappedLM):
         positions = layout.position_ids.index_fill(0, layout.vector_rows, -1)
         return PatchLayout._trusted({**layout.__dict__, "position_ids": positions})
 
+    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
+        """As of the model."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """As of the model."""
+        return self.model.get_output_embeddings()
+
     def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """As of the model."""
         return self.model.embed(layout, vectors)

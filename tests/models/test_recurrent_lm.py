@@ -75,7 +75,7 @@ def test_every_target_is_read_as_its_prompt_alone(inner: str, mode: str, head: s
     expected = sum(loss for loss, _ in losses) / labels + sum(loss for _, loss in losses) / len(losses)
     # norms of this model round to float32 on the way
     torch.testing.assert_close(got.next_item, expected, rtol=0, atol=2e-6)
-    parameters = [*memory.map.parameters(), memory.get_input_embeddings().weight]
+    parameters = [*memory.map.parameters(), memory.hf_model.get_input_embeddings().weight]
     ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (got.next_item, expected))
     for own, other in zip(ours, theirs, strict=True):
         assert own.abs().max() > 0

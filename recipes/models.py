@@ -47,7 +47,7 @@ def load_model(
     separator: bool = True,
     argument: str = "--model",
     **hf_kwargs: Any,
-) -> tuple[pk.PatchedCausalLM | pk.ItemModel, Any]:
+) -> tuple[pk.PatchedCausalLM | pk.ItemModel | pk.RecurrentMemory, Any]:
     """A model over ``titles``, and its tokenizer; None of an `ItemModel`, which reads none.
 
     Args:
@@ -83,13 +83,17 @@ def load_model(
         raise ValueError(f"--prompt: expected none with {argument} {name}, which has its prompt")
     if is_saved(name):
         folder = find_model(name, argument)
-        if "titles" not in read_description(folder).learns:
-            return pk.ItemModel.from_pretrained(folder, catalog_of_ids(titles), dtype=dtype, **hf_kwargs), None
+        description = read_description(current(folder))
+        kind: Any = pk.RecurrentMemory
+        if "titles" not in description.learns:
+            kind = pk.ItemModel if description.memory is None else kind
+            return kind.from_pretrained(folder, catalog_of_ids(titles), dtype=dtype, **hf_kwargs), None
+        kind = pk.PatchedCausalLM if description.memory is None else kind
         tokenizer = read_tokenizer(folder)
         catalog = _catalog_for(folder, titles, texts, tokenizer)
         if trainable and (current(folder) / ADAPTER).is_file():
             hf_kwargs["is_trainable"] = True
-        model = pk.PatchedCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             folder, catalog, dtype=dtype, vector_dropout=vector_dropout, **wrapping, **hf_kwargs
         )
         return model, tokenizer

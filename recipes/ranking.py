@@ -74,6 +74,8 @@ def prompt_cache(
     memory_budget: int | str | None,
 ) -> pk.UserCache | None:
     """A cache for the prompts of a batch, if successive samples share enough of theirs and there is room for it."""
+    if isinstance(policy, pk.PreferenceMemory):  # memories of successive prompts differ in their last bits
+        return None
     if len(histories) <= batch_size or shared_rows(model, histories, policy) < SHARED_ENOUGH:
         return None
     longest = int(pk.row_counts(model.catalog, histories, policy, model.prompt).max())

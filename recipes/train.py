@@ -39,6 +39,14 @@ What a title is worth where there is no history: --hold_out_items 0.1 trains wit
         --rows_per_pass 2048 --num_train_epochs 12 --early_stopping 20
     python recipes/evaluate.py runs/sasrec --data ml-100k --exclude_seen --search items
 
+--stage memory compresses what is old into a few vectors (docs/learned-compression.md), from an items checkpoint or from
+scratch. A pass reads every history twice, whole and in segments:
+
+    python recipes/train.py --stage memory --backbone sasrec --data ml-100k --output_dir runs/memory \
+        --rows_per_pass 4096 --num_train_epochs 12 --early_stopping 20 --slots 4 --block 50 --mode overwrite
+    python recipes/train.py --stage memory --from runs/items --data ml-100k --output_dir runs/memory-lm
+    python recipes/evaluate.py runs/memory --data ml-100k --exclude_seen --search items
+
 Pretrained models far below 1B learn at higher rates than the paper's, and in steps of one size whatever their rows:
 
     python recipes/train.py --stage items --model SmolLM2-135M-Instruct --data ml-100k --output_dir runs/small \\
@@ -73,8 +81,8 @@ from patchkern.data import Interactions, hold_out_items, samples_of
 from patchkern.data.preparation import load
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, PatchTrainer, Settings, checkpoints
-from patchkern.training.collators import PassCollator
-from recipes import item_models, models, training_flags
+from patchkern.training.collators import pass_collator
+from recipes import item_models, learned, models, training_flags
 from recipes.dry_run import dry_run
 from recipes.training_choices import CHECKPOINTING, Place, choose_bf16, plan_passes
 from recipes.training_run import banner, check_output, describe, peak_memory, read_arguments, write_arguments
@@ -95,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     args = training_flags.parse(parser, argv)
     data = held_out(load(args), args.hold_out_items)
     name, settings = choose_settings(args, data)
-    defaults = settings.defaults(args.stage) | ({} if args.early_stopping is None else training_flags.EARLY_STOPPING)
+    defaults = settings.defaults(learned.settings_stage(args.stage)) | (
+        {} if args.early_stopping is None else training_flags.EARLY_STOPPING
+    )
     folder = Path(args.output_dir)
     before = read_arguments(folder) if args.resume else {}
     if "bf16" in before:  # perhaps by a measurement, which might come out otherwise now
@@ -110,20 +120,19 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     start = check_output(folder, description(), args.resume)
     set_seed(arguments.seed)
     model, tokenizer = load_model(args, data, settings, arguments.seed)
-    policy: Any = settings.policy(args.stage, args.max_items)
+    policy: Any = learned.policy_of(args, settings)
+    model = learned.prepared(model, policy, args, arguments.seed)
     if args.item_dropout is not None:
         policy = pk.ItemDropout(args.item_dropout, settings.keep_text, args.max_items, arguments.seed)
     pretrain, together = args.stage == "pretrain", args.targets_per_pass == "all"
-    collator = PassCollator(
-        model.catalog,
+    collator: Any = pass_collator(
+        model,
         data.histories,
         policy,
-        model.prompt,
-        1 if pretrain else None,
-        arguments.seed,
-        args.supervise_history,
-        model.item_embedding is not None,
-        args.head,
+        pretrain=pretrain,
+        seed=arguments.seed,
+        supervise_history=args.supervise_history,
+        head=args.head,
     )
     accumulates = args.targets_per_step is not None or arguments.gradient_accumulation_steps > 1
     if args.dry_run is not None:
@@ -223,7 +232,7 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
 
 def load_model(
     args: argparse.Namespace, data: Interactions, settings: Settings, seed: int
-) -> tuple[pk.PatchedCausalLM | pk.ItemModel, Any]:
+) -> tuple[pk.PatchedCausalLM | pk.ItemModel | pk.RecurrentMemory, Any]:
     dropout = settings.dropout if args.dropout is None else args.dropout
     if args.backbone is not None:
         return item_models.make_model(args, data, dropout, seed), None

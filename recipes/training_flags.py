@@ -15,6 +15,7 @@ from patchkern.models.adapters import ADAPTER
 from patchkern.models.folders import current
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, STAGES, find_model
+from recipes import learned
 from recipes.commands import Parser
 from recipes.item_models import add_flags as add_item_flags
 from recipes.training_run import read_arguments
@@ -51,7 +52,7 @@ def make_parser(description: str | None) -> Parser:
     """The recipe's flags, and after them those of transformers."""
     own = Parser(add_help=False)
     group = own.add_argument_group("stage and data")
-    group.add_argument("--stage", required=True, choices=STAGES)
+    group.add_argument("--stage", required=True, choices=(*STAGES, *learned.STAGES))
     add_arguments(group, item_text=True)
     group.add_argument(
         "--hold_out_items",
@@ -94,6 +95,7 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument("--no_separator", action="store_true", help="between items, from scratch only")
 
     add_item_flags(own)
+    learned.add_flags(own)
     group = own.add_argument_group("histories")
     group.add_argument(
         "--max_items",
@@ -236,6 +238,14 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         (
             args.processes is not None and (args.dry_run is None or args.processes < 1),
             f"--processes: expected at least 1, and only with --dry_run, got {args.processes}; torchrun starts some",
+        ),
+        *(
+            (args.stage in learned.STAGES and bool(getattr(args, name)), f"--{name}: expected none with --stage memory")
+            for name in ("memory_budget", "dry_run", "supervise_history", "lora")
+        ),
+        (
+            args.stage in learned.STAGES and args.targets_per_pass == "one",
+            "--targets_per_pass: expected all with --stage memory",
         ),
         (
             args.load_in_4bit and args.lora is None and not _is_adapter(args.checkpoint),

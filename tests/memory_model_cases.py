@@ -69,13 +69,13 @@ def _hstu(layer: Any, x: Tensor, visible: Tensor, config: Any) -> Tensor:
 
 def rows_of(memory: pk.RecurrentMemory, items: list[Any], sessions: int = 1) -> Tensor:
     """``(n, D)`` items' vectors, or the means of so many each."""
-    table: Any = memory.get_input_embeddings().weight
+    table: Any = memory.hf_model.get_input_embeddings().weight
     vectors = table[[ITEM_IDS.index(item) for item in items]]
     return vectors.view(-1, sessions, 8).mean(1)
 
 
 def special(memory: pk.RecurrentMemory, *tokens: int) -> Tensor:
-    table: Any = memory.get_input_embeddings().weight
+    table: Any = memory.hf_model.get_input_embeddings().weight
     return table[list(tokens)]
 
 

@@ -20,7 +20,7 @@ class Pieces(NamedTuple):
     Attributes:
         begin: ``(N,)`` the first row of each in the planned layout; its number of rows, for the learned ones.
         rows: ``(N,)`` how many.
-        position: ``(N,)`` of the first row; those after it have the next ones.
+        position: ``(N,)`` of the first row; those after it have the next ones; -1 where none of them has a position.
         opens: ``(N,)`` whether a span begins with it.
     """
 
@@ -66,7 +66,12 @@ class Table:
 
 
 def arranged(
-    layout: PatchLayout, learned: Sequence[int], pieces: Pieces, ranges: Int64, cu_users: Int64 | None = None
+    layout: PatchLayout,
+    learned: Sequence[int],
+    pieces: Pieces,
+    ranges: Int64,
+    cu_users: Int64 | None = None,
+    vector_rows: Int64 | None = None,
 ) -> PatchLayout:
     """The rows of the pieces, with labels of tokens where they had some, without transpose and item rows.
 
@@ -77,6 +82,7 @@ def arranged(
         ranges: ``(R, 2, N)`` for each range the first row that the N pieces see besides their own span, and the row
             after the last; of those that open a span it is read.
         cu_users: ``(B + 1,)`` where users of several spans begin.
+        vector_rows: of the arranged rows, ascending, those that are vectors.
     """
     index = spread(pieces.begin, pieces.rows)
     extra = np.asarray(learned, np.int64)
@@ -87,6 +93,7 @@ def arranged(
 
     cu_seqlens = np.append(pieces.at[pieces.opens], pieces.total).astype(np.int32)
     position_ids = spread(pieces.position, pieces.rows)
+    position_ids[np.repeat(pieces.position < 0, pieces.rows)] = -1
     lo = taken(layout.lo, -1 - extra)
     values: dict[str, Any] = {
         "lo": torch.from_numpy(lo),
@@ -97,6 +104,7 @@ def arranged(
         "max_seqlen": int(np.diff(cu_seqlens).max(initial=0)),
         "cu_users": None if cu_users is None else torch.from_numpy(cu_users.astype(np.int32)),
         "max_token_id": max(layout.max_token_id, -1 - int(lo.min(initial=0))),
+        "vector_rows": None if vector_rows is None else torch.from_numpy(vector_rows),
         "transpose": None,
         "identities": None,
         **_prefixes(pieces, ranges),

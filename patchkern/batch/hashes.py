@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
@@ -12,13 +14,14 @@ from patchkern.batch.layout_checks import check_readable
 
 UInt64 = NDArray[np.uint64]
 
-_TOKEN, _TITLE, _SESSION, _LEARNED = (
-    np.uint64(tag) for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F, 0x7B1FD2A3E96C5D41)
+_TOKEN, _TITLE, _SESSION, _LEARNED, _VECTOR = (
+    np.uint64(tag)
+    for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F, 0x7B1FD2A3E96C5D41, 0xEB44ACCAB455D165)
 )
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
+def row_hashes(layout: PatchLayout, by_item: bool = False, vectors: Tensor | None = None) -> UInt64:
     """What every row stands for, as one number.
 
     A literal's hash comes from its token; a patch's from the title tokens of its items, in order, whatever the items'
@@ -30,10 +33,18 @@ def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
         layout: any; it is read on the CPU.
         by_item: tell patches of different items apart also where their titles are equal, by the items' places in the
             catalogue: for a model with item embeddings.
+        vectors: ``(V, D)`` what the layout's ``vector_rows`` are, which are told apart by their bits.
 
     Returns:
         ``(T,)`` uint64.
+
+    Raises:
+        ValueError: a layout with vector rows and no vectors, or other than it has rows for.
     """
+    expected = 0 if layout.vector_rows is None else layout.vector_rows.shape[0]
+    if expected != (0 if vectors is None else vectors.shape[0]):
+        got = "None" if vectors is None else str(vectors.shape[0])
+        raise ValueError(f"vectors: expected {expected}, one per vector row of the layout, got {got}")
     check_readable(layout)
     layout = layout.to("cpu")
     lo, hi, items, token_ids, offsets = (
@@ -46,6 +57,12 @@ def row_hashes(layout: PatchLayout, by_item: bool = False) -> UInt64:
     hashes = _mixed(-lo, _TOKEN)  # of -1 - lo, the token, plus one
     patch = np.flatnonzero(lo >= 0)
     hashes[patch] = _sequences(titles[items], lo[patch], (hi - lo)[patch], _SESSION)
+    if layout.vector_rows is not None and vectors is not None and expected:
+        numbers = vectors.detach().cpu().contiguous().view(torch.uint8).numpy().astype(np.int64)
+        starts = np.arange(expected) * numbers.shape[1]
+        lengths = np.full(expected, numbers.shape[1])
+        members = _mixed(numbers.flatten(), _VECTOR)
+        hashes[layout.vector_rows.numpy()] = _sequences(members, starts, lengths, _VECTOR)
     return hashes
 
 

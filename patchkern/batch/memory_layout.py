@@ -22,11 +22,10 @@ from torch import Tensor
 
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_pieces import MemoryPieces, Runs, Spliced, starts_of
+from patchkern.batch.memory_pieces import MemoryPieces, Rows, Runs, Spliced, starts_of
 from patchkern.batch.memory_stages import References, Training
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.planning import Int64
-from patchkern.batch.splice import Pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +147,8 @@ class MemoryPlanner(MemoryPieces):
         rows = runs.before(users, segments.lengths, len(self.prompt.separator))
         spliced = Spliced(
             self.prefix(users, rows.sum()),
-            memory._replace(source=memory.source + rows.sum()),
-            Pieces(starts_of(rows), rows, behind, users),
+            memory._replace(begin=memory.begin + rows.sum()),
+            Rows(starts_of(rows), rows, behind, users),
             self.query(users, behind + rows, rows.sum()),
         )
         layout = spliced.layout(self.planned(runs), self, None, vectors=1)

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from patchkern.batch.arrangement import Pieces, arranged, running
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
@@ -17,7 +17,6 @@ from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policies import Level, Levels
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
-from patchkern.batch.splice import Pieces, splice
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,19 @@ class MemoryPieces:
         """What is spliced in between items: the prompt's prefix, then a token for each slot."""
         return (*self.prompt.prefix, *self.prompt.experts[: self.policy.slots])
 
-    def prefix(self, spans: Int64, planned: int) -> Pieces:
+    def prefix(self, spans: Int64, planned: int) -> Rows:
         """The prompt's beginning in each of some spans."""
         zeros = np.zeros_like(spans)
-        return Pieces(zeros + planned, zeros + len(self.prompt.prefix), zeros, spans)
+        return Rows(zeros + planned, zeros + len(self.prompt.prefix), zeros, spans)
 
-    def query(self, spans: Int64, position: Int64, planned: int) -> Pieces:
+    def query(self, spans: Int64, position: Int64, planned: int) -> Rows:
         """A row for each slot, in each of some spans."""
         position = position if self.placed else np.full_like(position, -1)
-        source = np.full_like(spans, planned + len(self.prompt.prefix))
-        return Pieces(source, np.full_like(spans, self.policy.slots), position, spans)
+        begin = np.full_like(spans, planned + len(self.prompt.prefix))
+        return Rows(begin, np.full_like(spans, self.policy.slots), position, spans)
 
-    def memory(self, spans: Int64, groups: Int64, position: Int64 | int) -> Pieces:
-        """So many groups of rows for vectors in each of some spans; ``source`` is relative to the planned rows."""
+    def memory(self, spans: Int64, groups: Int64, position: Int64 | int) -> Rows:
+        """So many groups of rows for vectors in each of some spans; ``begin`` is relative to the planned rows."""
         owner, nth = each_of(groups)
         at = np.broadcast_to(position, spans.shape)[owner] + self.policy.slots * nth
         return self.query(spans[owner], at, 0)
@@ -87,6 +86,15 @@ class MemoryPieces:
         return unlabelled(layout) if titles is None else layout
 
 
+class Rows(NamedTuple):
+    """Runs of rows of one kind, as `patchkern.batch.arrangement.Pieces`, and the span that each is in."""
+
+    begin: Int64
+    rows: Int64
+    position: Int64
+    span: Int64
+
+
 class Runs(NamedTuple):
     """Runs of items that stand together, with running counts of their rows."""
 
@@ -100,12 +108,12 @@ class Runs(NamedTuple):
     def of(cls, catalog: Catalog, items: Histories, levels: Levels) -> Runs:
         index = catalog.index_of(items.items, "histories")
         rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
-        return cls(items, index, levels, running_sum(rows), running_sum(levels != Level.JOIN))
+        return cls(items, index, levels, running(rows), running(levels != Level.JOIN))
 
-    def counted(self, running: Int64, run: Int64, count: Int64) -> Int64:
+    def counted(self, sums: Int64, run: Int64, count: Int64) -> Int64:
         """Of the first ``count`` items of each of some runs."""
         begin = self.items.offsets[run]
-        return running[begin + count] - running[begin]
+        return sums[begin + count] - sums[begin]
 
     def before(self, run: Int64, count: Int64, separator: int) -> Int64:
         """Rows of the first ``count`` items of each of some runs, and of the separators between them."""
@@ -116,14 +124,17 @@ class Runs(NamedTuple):
 class Spliced:
     """Kinds of pieces, in the order of their spans, and within a span in the order of the kinds."""
 
-    def __init__(self, *kinds: Pieces) -> None:
-        columns = [np.concatenate(column) for column in zip(*kinds, strict=True)]
+    def __init__(self, *kinds: Rows) -> None:
         kind = np.repeat(np.arange(len(kinds)), [part.span.size for part in kinds])
-        self.order = np.lexsort((np.arange(kind.size), kind, columns[3]))
-        self.pieces = Pieces(*(column[self.order] for column in columns))
-        self.kind = kind
-        place = np.empty_like(self.order)
-        place[self.order] = self.pieces.starts
+        every = Rows(*(np.concatenate(column) for column in zip(*kinds, strict=True)))
+        order = np.lexsort((np.arange(kind.size), kind, every.span))
+        self.span = every.span[order]
+        filled = np.flatnonzero(every.rows[order])  # spans without rows are left out
+        opens = np.zeros(kind.size, np.bool_)
+        opens[filled[np.diff(self.span[filled], prepend=-1) != 0]] = True
+        self.pieces = Pieces(every.begin[order], every.rows[order], every.position[order], opens)
+        place = np.empty_like(order)
+        place[order] = self.pieces.at
         self.starts = [place[kind == k] for k in range(len(kinds))]
         """per kind, where each of its pieces begins"""
 
@@ -134,21 +145,20 @@ class Spliced:
     def layout(
         self, planned: PatchLayout, planner: MemoryPieces, prefix: Int64 | None, vectors: int | None = None
     ) -> PatchLayout:
-        """What is planned, spliced; the rows of the kind ``vectors`` are vectors."""
+        """What is planned, in this order.
+
+        Args:
+            planned: whose rows the pieces are.
+            planner: of the tokens after them.
+            prefix: ``(n, R, 2)`` the rows that each of n spans sees besides itself; None where none sees any.
+            vectors: the kind whose rows are vectors.
+        """
         rows = None if vectors is None else np.sort(self.rows_of(vectors, planner.policy.slots).flatten())
-        if prefix is not None and not prefix.any():
-            prefix = None
-        layout = splice(planned, planner.tokens, self.pieces, prefix, rows)
+        seen = np.zeros((self.span.size, 0, 2), np.int64) if prefix is None else prefix[self.span]
+        layout = arranged(planned, planner.tokens, self.pieces, seen.transpose(1, 2, 0), None, rows)
         if rows is None:
             return layout
         return PatchLayout._trusted({**layout.__dict__, "history_rows": planned.history_rows + rows.size})
-
-
-def running_sum(counts: NDArray[Any]) -> Int64:
-    """``(N + 1,)`` sums of the first 0..N counts."""
-    sums = np.zeros(counts.size + 1, np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums
 
 
 def starts_of(counts: Int64) -> Int64:

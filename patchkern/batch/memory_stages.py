@@ -8,11 +8,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_pieces import MemoryPieces, Runs, Spliced, each_of, starts_of
+from patchkern.batch.memory_pieces import MemoryPieces, Rows, Runs, Spliced, each_of, starts_of
 from patchkern.batch.planned_layout import target_samples, with_items
 from patchkern.batch.planning import Head, Int64
 from patchkern.batch.policies import SessionPatches
-from patchkern.batch.splice import Pieces
 
 
 class References:
@@ -30,7 +29,7 @@ class References:
         self.seen = first + self.runs.before(self.owner, after, separator)
         self.spliced = Spliced(
             planner.prefix(self.span, rows.sum()),
-            Pieces(starts_of(rows), rows, np.full_like(rows, first), self.span),
+            Rows(starts_of(rows), rows, np.full_like(rows, first), self.span),
             planner.query(self.query_span, self.seen, rows.sum()),
         )
 
@@ -151,8 +150,8 @@ class Training:
         total = rows.sum()
         self.spliced = Spliced(
             planner.prefix(self.span, total),
-            vectors._replace(source=vectors.source + total),
-            Pieces(starts_of(rows), rows, position, np.append(unit_span, branch_span)),
+            vectors._replace(begin=vectors.begin + total),
+            Rows(starts_of(rows), rows, position, np.append(unit_span, branch_span)),
             planner.query(unit_span[updated], (seen + memory + held)[updated], total),
         )
         banks = self.spliced.starts[0]
@@ -206,10 +205,8 @@ class Training:
 
     def owners1(self) -> Int64:
         """Whose each piece of stage 1 is."""
-        return self.reading[
-            np.searchsorted(self.references.span, self.references.spliced.pieces.span, side="right") - 1
-        ]
+        return self.reading[np.searchsorted(self.references.span, self.references.spliced.span, side="right") - 1]
 
     def owners2(self) -> Int64:
         """Whose each piece of stage 2 is."""
-        return np.searchsorted(self.span, self.spliced.pieces.span, side="right") - 1
+        return np.searchsorted(self.span, self.spliced.span, side="right") - 1

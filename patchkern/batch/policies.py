@@ -93,7 +93,7 @@ class PlanningPolicy(Policy, Protocol):
     """A policy whose prompts are more than a history's entries: it plans them itself, and `levels` is not asked."""
 
     def plan(self, catalog: Any, histories: Histories, prompt: Prompt, targets: Any, head: str) -> Any:
-        """What `build_layout` returns, without a transpose; ``targets`` are catalogue positions, or None."""
+        """What `build_layout` plans, without item rows; ``targets`` are catalogue positions, or None."""
 
     def count_rows(self, catalog: Any, histories: Histories, prompt: Prompt) -> NDArray[np.int64]:
         """What `row_counts` returns."""

@@ -12,21 +12,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from patchkern.batch.arrangement import Table, arranged, spread
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.experts import SettledPolicy, settled_levels
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.planned_layout import plan_layout, unlabelled, with_items
+from patchkern.batch.planned_layout import plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import ItemPatches, Level, Levels, SessionPatches, TextOnly
+from patchkern.batch.policies import ItemPatches, Levels, SessionPatches, TextOnly
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.segments import cuts
-from patchkern.batch.splice import Pieces, splice
 
 MODES = ("overwrite", "append")
 """What an update makes of a memory: another one, or a longer one."""
-
-InnerPolicy = TextOnly | ItemPatches | SessionPatches
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class PreferenceMemory:
         ([0, 6, 10], [1, 2])
     """
 
-    policy: InnerPolicy
+    policy: SettledPolicy
     slots: int = 4
     block: int = 50
     mode: str = "overwrite"
@@ -94,11 +93,8 @@ class PreferenceMemory:
 
     def settled(self, histories: Histories) -> Levels:
         """``(N,)`` the levels of items that are being absorbed; every history begins with a segment."""
-        if isinstance(self.policy, SessionPatches):
-            place = np.arange(histories.items.size) - np.repeat(histories.offsets[:-1], histories.lengths)
-            return np.where(place % self.policy.group_size == 0, np.uint8(Level.PATCH), np.uint8(Level.JOIN))
-        level = Level.TEXT if isinstance(self.policy, TextOnly) else Level.PATCH
-        return np.full(histories.items.size, level, np.uint8)
+        place = np.arange(histories.items.size) - np.repeat(histories.offsets[:-1], histories.lengths)
+        return settled_levels(self.policy, place)
 
     def absorbed(self, lengths: Int64) -> Int64:
         """How many items of histories of these lengths are in the memory."""
@@ -139,40 +135,32 @@ class PreferenceMemory:
         )
         if head == "items" or targets is None:
             planned = unlabelled(planned)
-        first = len(prompt.prefix)
-        groups = self.memory_rows(absorbed) // self.slots
+        first, groups = len(prompt.prefix), self.memory_rows(absorbed) // self.slots
         owner = np.repeat(users, groups)
         nth = np.arange(owner.size) - np.repeat(np.cumsum(groups) - groups, groups)
-        begin = planned.cu_seqlens.numpy().astype(np.int64)
-        rows = np.concatenate([np.full(users.size, first), np.full(owner.size, self.slots), np.diff(begin)])
-        source = np.concatenate([np.zeros(users.size), np.full(owner.size, first)]).astype(np.int64)
-        pieces = Pieces(
-            np.append(source + planned.num_rows, begin[:-1]),
-            rows,
-            np.concatenate([np.zeros(users.size, np.int64), first + self.slots * nth, first + self.slots * groups]),
-            np.concatenate([users, owner, users]),
+        begin, learned = planned.cu_seqlens.numpy().astype(np.int64), planned.num_rows
+        table = Table()
+        table.add(np.full(users.size, learned), first, 0, first > 0, users, 0)
+        memory = table.add(
+            np.full(owner.size, learned + first),
+            self.slots,
+            first + self.slots * nth,
+            (first == 0) & (nth == 0),
+            owner,
+            1 + nth,
         )
-        order = np.argsort(pieces.span, kind="stable")
-        pieces = Pieces(*(column[order] for column in pieces))
-        starts = pieces.starts[(order >= users.size) & (order < users.size + owner.size)]
-        vector_rows = (starts[:, None] + np.arange(self.slots)).flatten()
+        behind = first + self.slots * groups
+        table.add(begin[:-1], np.diff(begin), behind, behind == 0, users, 1 + groups)
+        pieces, _, at = table.ordered()
+        vector_rows = spread(at[memory], np.full(owner.size, self.slots))
         tokens = (*prompt.prefix, *prompt.experts[: self.slots])
-        layout = splice(planned, tokens, pieces, vector_rows=vector_rows)
+        layout = arranged(planned, tokens, pieces, np.zeros((0, 2, pieces.rows.size), np.int64), None, vector_rows)
         titles = catalog.inputs.lengths[catalog.index_of(histories.items, "histories")]
         counted = {
             "history_tokens": int(titles.sum(dtype=np.int64)),
             "history_rows": planned.history_rows + vector_rows.size,
         }
-        layout = PatchLayout._trusted({**layout.__dict__, **counted})
-        if head == "titles":
-            return layout
-        after = np.zeros(users.size, np.int64)
-        if head == "both":
-            after += len(prompt.suffix)
-            if targets is not None:
-                after += catalog.lengths[targets] + len(prompt.response_end)
-        ends = layout.cu_seqlens.numpy().astype(np.int64)
-        return with_items(layout, ends[1:] - 1 - after, ends[:-1], targets)
+        return PatchLayout._trusted({**layout.__dict__, **counted})
 
     def count_rows(self, catalog: Catalog, histories: Histories, prompt: Prompt) -> Int64:
         """``(B,)`` rows of the users' prompts: prefix, memory, recent items and suffix."""

@@ -66,13 +66,12 @@ def build_layout(
     kept = cut(Histories.coerce(histories), policy)
     target_index = None if targets is None else _target_index(catalog, targets, len(kept))
     wanted = targets is not None if transpose is None else transpose
-    if isinstance(policy, PlanningPolicy):
-        planned: PatchLayout = policy.plan(catalog, kept, prompt, target_index, head)
-        return planned.with_transpose() if wanted else planned
     if isinstance(policy, Experts) and (uncompressed := without_old(kept, policy)) is not None:
         kept, policy = uncompressed, policy.recents
     if isinstance(policy, Experts):
         layout = expert_layout(catalog, kept, policy, prompt, target_index, head)
+    elif isinstance(policy, PlanningPolicy):
+        layout = policy.plan(catalog, kept, prompt, target_index, head)
     else:
         layout = _user_layout(catalog, kept, policy, prompt, target_index, head)
     if head != "titles":

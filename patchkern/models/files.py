@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -31,9 +31,10 @@ DESCRIPTION = "patchkern.json"
 CATALOG = "catalog.safetensors"
 ITEM_EMBEDDINGS = "item_embeddings.safetensors"
 ITEM_HEAD = "item_head.safetensors"
+MEMORY = "memory.safetensors"
 _WEIGHTS = (
     *("model*.safetensors", "model.safetensors.index.json", ADAPTER_WEIGHTS, ADAPTER),
-    *(ITEM_EMBEDDINGS, ITEM_HEAD),
+    *(ITEM_EMBEDDINGS, ITEM_HEAD, MEMORY),
 )
 _HEAD = "item_head."
 
@@ -54,6 +55,15 @@ class OwnTensors(NamedTuple):
         return cls(source.get("item_embedding"), head)
 
 
+class Memory(NamedTuple):
+    """What a `patchkern.RecurrentMemory` has beside the model that it wraps."""
+
+    options: dict[str, Any]
+    """the arguments that it is made with"""
+    map: dict[str, Tensor]
+    """the parameters of its map, by name; empty without one"""
+
+
 class Description(NamedTuple):
     """What ``patchkern.json`` says of a model."""
 
@@ -69,6 +79,8 @@ class Description(NamedTuple):
     vector_dropout: float
     learns: tuple[str, ...]
     """of a `PatchedCausalLM` or a `patchkern.ItemModel`, which tells them apart"""
+    memory: dict[str, Any] | None
+    """options of the `patchkern.RecurrentMemory` around it, or None"""
 
 
 def write(
@@ -83,6 +95,7 @@ def write(
     hf_kwargs: dict[str, Any],
     *,
     vector_dropout: float,
+    memory: Memory | None = None,
 ) -> None:
     """Write a model; its files take the places of those of an earlier one together, see `patchkern.models.folders`."""
     description = {
@@ -93,6 +106,7 @@ def write(
         "item_embeddings": own.item_embedding is not None,
         "item_head": bool(own.item_head),
         "vector_dropout": vector_dropout,
+        "memory": None if memory is None else memory.options,
         "vocabulary_size": hf_model.config.get_text_config().vocab_size,
         "catalog": {"file": CATALOG, "items": len(catalog), "fingerprint": catalog.fingerprint},
         "tokenizer": tokenizer is not None,
@@ -114,6 +128,9 @@ def write(
             if tensors:
                 kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
                 save_file(kept, new / name, {"format": "pt", "item_ids": json.dumps(catalog.item_ids.tolist())})
+        if memory is not None and memory.map:
+            kept = {key: value.detach().cpu().contiguous() for key, value in memory.map.items()}
+            save_file(kept, new / MEMORY, {"format": "pt"})
         (new / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -157,11 +174,37 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
                 description.get("vector_dropout", 0.0), bool(description.get("item_embeddings", False))
             ),
             learns=tuple(description.get("learns", ("titles", "items", "both"))),
+            memory=_options(description.get("memory")),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{os.fspath(path)}: not a description that this version of patchkern reads: {error}"
         ) from error
+
+
+def _options(memory: Any) -> dict[str, Any] | None:
+    if not (memory is None or isinstance(memory, dict)):
+        raise TypeError(f"memory: expected an object or null, got {type(memory).__name__}")
+    return memory
+
+
+def read_memory(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The saved parameters of a memory's map, which have these shapes.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or others.
+    """
+    path = Path(folder) / MEMORY
+    if not path.is_file():
+        raise FileNotFoundError(f"folder: expected {MEMORY} in {os.fspath(path.parent)!r}")
+    try:
+        saved = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)}: not a memory's map that this version reads: {error}") from error
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if found != dict(shapes):
+        raise ValueError(f"{os.fspath(path)}: expected a memory's map of shapes {dict(shapes)}, got {found}")
+    return saved
 
 
 def choose_catalog(

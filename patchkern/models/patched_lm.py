@@ -130,8 +130,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
             self._check_token_ids(name, largest)
         check_titles(catalog, prompt)
         wrapped.warn_of_special_tokens(hf_model, catalog)
-        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end, prompt.experts)
-        self._scale = EmbeddingScale(catalog.distinct_tokens.union(*fixed))
+        self.watch_embedding()
         self.register_parameter("item_embedding", None)
         if item_embeddings:
             weight: Any = self.get_input_embeddings().weight
@@ -210,6 +209,12 @@ class PatchedCausalLM(wrapped.WrappedLM):
         elif loss is not None and title_weight != 1:
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def watch_embedding(self) -> None:
+        """Look at the embedding anew, which has another size or a prompt with other tokens than before."""
+        prompt = self.prompt
+        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end, prompt.experts)
+        self._scale = EmbeddingScale(self.catalog.distinct_tokens.union(*fixed))
 
     def _rows(self, layout: PatchLayout, vectors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A layout's rows, once it is known to be one for this model, and the items' own vectors that are in them."""

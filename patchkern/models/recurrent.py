@@ -15,7 +15,7 @@ memory of a history. A user's state is small and plain, so that anything may kee
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.catalog_diff import CatalogDiff
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner, Queries
-from patchkern.batch.planning import Int64
+from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner
 from patchkern.batch.policies import AnyPolicy, SessionPatches
 from patchkern.batch.preference_memory import PreferenceMemory
-from patchkern.batch.prompt import Prompt
-from patchkern.batch.row_counts import row_counts
-from patchkern.models import wrapped
+from patchkern.models import files, wrapped
 from patchkern.models.item_model import ItemModel
+from patchkern.models.memories import Memories, Writer, check_memories
+from patchkern.models.memory_wrapper import MemoryWrapper
 from patchkern.models.patched_lm import PatchedCausalLM
-from patchkern.search.protocol import SpanCache
+from patchkern.models.sources import locate
 from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
 
@@ -47,38 +44,6 @@ REDUCTIONS = ("mean", "sum")
 """Of the squared differences between a memory and its reference."""
 
 _EPSILON = 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class Memories:
-    """The memories of B users.
-
-    Attributes:
-        vectors: ``(M, D)``, user by user, as a model's prompts read them.
-        rows: ``(B,)`` how many of them each user has.
-        absorbed: ``(B,)`` how many of each user's first items are in them.
-    """
-
-    vectors: Tensor
-    rows: Int64
-    absorbed: Int64
-
-    @classmethod
-    def of(cls, users: Sequence[tuple[Tensor, int]]) -> Memories:
-        """Of each user's vectors and the number of items in them; at least one user."""
-        vectors = [own for own, _ in users]
-        rows = np.array([own.shape[0] for own in vectors], np.int64)
-        return cls(torch.cat(vectors), rows, np.array([absorbed for _, absorbed in users], np.int64))
-
-    def __len__(self) -> int:
-        return self.rows.size
-
-    def __getitem__(self, user: int) -> tuple[Tensor, int]:
-        """A user's vectors, and how many items are in them."""
-        if not 0 <= user < len(self):
-            raise IndexError(f"user: expected an index below {len(self)}, got {user}")
-        begin = int(self.rows[:user].sum())
-        return self.vectors[begin : begin + int(self.rows[user])], int(self.absorbed[user])
 
 
 @dataclass
@@ -117,7 +82,7 @@ class MemoryMap(nn.Module):
         return normed.to(states.dtype) * self.scale
 
 
-class RecurrentMemory(wrapped.WrappedLM):
+class RecurrentMemory(MemoryWrapper):
     """A model that reads ``prompt | memory | recent items``, and makes the memory.
 
     It trains with `patchkern.training.PatchTrainer`, is validated, recommends and is saved as the model that it wraps.
@@ -153,10 +118,6 @@ class RecurrentMemory(wrapped.WrappedLM):
         [2, 2]
     """
 
-    model: PatchedCausalLM | ItemModel
-    """the model that reads and writes memories"""
-
-    recurrent = True
     accepts_loss_kwargs = True
 
     def __init__(
@@ -206,8 +167,8 @@ class RecurrentMemory(wrapped.WrappedLM):
         self.reference_loss, self.rollout, self.one_time = float(reference_loss), float(rollout), one_time
         self.map: MemoryMap | None = None
         if self.placed:
-            weight: Any = model.hf_model.get_input_embeddings().weight
-            self.map = MemoryMap(weight)
+            embedding: Any = model.hf_model.get_input_embeddings()
+            self.map = MemoryMap(embedding.weight)
         self.planner.policy.check_prompt(self.prompt)
 
     @property
@@ -306,19 +267,7 @@ class RecurrentMemory(wrapped.WrappedLM):
         """g."""
         return states if self.map is None else self.map(states)
 
-    def _unplaced(self, layout: PatchLayout) -> PatchLayout:
-        """A layout of prompts whose memory rows have no positions, where the model's are a table."""
-        if self.placed or layout.vector_rows is None:
-            return layout
-        positions = layout.position_ids.index_fill(0, layout.vector_rows, -1)
-        return PatchLayout._trusted({**layout.__dict__, "position_ids": positions})
-
     # ------------------------------------------------------------------ memories
-
-    @property
-    def placed(self) -> bool:
-        """Whether memory and query rows have positions; not in a model of item ids, whose positions are a table."""
-        return not isinstance(self.model, ItemModel)
 
     @property
     def planner(self) -> MemoryPlanner:
@@ -358,60 +307,21 @@ class RecurrentMemory(wrapped.WrappedLM):
         kept, absorbed = [nothing] * len(histories), np.zeros_like(wanted)
         once = self.one_time if one_time is None else one_time
         if memories is not None and not once:
-            _check_memories(memories, planner.policy, wanted)
+            check_memories(memories, planner.policy, wanted)
             kept = list(memories.vectors.to(self.device, self.dtype).split(memories.rows.tolist()))
             absorbed = memories.absorbed.copy()
         searching = self.searching()
         try:
             with searching:
+                writer = Writer(self.model, planner, self._read, rows_per_pass)
                 if once:
-                    self._once(planner, histories, wanted, kept, rows_per_pass)
-                else:
-                    while (behind := np.flatnonzero(absorbed < wanted)).size:
-                        self._absorb(planner, histories, behind, absorbed, kept, rows_per_pass)
+                    writer.once(histories, wanted, kept)
+                while not once and (behind := np.flatnonzero(absorbed < wanted)).size:
+                    writer.absorb(histories, behind, absorbed, kept)
         finally:
             searching.close()
         vectors = torch.cat(kept) if kept else nothing
         return Memories(vectors, np.array([own.shape[0] for own in kept], np.int64), wanted)
-
-    def _absorb(
-        self,
-        planner: MemoryPlanner,
-        histories: Histories,
-        users: Int64,
-        absorbed: Int64,
-        kept: list[Tensor],
-        rows_per_pass: int,
-    ) -> None:
-        """The next segment of some users, in their memories."""
-        policy = planner.policy
-        segments = histories.between(users, absorbed[users], absorbed[users] + policy.block)
-        rows = row_counts(self.catalog, segments, policy.policy, self.prompt) + policy.memory_rows(absorbed[users])
-        for part in _within(rows, rows_per_pass):
-            asked = planner.update(segments.take(part), absorbed[users[part]])
-            vectors = torch.cat([kept[user] for user in users[part]])
-            for user, new in zip(users[part].tolist(), self._written(asked, vectors), strict=True):
-                kept[user] = torch.cat([kept[user], new]) if policy.mode == "append" else new
-        absorbed[users] += policy.block
-
-    def _once(
-        self, planner: MemoryPlanner, histories: Histories, wanted: Int64, kept: list[Tensor], rows_per_pass: int
-    ) -> None:
-        """All segments of all users at once."""
-        policy, users = planner.policy, np.flatnonzero(wanted)
-        items = histories.between(users, np.zeros_like(users), wanted[users])
-        rows = row_counts(self.catalog, items, policy.policy, self.prompt) + policy.memory_rows(wanted[users])
-        for part in _within(rows, rows_per_pass):
-            new = self._written(planner.once(items.take(part)), None).flatten(0, 1)
-            counts = policy.memory_rows(wanted[users[part]])
-            for user, own in zip(users[part].tolist(), new.split(counts.tolist()), strict=True):
-                kept[user] = own
-
-    def _written(self, asked: Queries, vectors: Tensor | None) -> Tensor:
-        """``(G, C, D)`` the memories that a pass writes."""
-        given = vectors if asked.layout.vector_rows is not None else None
-        states = self.model.row_states(asked.layout, given)
-        return self._read(states[asked.rows.to(states.device, non_blocking=True)])
 
     def prompt_vectors(self, histories: Histories, policy: AnyPolicy) -> Tensor:
         """``(M, D)`` the memories that the prompts of these users read; see `SearchModel.prompt_vectors`."""
@@ -444,97 +354,68 @@ class RecurrentMemory(wrapped.WrappedLM):
     def _searched_by(self) -> dict[str, str]:
         return {} if "titles" in self.learns else {"search": "items"}
 
-    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """As of the model."""
-        return self.model.embed(layout, vectors)
+    # ------------------------------------------------------------------ files
 
-    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """As of the model."""
-        return self.model.item_states(self._unplaced(layout), vectors)
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        tokenizer: Any = None,
+        **hf_kwargs: Any,
+    ) -> None:
+        """Write the model as it writes itself, with the memory's options and its map beside it.
 
-    @property
-    def takes_branches(self) -> bool:
-        """As of the model."""
-        return self.model.takes_branches
+        Args:
+            state_dict: of this module, gathered.
+            folder, is_main_process, tokenizer, hf_kwargs: as of the model.
+        """
+        own = self.state_dict() if state_dict is None else state_dict
+        kept = {name.removeprefix("map."): value for name, value in own.items() if name.startswith("map.")}
+        inner = None
+        if state_dict is not None:
+            inner = {name.removeprefix("model."): x for name, x in state_dict.items() if name.startswith("model.")}
+        self.model._save(folder, inner, is_main_process, tokenizer, hf_kwargs, files.Memory(self.options, kept))
 
-    def check_search(self, layout: PatchLayout, depth: int) -> None:
-        """As of the model."""
-        self.model.check_search(layout, depth)
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], catalog: Catalog | None = None, **options: Any
+    ) -> RecurrentMemory:
+        """Read what `save_pretrained` wrote.
 
-    def prompt_logits(
-        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
-    ) -> Tensor:
-        """As of the model."""
-        return self.model.prompt_logits(self._unplaced(layout), rows, cache, vectors)
+        Args:
+            folder, catalog: as of the `from_pretrained` of the model that it wraps.
+            options: their other arguments.
 
-    def prompt_states(
-        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
-    ) -> Tensor:
-        """As of the model."""
-        return self.model.prompt_states(self._unplaced(layout), rows, cache, vectors)
+        Raises:
+            FileNotFoundError, ValueError: as those, and for a folder without a memory.
+        """
+        hub = {name: options[name] for name in ("revision", "token") if name in options}
+        folder = files.current(locate(folder, "folder", **hub))
+        description = files.read_description(folder)
+        if description.memory is None:
+            raise ValueError(f"folder: expected a RecurrentMemory in {os.fspath(folder)!r}, got a model without memory")
+        kind: Any = PatchedCausalLM if "titles" in description.learns else ItemModel
+        model = kind.from_pretrained(folder, catalog, **options)
+        try:
+            memory = cls(model, **description.memory)
+        except TypeError as error:
+            raise ValueError(
+                f"{os.fspath(folder)}: not a memory that this version of patchkern reads: {error}"
+            ) from error
+        memory.load_map(folder)
+        return memory
 
-    def item_scores(self, states: Tensor) -> Tensor:
-        """As of the model."""
-        return self.model.item_scores(states)
+    def load_map(self, folder: str | os.PathLike[str]) -> None:
+        """Take the map that `save_pretrained` wrote, where the model has one.
 
-    def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
-        """As of the model."""
-        return self.model.token_logits(tokens, positions, cache)
-
-    # ------------------------------------------------------------------ what the model has
-
-    @property
-    def hf_model(self) -> PreTrainedModel:  # type: ignore[override]
-        """The network."""
-        return self.model.hf_model
-
-    @property
-    def catalog(self) -> Catalog:  # type: ignore[override]
-        """The titles."""
-        return self.model.catalog
-
-    @property
-    def catalog_diff(self) -> CatalogDiff | None:
-        """How the catalogue differs from the one that the model was saved with."""
-        return self.model.catalog_diff
-
-    @property
-    def prompt(self) -> Prompt:  # type: ignore[override]
-        """The fixed tokens."""
-        return self.model.prompt
-
-    @property
-    def policy(self) -> AnyPolicy | None:
-        """How histories are read."""
-        return self.model.policy
-
-    @policy.setter
-    def policy(self, policy: AnyPolicy | None) -> None:
-        self.model.policy = policy
-
-    @property
-    def tokenizer(self) -> Any:
-        """Saved along."""
-        return self.model.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self.model.tokenizer = tokenizer
-
-    @property
-    def learns(self) -> tuple[str, ...]:  # type: ignore[override]
-        """As of the model."""
-        return self.model.learns
-
-    @property
-    def item_head(self) -> Any:
-        """As of the model."""
-        return self.model.item_head
-
-    @property
-    def item_embedding(self) -> nn.Parameter | None:
-        """As of the model."""
-        return self.model.item_embedding
+        Raises:
+            FileNotFoundError, ValueError: there is none, or one of another width.
+        """
+        if self.map is not None:
+            shapes = {name: tuple(value.shape) for name, value in self.map.named_parameters()}
+            self.map.load_state_dict(files.read_memory(files.current(folder), shapes))
 
 
 def _share(layout: PatchLayout, counts: wrapped.Counts) -> Any:
@@ -543,33 +424,3 @@ def _share(layout: PatchLayout, counts: wrapped.Counts) -> Any:
         return 1.0 if counts.titles is None else layout.logit_labels.shape[0] / counts.titles
     count = 0 if layout.item_labels is None else layout.item_labels.shape[0]
     return 1.0 if counts.items is None else count / counts.items
-
-
-def _within(rows: Int64, most: int) -> list[Int64]:
-    """Consecutive users whose rows together are at most ``most``, at least one."""
-    parts, begin, filled = [], 0, 0
-    for place, count in enumerate(rows.tolist()):
-        if place > begin and filled + count > most:
-            parts.append(np.arange(begin, place))
-            begin, filled = place, 0
-        filled += count
-    return [*parts, np.arange(begin, rows.size)] if rows.size else parts
-
-
-def _check_memories(memories: Any, policy: PreferenceMemory, wanted: Int64) -> None:
-    if not isinstance(memories, Memories):
-        raise TypeError(f"memories: expected Memories or None, got {type(memories).__name__}")
-    if len(memories) != wanted.size:
-        raise ValueError(f"memories: expected those of {wanted.size} users, as histories, got {len(memories)}")
-    wrong = np.flatnonzero(
-        (memories.absorbed > wanted)
-        | (memories.absorbed % policy.block != 0)
-        | (memories.rows != policy.memory_rows(memories.absorbed))
-    )
-    if wrong.size:
-        user = int(wrong[0])
-        raise ValueError(
-            f"memories: expected at most {wanted[user]} items of user {user}, a multiple of {policy.block}, in "
-            f"{policy.memory_rows(memories.absorbed[user])} vectors, got {memories.absorbed[user]} in "
-            f"{memories.rows[user]}"
-        )

@@ -137,6 +137,18 @@ class WrappedLM(nn.Module):
         Raises:
             BlockingIOError: another process or thread is saving into the same folder.
         """
+        self._save(folder, state_dict, is_main_process, tokenizer, hf_kwargs)
+
+    def _save(
+        self,
+        folder: str | os.PathLike[str],
+        state_dict: dict[str, Tensor] | None,
+        is_main_process: bool,
+        tokenizer: Any,
+        hf_kwargs: dict[str, Any],
+        memory: files.Memory | None = None,
+    ) -> None:
+        """`save_pretrained`; with a memory, as what `patchkern.RecurrentMemory` wraps."""
         if tokenizer is None:
             tokenizer = self.tokenizer
         elif not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -166,6 +178,7 @@ class WrappedLM(nn.Module):
             tokenizer,
             hf_kwargs,
             vector_dropout=self.vector_dropout,
+            memory=memory,
         )
 
     def push_to_hub(self, repo_id: str, *, card: ModelCard | None = None, tokenizer: Any = None, **options: Any) -> str:

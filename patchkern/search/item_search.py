@@ -26,9 +26,19 @@ def item_log_probs(
     chunk_rows: int | None = None,
     user_cache: UserCache | None = None,
     user_ids: list[object] | None = None,
+    vectors: Tensor | None = None,
 ) -> Tensor:
     """``(B, n_items)`` log-probabilities over the catalogue, for the prompts of a layout for items."""
-    prompts = Prompts(model, layout, 0, chunk_rows=chunk_rows, user_cache=user_cache, user_ids=user_ids, head="items")
+    prompts = Prompts(
+        model,
+        layout,
+        0,
+        chunk_rows=chunk_rows,
+        user_cache=user_cache,
+        user_ids=user_ids,
+        head="items",
+        vectors=vectors,
+    )
     return model.item_scores(prompts.states)
 
 

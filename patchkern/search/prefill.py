@@ -217,4 +217,6 @@ def packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
         ),
         "cu_users": None,
     }
+    if layout.vector_rows is not None:
+        values["vector_rows"] = torch.nonzero(torch.isin(rows, layout.vector_rows))[:, 0]
     return PatchLayout._trusted({**layout.__dict__, **values})

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.policies import AnyPolicy
 from patchkern.search.experts import ExpertPrompts, SearchPrompts
 from patchkern.search.prefill import Pass, packed, plan_passes, shared_literals, with_beginnings
 from patchkern.search.prefix_cache import PrefixCache, StepShape
@@ -30,6 +32,7 @@ class Prompts:
         user_cache: keeps the prompts' keys and values for later calls, and is asked for them first.
         user_ids: ``B`` hashable names of the users in ``user_cache``.
         head: "titles", for `logits`; or "items", for `states`.
+        vectors: ``(V, D)`` what the layout's ``vector_rows`` are; None where it has none.
 
     Attributes:
         logits: ``(B, V)``, what follows each prompt; float32 or float64.
@@ -49,8 +52,9 @@ class Prompts:
         user_cache: UserCache | None = None,
         user_ids: Sequence[Any] | None = None,
         head: str = "titles",
+        vectors: Tensor | None = None,
     ) -> None:
-        self._head = head
+        self._head, self._vectors = head, vectors
         experts = layout if isinstance(layout, ExpertPrompts) else None
         layout = layout.layout if isinstance(layout, ExpertPrompts) else layout.to("cpu")
         self.num_users = layout.num_users
@@ -62,10 +66,11 @@ class Prompts:
         cached = None
         stored = np.zeros(self.num_users, np.int64)
         if user_cache is not None:
-            cached = user_cache.begin(model, layout, user_ids, None if experts is None else experts.hashes(model))
+            hashes = None if experts is None else experts.hashes(model)
+            cached = user_cache.begin(model, layout, user_ids, hashes, vectors)
             stored = cached.load(self._cache)
         if experts is None:
-            shared = shared_literals(layout.lo.numpy(), cu_seqlens)
+            shared = shared_literals(_literals(layout), cu_seqlens)
             passes = plan_passes(cu_seqlens, stored, shared, chunk_rows)
         else:
             passes = self._behind_experts(experts, cu_seqlens, stored, chunk_rows)
@@ -96,7 +101,10 @@ class Prompts:
     def _prefill(self, layout: PatchLayout, spans: Pass) -> Tensor:
         """Compute rows of the prompts; returns the logits (k, V), or states (k, D), of those that end one."""
         self._cache.prefill(spans)
-        asked = (packed(layout, spans), torch.from_numpy(spans.last), self._cache)
+        vectors = None
+        if layout.vector_rows is not None and self._vectors is not None:
+            vectors = self._vectors[_among(layout.vector_rows, spans)]
+        asked = (packed(layout, spans), torch.from_numpy(spans.last), self._cache, vectors)
         if self._head == "items":
             return self._model.prompt_states(*asked)
         return _wide(self._model.prompt_logits(*asked))
@@ -139,6 +147,45 @@ class Prompts:
     def forget(self) -> None:
         """Drop all rows fed after the prompts and number from 0 again."""
         self._cache.suffixes.forget()
+
+
+def vectors_of(model: SearchModel, layout: SearchPrompts, histories: Histories, policy: AnyPolicy) -> Tensor | None:
+    """``(V, D)`` what the vector rows of users' prompts are, which a model with memories makes; None without any.
+
+    Args:
+        model: of the prompts.
+        layout: the prompts.
+        histories: the users that they are of, in that order.
+        policy: by which they were planned.
+
+    Raises:
+        ValueError: the layout has such rows, and the model makes none.
+    """
+    if isinstance(layout, ExpertPrompts) or layout.vector_rows is None:
+        return None
+    if not hasattr(model, "prompt_vectors"):
+        raise ValueError(
+            f"policy: expected one of the history's items alone for {type(model).__name__}, which has no memory, got "
+            f"{type(policy).__name__}; wrap the model in a RecurrentMemory"
+        )
+    vectors: Tensor = model.prompt_vectors(histories, policy)
+    return vectors
+
+
+def _among(vector_rows: Tensor, spans: Pass) -> Tensor:
+    """``(n,)`` the vectors of a pass's rows, in the order of those."""
+    rows = torch.from_numpy(spans.rows)
+    rows = rows[torch.isin(rows, vector_rows)]
+    return torch.searchsorted(vector_rows, rows)
+
+
+def _literals(layout: PatchLayout) -> NDArray[Any]:
+    """``lo`` of the layout, where rows that are vectors are no literals."""
+    lo: NDArray[Any] = layout.lo.numpy()
+    if layout.vector_rows is not None:
+        lo = lo.copy()
+        lo[layout.vector_rows.numpy()] = 0
+    return lo
 
 
 def _wide(logits: Tensor) -> Tensor:

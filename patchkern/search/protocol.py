@@ -92,8 +92,8 @@ class SearchModel(Protocol):
     def buffers(self) -> Iterator[Tensor]:
         """As of a module."""
 
-    def embed(self, layout: PatchLayout) -> Tensor:
-        """``(T, D)`` the rows of a layout."""
+    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the rows of a layout, of which ``vectors`` are those that are no embeddings."""
 
     def searching(self) -> Searching:
         """Evaluation mode, no gradients, and attention that hands rows to a `SpanCache`; all restored afterwards.
@@ -104,16 +104,21 @@ class SearchModel(Protocol):
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """Raise where a search over these prompts, with titles of up to ``depth`` tokens, would be silently wrong."""
 
-    def prompt_logits(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_logits(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """``(k, V)`` logits after some of the rows of a pass over prompts.
 
         Args:
             layout: the rows that the cache was told of.
             rows: ``(k,)`` int64, which of them.
             cache: what the rows' attention goes through.
+            vectors: ``(V, D)`` what the pass's ``vector_rows`` are.
         """
 
-    def prompt_states(self, layout: PatchLayout, rows: Tensor, cache: SpanCache) -> Tensor:
+    def prompt_states(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
+    ) -> Tensor:
         """``(k, D)`` hidden states of some of the rows of a pass over prompts; as `prompt_logits`."""
 
     def item_scores(self, states: Tensor) -> Tensor:

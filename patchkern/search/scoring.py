@@ -18,7 +18,7 @@ from patchkern.search.arguments import check_batching, check_leniency, check_pos
 from patchkern.search.batching import in_batches
 from patchkern.search.experts import SearchPrompts
 from patchkern.search.item_search import item_log_probs, size_of_items
-from patchkern.search.prompts import Prompts
+from patchkern.search.prompts import Prompts, vectors_of
 from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
 from patchkern.search.summary import Summary, first_few
 from patchkern.search.title_search import score_titles
@@ -28,6 +28,7 @@ from patchkern.search.trie_cache import catalog_trie
 __all__ = ["score_items"]
 
 Scorer = Callable[[NDArray[np.int64], SearchPrompts, "int | None"], Tensor]
+Vectors = Callable[[NDArray[np.int64], SearchPrompts], "Tensor | None"]
 
 
 def score_items(
@@ -81,7 +82,12 @@ def score_items(
     double = model.dtype == torch.float64
     scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
     if scores.size:
-        compute, size, depth = (_item_scorer if head == "items" else _title_scorer)(model, wanted, nodes_per_pass)
+
+        def vectors(users: NDArray[np.int64], layout: SearchPrompts) -> Tensor | None:
+            return vectors_of(model, layout, histories.take(users), policy)
+
+        make = _item_scorer if head == "items" else _title_scorer
+        compute, size, depth = make(model, wanted, nodes_per_pass, vectors)
         for users, found in in_batches(
             model, histories, policy, size, depth, compute, memory_budget, batch_size, progress, names, head
         ):
@@ -97,7 +103,9 @@ def score_items(
     return scores
 
 
-def _title_scorer(model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass: int) -> tuple[Scorer, SearchSize, int]:
+def _title_scorer(
+    model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass: int, vectors: Vectors
+) -> tuple[Scorer, SearchSize, int]:
     distinct, column = np.unique(wanted, return_inverse=True)
     if distinct.size == len(model.catalog):
         trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
@@ -110,16 +118,19 @@ def _title_scorer(model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass:
     size = SearchSize(rows, rows, itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
 
     def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
-        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
+        given = vectors(users, layout)
+        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows, vectors=given)
         return score_titles(prompts, trie, passes)[:, title]
 
     return compute, size, trie.depth
 
 
-def _item_scorer(model: SearchModel, wanted: NDArray[np.int64], _: int) -> tuple[Scorer, SearchSize, int]:
+def _item_scorer(
+    model: SearchModel, wanted: NDArray[np.int64], _: int, vectors: Vectors
+) -> tuple[Scorer, SearchSize, int]:
     column = torch.from_numpy(wanted).to(model.device)
 
     def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
-        return item_log_probs(model, layout, chunk_rows)[:, column]
+        return item_log_probs(model, layout, chunk_rows, vectors=vectors(users, layout))[:, column]
 
     return compute, size_of_items(model, None, None), 0

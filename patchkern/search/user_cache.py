@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchkern.batch.hashes import UInt64, row_hashes
 from patchkern.batch.histories import check_count, is_sequence
@@ -90,6 +91,7 @@ class UserCache:
         layout: PatchLayout,
         user_ids: Sequence[Any] | None,
         hashes: UInt64 | None = None,
+        vectors: Tensor | None = None,
     ) -> CachedPrompts:
         """Look up the prompts of a batch.
 
@@ -98,6 +100,7 @@ class UserCache:
             layout: the prompts of B users, on the CPU.
             user_ids: ``B`` hashable names; None: 0, 1, 2, ...
             hashes: ``(T,)`` of its rows, where they stand for more than what is in the layout.
+            vectors: what the layout's ``vector_rows`` are.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -107,7 +110,7 @@ class UserCache:
         names = _names(user_ids, layout.num_users)
         state = model_state(model)
         if hashes is None:
-            hashes = row_hashes(layout, by_item=model.item_embedding is not None)
+            hashes = row_hashes(layout, model.item_embedding is not None, vectors)
         of_users = np.split(hashes, layout.cu_seqlens[1:-1].numpy())
         with self._lock:
             if state != self._model_state:

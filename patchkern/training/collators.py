@@ -13,11 +13,14 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.memory_layout import MemoryPlanner
 from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly, cut_every_of
+from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
 from patchkern.training.passes import Pass, Slot
+from patchkern.training.protocol import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,7 @@ class PassCollator:
             cut: dict[str, Any] = {"max_items": self.policy.max_items, "cut_every": cut_every_of(self.policy)}
             patched = RandomItemPatches(one.step / self.pretrain_steps, seed=int(draw[0]), **cut)
             policies = [TextOnly(**cut), patched]
-        histories = self.histories.take(one.users)
-        if self.jitter:
-            rng = np.random.default_rng((self.seed, one.number))
-            histories = histories.jittered(self.jitter, one.ranges[:, 1] + 1, rng)
+        histories = _jittered(self.histories.take(one.users), one, self.jitter, self.seed)
         layout = join_layouts(
             [
                 build_training_layout(
@@ -145,6 +145,78 @@ class PassCollator:
         if self.head != "items" or self.policy.max_items is None:
             return {"head": self.head}
         return {"head": self.head, "block_size": self.policy.max_items}
+
+
+@dataclass(frozen=True)
+class MemoryCollator:
+    """A `Pass` to a batch of both stages of a recurrent memory, as `PassCollator` makes one of trunks and branches.
+
+    Attributes:
+        planner: of the model.
+        reference: label stage 1 too.
+        seed, item_embeddings, head, jitter: as of `PassCollator`.
+    """
+
+    planner: MemoryPlanner
+    histories: Histories
+    reference: bool = False
+    seed: int = 0
+    item_embeddings: bool = False
+    head: str = "titles"
+    jitter: float = 0.0
+
+    def __call__(self, passes: list[Pass]) -> dict[str, Any]:
+        (one,) = passes
+        histories = _jittered(self.histories.take(one.users), one, self.jitter, self.seed)
+        batch = self.planner.training(histories, one.ranges, head=self.head, reference=self.reference)
+        batch = batch.planned(identities=self.item_embeddings)
+        return {**_batch(batch.stage2, (one.users, one.ranges)), "layout": batch}
+
+    def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``(n,)`` rows that each user takes, both stages together."""
+        return self.planner.rows(self.histories.take(users), ranges, head=self.head, reference=self.reference)
+
+
+def pass_collator(
+    model: TrainableModel,
+    histories: Histories,
+    policy: AnyPolicy,
+    *,
+    pretrain: bool = False,
+    seed: int = 0,
+    supervise_history: bool = False,
+    head: str = "titles",
+    jitter: float = 0.0,
+) -> PassCollator | MemoryCollator:
+    """What makes a model's batches of passes.
+
+    Raises:
+        ValueError: a `PreferenceMemory` for a model without a memory, or the other way around; what a memory cannot
+            learn from.
+    """
+    planner_of = getattr(model, "planner_of", None)
+    if isinstance(policy, PreferenceMemory) != (planner_of is not None):
+        raise ValueError(
+            "policy: expected a PreferenceMemory with a RecurrentMemory, and with it alone, got "
+            f"{type(policy).__name__} with {type(model).__name__}"
+        )
+    item_embeddings = model.item_embedding is not None
+    if planner_of is None:
+        steps = 1 if pretrain else None  # how many there are is known once passes are packed
+        kept = (model.catalog, histories, policy, model.prompt)
+        return PassCollator(*kept, steps, seed, supervise_history, item_embeddings, head, jitter)
+    for name, switch in (("pretrain", pretrain), ("supervise_history", supervise_history)):
+        if switch:
+            raise ValueError(f"{name}: expected False with a RecurrentMemory, got True")
+    reference = bool(getattr(model, "reference_loss", 0.0))
+    return MemoryCollator(planner_of(policy), histories, reference, seed, item_embeddings, head, jitter)
+
+
+def _jittered(histories: Histories, one: Pass, jitter: float, seed: int) -> Histories:
+    """The histories of a pass, their order blurred anew."""
+    if not jitter:
+        return histories
+    return histories.jittered(jitter, one.ranges[:, 1] + 1, np.random.default_rng((seed, one.number)))
 
 
 def _batch(layout: PatchLayout, samples: tuple[NDArray[np.int64], NDArray[np.int64]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, 
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
+from patchkern.search.prompts import vectors_of
 from patchkern.search.protocol import policy_of
 from patchkern.training.passes import cut_to_passes
 from patchkern.training.protocol import TrainableModel
@@ -67,10 +68,10 @@ def target_nll(
         for chosen, scores in item_log_probs(model, given, samples, policy, rows_per_pass=rows_per_pass):
             nll[chosen] = -scores[np.arange(chosen.size), index[chosen]]
         return nll
-    for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass, head):
+    for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, head):
         sizes = model.catalog.lengths[index[chosen]].astype(np.int64) + len(model.prompt.response_end)
         with torch.no_grad(), _evaluating(model):
-            nll[chosen] = _per_sample(model(layout).logits, layout, sizes)
+            nll[chosen] = _per_sample(model(layout, vectors=vectors).logits, layout, sizes)
     return nll
 
 
@@ -101,9 +102,9 @@ def item_log_probs(
         raise ValueError("model: expected one with an item head (item_head=True), got one without")
     given, (users, positions) = Histories.coerce(histories), samples
     most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
-    for chosen, layout in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
+    for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
         with torch.no_grad(), _evaluating(model):
-            states = model.item_states(layout)
+            states = model.item_states(layout, vectors)
         for begin in range(0, chosen.size, most):
             yield chosen[begin : begin + most], model.item_scores(states[begin : begin + most]).cpu().numpy()
 
@@ -127,8 +128,8 @@ def _passes(
     policy: AnyPolicy | None,
     rows_per_pass: int,
     head: str,
-) -> Iterator[tuple[Int64, PatchLayout]]:
-    """Layouts of some samples each, and which those are, in the order of their labels."""
+) -> Iterator[tuple[Int64, PatchLayout, Tensor | None]]:
+    """Layouts of some samples each, which those are, in the order of their labels, and the layouts' vectors."""
     check_count("rows_per_pass", rows_per_pass, minimum=1)
     policy = policy_of(model, policy)
     catalog, prompt = model.catalog, model.prompt
@@ -149,7 +150,7 @@ def _passes(
             layout = build_training_layout(
                 catalog, histories.take(of[places]), policy, prompt, ranges, transpose=False, head=head
             )
-            yield order[done : ends[places[-1]]], layout
+            yield order[done : ends[places[-1]]], layout, None
             done = int(ends[places[-1]])
         return
     every = histories.before(users, positions)
@@ -158,7 +159,8 @@ def _passes(
     for places in _filled(rows[order], rows_per_pass):
         chosen = order[places]
         targets = histories.at(users[chosen], positions[chosen])
-        yield chosen, build_layout(catalog, every.take(chosen), policy, prompt, targets, transpose=False, head=head)
+        layout = build_layout(catalog, every.take(chosen), policy, prompt, targets, transpose=False, head=head)
+        yield chosen, layout, vectors_of(model, layout, every.take(chosen), policy)
 
 
 def _share_trunks(model: TrainableModel, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:

@@ -17,7 +17,8 @@ from patchkern.search.protocol import SearchModel
 
 
 class TrainableModel(SearchModel, Protocol):
-    """A module that learns from layouts and recommends: `patchkern.PatchedCausalLM`, `patchkern.ItemModel`.
+    """A module that learns from layouts and recommends: `patchkern.PatchedCausalLM`, `patchkern.ItemModel`, and
+    `patchkern.RecurrentMemory` around one of them, which learns from a `patchkern.batch.memory_layout.MemoryBatch`.
 
     Its ``hf_model`` is a transformers model, into which checkpoints are loaded, and its ``item_head``, where it has
     one, a `patchkern.models.item_head.CatalogHead`.
@@ -36,10 +37,10 @@ class TrainableModel(SearchModel, Protocol):
         """Something with the ``loss`` of a layout with targets.
 
         ``options`` are ``num_items_in_batch``, by which a sum of losses is divided, ``labels``, ``smoothing``,
-        ``title_weight`` and ``item_weight``.
+        ``title_weight``, ``item_weight``, and ``vectors``, what the layout's ``vector_rows`` are.
         """
 
-    def item_states(self, layout: PatchLayout) -> Tensor:
+    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(M, D)`` hidden states of a layout's item rows."""
 
     def recommend(

@@ -27,9 +27,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.files import choose_catalog, is_model
 from patchkern.training.checkpoints import checkpoints, keep
-from patchkern.training.collators import LayoutCollator, PassCollator
+from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator
 from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
 from patchkern.training.precision import share_at_rest
@@ -43,7 +44,7 @@ _ASIDE = ".unfinished-checkpoint"
 
 
 class PatchTrainer(Trainer):
-    """`transformers.Trainer` for a `PatchedCausalLM` or an `ItemModel`.
+    """`transformers.Trainer` for a `PatchedCausalLM`, an `ItemModel` or a `RecurrentMemory`.
 
     The loss of a step is the mean over all its supervised tokens, however the step is cut into batches and processes.
     Checkpoints are `PatchedCausalLM.save_pretrained` folders with the trainer's state beside the model, and appear
@@ -95,7 +96,7 @@ class PatchTrainer(Trainer):
 
     model: Any  # a TrainableModel, and a module
     train_dataset: SlotDataset | PassDataset
-    data_collator: LayoutCollator | PassCollator
+    data_collator: LayoutCollator | PassCollator | MemoryCollator
 
     def __init__(
         self,
@@ -179,10 +180,12 @@ class PatchTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         steps = args.max_steps if args.max_steps > 0 else None
         dataset: SlotDataset | PassDataset
-        collator: LayoutCollator | PassCollator
-        kept = (model.catalog, histories, policy, model.prompt)
-        planned = (seed, supervise_history, model.item_embedding is not None, head)
+        collator: LayoutCollator | PassCollator | MemoryCollator
         if rows_per_pass is None:
+            if isinstance(policy, PreferenceMemory):
+                raise ValueError("rows_per_pass: expected a number with a PreferenceMemory, got None")
+            kept = (model.catalog, histories, policy, model.prompt)
+            planned = (seed, supervise_history, model.item_embedding is not None, head)
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             args.max_steps = steps or math.ceil(args.num_train_epochs * users.size / per_step)
             dataset = SlotDataset(users, positions, args.max_steps, per_step, seed)
@@ -192,14 +195,24 @@ class PatchTrainer(Trainer):
             args.per_device_train_batch_size = 1
             per_step = (1 if targets_per_step else args.gradient_accumulation_steps) * args.world_size
             # how many steps there are depends on the rows, and those on whether there are two trunks
-            collator = PassCollator(*kept, 1 if pretrain else None, *planned, jitter)
+            collator = pass_collator(
+                model,
+                histories,
+                policy,
+                pretrain=pretrain,
+                seed=seed,
+                supervise_history=supervise_history,
+                head=head,
+                jitter=jitter,
+            )
             epochs = args.num_train_epochs
             dataset = PassDataset(
                 users, positions, collator.rows, rows_per_pass, epochs, steps, per_step, seed, targets_per_step
             )
             args.gradient_accumulation_steps = dataset.passes_per_step // args.world_size
             args.max_steps = dataset.steps
-            collator = replace(collator, pretrain_steps=dataset.steps if pretrain else None)
+            if isinstance(collator, PassCollator) and pretrain:
+                collator = replace(collator, pretrain_steps=dataset.steps)
         _count_epochs_in_steps(args, args.max_steps * users.size // dataset.num_targets)
         if eval_samples is not None:
             if head == "items":
@@ -335,6 +348,8 @@ class PatchTrainer(Trainer):
             patched.load_item_embeddings(resume_from_checkpoint)
         if patched.item_head is not None:
             patched.item_head.load(resume_from_checkpoint)
+        if hasattr(patched, "load_map"):
+            patched.load_map(resume_from_checkpoint)
         if not isinstance(wrapped, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, wrapped)
             return

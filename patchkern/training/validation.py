@@ -18,6 +18,7 @@ from patchkern.data.interactions import Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.search.arguments import known_histories
 from patchkern.search.filters import ItemFilter
+from patchkern.search.prompts import vectors_of
 from patchkern.training.protocol import TrainableModel
 
 KS = (10, 20)
@@ -123,7 +124,8 @@ class Validation:
             labels = layout.item_labels if self.head == "items" else layout.logit_labels
             with torch.no_grad():
                 tokens = 0 if labels is None else labels.numel()
-                loss += float(model(layout).loss) * tokens
+                vectors = vectors_of(model, layout, histories, self.policy)
+                loss += float(model(layout, vectors=vectors).loss) * tokens
             num_tokens += tokens
         lists = self._recommend(model, chosen)
         model.train(training)

@@ -14,7 +14,7 @@ from item_model_cases import ITEM_IDS, N_ITEMS
 from memory_model_cases import BLOCK, HISTORIES, INNER, LENGTHS, RANGES, SLOTS, make_memory
 
 import patchkern as pk
-from patchkern.models.recurrent import Memories
+from patchkern.models.memories import Memories
 
 KINDS = [("sasrec", "overwrite", "items"), ("hstu", "append", "items"), ("sasrec", "append", "sessions")]
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -71,7 +71,7 @@ def test_items_of_stage_1_never_see_a_query_row() -> None:
     batch = memory.planner.training(HISTORIES, RANGES, head="items")
     before = memory.model.row_states(batch.stage1).detach()
     with torch.no_grad():
-        memory.get_input_embeddings().weight[list(memory.prompt.experts)] += 1.0
+        memory.hf_model.get_input_embeddings().weight[list(memory.prompt.experts)] += 1.0
     changed = (memory.model.row_states(batch.stage1) != before).any(dim=1)
     is_query = torch.zeros_like(changed)
     is_query[batch.queries.flatten()] = True
@@ -250,7 +250,7 @@ def test_losses_are_what_they_say(reduction: str) -> None:
 def gradients(memory: pk.RecurrentMemory, part: str) -> torch.Tensor:
     """Of the query tokens' embeddings, of which stage 2's items see nothing but through memories."""
     batch = memory.planner.training(HISTORIES, RANGES, head="items")
-    weight: Any = memory.get_input_embeddings().weight
+    weight: Any = memory.hf_model.get_input_embeddings().weight
     (gradient,) = torch.autograd.grad(getattr(memory(batch), part), weight)
     return gradient[list(memory.prompt.experts)]
 

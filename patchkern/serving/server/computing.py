@@ -115,6 +115,7 @@ class Computer:
             prior_weight=1.0,
             max_expansions=None,
             user_cache=served.cache if options.named else None,
+            user_states=None,
             user_ids=[job.user_id for job in jobs],
             short="allow",
             unknown="error",

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages that compress a past: trained, resumed, evaluated and handed on by the recipes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import patchkern as pk
+from patchkern.data import open_dataset, synthetic, write_parquet
+from patchkern.evaluation.metrics import evaluate as count
+from recipes import evaluate, train
+
+FAST = ["--use_cpu", "--logging_steps", "1", "--disable_tqdm", "true", "--bf16", "false", "--slots", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "small"
+    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
+    return str(path)
+
+
+def _train(stage: str, data: str, output: Path, *flags: str) -> Any:
+    return train.main(["--stage", stage, "--data", data, "--output_dir", str(output), *FAST, *flags])
+
+
+def _losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_memory_is_trained_resumed_and_evaluated(folder: str, tmp_path: Path) -> None:
+    flags: tuple[str, ...] = ("--width", "16", "--heads", "1", "--rows_per_pass", "600", "--max_steps", "4")
+    flags += ("--backbone", "hstu", "--save_strategy", "steps", "--save_steps", "2", "--block", "5", "--mode", "append")
+    flags += ("--rollout", "0.5")
+    trainer = _train("memory", folder, tmp_path / "run", *flags)
+    inner = pk.ItemPatches(keep_text=0, max_items=None)
+    assert trainer.model.policy == pk.PreferenceMemory(inner, slots=2, block=5, mode="append")
+    losses = _losses(trainer)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = _train("memory", folder, tmp_path / "run", *flags, "--resume")
+    assert _losses(resumed)[-2:] == losses[-2:]
+
+    output = tmp_path / "users.csv"
+    found = evaluate.main([str(tmp_path / "run"), "--data", folder, "--exclude_seen", "--output", str(output)])
+    data = open_dataset(folder)
+    samples = data.samples("test")
+    lists = resumed.model.recommend(data.before(samples), k=20, exclude_seen=True)
+    expected = count(lists, data.targets(samples), (10, 20), catalog=resumed.model.catalog)
+    assert found["this model"][0].ranks.tolist() == expected.ranks.tolist()
+
+
+def test_a_memory_comes_from_an_items_checkpoint_and_goes_on(folder: str, tmp_path: Path) -> None:
+    scratch = ("--model", "tiny", "--vocab_size", "300", "--head", "items", "--max_steps", "1")
+    before = _train("items", folder, tmp_path / "items", *scratch).model
+    flags = ("--max_steps", "1", "--learning_rate", "0", "--block", "4", "--consistency", "0.5")
+    memory = _train("memory", folder, tmp_path / "memory", "--from", str(tmp_path / "items"), *flags).model
+    size = before.config.vocab_size
+    assert memory.prompt.experts == (size, size + 1) and memory.consistency == 0.5
+    assert memory.policy.policy == pk.ItemPatches(before.policy.keep_text, max_items=None)
+    old, new = (model.hf_model.get_input_embeddings().weight for model in (before, memory))
+    assert torch.equal(new[:size], old) and torch.equal(memory.item_head.bias, before.item_head.bias)
+    assert len(evaluate.main([str(tmp_path / "memory"), "--data", folder, "--limit", "5", "--search", "items"])) > 1
+    with torch.no_grad():
+        memory.map.scale.mul_(3.0)
+    memory.save_pretrained(tmp_path / "other")
+    third = _train("memory", folder, tmp_path / "third", "--from", str(tmp_path / "other"), *flags, "--head", "items",
+                   "--settings", "scratch-head").model  # fmt: skip
+    assert third.prompt == memory.prompt and torch.equal(third.map.scale, memory.map.scale)
+    plain = _train("items", folder, tmp_path / "plain", "--from", str(tmp_path / "memory"), "--max_steps", "1").model
+    assert isinstance(plain, pk.PatchedCausalLM) and plain.prompt == memory.prompt
+
+
+@pytest.mark.parametrize("flag", ["--memory_budget=1GiB", "--dry_run=cpu", "--supervise_history", "--lora=4"])
+def test_what_a_memory_cannot_be_trained_with(flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        _train("memory", "synthetic", tmp_path, "--model", "tiny", flag)
+    assert f"{flag.partition('=')[0]}: expected none with --stage memory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _train("memory", "synthetic", tmp_path, "--model", "tiny", "--targets_per_pass", "one")
+    assert "--targets_per_pass: expected all with --stage memory" in capsys.readouterr().err

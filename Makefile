@@ -39,6 +39,10 @@ build: $(BUILT) ## create .venv and build the native module
 
 # ------------------------------------------------------------------ use
 
+# Threads that wait at a barrier sleep: by default they spin, and where another process has the core that they wait for,
+# all the time is theirs.
+quickstart pretrained reproduce: export OMP_WAIT_POLICY ?= passive
+
 quickstart: $(BUILT) ## train, evaluate and recommend in minutes; DATA=folder for real data
 	$(BIN)/python recipes/quickstart.py $(if $(DATA),--data $(DATA))
 

@@ -26,36 +26,11 @@ from patchkern.serving.vllm.served import Served, read_served
 from patchkern.serving.vllm.title_masks import TitleMasks, Writing, mask_items
 
 # titles that begin others, and two that are equal
-TITLES = dict(
-    enumerate(
-        [
-            "Alien",
-            "Aliens",
-            "The Third Man",
-            "Brazil",
-            "Vertigo",
-            "Rear Window",
-            "North by Northwest",
-            "The Thing",
-            "The Fly",
-            "Dune",
-            "Dune Part Two",
-            "Ran",
-            "Ikiru",
-            "Alien",
-            "The Third",
-            "Stalker",
-            "Solaris",
-            "Mirror",
-            "Playtime",
-            "Mon Oncle",
-            "Jour de fete",
-            "Persona",
-            "Fanny and Alexander",
-        ],
-        start=100,
-    )
-)
+_WRITTEN = """
+Alien|Aliens|The Third Man|Brazil|Vertigo|Rear Window|North by Northwest|The Thing|The Fly|Dune|Dune Part Two|Ran|Ikiru|
+Alien|The Third|Stalker|Solaris|Mirror|Playtime|Mon Oncle|Jour de fete|Persona|Fanny and Alexander
+"""
+TITLES = dict(enumerate(_WRITTEN.replace("\n", "").split("|"), start=100))
 ITEMS = list(TITLES)
 HISTORIES = [ITEMS[:7], ITEMS[9:13], [ITEMS[2]], ITEMS[::-1] * 3]
 CONFIGS: dict[str, Any] = {
@@ -126,12 +101,11 @@ class _Engine:
         every = rows.new_full((1, tokens + items), float("-inf"))
         with torch.no_grad():
             if self.served.head == "titles":
-                every[:, :tokens] = (
-                    self.model.hf_model(inputs_embeds=rows[None], use_cache=False).logits[0, -1:].log_softmax(-1)
-                )
+                logits = self.model.hf_model(inputs_embeds=rows[None], use_cache=False).logits
+                every[:, :tokens] = logits[0, -1:].log_softmax(-1)
             else:
-                states = self.model.hf_model.model(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0, -1:]
-                every[:, tokens:] = self.model.item_scores(states)
+                states = self.model.hf_model.model(inputs_embeds=rows[None], use_cache=False).last_hidden_state
+                every[:, tokens:] = self.model.item_scores(states[0, -1:])
         return every
 
     def generate(self, rows: Tensor, prompt: list[int] | None, body: dict[str, Any]) -> list[dict[str, float]]:
@@ -154,12 +128,8 @@ class _Engine:
             else:
                 mask_items(logits, self.served.vocab_size, [0], [writing])
             best = logits[0].topk(min(body["logprobs"], logits.shape[1]))
-            steps.append(
-                {
-                    f"token_id:{token}": max(value, -9999.0)
-                    for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-                }
-            )
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            steps.append({f"token_id:{token}": max(value, -9999.0) for token, value in pairs})
             output.append(int(best.indices[0]))
             rows = torch.cat([rows, self.rows[output[-1:]]])
             if output[-1] in body.get("stop_token_ids", []):

@@ -117,7 +117,7 @@ class TitleMasks:
         may = self._may(child, owner, writings, begin, end)
         row, token = owner_rows[owner[may]], tokens[child[may]]
         kept = logits[row, token]
-        ending = owner_rows[torch.from_numpy(np.flatnonzero(counts == 0)).to(self._device)]
+        ending = owner_rows[torch.bincount(owner[may], minlength=len(rows)) == 0]
         logits[owner_rows] = float("-inf")
         logits[row, token] = kept
         logits[ending, self._end] = 0.0

@@ -213,11 +213,15 @@ def events(table: Table, args: argparse.Namespace) -> None:
     policies: dict[str, Any] = {
         "experts, one": pk.Experts(patches, count=args.experts, keep=20, block=50),
         "experts, blocks": pk.Experts(patches, count=args.experts, block=50, parts="blocks"),
+        "memory, overwrite": pk.PreferenceMemory(patches, slots=args.experts, block=50),
+        "memory, append": pk.PreferenceMemory(patches, slots=args.experts, block=50, mode="append"),
         "whole history": patches,
     }
     for name, policy in policies.items():
         network = make_model(args.hidden_size, args.layers, args.vocab_size + args.experts)
         model: Any = pk.PatchedCausalLM(network, workload.catalog, prompt, policy, item_head=True).eval()
+        if isinstance(policy, pk.PreferenceMemory):
+            model = pk.RecurrentMemory(model).eval()
         find = partial(model.recommend, k=K, search="items", user_ids=["ada"])
         config = {part: getattr(args, part) for part in ("items", "events", "hidden_size", "layers", "experts")}
         config |= {"data": workload.name, "policy": str(policy)}

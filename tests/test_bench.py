@@ -284,7 +284,7 @@ def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for store in ("memory", "sqlite"):
         assert {(store, mode, "speed") for mode in ("put", "get", "get, copied")} <= rows
     assert ("sqlite", "put", "bytes per user on the disk") in rows
-    for name in ("experts, one", "experts, blocks"):
+    for name in ("experts, one", "experts, blocks", "memory, overwrite", "memory, append"):
         assert (name, "update", "speed-up over anew") in rows and (name, "list, cached", "time") in rows
     assert ("whole history", "list, cached", "speed-up over list, anew") in rows
     right, expected = bench_user_states.unpack, bench_user_states.alike

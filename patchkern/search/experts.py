@@ -33,7 +33,7 @@ from patchkern.search.prefix_cache import Layers, PrefixCache
 from patchkern.search.protocol import SearchModel
 
 State = tuple[Tensor, ...]
-"""Of one user: keys and values of the first layer's experts, of the second's, and so on."""
+"""Of one user: keys and values of the first layer's experts, of the second's, and so on; or a memory's vectors."""
 
 
 class UserStates(Protocol):

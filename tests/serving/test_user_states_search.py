@@ -22,17 +22,23 @@ POLICIES = {
     "one": pk.Experts(PATCH, count=2, keep=3, block=4),
     "blocks": pk.Experts(PATCH, count=2, block=4, parts="blocks"),
 }
+MEMORIES = {
+    "overwrite": pk.PreferenceMemory(PATCH, slots=2, block=4),
+    "append": pk.PreferenceMemory(PATCH, slots=2, block=4, mode="append"),
+}
 NAMES = ["ada", "bob", 3, b"eve"]
 
 
-def model_of(kind: str, policy: pk.Experts) -> Any:
+def model_of(kind: str, policy: Any) -> Any:
     if kind == "titles":
         titles = [[token % 60 + 9 for token in title] for title in model_cases.TITLES]
         catalog = pk.Catalog.from_token_ids(np.concatenate(titles), np.cumsum([0, *map(len, titles)]))
-        prompt = model_cases.PROMPT.with_special(experts=range(80, 80 + policy.count))
-        return pk.PatchedCausalLM(model_cases.tiny("llama").double().eval(), catalog, prompt, policy)
-    special = range(N_ITEMS + 1, N_ITEMS + 1 + policy.count)
-    return make_model(torch.float64, policy=policy, prompt=pk.Prompt(prefix=(N_ITEMS,), experts=special))
+        prompt = model_cases.PROMPT.with_special(experts=[80, 81])
+        model: Any = pk.PatchedCausalLM(model_cases.tiny("llama").double().eval(), catalog, prompt, policy)
+    else:
+        prompt = pk.Prompt(prefix=(N_ITEMS,), experts=[N_ITEMS + 1, N_ITEMS + 2])
+        model = make_model(torch.float64, policy=policy, prompt=prompt)
+    return pk.RecurrentMemory(model).eval() if isinstance(policy, pk.PreferenceMemory) else model
 
 
 def histories_of(kind: str, seed: int = 0) -> list[list[Any]]:
@@ -48,9 +54,9 @@ def assert_alike(found: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("subject", ["titles", "items"])
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("name", [*POLICIES, *MEMORIES])
 def test_lists_are_those_without_states(name: str, subject: str, open_one: Opener) -> None:
-    model = model_of(subject, POLICIES[name])
+    model = model_of(subject, (POLICIES | MEMORIES)[name])
     options: dict[str, Any] = {"k": 5} | ({"num_beams": 5} if subject == "titles" else {"search": "items"})
     longer = histories_of(subject)
     expected = model.recommend(longer, **options)

@@ -74,6 +74,19 @@ class UserStates:
         ImportError: a package that the store needs is missing.
         StoreError: the store cannot be opened, or is another model's; naming it.
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(9), range(10))
+        >>> policy = pk.Experts(pk.ItemPatches(keep_text=0, max_items=None), count=2, block=3, parts="blocks")
+        >>> prompt = pk.Prompt(prefix=[9], experts=[10, 11])
+        >>> model = pk.ItemModel(catalog, policy, prompt=prompt, width=8, heads=2)
+        >>> states = pk.UserStates(model)
+        >>> states.update(["ada"], [[1, 2, 3, 4]])
+        Updated(recent=0, unchanged=0, extended=0, compressed=1, deleted=0)
+        >>> states.update(["ada"], [[1, 2, 3, 4, 5, 6, 7]])
+        Updated(recent=0, unchanged=0, extended=1, compressed=0, deleted=0)
+        >>> lists = model.recommend([[1, 2, 3, 4, 5, 6, 7, 8]], k=3, user_states=states, user_ids=["ada"])
     """
 
     def __init__(
@@ -157,8 +170,15 @@ class UserStates:
         return self.store.delete(_keys(user_ids))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all users into a file of their own, in place of what it had: lmdb, or SQLite for ``.sqlite``."""
-        path = Path(path)
+        """Write all users into a file of their own, in place of what it had: lmdb, or SQLite for ``.sqlite``.
+
+        Raises:
+            StoreError: it cannot be written.
+            ValueError: it is the store's own file.
+        """
+        path, own = Path(path), getattr(self.store, "path", None)
+        if own is not None and own.resolve() == path.resolve():
+            raise ValueError(f"path: expected another file than the store's own, got {os.fspath(path)!r}")
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:
             with closing(open_store(temporary)) as target:

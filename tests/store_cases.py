@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +26,38 @@ def read(store: Any, *keys: bytes) -> list[bytes | None]:
     """Copies of values, None where there is none."""
     with store.reading(keys) as views:
         return [None if view is None else bytes(view) for view in views]
+
+
+class RedisServer:
+    """A server on a free port of the loopback, which may be killed and started again over the same folder."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        pytest.importorskip("redis", reason="the package redis is not installed")
+        program = shutil.which("redis-server")
+        if program is None:
+            pytest.skip("redis-server is not installed")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self._command = [program, "--port", str(self._port), "--bind", "127.0.0.1", "--save", ""]
+        self._command += ["--dir", str(folder), *options]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        for _ in range(600):
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            assert self._process.poll() is None, "redis-server did not start"
+            time.sleep(0.05)
+        raise AssertionError("redis-server does not answer")
+
+    def end(self, with_signal: int = signal.SIGTERM) -> None:
+        assert self._process is not None
+        self._process.send_signal(with_signal)
+        self._process.wait()
 
 
 def in_child(work: Callable[[Callable[[bytes], None]], None]) -> tuple[int, int]:

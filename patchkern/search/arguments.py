@@ -14,6 +14,7 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, is_sequence
+from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.budget.search import parse_bytes
 from patchkern.search.user_cache import UserCache
 
@@ -49,10 +50,8 @@ def check_states(user_states: Any, policy: Any) -> None:
     lacking = [name for name in ("check", "reading") if not hasattr(user_states, name)]
     if lacking:
         raise TypeError(f"user_states: expected UserStates or None, got {type(user_states).__name__}")
-    if not isinstance(policy, Experts):
-        raise ValueError(
-            f"user_states: expected None under {type(policy).__name__}, which compresses no old items to experts"
-        )
+    if not isinstance(policy, (Experts, PreferenceMemory)):
+        raise ValueError(f"user_states: expected None under {type(policy).__name__}, which compresses no old items")
 
 
 def check_leniency(short: Any, unknown: Any) -> None:

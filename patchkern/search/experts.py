@@ -26,20 +26,21 @@ from patchkern.batch.hashes import UInt64, row_hashes
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Int64
+from patchkern.batch.policies import AnyPolicy
 from patchkern.budget.search import ASIDE_ROWS
 from patchkern.search.prefill import Pass, packed, plan_spans, with_beginnings
 from patchkern.search.prefix_cache import Layers, PrefixCache
 from patchkern.search.protocol import SearchModel
 
 State = tuple[Tensor, ...]
-"""Of one user: keys and values of the first layer's experts, of the second's, and so on."""
+"""Of one user: keys and values of the first layer's experts, of the second's, and so on; or a memory's vectors."""
 
 
 class UserStates(Protocol):
     """Users' states, kept: what ``recommend(..., user_states=...)`` takes."""
 
-    def check(self, model: SearchModel) -> None:
-        """Raise a ValueError unless the states are of this model, as it is now; inside its ``searching()``."""
+    def check(self, model: SearchModel, policy: AnyPolicy) -> None:
+        """Raise a ValueError unless the states are of this model, as it is, and policy; inside its ``searching()``."""
 
     def reading(
         self, names: Sequence[Hashable], histories: Histories
@@ -174,7 +175,7 @@ class ExpertPrompts:
         if self._states is None:
             self._compute(model, cache, users, chunk_rows)
             return
-        self._states.check(model)
+        self._states.check(model, self._policy)
         with self._states.reading([self._names[user] for user in users], self._histories.take(users)) as found:
             there = [(user, state) for user, state in zip(users, found, strict=True) if state is not None]
             self._place(cache, np.array([user for user, _ in there], np.int64), [state for _, state in there])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy
-from patchkern.search.experts import ExpertPrompts, SearchPrompts
+from patchkern.search.experts import ExpertPrompts, SearchPrompts, UserStates
 from patchkern.search.prefill import Pass, packed, plan_passes, shared_literals, with_beginnings
 from patchkern.search.prefix_cache import PrefixCache, StepShape
 from patchkern.search.protocol import SearchModel
@@ -149,14 +149,23 @@ class Prompts:
         self._cache.suffixes.forget()
 
 
-def vectors_of(model: SearchModel, layout: SearchPrompts, histories: Histories, policy: AnyPolicy) -> Tensor | None:
+def vectors_of(
+    model: SearchModel,
+    layout: SearchPrompts,
+    histories: Histories,
+    policy: AnyPolicy,
+    states: UserStates | None = None,
+    names: Sequence[Hashable] | None = None,
+) -> Tensor | None:
     """``(V, D)`` what the vector rows of users' prompts are, which a model with memories makes; None without any.
 
     Args:
-        model: of the prompts.
+        model: of the prompts; inside its ``searching()`` where there are states.
         layout: the prompts.
         histories: the users that they are of, in that order.
         policy: by which they were planned.
+        states: asked for the memories; without, or where it has none, they are made.
+        names: of the users in ``states``.
 
     Raises:
         ValueError: the layout has such rows, and the model makes none.
@@ -168,8 +177,21 @@ def vectors_of(model: SearchModel, layout: SearchPrompts, histories: Histories, 
             f"policy: expected one of the history's items alone for {type(model).__name__}, which has no memory, got "
             f"{type(policy).__name__}; wrap the model in a RecurrentMemory"
         )
-    vectors: Tensor = model.prompt_vectors(histories, policy)
-    return vectors
+    vectors: Tensor
+    if states is None or names is None or layout.vector_rows.shape[0] == 0:
+        vectors = model.prompt_vectors(histories, policy)
+        return vectors
+    states.check(model, policy)
+    of_user = torch.bucketize(layout.vector_rows.cpu(), layout.cu_seqlens[1:].cpu().long(), right=True)
+    counts = torch.bincount(of_user, minlength=len(histories))
+    with states.reading(names, histories) as found:
+        lacking = [user for user, state in enumerate(found) if state is None and counts[user]]
+        made: Iterator[Tensor] = iter(())
+        if lacking:
+            vectors = model.prompt_vectors(histories.take(lacking), policy)
+            made = iter(vectors.split(counts[lacking].tolist()))
+        own = [next(made) if state is None else state[0] for user, state in enumerate(found) if counts[user]]
+        return torch.cat([part.to(model.device, model.dtype) for part in own])
 
 
 def _among(vector_rows: Tensor, spans: Pass) -> Tensor:

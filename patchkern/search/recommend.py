@@ -139,7 +139,7 @@ def recommend(
         max_expansions: of an exact search, the prefixes per user that are taken one token further, those of the beam
             search included; `EXPANSIONS_PER_BEAM` times ``num_beams`` where not given.
         user_cache: keeps the users' prompts from call to call, so that only what is new in them is computed.
-        user_states: keeps what users' old items are compressed to (`patchkern.Experts`); what it does not have is
+        user_states: keeps what users' old items are compressed to, a `patchkern.UserStates`; what it does not have is
             computed on the way, for the same lists.
         user_ids: names of the B users, hashable, in errors, in warnings, in ``user_cache`` and in ``user_states``; 0,
             1, 2, ... where not given, or the keys where ``histories`` is a mapping.
@@ -300,7 +300,9 @@ def _find_titles(
 
 def _vectors(request: Request, users: NDArray[np.int64], layout: SearchPrompts) -> Tensor | None:
     """What the prompts' vector rows are."""
-    return vectors_of(request.model, layout, request.histories.take(users), request.policy)
+    names = [request.names[user] for user in users]
+    own = request.histories.take(users)
+    return vectors_of(request.model, layout, own, request.policy, request.user_states, names)
 
 
 def _named(request: Request, users: NDArray[np.int64]) -> list[Any] | None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from patchkern.batch.histories import Histories
 from patchkern.batch.policy_dict import policy_to_dict
 from patchkern.batch.preference_memory import PreferenceMemory
-from patchkern.models.recurrent import Memories, RecurrentMemory
+from patchkern.models.memories import Memories
+from patchkern.models.recurrent import RecurrentMemory
 from patchkern.serving.compressor import Known, Tensors
 
 
@@ -24,7 +25,7 @@ class MemoryRows:
 
     def __init__(self, model: RecurrentMemory, policy: PreferenceMemory) -> None:
         policy.check_prompt(model.prompt)
-        self._model, self._memory = model, policy
+        self._model, self._memory, self._one_time = model, policy, model.one_time
         self.policy = policy_to_dict(policy) | {"one_time": model.one_time}
         self.extends = not model.one_time
         self.block = policy.block
@@ -39,5 +40,5 @@ class MemoryRows:
     def compress(self, histories: Histories, known: Sequence[Known | None]) -> list[Tensors]:
         nothing = self.like(0)[0].new_empty(0, self._model.width, device="cpu")
         before = [(nothing, 0) if one is None else (one.tensors[0], one.cut) for one in known]
-        memories = self._model.compress(histories, Memories.of(before), self._memory)
+        memories = self._model.compress(histories, Memories.of(before), self._memory, one_time=self._one_time)
         return [(vectors,) for vectors in memories.vectors.cpu().split(memories.rows.tolist())]

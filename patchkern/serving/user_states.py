@@ -74,6 +74,19 @@ class UserStates:
         ImportError: a package that the store needs is missing.
         StoreError: the store cannot be opened, or is another model's; naming it.
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(9), range(10))
+        >>> policy = pk.Experts(pk.ItemPatches(keep_text=0, max_items=None), count=2, block=3, parts="blocks")
+        >>> prompt = pk.Prompt(prefix=[9], experts=[10, 11])
+        >>> model = pk.ItemModel(catalog, policy, prompt=prompt, width=8, heads=2)
+        >>> states = pk.UserStates(model)
+        >>> states.update(["ada"], [[1, 2, 3, 4]])
+        Updated(recent=0, unchanged=0, extended=0, compressed=1, deleted=0)
+        >>> states.update(["ada"], [[1, 2, 3, 4, 5, 6, 7]])
+        Updated(recent=0, unchanged=0, extended=1, compressed=0, deleted=0)
+        >>> lists = model.recommend([[1, 2, 3, 4, 5, 6, 7, 8]], k=3, user_states=states, user_ids=["ada"])
     """
 
     def __init__(
@@ -129,12 +142,12 @@ class UserStates:
         check_count("batch_size", batch_size, minimum=1)
         given = Histories.coerce(histories)
         names = users_named(histories, len(given), user_ids)
-        users = self._users(names, given)
+        users = self._users(names, _keys(names), given)
         counts = {"recent": len(given) - len(users), "unchanged": 0, "extended": 0, "compressed": 0, "deleted": 0}
         last = {user.key: at for at, user in enumerate(users)}
         users = [user for at, user in enumerate(users) if last[user.key] == at]
         with self.model.searching():
-            self.check(self.model)
+            self._check_state()
             waiting: list[tuple[_User, Known | None]] = []
             for first in range(0, len(users), _AT_ONCE):
                 some = users[first : first + _AT_ONCE]
@@ -154,11 +167,18 @@ class UserStates:
 
     def delete(self, user_ids: Sequence[Hashable]) -> int:
         """Forget users; returns how many of them were there."""
-        return self.store.delete([user_key(name, f"user_ids[{at}]") for at, name in enumerate(user_ids)])
+        return self.store.delete(_keys(user_ids))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all users into a file of their own, in place of what it had: lmdb, or SQLite for ``.sqlite``."""
-        path = Path(path)
+        """Write all users into a file of their own, in place of what it had: lmdb, or SQLite for ``.sqlite``.
+
+        Raises:
+            StoreError: it cannot be written.
+            ValueError: it is the store's own file.
+        """
+        path, own = Path(path), getattr(self.store, "path", None)
+        if own is not None and own.resolve() == path.resolve():
+            raise ValueError(f"path: expected another file than the store's own, got {os.fspath(path)!r}")
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:
             with closing(open_store(temporary)) as target:
@@ -188,14 +208,14 @@ class UserStates:
 
     # ------------------------------------------------------------------ for a search
 
-    def check(self, model: Any) -> None:
-        """Raise a ValueError unless this is the model that compressed the users, as it was; inside its `searching`."""
+    def check(self, model: SearchModel, policy: AnyPolicy) -> None:
+        """Raise a ValueError unless this is what compressed the users, and as it was; inside its `searching`."""
         if model is not self.model:
             raise ValueError("user_states: expected those made for this model, got another model's")
-        if model_state(model) != self._state:
+        self._check_state()
+        if compressor_of(model, policy).policy != self._compressor.policy:
             raise ValueError(
-                "user_states: expected the model as it was when they were made, got one that was changed since; make "
-                "new ones, which see whether the store's users are of that model"
+                f"user_states: expected those made under this policy, {self._compressor.policy}, got {policy}"
             )
 
     @contextmanager
@@ -204,16 +224,24 @@ class UserStates:
 
         None for those without old items, and those who must be compressed first.
         """
-        users = self._users(names, histories)
+        keys = [user_key(name, "user_ids") for name in names]
+        users = self._users(names, keys, histories)
         with self.store.reading([user.key for user in users]) as values:
             found = {
                 user.key: record.tensors
                 for user, record in zip(users, map(self._record, users, values), strict=True)
                 if record is not None and self._is_of(record, user, len(user.past))
             }
-            yield [found.get(user_key(name, "user_ids")) for name in names]
+            yield [found.get(key) for key in keys]
 
     # ------------------------------------------------------------------ inside
+
+    def _check_state(self) -> None:
+        if model_state(self.model) != self._state:
+            raise ValueError(
+                "user_states: expected the model as it was when they were made, got one that was changed since; make "
+                "new ones, which see whether the store's users are of that model"
+            )
 
     def _claim(self, store: UserStore) -> None:
         claimed = store.claim(self._identity)
@@ -224,16 +252,12 @@ class UserStates:
                 f"({claimed.hex()}): {where}"
             )
 
-    def _users(self, names: Sequence[Hashable], histories: Histories) -> list[_User]:
+    def _users(self, names: Sequence[Hashable], keys: Sequence[bytes], histories: Histories) -> list[_User]:
         """Those with old items."""
         cuts = self._compressor.cuts(histories.lengths)
         index = self.model.catalog.index_of(histories.items, "histories")
-        keys = [user_key(name, f"user_ids[{at}]") for at, name in enumerate(names)]
-        starts = histories.offsets
-        return [
-            _User(names[at], keys[at], index[starts[at] : starts[at] + cuts[at]], at)
-            for at in np.flatnonzero(cuts).tolist()
-        ]
+        starts, with_old = histories.offsets, np.flatnonzero(cuts).tolist()
+        return [_User(names[at], keys[at], index[starts[at] : starts[at] + cuts[at]], at) for at in with_old]
 
     def _record(self, user: _User, value: memoryview | None) -> UserRecord | None:
         return None if value is None else unpack(value, self._identity, f"user {user.name!r}")
@@ -264,6 +288,10 @@ class UserStates:
                 for (user, _), tensors in zip(batch, compressed, strict=True)
             }
         )
+
+
+def _keys(user_ids: Sequence[Hashable]) -> list[bytes]:
+    return [user_key(name, f"user_ids[{at}]") for at, name in enumerate(user_ids)]
 
 
 def _copy(source: UserStore, target: UserStore) -> None:

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from store_cases import Opener
+from store_cases import Opener, RedisServer
 
 from patchkern.serving.stores import LmdbStore, MemoryStore, RedisStore, SqliteStore
 
@@ -23,26 +19,12 @@ KINDS = ["memory", "lmdb", "sqlite", "redis"]
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server on the loopback, which ends with the tests."""
-    pytest.importorskip("redis", reason="the package redis is not installed")
-    if (program := shutil.which("redis-server")) is None:
-        pytest.skip("redis-server is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    command += ["--dir", str(tmp_path_factory.mktemp("redis"))]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server = RedisServer(tmp_path_factory.mktemp("redis"), "--appendonly", "no")
+    server.start()
     try:
-        for _ in range(600):
-            with socket.socket() as trial:
-                if trial.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "redis-server did not start"
-            time.sleep(0.05)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield server.url
     finally:
-        server.terminate()
-        server.wait()
+        server.end()
 
 
 @pytest.fixture(params=KINDS)

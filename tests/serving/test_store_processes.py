@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from store_cases import Opener, ended, in_child, read, rest_of, with_processes
+from store_cases import Opener, RedisServer, ended, in_child, read, rest_of, with_processes
 
 from patchkern.serving.stores import (
     LmdbStore,
+    RedisStore,
     StoreError,
 )
 
@@ -122,6 +123,43 @@ def test_what_was_acknowledged_survives_ten_kills(open_one: Opener) -> None:
 @with_files
 def test_a_budget_survives_ten_kills(open_one: Opener) -> None:
     kill_during_writes(open_one, 10, {"max_bytes": 200_000})
+
+
+@pytest.mark.slow
+def test_what_a_server_acknowledged_survives_its_kill(tmp_path: Path) -> None:
+    """Where it writes down every command before it answers, as its configuration says."""
+    server, last = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always"), 0
+    for kill in range(5):
+        server.start()
+
+        def write(say: Callable[[bytes], None], first: int = last + 1) -> None:
+            store = loaded(server.url)
+            with pytest.raises(StoreError, match=r"Redis server at 127\.0\.0\.1"):
+                for number in range(first, first + 100_000):
+                    store.put(generation(number))
+                    say(b".")
+
+        child, said = in_child(write)
+        assert os.read(said, 1) == b"."
+        time.sleep(0.01 + 0.037 * kill)
+        server.end(signal.SIGKILL)
+        acknowledged = last + 1 + len(ended(child, said))
+        server.start()
+        last = written(loaded(server.url))
+        assert acknowledged <= last <= acknowledged + 1
+        server.end()
+
+
+def loaded(url: str) -> RedisStore:
+    """A store of a server that may still be reading its file."""
+    for _ in range(100):
+        try:
+            return RedisStore(url)
+        except StoreError as error:
+            if "loading" not in str(error):
+                raise
+            time.sleep(0.05)
+    raise AssertionError("the server is still loading")
 
 
 def test_readers_of_lmdb_see_one_moment(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_another_models_store_is_refused(open_one: Opener, make: Callable[..., U
         store = open_one()
     assert len(store) == 1
     with pytest.raises(ValueError, match="user_states: expected those made for this model, got another model's"):
-        states.check(other)
+        states.check(other, None)
 
 
 def test_a_model_that_changed_is_refused(make: Callable[..., UserStates]) -> None:
@@ -241,6 +241,10 @@ def test_saved_and_loaded(make: Callable[..., UserStates], tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match="path: expected a file with users, found none at"):
         states.load(tmp_path / "nobody")
     assert not (tmp_path / "nobody").exists()
+    own = make(tmp_path / "users.sqlite")
+    with pytest.raises(ValueError, match=r"path: expected another file than the store's own, got .*users\.sqlite"):
+        own.save(tmp_path / "users.sqlite")
+    own.close()
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ r"""The HTTP server on loopback: how fast, how late, and whether anybody gets so
 
 "throughput": so many clients send requests of one user each, the next as soon as the answer is there. "batched" is the
 server as it is; "one at a time" the same with ``--max_batch 1``. Both run all the time and are loaded in turns; ratios
-are taken within a turn. "titles" is a beam search with 20 hypotheses, "items" the item head of the same model, with
-"prompts kept" for users whose history the server has seen before (``--cache``), "item ids" an `ItemModel`.
+are taken within a turn, of time and of what the server's process computed, which other work on the machine does not
+change much. "titles" is a beam search with 20 hypotheses, "items" the item head of the same model, with "prompts kept"
+for users whose history the server has seen before (``--cache``), "item ids" an `ItemModel`.
 
 "mixed": --seconds of clients who do anything: ask for one user or several, in every way, search titles, read metrics,
 send what is malformed, hang up in the middle; model and catalogue are read again now and then. The server must answer
@@ -26,7 +27,6 @@ import asyncio
 import itertools
 import json
 import random
-import re
 import sys
 import tempfile
 import time
@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 
 import patchkern as pk
 from bench import output
-from bench.serving_client import Connection, Load, load, request, server
+from bench.serving_client import Connection, Load, load, metric, request, server
 from bench.timing import Table
 from bench.training_providers import make_model
 from bench.workloads import Workload, ml1m
@@ -155,16 +155,21 @@ def measure(
         for name in sorted(ports, reverse=bool(round_number % 2)):
             loads[name].append(load(ports[name], PATH, bodies, clients))
             check(loads[name][-1], mode, kind, users)
-    config = {"clients": clients, "requests": len(bodies), "k": K, "items": len(kind.expected[0]) and args.n_items}
+    config = {"data": args.data, "items": args.n_items, "users": args.users, "requests": len(bodies), "k": K}
     config |= {name: getattr(args, name) for name in ("hidden_size", "layers", "vocab_size", "max_items")}
     for name, of_rounds in loads.items():
         speed = np.array([len(bodies) / one.total for one in of_rounds])
         add(table, name, f"{mode}, {clients} clients", "speed", "users/s", speed, config)
+        cpu = np.array([1e3 * one.cpu / len(bodies) for one in of_rounds])
+        add(table, name, f"{mode}, {clients} clients", "CPU time", "ms/user", cpu, config)
         for share in (50, 95):
             late = np.array([1e3 * np.percentile(one.seconds, share) for one in of_rounds])
             add(table, name, f"{mode}, {clients} clients", f"p{share} of latency", "ms", late, config)
-    ratio = np.array([alone.total / batched.total for batched, alone in zip(*loads.values(), strict=True)])
-    add(table, "batched", f"{mode}, {clients} clients", "speed-up over one at a time", "x", ratio, config)
+    pairs = list(zip(*loads.values(), strict=True))
+    speed_up = np.array([alone.total / batched.total for batched, alone in pairs])
+    add(table, "batched", f"{mode}, {clients} clients", "speed-up over one at a time", "x", speed_up, config)
+    saved = np.array([alone.cpu / batched.cpu for batched, alone in pairs])
+    add(table, "batched", f"{mode}, {clients} clients", "CPU time saved over one at a time", "x", saved, config)
 
 
 def add(table: Table, provider: str, mode: str, metric: str, unit: str, values: Any, config: dict[str, Any]) -> None:
@@ -301,11 +306,7 @@ class Mixed:
     async def _watch(self, pause: float) -> None:
         connection = Connection(self._port)
         while time.monotonic() < self._end:
-            _, content = await connection.ask("/metrics")
-            found = re.search(rb"^process_resident_memory_bytes (\S+)", content, re.MULTILINE)
-            if found is None:
-                raise WrongAnswer("the metrics say nothing of memory, which they do on Linux")
-            self.memory.append(float(found[1]) / 2**20)
+            self.memory.append(await metric(connection, "process_resident_memory_bytes") / 2**20)
             await asyncio.sleep(pause)
         connection.close()
 
@@ -353,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(output.prepare(args.output, "serving.csv"))
     torch.set_num_threads(1)
     workload = ml1m(args.vocab_size)
-    args.n_items = len(workload.catalog)
+    args.data, args.n_items = workload.name, len(workload.catalog)
     samples, _ = workload.samples(args.users)
     histories = [history.tolist() for history in samples.latest(args.max_items)]
     with tempfile.TemporaryDirectory() as folder:

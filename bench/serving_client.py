@@ -100,11 +100,13 @@ class Load(NamedTuple):
         seconds: of every request.
         answers: status and body of every request, in their order.
         total: seconds from the first request to the last answer.
+        cpu: seconds that the server's process computed for them.
     """
 
     seconds: list[float]
     answers: list[tuple[int, bytes]]
     total: float
+    cpu: float
 
 
 def load(port: int, path: str, bodies: Sequence[bytes], clients: int) -> Load:
@@ -125,6 +127,21 @@ async def _load(port: int, path: str, bodies: Sequence[bytes], clients: int) -> 
             seconds[number] = time.perf_counter() - start
         connection.close()
 
+    watcher = Connection(port)
+    before = await metric(watcher, "process_cpu_seconds_total")
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
-    return Load(seconds, answers, time.perf_counter() - start)
+    total = time.perf_counter() - start
+    watcher.close()  # the server may have
+    cpu = await metric(watcher, "process_cpu_seconds_total") - before
+    watcher.close()
+    return Load(seconds, answers, total, cpu)
+
+
+async def metric(connection: Connection, name: str) -> float:
+    """What the server's metrics say of its process, which they do on Linux."""
+    _, content = await connection.ask("/metrics")
+    found = re.search(rf"^{name} (\S+)", content.decode(), re.MULTILINE)
+    if found is None:
+        sys.exit(f"the server's metrics say nothing of {name}")
+    return float(found[1])

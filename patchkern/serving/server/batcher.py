@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -13,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from patchkern.serving.server.computing import Batch, Computer
-from patchkern.serving.server.jobs import Job
+from patchkern.serving.server.jobs import Job, Ranked
 from patchkern.serving.server.limits import Limits
 from patchkern.serving.server.metrics import Metrics
 from patchkern.serving.server.problems import Closing, Overloaded, Problem
@@ -110,8 +111,7 @@ class Batcher:
                 try:
                     self._compute(jobs)
                 except Exception as error:
-                    for job in jobs:
-                        self._fail(job, error)
+                    self._fail([job for job in jobs if not job.settled], error)
             jobs.clear()  # and with them, perhaps, a model that was replaced
             errand = None
 
@@ -123,7 +123,7 @@ class Batcher:
             job = self._waiting.popleft()
             if jobs and job.group != jobs[0].group:
                 kept.append(job)
-            elif job.result.set_running_or_notify_cancel():
+            elif job.reply is None or not job.reply.cancelled():
                 jobs.append(job)
         self._waiting.extendleft(reversed(kept))
         return jobs
@@ -132,17 +132,13 @@ class Batcher:
         served = jobs[0].served
         if self._computer is None or self._computer.served is not served:
             self._computer = Computer(served, self._limits.budget, self._limits.max_batch)
-        fitting = []
+        now = time.monotonic()
         for job in jobs:
-            self._metrics.waited.observe(time.monotonic() - job.arrived)
-            try:
-                self._computer.check(job)
-                fitting.append(job)
-            except Exception as error:
-                self._fail(job, error)
-        if fitting:
-            for batch in self._computer.batches(fitting):
-                self._compute_batch(self._computer, batch)
+            self._metrics.waited.observe(now - job.arrived)
+        _settle(self._computer.refused(jobs))
+        taken = [job for job in jobs if not job.settled]
+        for batch in self._computer.batches(taken) if taken else ():
+            self._compute_batch(self._computer, batch)
 
     def _compute_batch(self, computer: Computer, batch: Batch) -> None:
         start = time.perf_counter()
@@ -150,7 +146,7 @@ class Batcher:
             lists = computer.lists(batch)
         except Exception as error:
             if len(batch.jobs) == 1:
-                self._fail(batch.jobs[0], error)
+                self._fail(batch.jobs, error)
                 return
             log.warning("a batch of %d users failed and is computed one by one: %s", len(batch.jobs), error)
             for job in batch.jobs:
@@ -160,17 +156,35 @@ class Batcher:
         self._failures = 0
         self._seconds_each += 0.2 * (seconds / count - self._seconds_each)
         self._metrics.batch(count, sum(job.rows for job in batch.jobs), seconds)
-        for job, found in zip(batch.jobs, lists, strict=True):
-            job.result.set_result(found)
+        _settle(list(zip(batch.jobs, lists, strict=True)))
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        if job.result.done():
-            return
-        if not isinstance(error, Problem):
-            self._failures += 1
-            log.error("a user with %d rows was not served", job.rows, exc_info=error)
-            error = Problem("the server failed on this request; its log says why", job.loc)
-        job.result.set_exception(error)
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        self._failures += 1
+        log.error("%d users were not served", len(jobs), exc_info=error)
+        _settle([(job, Problem("the server failed on this request; its log says why", job.loc)) for job in jobs])
+
+
+def _settle(outcomes: Sequence[tuple[Job, Ranked | Problem]]) -> None:
+    """Tell the loops that wait, all at once: to wake one costs more than to compute some lists."""
+    for job, _ in outcomes:
+        job.settled = True
+    waited_for = [(job.reply, outcome) for job, outcome in outcomes if job.reply is not None]
+    for loop in {reply.get_loop() for reply, _ in waited_for}:
+        of_loop = [(reply, outcome) for reply, outcome in waited_for if reply.get_loop() is loop]
+        try:
+            loop.call_soon_threadsafe(_tell, of_loop)
+        except RuntimeError:  # it was closed: nobody waits any more
+            log.warning("%d answers came too late", len(of_loop))
+
+
+def _tell(outcomes: list[tuple[asyncio.Future[Ranked], Ranked | Problem]]) -> None:
+    for reply, outcome in outcomes:
+        if reply.done():
+            continue
+        if isinstance(outcome, Problem):
+            reply.set_exception(outcome)
+        else:
+            reply.set_result(outcome)
 
 
 def _run_errand(errand: Callable[[], Any], done: Future[Any]) -> None:

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody asks where a request comes from
         timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
     asyncio.run(_serve(uvicorn.Server(config), service))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from patchkern.batch.histories import Histories
+from patchkern.batch.row_counts import row_counts
 from patchkern.budget.search import SearchCost
 from patchkern.search.batching import plan_users
 from patchkern.search.recommend import Prepared, prepare, run
@@ -54,23 +55,46 @@ class Computer:
         catalog = self.served.model.catalog
         one = Histories(catalog.item_ids[:1], [0, min(1, len(catalog))], np.zeros(min(1, len(catalog))))
         for search in self.served.searches:
-            options = Options(search, 1, 1, False, False, False, True)
-            job = Job(self.served, options, one, None, None, self.served.rows(one)[0], 0)
-            self.check(job)
+            job = Job(self.served, Options(search, 1, 1, False, False, False, True), one, None, None, 0)
+            for _, problem in self.refused([job]):
+                raise problem
             self.lists(Batch([job]))
 
-    def check(self, job: Job) -> None:
-        """Raise unless the model takes the job's prompt and the budget has room for it.
+    def refused(self, jobs: Sequence[Job]) -> list[tuple[Job, Invalid]]:
+        """Those of the jobs of one group whose prompt the model does not take, or the budget has no room for.
 
-        What is between a prompt that it took and a longer one is taken too, so that few are tried.
+        Of the others it is known how many rows they have.
+        """
+        refused = self._count(jobs)
+        lacking = {id(job) for job, _ in refused}
+        for job in jobs:
+            if id(job) not in lacking and (problem := self._tried(job)):
+                refused.append((job, problem))
+        return refused
 
-        Raises:
-            Invalid: what would have to be shorter.
+    def _count(self, jobs: Sequence[Job]) -> list[tuple[Job, Invalid]]:
+        """Note the rows of the jobs' prompts; those that have none, for policies that go by time or by rows."""
+        model, policy = self.served.model, self.served.policy
+        try:
+            rows = row_counts(model.catalog, _together([job.history for job in jobs]), policy, model.prompt)
+        except (TypeError, ValueError) as error:
+            if len(jobs) > 1:
+                return [refused for job in jobs for refused in self._count([job])]
+            field = "timestamps" if "timestamps" in str(error) else "history"
+            return [(jobs[0], Invalid(str(error).removeprefix("histories: "), (*jobs[0].loc, field)))]
+        for job, count in zip(jobs, rows.tolist(), strict=True):
+            job.rows = count
+        return []
+
+    def _tried(self, job: Job) -> Invalid | None:
+        """Why a search over the job's prompt would fail, if it would.
+
+        What is between a prompt that was taken and a longer one is taken too, so that few are tried.
         """
         kind = _kind(job.options)
         shortest, longest = self._taken.get(kind, (job.rows, job.rows - 1))
         if shortest <= job.rows <= longest:
-            return
+            return None
         request = self._request([job], None)
         prepared = prepare(request)
         cost = self._cost(job.options, prepared)
@@ -78,11 +102,12 @@ class Computer:
         try:
             plan_users(request.model, job.history, policy, prepared.depth, names, cost, room, 1, prepared.head)
         except ValueError as error:
-            raise Invalid(_without_name(error, names[0]), (*job.loc, "history")) from error
+            return Invalid(_without_name(error, names[0]), (*job.loc, "history"))
         self._taken[kind] = min(shortest, job.rows), max(longest, job.rows)
+        return None
 
     def batches(self, jobs: Sequence[Job]) -> list[Batch]:
-        """The jobs of one group, all of which passed `check`, in batches that fit into the budget."""
+        """The jobs of one group, none of which was `refused`, in batches that fit into the budget."""
         room = self._room(jobs[0].options)
         if room is None:
             return [Batch(list(jobs[i : i + self._max_batch])) for i in range(0, len(jobs), self._max_batch)]

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Hashable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,11 +45,12 @@ class Job:
         served: the model that the request was checked against, which is the one that answers.
         history: of one user, without the items that the catalogue lacks.
         allowed: ids, or None for all.
-        rows: of the prompt.
         dropped: ids that the catalogue lacks.
         loc: of the user in the request.
+        reply: the list, for the loop that waits for it; None where nobody does.
         arrived: by `time.monotonic`.
-        result: the list.
+        rows: of the prompt, once they are counted.
+        settled: whether the reply is on its way.
     """
 
     served: Served
@@ -57,11 +58,12 @@ class Job:
     history: Histories
     allowed: NDArray[Any] | None
     user_id: Hashable
-    rows: int
     dropped: int
     loc: Loc = ()
+    reply: asyncio.Future[Ranked] | None = None
     arrived: float = field(default_factory=time.monotonic)
-    result: Future[Ranked] = field(default_factory=Future)
+    rows: int = 0
+    settled: bool = False
 
     @property
     def group(self) -> tuple[int, Options]:
@@ -70,7 +72,7 @@ class Job:
 
 
 def admitted(asked: Asked, served: Served, limits: Limits, loc: Loc = ("body",)) -> Job:
-    """The job of a request.
+    """The job of a request; called by the loop that waits for the reply.
 
     Raises:
         Invalid: naming the field, below ``loc``.
@@ -86,7 +88,8 @@ def admitted(asked: Asked, served: Served, limits: Limits, loc: Loc = ("body",))
         search, k, beams if search == "beam" else 1, asked.exclude_seen, allowed is not None, named, times is not None
     )
     one = Histories(history, [0, history.size], times)
-    return Job(served, options, one, allowed, asked.user_id, check.rows(one), dropped + dropped_too, loc)
+    reply = asyncio.get_running_loop().create_future()
+    return Job(served, options, one, allowed, asked.user_id, dropped + dropped_too, loc, reply)
 
 
 class _Check:
@@ -139,13 +142,6 @@ class _Check:
         places = self._places("allowed_items", self._asked.allowed_items)
         known = places[places >= 0]
         return self._catalog.item_ids[known], int(places.size - known.size)
-
-    def rows(self, history: Histories) -> int:
-        try:
-            return self._served.rows(history)[0]
-        except (TypeError, ValueError) as error:  # of policies that go by time, or by rows
-            name = "timestamps" if "timestamps" in str(error) else "history"
-            raise self._invalid(str(error).removeprefix("histories: "), name) from error
 
     def _places(self, name: str, ids: list[Any]) -> NDArray[np.int32]:
         """Catalogue positions, -1 where an id is not in the catalogue and may be dropped."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from patchkern.batch.policies import AnyPolicy
-from patchkern.batch.row_counts import row_counts
 from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.models.item_model import ItemModel
@@ -57,10 +56,6 @@ class Served:
         titles = catalog.item_ids.tolist() if catalog.titles is None else catalog.titles
         self.titles = tuple(str(title).encode("utf-8", "replace").decode() for title in titles)
         self.index = TitleIndex(self.titles)
-
-    def rows(self, histories: Any) -> list[int]:
-        """Of every user's prompt."""
-        return row_counts(self.model.catalog, histories, self.policy, self.model.prompt).tolist()
 
 
 @dataclass(frozen=True)

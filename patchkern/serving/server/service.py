@@ -67,7 +67,7 @@ class Service:
         return f"{waiting} users wait" if waiting >= self.limits.max_waiting else None
 
     async def answers(self, asked: Sequence[Asked], locs: Sequence[Loc]) -> list[Answer]:
-        """For several users; all of their requests are checked before the first waits.
+        """For several users; the fields of all their requests are checked before the first waits.
 
         Raises:
             Problem: why there are none.
@@ -75,17 +75,15 @@ class Service:
         served = self.served
         jobs = [admitted(one, served, self.limits, loc) for one, loc in zip(asked, locs, strict=True)]
         self._batcher.submit(jobs)
-        results = [asyncio.wrap_future(job.result) for job in jobs]
-        _, late = await asyncio.wait(results, timeout=self.limits.timeout)
-        for result in late:
-            result.cancel()
+        replies = [job.reply for job in jobs if job.reply is not None]
+        done, late = await asyncio.wait(replies, timeout=self.limits.timeout)
+        for reply in done:
+            reply.exception()  # seen, for only the first is raised
+        for reply in late:
+            reply.cancel()
         if late:
             raise TooSlow(f"no answer within {self.limits.timeout:g} seconds")
-        for result in results:
-            result.exception()  # seen, also those after the first that is raised
-        return [
-            _answer(job, result.result(), one.explain) for job, result, one in zip(jobs, results, asked, strict=True)
-        ]
+        return [_answer(job, reply.result(), one.explain) for job, reply, one in zip(jobs, replies, asked, strict=True)]
 
     async def reload(self) -> Served:
         """Read model and catalogue again, and answer what comes from now on by them.

@@ -136,6 +136,9 @@ def test_a_prompt_that_is_too_long_for_the_model_is_its_users_alone() -> None:
             posted = [pool.submit(post, client, history=history) for history in users]
             wait_for(client, 3)
         answers = [answer.result() for answer in posted]
+        for _ in range(6):
+            assert post(client, history=users[1]).status_code == 422
+        assert client.get("/health").status_code == 200
     assert [answer.status_code for answer in answers] == [200, 422, 200]
     assert answers[1].json()["detail"][0]["loc"] == ["body", "history"]
     assert "at most 64 rows per user" in answers[1].json()["detail"][0]["msg"]

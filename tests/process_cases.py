@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of two processes does that torchrun starts: it trains what `tests/training` trains in one.
+"""What one process does, and then each of two that torchrun starts: they train every kind of model, in several ways.
 
-`torchrun --nproc_per_node 2 tests/process_cases.py FOLDER`, where FOLDER has the checkpoints of the same runs by one
-process, from which they are resumed too.
+`torchrun --nproc_per_node 2 tests/process_cases.py FOLDER`, where FOLDER has what one process did, from whose
+checkpoints runs are resumed too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import step_processes
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -60,15 +61,14 @@ def trainer_of(kind: str, folder: Path, accumulation: int, **options: Any) -> Pa
     return make_trainer(folder, **({} if "rows_per_pass" in options else {"per_device_train_batch_size": 2}), **options)
 
 
-def alone(kind: str, folder: Path) -> PatchTrainer:
-    """The run by one process."""
-    trainer = trainer_of(kind, folder, 4)
-    trainer.train()
-    return trainer
+def alone(folder: Path) -> None:
+    """What one process does."""
+    results = {kind: _run(kind, folder / "alone" / kind, 4) for kind in ALIKE}
+    (folder / "alone.json").write_text(json.dumps(results))
 
 
-def _run(kind: str, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    trainer = trainer_of(kind, folder, 2, **options)
+def _run(kind: str, folder: Path, accumulation: int = 2, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    trainer = trainer_of(kind, folder, accumulation, **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     parameters = list(trainer.model.parameters())
     states = [value for entries in trainer.optimizer.state.values() for value in entries.values() if value.dim()]
@@ -125,20 +125,22 @@ def _shard_on_cpus() -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    rank = os.environ["RANK"]
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    step_processes.run(rank, folder / "steps")
     results: dict[str, Any] = {kind: _run(kind, folder / "data parallel" / kind) for kind in ALIKE}
     results["recipe"] = _recipe(folder / "recipe")
     results["recipe, fsdp"] = _recipe(folder / "refused", "--fsdp")
     for kind in RESUMED:
         start = folder / "alone" / kind / "checkpoint-2"
-        results[f"{kind}, resumed"] = _run(kind, folder / "resumed" / kind, start)
+        results[f"{kind}, resumed"] = _run(kind, folder / "resumed" / kind, resume=start)
     _shard_on_cpus()
     for kind, own in SHARDED.items():
         start = folder / "alone" / kind / "checkpoint-2"
         results[f"{kind}, sharded"] = _run(kind, folder / "sharded" / kind, fsdp=True, **own)
         if kind in RESUMED:
             results[f"{kind}, sharded, resumed"] = _run(
-                kind, folder / "sharded and resumed" / kind, start, fsdp=True, **own
+                kind, folder / "sharded and resumed" / kind, resume=start, fsdp=True, **own
             )
     results["refused"] = [
         _refused(folder / "refused", "samples"),

@@ -98,8 +98,11 @@ def open_run(args: argparse.Namespace, device: str = "cpu") -> tuple[pk.BulkRun,
     """
     users = UserFile(args.users, args.user_column, args.items_column)
     folder = find_model(args.checkpoint, "checkpoint")
-    titles = "titles" in read_description(current(folder)).learns
+    saved = read_description(current(folder))
+    titles = "titles" in saved.learns
     kind: Any = pk.PatchedCausalLM if titles else pk.ItemModel
+    if saved.memory is not None:
+        kind = pk.RecurrentMemory
     model = kind.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device).eval()
     run = pk.BulkRun(
         model,

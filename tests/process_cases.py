@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_trainer
+from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_memory_trainer, make_trainer
 
 from patchkern.training import PatchTrainer
 from recipes import train
@@ -39,6 +39,8 @@ ALIKE: dict[str, dict[str, Any]] = {
     "items": _STEPS | {"head": "items", "config": _VECTORS},
     "both": _STEPS | {"head": "both", "config": {"tie_word_embeddings": False, **_VECTORS}},
     "item ids": _STEPS | {"rows_per_pass": 60},
+    "memory of item ids": _STEPS | {"rows_per_pass": 150},
+    "memory of titles": _STEPS | {"rows_per_pass": 1200, "head": "both"},
 }
 """Runs by data parallelism, which equal those of one process."""
 
@@ -47,15 +49,19 @@ SHARDED = {
     "items": {},
     "both": {},
     "item ids": {},
+    "memory of item ids": {},
+    "memory of titles": {},
 }
 """Of those, the runs that FSDP2 equals too, and with what."""
 
-RESUMED = ("items", "item ids", "both")
+RESUMED = ("items", "item ids", "both", "memory of titles")
 
 
 def trainer_of(kind: str, folder: Path, accumulation: int, **options: Any) -> PatchTrainer:
     """Of ``accumulation`` passes a step, or twice as many samples."""
     options = {"gradient_accumulation_steps": accumulation, **ALIKE[kind], **options}
+    if kind.startswith("memory"):
+        return make_memory_trainer(folder, kind == "memory of titles", **options)
     if kind == "item ids":
         return make_id_trainer(folder, dropout=0.0, **options)
     return make_trainer(folder, **({} if "rows_per_pass" in options else {"per_device_train_batch_size": 2}), **options)

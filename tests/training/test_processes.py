@@ -29,7 +29,9 @@ class Runs:
         """The best of a run, else the last."""
         best = self.alone[kind]["best"]
         folder = self.folder / way / kind / ("checkpoint-4" if best is None else Path(best).name)
-        return (pk.ItemModel if kind == "item ids" else pk.PatchedCausalLM).from_pretrained(folder)
+        kinds = {"memory": pk.RecurrentMemory, "item ids": pk.ItemModel}
+        model = next((kinds[name] for name in kinds if kind.startswith(name)), pk.PatchedCausalLM)
+        return model.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ def test_two_processes_train_as_one(way: str, kind: str, runs: Runs) -> None:
 @pytest.mark.parametrize("kind", SHARDED)
 def test_each_process_holds_its_share(kind: str, runs: Runs) -> None:
     """Every layer is a unit that is gathered alone."""
-    layers = {f"hf_model.{'' if kind == 'item ids' else 'model.'}layers.{n}" for n in range(2)}
+    where = "model.hf_model" if kind.startswith("memory") else "hf_model"
+    layers = {f"{where}.{'' if kind.endswith('item ids') else 'model.'}layers.{n}" for n in range(2)}
     for two in runs.two:
         whole, share = two[kind], two[f"{kind}, sharded"]
         assert layers < set(share["units"]) and "" in share["units"]

@@ -15,7 +15,7 @@ BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build quickstart pretrained reproduce test test-all lint format docs bench bench-quick gpu sanitize clean
+.PHONY: help build quickstart pretrained reproduce test test-all test-ray lint format docs bench bench-quick gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -69,6 +69,14 @@ test: $(BUILT) ## run the tests, but for the slow ones and those for a GPU
 test-all: export OMP_NUM_THREADS = 1
 test-all: $(BUILT) ## run the slow tests too
 	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_ARGS)
+
+# An environment of its own: Ray brings much that nothing else here needs.
+RAY := build/ray
+RAY_NEEDS := 'ray[data]' torch numpy transformers tokenizers safetensors accelerate pyarrow tqdm pytest hypothesis psutil
+test-ray: export OMP_NUM_THREADS = 1
+test-ray: $(BUILT) ## optional: install Ray in build/ray and kill recipes/batch_ray.py's actors and driver
+	test -x $(RAY)/bin/pytest || { $(BIN)/python -m venv $(RAY) && $(RAY)/bin/python -m pip install -c constraints.txt $(RAY_NEEDS); }
+	PYTHONPATH=. $(RAY)/bin/python -m pytest tests/recipes/test_batch_ray.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.models.recurrent import RecurrentMemory
     from patchkern.search.batching import plan_memory
+    from patchkern.search.bulk_run import BulkRun, recommendation_table
     from patchkern.search.combined_prior import CombinedPrior
     from patchkern.search.head_prior import ItemHeadPrior
     from patchkern.search.linear_prior import LinearPrior
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BulkRun",
     "Catalog",
     "CatalogDiff",
     "CatalogWarning",
@@ -128,6 +130,7 @@ __all__ = [
     "read_recommendations",
     "read_summary",
     "recommend_to_disk",
+    "recommendation_table",
     "row_counts",
     "row_hashes",
     "training_rows",
@@ -136,6 +139,7 @@ __all__ = [
 
 # transformers is an extra, and slow to import: only those who use the model pay for it, or for data sets.
 _LAZY = {
+    "BulkRun": "patchkern.search.bulk_run",
     "CombinedPrior": "patchkern.search.combined_prior",
     "ItemHeadPrior": "patchkern.search.head_prior",
     "ItemModel": "patchkern.models.item_model",
@@ -157,6 +161,7 @@ _LAZY = {
     "read_recommendations": "patchkern.search.results",
     "read_summary": "patchkern.search.results",
     "recommend_to_disk": "patchkern.search.results",
+    "recommendation_table": "patchkern.search.bulk_run",
 }
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of two processes does that torchrun starts: it trains what `tests/training` trains in one.
+"""What one process does, and then each of two that torchrun starts: they train every kind of model, in several ways.
 
-`torchrun --nproc_per_node 2 tests/process_cases.py FOLDER`, where FOLDER has the checkpoints of the same runs by one
-process, from which they are resumed too.
+`torchrun --nproc_per_node 2 tests/process_cases.py FOLDER`, where FOLDER has what one process did, from whose
+checkpoints runs are resumed too.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import step_processes
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_trainer
+from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_memory_trainer, make_trainer
 
 from patchkern.training import PatchTrainer
 from recipes import train
@@ -38,6 +39,8 @@ ALIKE: dict[str, dict[str, Any]] = {
     "items": _STEPS | {"head": "items", "config": _VECTORS},
     "both": _STEPS | {"head": "both", "config": {"tie_word_embeddings": False, **_VECTORS}},
     "item ids": _STEPS | {"rows_per_pass": 60},
+    "memory of item ids": _STEPS | {"rows_per_pass": 150},
+    "memory of titles": _STEPS | {"rows_per_pass": 1200, "head": "both"},
 }
 """Runs by data parallelism, which equal those of one process."""
 
@@ -46,29 +49,32 @@ SHARDED = {
     "items": {},
     "both": {},
     "item ids": {},
+    "memory of item ids": {},
+    "memory of titles": {},
 }
 """Of those, the runs that FSDP2 equals too, and with what."""
 
-RESUMED = ("items", "item ids", "both")
+RESUMED = ("items", "item ids", "both", "memory of titles")
 
 
 def trainer_of(kind: str, folder: Path, accumulation: int, **options: Any) -> PatchTrainer:
     """Of ``accumulation`` passes a step, or twice as many samples."""
     options = {"gradient_accumulation_steps": accumulation, **ALIKE[kind], **options}
+    if kind.startswith("memory"):
+        return make_memory_trainer(folder, kind == "memory of titles", **options)
     if kind == "item ids":
         return make_id_trainer(folder, dropout=0.0, **options)
     return make_trainer(folder, **({} if "rows_per_pass" in options else {"per_device_train_batch_size": 2}), **options)
 
 
-def alone(kind: str, folder: Path) -> PatchTrainer:
-    """The run by one process."""
-    trainer = trainer_of(kind, folder, 4)
-    trainer.train()
-    return trainer
+def alone(folder: Path) -> None:
+    """What one process does."""
+    results = {kind: _run(kind, folder / "alone" / kind, 4) for kind in ALIKE}
+    (folder / "alone.json").write_text(json.dumps(results))
 
 
-def _run(kind: str, folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    trainer = trainer_of(kind, folder, 2, **options)
+def _run(kind: str, folder: Path, accumulation: int = 2, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    trainer = trainer_of(kind, folder, accumulation, **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     parameters = list(trainer.model.parameters())
     states = [value for entries in trainer.optimizer.state.values() for value in entries.values() if value.dim()]
@@ -125,20 +131,22 @@ def _shard_on_cpus() -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    rank = os.environ["RANK"]
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    step_processes.run(rank, folder / "steps")
     results: dict[str, Any] = {kind: _run(kind, folder / "data parallel" / kind) for kind in ALIKE}
     results["recipe"] = _recipe(folder / "recipe")
     results["recipe, fsdp"] = _recipe(folder / "refused", "--fsdp")
     for kind in RESUMED:
         start = folder / "alone" / kind / "checkpoint-2"
-        results[f"{kind}, resumed"] = _run(kind, folder / "resumed" / kind, start)
+        results[f"{kind}, resumed"] = _run(kind, folder / "resumed" / kind, resume=start)
     _shard_on_cpus()
     for kind, own in SHARDED.items():
         start = folder / "alone" / kind / "checkpoint-2"
         results[f"{kind}, sharded"] = _run(kind, folder / "sharded" / kind, fsdp=True, **own)
         if kind in RESUMED:
             results[f"{kind}, sharded, resumed"] = _run(
-                kind, folder / "sharded and resumed" / kind, start, fsdp=True, **own
+                kind, folder / "sharded and resumed" / kind, resume=start, fsdp=True, **own
             )
     results["refused"] = [
         _refused(folder / "refused", "samples"),

@@ -101,6 +101,24 @@ def make_id_trainer(folder: Path | str, policy: Any = None, *, dropout: float = 
     return PatchTrainer(model, settings, histories, samples, policy or pk.ItemPatches(0, 10), **of_trainer)
 
 
+def make_memory_trainer(folder: Path | str, titles: bool, **options: Any) -> PatchTrainer:
+    """Of a `RecurrentMemory`, over a language model or a model of item ids."""
+    histories, samples = make_data()
+    of_trainer = {name: options.pop(name) for name in ("rows_per_pass", "head") if name in options}
+    policy = pk.PreferenceMemory(pk.ItemPatches(keep_text=0, max_items=None), slots=2, block=4)
+    if titles:
+        model: Any = make_model(item_head=True, vocab_size=290)[0]
+        model.prompt, model.policy = model.prompt.with_special(experts=[288, 289]), policy
+    else:
+        prompt = pk.Prompt(prefix=[ITEMS]).with_special(experts=[ITEMS + 1, ITEMS + 2])
+        catalog = pk.Catalog.from_token_ids(range(ITEMS), range(ITEMS + 1), list(TITLES))
+        model = pk.ItemModel(catalog, policy, width=16, dropout=0.0, max_positions=32, prompt=prompt)
+    arguments = {"logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 3, **options}
+    return PatchTrainer(
+        pk.RecurrentMemory(model), UNTUNED.arguments("items", folder, **arguments), histories, samples, **of_trainer
+    )
+
+
 def evaluations_of(trainer: PatchTrainer) -> list[dict[str, float]]:
     """What `evaluate` logged, without the times."""
     logged = [entry for entry in trainer.state.log_history if "eval_HR@20" in entry]

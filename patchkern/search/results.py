@@ -9,50 +9,24 @@ decided in `run_folder`.
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories, HistoriesLike, check_count, flat_array, is_sequence
+from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.policies import AnyPolicy
-from patchkern.batch.policy_dict import policy_to_dict
 from patchkern.budget.search import SearchCost
 from patchkern.data.parquet import import_pyarrow
-from patchkern.search.arguments import of_users
 from patchkern.search.batching import plan_users
-from patchkern.search.fingerprints import described, model_fingerprint
-from patchkern.search.protocol import SearchModel, policy_of
-from patchkern.search.recommend import Ranked, prepare, recommend, run
-from patchkern.search.request import Request
-from patchkern.search.run_folder import (
-    FORMAT_VERSION,
-    Part,
-    Stamp,
-    hash_of,
-    parts_of,
-    read_run,
-    read_stamp,
-    sweep,
-    write_part,
-    writing,
-)
+from patchkern.search.bulk_run import COLUMNS, BulkRun, check_shard, names_of
+from patchkern.search.fingerprints import described
+from patchkern.search.protocol import SearchModel
+from patchkern.search.run_folder import Part, Stamp, hash_of, parts_of, read_run, read_stamp
 from patchkern.search.summary import Summary
-
-_FREE = {
-    "memory_budget",
-    "batch_size",
-    "progress",
-    "user_cache",
-    "user_states",
-}  # arguments that may change when a run goes on
-_OWN = {"model", "histories", "policy", "user_ids"}  # described by themselves
 
 
 def recommend_to_disk(
@@ -115,61 +89,52 @@ def recommend_to_disk(
     """
     import_pyarrow()
     check_count("users_per_part", users_per_part, minimum=1)
-    own_shard = _shard(shard)
+    own_shard = check_shard(shard)
     if user_ids is None and isinstance(histories, Mapping):
         user_ids = list(histories)
     histories = Histories.coerce(histories)
-    n_users = len(histories)
-    names = _names(user_ids, n_users)
-    policy = policy_of(model, policy)
-    target = Path(folder)
-    bound = inspect.signature(recommend).bind(model, histories, policy, **arguments)
-    bound.apply_defaults()
-    arguments = {name: value for name, value in bound.arguments.items() if name not in _OWN}
-    description = {
-        "format_version": FORMAT_VERSION,
-        "policy": policy_to_dict(policy),
-        "users": n_users,
-        "users_per_part": users_per_part,
-        "arguments": {name: described(arguments[name]) for name in sorted(arguments.keys() - _FREE)},
+    names = names_of(user_ids, len(histories))
+    source = {
         "user_ids": described(names),
         "histories": described([histories.items, histories.offsets, histories.timestamps]),
-        "catalog": model.catalog.fingerprint,
-        "items": described(model.catalog.item_ids),
-        "prompt": model.prompt.to_dict(),
-        "model": model_fingerprint(model),
     }
-    description = json.loads(json.dumps(description))
-    run_hash = hash_of(description)
-    parts = parts_of(target, n_users, users_per_part)
-    mine = parts[own_shard[0] :: own_shard[1]]
-
-    def request(users: NDArray[np.int64]) -> Request:
-        own = {name: of_users(name, value, users, n_users) for name, value in arguments.items() if name in _OF_USERS}
-        return Request(model, histories.take(users), policy, user_ids=names[users], **{**arguments, **own})
-
-    nobody = request(np.zeros(0, np.int64))
-    prepared = prepare(nobody)
+    bulk = BulkRun(
+        model, folder, policy, users=len(histories), users_per_part=users_per_part, source=source, **arguments
+    )
+    nobody, prepared = bulk.nobody, bulk.prepared
     budget, batch_size = nobody.memory_budget, nobody.batch_size
     cost = None if budget is None else SearchCost(model, prepared.size)
-    for part in parts:
-        asked = request(part.users)
-        plan_users(model, asked.histories, policy, prepared.depth, asked.names, cost, budget, batch_size, prepared.head)
-    with writing(target, description, own_shard):
-        sweep(mine)
-        stamps = {part.number: read_stamp(part, run_hash) for part in mine if part.path.exists()}
-        for part in mine:
-            if part.number in stamps:
-                continue
-            lists, summary = run(request(part.users), prepared)
-            stamps[part.number] = Stamp(run_hash, part.number, own_shard, summary)
-            write_part(part, _table(names[part.users], lists, model.catalog.item_ids), stamps[part.number])
-    nobody.warn(sum((stamp.summary for stamp in stamps.values()), Summary()))
-    return target
+    for part in bulk.parts:
+        asked = bulk.request(part, histories.take(part.users), names[part.users])
+        plan_users(
+            model, asked.histories, bulk.policy, prepared.depth, asked.names, cost, budget, batch_size, prepared.head
+        )
+    with bulk.writing(own_shard):
+        for number in bulk.missing(own_shard):
+            users = bulk.range(number)
+            bulk.write(number, histories.take(bulk.parts[number].users), names[users], own_shard)
+        stamps = [bulk.stamp(part) for part in bulk.parts[own_shard[0] :: own_shard[1]]]
+    nobody.warn(sum((stamp.summary for stamp in stamps if stamp is not None), Summary()))
+    return bulk.folder
 
 
-def read_recommendations(folder: str | PathLike[str]) -> tuple[NDArray[Any], list[list[tuple[Any, float]]]]:
-    """``(B,)`` user ids and what `recommend` returned for each, whichever processes wrote them.
+@overload
+def read_recommendations(
+    folder: str | PathLike[str], format: Literal["lists"] = "lists"
+) -> tuple[NDArray[Any], list[list[tuple[Any, float]]]]: ...
+
+
+@overload
+def read_recommendations(folder: str | PathLike[str], format: Literal["arrow"]) -> Any: ...
+
+
+def read_recommendations(folder: str | PathLike[str], format: str = "lists") -> Any:
+    """What a whole run recommended, whichever processes wrote it, in the users' order.
+
+    Args:
+        folder: of `recommend_to_disk` or `BulkRun`.
+        format: "lists": ``(B,)`` user ids and what `recommend` returned for each; "arrow": a ``pyarrow.Table`` of the
+            columns ``user``, ``items`` and ``scores``.
 
     Raises:
         FileNotFoundError: no run, or one that has not ended; the message says how many parts are missing, and whose.
@@ -177,19 +142,24 @@ def read_recommendations(folder: str | PathLike[str]) -> tuple[NDArray[Any], lis
         ValueError: a file that is malformed or of another run; the message names it.
     """
     pa, pq = import_pyarrow()
+    if format not in ("lists", "arrow"):
+        raise ValueError(f"format: expected lists or arrow, got {format!r}")
     parts, _ = _whole_run(Path(folder))
-    if not parts:
-        return np.zeros(0, np.int64), []
     tables = []
     for part in parts:
         table = pq.read_table(part.path)
-        if table.column_names != list(_COLUMNS) or table.num_rows != part.users.size:
+        if table.column_names != list(COLUMNS) or table.num_rows != part.users.size:
             raise ValueError(
-                f"{part.path}: expected {part.users.size} rows of {', '.join(_COLUMNS)}, got {table.num_rows} of "
+                f"{part.path}: expected {part.users.size} rows of {', '.join(COLUMNS)}, got {table.num_rows} of "
                 f"{', '.join(table.column_names)}"
             )
         tables.append(table.replace_schema_metadata(None))
+    if not tables:
+        lists_of = {name: pa.large_list(kind) for name, kind in (("items", pa.int64()), ("scores", pa.float64()))}
+        tables.append(pa.schema({"user": pa.int64(), **lists_of}).empty_table())
     table = pa.concat_tables(tables)
+    if format == "arrow":
+        return table
     lists = zip(table["items"].to_pylist(), table["scores"].to_pylist(), strict=True)
     return table["user"].to_numpy(), [list(zip(items, scores, strict=True)) for items, scores in lists]
 
@@ -198,10 +168,6 @@ def read_summary(folder: str | PathLike[str]) -> Summary:
     """What the lists of a whole run lack, whichever processes wrote them; raises as `read_recommendations`."""
     _, stamps = _whole_run(Path(folder))
     return sum((stamp.summary for stamp in stamps), Summary())
-
-
-_COLUMNS = ("user", "items", "scores")
-_OF_USERS = {"allowed_items", "prior"}  # arguments that may say something else for every user
 
 
 def _whole_run(folder: Path) -> tuple[list[Part], list[Stamp]]:
@@ -228,39 +194,3 @@ def _whose(missing: list[Part], stamps: list[Stamp]) -> str:
     ranks = sorted({part.number % world for part in missing})
     named = ", ".join(f"{sum(part.number % world == rank for part in missing)} of {(rank, world)}" for rank in ranks)
     return f"by shard: {named}; the same call with that shard"
-
-
-def _table(names: NDArray[Any], lists: list[Ranked], item_ids: NDArray[Any]) -> Any:
-    pa, _ = import_pyarrow()
-    offsets = pa.array(np.cumsum([0, *map(len, lists)]), pa.int64())
-    kind = pa.string() if item_ids.dtype.kind == "U" else pa.int64()
-    items = pa.array([item for user in lists for item, _ in user], kind)
-    scores = pa.array([score for user in lists for _, score in user], pa.float64())
-    columns = (
-        pa.array(names),
-        pa.LargeListArray.from_arrays(offsets, items),
-        pa.LargeListArray.from_arrays(offsets, scores),
-    )
-    return pa.table(dict(zip(_COLUMNS, columns, strict=True)))
-
-
-def _shard(shard: Any) -> tuple[int, int]:
-    if shard is None:
-        return 0, 1
-    if not is_sequence(shard) or len(shard) != 2:
-        raise TypeError(f"shard: expected (rank, world) or None, got {shard!r}")
-    rank, world = shard
-    check_count("shard: world", world, minimum=1)
-    check_count("shard: rank", rank, minimum=0, maximum=world - 1)
-    return int(rank), int(world)
-
-
-def _names(user_ids: Any, n_users: int) -> NDArray[Any]:
-    if user_ids is None:
-        return np.arange(n_users)
-    names = flat_array("user_ids", user_ids)
-    if names.size != n_users:
-        raise ValueError(f"user_ids: expected one per user ({n_users}), got {names.size}")
-    if names.size and names.dtype.kind not in "iuU":
-        raise TypeError(f"user_ids: expected integers or strings, got dtype {names.dtype}")
-    return names

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchkern as pk
-from patchkern.search import results
+from patchkern.search import bulk_run
 from patchkern.search.results import read_recommendations, recommend_to_disk
 
 LENGTHS = [7, 3, 20, 1, 12, 5, 9]
@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on(
     model: pk.PatchedCausalLM, histories: pk.Histories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    run = results.run
+    run = bulk_run.run
 
     def failing(request: Any, prepared: Any) -> Any:
         calls.append(len(request.histories))
@@ -89,7 +89,7 @@ def test_a_stopped_run_goes_on(
             raise KeyboardInterrupt
         return run(request, prepared)
 
-    monkeypatch.setattr(results, "run", failing)
+    monkeypatch.setattr(bulk_run, "run", failing)
     options: dict[str, Any] = {"users_per_part": 2, "k": 4, "num_beams": 6}
     with pytest.raises(KeyboardInterrupt):
         recommend_to_disk(model, histories, tmp_path, **options)

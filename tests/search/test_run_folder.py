@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchkern as pk
-from patchkern.search import results, run_folder
+from patchkern.search import bulk_run, run_folder
 from patchkern.search.results import read_recommendations, read_summary, recommend_to_disk
 from patchkern.search.summary import PartialListsWarning
 
@@ -48,7 +48,7 @@ def never_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any) -> Any:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(results, "run", run)
+    monkeypatch.setattr(bulk_run, "run", run)
 
 
 def parts_in(folder: Path) -> list[int]:
@@ -79,7 +79,7 @@ class Held:
 
     def _main(self, write: Callable[[], Any], before: int) -> None:
         torch.set_num_threads(1)
-        run, done = results.run, 0
+        run, done = bulk_run.run, 0
 
         def held(*arguments: Any) -> Any:
             nonlocal done
@@ -89,7 +89,7 @@ class Held:
             done += 1
             return run(*arguments)
 
-        results.run = held
+        bulk_run.run = held
         write()
 
     def kill(self) -> None:

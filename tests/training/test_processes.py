@@ -4,25 +4,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from process_cases import ALIKE, RESUMED, SHARDED, alone, trainer_of
-from training_cases import evaluations_of, losses_of, make_trainer
+from process_cases import ALIKE, RESUMED, SHARDED, trainer_of
+from training_cases import losses_of, make_trainer
 
 import patchkern as pk
-from patchkern.training import PatchTrainer
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend"
-)
-TESTS = Path(__file__).resolve().parents[1]
 WAYS = [("data parallel", kind) for kind in ALIKE] + [("sharded", kind) for kind in SHARDED]
 
 
@@ -31,56 +22,51 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.alone: dict[str, PatchTrainer] = {kind: alone(kind, folder / "alone" / kind) for kind in ALIKE}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        done = subprocess.run(
-            [*command, str(TESTS / "process_cases.py"), str(folder)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        self.alone: dict[str, Any] = json.loads((folder / "alone.json").read_text())
         self.two: list[dict[str, Any]] = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(2)]
+
+    def model(self, kind: str, way: str = "alone") -> Any:
+        """The best of a run, else the last."""
+        best = self.alone[kind]["best"]
+        folder = self.folder / way / kind / ("checkpoint-4" if best is None else Path(best).name)
+        kinds = {"memory": pk.RecurrentMemory, "item ids": pk.ItemModel}
+        model = next((kinds[name] for name in kinds if kind.startswith(name)), pk.PatchedCausalLM)
+        return model.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Starting the processes is what takes time: they do everything in turn."""
-    return Runs(tmp_path_factory.mktemp("processes"))
+def runs(two_processes: Path) -> Runs:
+    return Runs(two_processes)
 
 
-def check_saved(folder: Path, expected: Any) -> None:
-    saved = type(expected).from_pretrained(folder, expected.catalog)
-    assert [name for name, _ in saved.named_parameters()] == [name for name, _ in expected.named_parameters()]
-    for (name, parameter), value in zip(saved.named_parameters(), expected.parameters(), strict=True):
+def check_equal(model: Any, expected: Any) -> None:
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    for (name, parameter), value in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter, value, rtol=0, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize(("way", "kind"), WAYS)
 def test_two_processes_train_as_one(way: str, kind: str, runs: Runs) -> None:
     one = runs.alone[kind]
-    evaluations = evaluations_of(one)
-    name = kind if way == "data parallel" else f"{kind}, sharded"
-    best = one.state.best_model_checkpoint
+    best = one["best"]
     folder = runs.folder / way / kind / ("checkpoint-4" if best is None else Path(best).name)
     for two in runs.two:
-        found = two[name]
-        assert found["processes"] == 2 and found["sharded"] == (way == "sharded")
-        assert len(found["losses"]) == 4 and found["losses"] == pytest.approx(losses_of(one), rel=1e-5)
-        assert len(found["evaluations"]) == len(evaluations) == (0 if best is None else 2)
-        for got, expected in zip(found["evaluations"], evaluations, strict=True):
+        found = two[kind if way == "data parallel" else f"{kind}, sharded"]
+        assert (found["processes"], one["processes"]) == (2, 1) and found["sharded"] == (way == "sharded")
+        assert len(found["losses"]) == 4 and found["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert len(found["evaluations"]) == len(one["evaluations"]) == (0 if best is None else 2)
+        for got, expected in zip(found["evaluations"], one["evaluations"], strict=True):
             assert got == pytest.approx(expected, rel=1e-5)
         assert found["best"] == (best and str(folder)), "both processes know where it is in the end"
-    check_saved(folder, one.model)
+    check_equal(runs.model(kind, way), runs.model(kind))
     assert not list(folder.glob("*.bin")), "nothing is saved twice"
 
 
 @pytest.mark.parametrize("kind", SHARDED)
 def test_each_process_holds_its_share(kind: str, runs: Runs) -> None:
     """Every layer is a unit that is gathered alone."""
-    layers = {f"hf_model.{'' if kind == 'item ids' else 'model.'}layers.{n}" for n in range(2)}
+    where = "model.hf_model" if kind.startswith("memory") else "hf_model"
+    layers = {f"{where}.{'' if kind.endswith('item ids') else 'model.'}layers.{n}" for n in range(2)}
     for two in runs.two:
         whole, share = two[kind], two[f"{kind}, sharded"]
         assert layers < set(share["units"]) and "" in share["units"]
@@ -91,7 +77,7 @@ def test_each_process_holds_its_share(kind: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_what_a_process_holds_is_planned(sharded: bool, runs: Runs) -> None:
-    model = runs.alone["both"].model
+    model = runs.model("both")
     plan = pk.plan_training(model, 64, optimizer="adamw_torch", head="both", world_size=2, sharded=sharded)
     for two in runs.two:
         found = two["both, sharded" if sharded else "both"]
@@ -101,22 +87,19 @@ def test_what_a_process_holds_is_planned(sharded: bool, runs: Runs) -> None:
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_two_processes_go_on_where_one_was(kind: str, runs: Runs) -> None:
-    one = runs.alone[kind]
     for two in runs.two:
         for name in (f"{kind}, resumed", f"{kind}, sharded, resumed"):
-            assert two[name]["losses"] == pytest.approx(losses_of(one), rel=1e-5), name
+            assert two[name]["losses"] == pytest.approx(runs.alone[kind]["losses"], rel=1e-5), name
     for way in ("resumed", "sharded and resumed"):
-        check_saved(runs.folder / way / kind / "checkpoint-4", one.model)
+        check_equal(runs.model(kind, way), runs.model(kind))
 
 
 @pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in ("data parallel", "sharded") for kind in RESUMED])
 def test_one_process_goes_on_where_two_were(way: str, kind: str, runs: Runs, tmp_path: Path) -> None:
-    one = runs.alone[kind]
     resumed = trainer_of(kind, tmp_path, 4)
     resumed.train(resume_from_checkpoint=str(runs.folder / way / kind / "checkpoint-2"))
-    assert losses_of(resumed) == pytest.approx(losses_of(one), rel=1e-5)
-    for (name, ours), theirs in zip(resumed.model.named_parameters(), one.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
+    assert losses_of(resumed) == pytest.approx(runs.alone[kind]["losses"], rel=1e-5)
+    check_equal(resumed.model, runs.model(kind))
 
 
 def test_the_recipe_by_torchrun(runs: Runs) -> None:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""recipes/recommend.py: users of a file, by any number of processes, in the parts and lists of one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from bulk_cases import save_model, write_users
+
+import patchkern as pk
+from recipes import recommend
+from recipes.bulk import UserFile
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and 50 users in two files of several row groups."""
+    folder = tmp_path_factory.mktemp("bulk")
+    save_model(folder / "model")
+    (folder / "users").mkdir()
+    write_users(folder / "users" / "a.parquet", 30, row_group_size=7)
+    write_users(folder / "users" / "b.parquet", 20, first=30, row_group_size=20)
+    return folder
+
+
+def _flags(folder: Path, output: Path, *more: str) -> list[str]:
+    flags = ["--users", str(folder / "users"), "--output", str(output), "--users_per_part", "8", "--k", "5"]
+    return [str(folder / "model"), *flags, "--search", "items", "--exclude_seen", *more]
+
+
+@pytest.mark.parametrize(
+    "users", [slice(0, 50), slice(5, 9), slice(7, 14), slice(29, 31), slice(49, 50), slice(28, 50)]
+)
+def test_any_range_of_users(users: slice, folder: Path) -> None:
+    paths = [folder / "users" / name for name in ("a.parquet", "b.parquet")]
+    rows = [row for path in paths for row in pq.read_table(path).to_pylist()][users]
+    file = UserFile(str(folder / "users"))
+    histories, names = file.read(users)
+    assert len(file) == 50
+    assert names.tolist() == [row["user"] for row in rows]
+    items = np.split(histories.items, histories.offsets[1:-1])
+    assert [of_user.tolist() for of_user in items] == [row["items"] for row in rows]
+
+
+def test_processes_share_the_parts_and_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recommend.main(_flags(folder, tmp_path / "one")) == 7
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert recommend.main(_flags(folder, tmp_path / "two")) == 3
+    with pytest.raises(FileNotFoundError, match=r"4 are missing, .* by shard: 4 of \(0, 2\)"):
+        pk.read_recommendations(tmp_path / "two")
+    monkeypatch.undo()
+    assert recommend.main(_flags(folder, tmp_path / "two", "--shard", "2/3")) == 1, "by other processes"
+    assert recommend.main(_flags(folder, tmp_path / "two")) == 3
+    assert recommend.main(_flags(folder, tmp_path / "two")) == 0
+
+    users, lists = pk.read_recommendations(tmp_path / "two")
+    assert users.tolist() == [f"u{user}" for user in range(50)]
+    assert lists == pk.read_recommendations(tmp_path / "one")[1]
+    histories, names = UserFile(str(folder / "users")).read(slice(0, 50))
+    model = pk.PatchedCausalLM.from_pretrained(folder / "model")
+    with pytest.warns(pk.PartialListsWarning):
+        expected = model.recommend(histories, k=5, search="items", exclude_seen=True, unknown="drop")
+    for found, user in zip(lists, expected, strict=True):
+        assert [item for item, _ in found] == [item for item, _ in user]
+        np.testing.assert_allclose([score for _, score in found], [score for _, score in user], rtol=1e-5)
+    assert pk.read_summary(tmp_path / "two").unknown_items > 0 and names.tolist() == users.tolist()
+
+
+def test_another_file_is_another_run(folder: Path, tmp_path: Path) -> None:
+    recommend.main(_flags(folder, tmp_path / "lists", "--shard", "0/7"))
+    with pytest.raises(ValueError, match="got another arguments"):
+        recommend.main(_flags(folder, tmp_path / "lists", "--num_beams", "30"))
+    (tmp_path / "users").mkdir()
+    write_users(tmp_path / "users" / "a.parquet", 50, first=1)
+    with pytest.raises(ValueError, match="got another histories"):
+        recommend.main([*_flags(folder, tmp_path / "lists"), "--users", str(tmp_path / "users")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--users", "nowhere"], FileNotFoundError, "--users: expected a parquet file, or a folder of some"),
+        (["--items_column", "events"], ValueError, "--users: expected the column 'events' in .*a.parquet"),
+    ],
+)
+def test_wrong_flags(flags: list[str], error: type[Exception], message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        recommend.main([*_flags(folder, tmp_path / "lists"), *flags])
+    assert not (tmp_path / "lists").exists()
+
+
+def test_a_shard_is_two_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recommend.main(_flags(folder, tmp_path / "lists", "--shard", "first"))
+    assert "--shard: expected two numbers such as 0/8, got 'first'" in capsys.readouterr().err

@@ -59,6 +59,7 @@ from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 if TYPE_CHECKING:
     from patchkern.budget.training import TrainingPlan, plan_training
     from patchkern.models.item_model import ItemModel
+    from patchkern.models.learned_rows import add_experts
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.models.recurrent import RecurrentMemory
@@ -115,6 +116,7 @@ __all__ = [
     "UnprovenSearchWarning",
     "UserCache",
     "UserStates",
+    "add_experts",
     "backends",
     "build_layout",
     "build_training_layout",
@@ -155,6 +157,7 @@ _LAZY = {
     "UnprovenSearchWarning": "patchkern.search.summary",
     "UserCache": "patchkern.search.user_cache",
     "UserStates": "patchkern.serving.user_states",
+    "add_experts": "patchkern.models.learned_rows",
     "fit_prior_weight": "patchkern.search.prior_weight",
     "plan_memory": "patchkern.search.batching",
     "plan_training": "patchkern.budget.training",

@@ -17,6 +17,7 @@ from patchkern.models.adapters import ADAPTER, add_lora
 from patchkern.models.files import choose_catalog, is_model, read_description
 from patchkern.models.folders import current
 from patchkern.models.gguf_file import is_gguf
+from patchkern.models.learned_rows import reserve_experts
 from patchkern.models.scratch import SIZES, SMALLEST_VOCABULARY, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.models.sources import locate, read_model, read_tokenizer
 from patchkern.training import checkpoints, find_model
@@ -38,6 +39,7 @@ def load_model(
     item_head: bool = False,
     vector_dropout: float | None = None,
     lora: int | None = None,
+    experts: int = 0,
     trainable: bool = False,
     random_weights: bool = False,
     seed: int = 0,
@@ -62,6 +64,8 @@ def load_model(
         item_embeddings, item_head: have them, also where a saved model has none.
         vector_dropout: of item embeddings in training; None: as a saved model has it, else 0.
         lora: train a LoRA adapter of this rank on a transformers model instead of its weights, with its marker rows.
+        experts: learned rows of `patchkern.Experts` for a transformers model; others get theirs from
+            `patchkern.add_experts`.
         trainable: go on training the adapter of a saved model, which else is as fixed as the weights under it.
         random_weights: keep a transformers model's architecture, tokenizer and prompt, and draw its weights.
         seed: of whatever is drawn.
@@ -124,6 +128,11 @@ def load_model(
                     "with some; write it as a folder first, name unused special tokens, or put the history last"
                 )
             _make_room(hf_model, tokenizer, seed)
+        if experts:
+            rows = hf_model.get_input_embeddings().num_embeddings
+            prompt = reserve_experts(hf_model, prompt, tokenizer, experts, seed=seed)
+            if lora is not None and is_gguf(path) and hf_model.get_input_embeddings().num_embeddings > rows:
+                raise ValueError(f"lora: expected a vocabulary with {experts} tokens to spare for experts, got fewer")
         if lora is not None:
             hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
         catalog = pk.Catalog.from_titles(titles, tokenizer, texts)
@@ -142,7 +151,7 @@ def _catalog_for(
 ) -> pk.Catalog:
     """``titles`` as the model of a folder has them: by their own tokens, or by one token for each item.
 
-    Items that are new to the latter share the last token of its vocabulary.
+    Items that are new to the latter share the token after those of its items.
     """
     description = read_description(current(folder))
     saved = None if description.catalog is None else choose_catalog(current(folder), None)[0]
@@ -151,7 +160,7 @@ def _catalog_for(
     if texts is not None:
         raise ValueError(f"texts: expected none, as the model in {str(folder)!r} reads a token for each item, got some")
     places = saved.find(list(titles))
-    tokens = np.where(places >= 0, saved.token_ids[places], description.vocabulary_size - 1)
+    tokens = np.where(places >= 0, saved.token_ids[places], saved.max_token_id + 1)
     return pk.Catalog.from_token_ids(tokens, np.arange(len(titles) + 1), list(titles))
 
 

@@ -39,6 +39,14 @@ What a title is worth where there is no history: --hold_out_items 0.1 trains wit
         --rows_per_pass 2048 --num_train_epochs 12 --early_stopping 20
     python recipes/evaluate.py runs/sasrec --data ml-100k --exclude_seen --search items
 
+--stage experts compresses what is old to learned rows: of a user's past only their keys and values are kept. It goes on
+from any other stage, or begins from scratch (docs/learned-compression.md):
+
+    python recipes/train.py --stage experts --from runs/items --data ml-100k --output_dir runs/experts \
+        --experts 4 --keep 20 --block 50
+    python recipes/train.py --stage experts --backbone hstu --data ml-100k --output_dir runs/hstu-experts \
+        --rows_per_pass 4096 --num_train_epochs 12 --early_stopping 20
+
 --stage memory compresses what is old into a few vectors (docs/learned-compression.md), from an items checkpoint or from
 scratch. A pass reads every history twice, whole and in segments:
 
@@ -120,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     start = check_output(folder, description(), args.resume)
     set_seed(arguments.seed)
     model, tokenizer = load_model(args, data, settings, arguments.seed)
-    policy: Any = learned.policy_of(args, settings)
-    model = learned.prepared(model, policy, args, arguments.seed)
+    policy: Any = learned.policy_of(args, settings, model.policy)
+    model = learned.prepared(model, tokenizer, policy, args, data, arguments.seed)
     if args.item_dropout is not None:
         policy = pk.ItemDropout(args.item_dropout, settings.keep_text, args.max_items, arguments.seed)
     pretrain, together = args.stage == "pretrain", args.targets_per_pass == "all"
@@ -251,6 +259,7 @@ def load_model(
         item_head=args.head != "titles",
         vector_dropout=args.vector_dropout,
         lora=args.lora,
+        experts=learned.number_of_experts(args),
         trainable=True,
         random_weights=args.random_weights,
         seed=seed,

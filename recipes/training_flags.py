@@ -100,7 +100,8 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument(
         "--max_items",
         type=int,
-        help=f"latest items of a history (default: {HANDED_ON['max_items']}, all with --backbone)",
+        help=f"latest items of a history (default: {HANDED_ON['max_items']}, all with --backbone, and where"
+        " what is old is compressed to learned rows)",
     )
     group.add_argument(
         "--keep_text", type=int, help="latest items that stay text in the items stage (default: of the settings)"
@@ -188,6 +189,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--output_dir: expected a folder for the run")
     scratch = f"expected only with --model {' or '.join(SIZES)}; other models"
     for wrong, message in (
+        *learned.wrong_flags(args),
         (
             args.early_stopping is not None and args.early_stopping < 1,
             f"--early_stopping: expected at least 1, got {args.early_stopping}",
@@ -240,11 +242,11 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             f"--processes: expected at least 1, and only with --dry_run, got {args.processes}; torchrun starts some",
         ),
         *(
-            (args.stage in learned.STAGES and bool(getattr(args, name)), f"--{name}: expected none with --stage memory")
+            (args.stage == "memory" and bool(getattr(args, name)), f"--{name}: expected none with --stage memory")
             for name in ("memory_budget", "dry_run", "supervise_history", "lora")
         ),
         (
-            args.stage in learned.STAGES and args.targets_per_pass == "one",
+            args.stage == "memory" and args.targets_per_pass == "one",
             "--targets_per_pass: expected all with --stage memory",
         ),
         (
@@ -262,6 +264,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     before = {} if args.checkpoint is None else read_arguments(find_model(args.checkpoint, "--from"))
     if args.backbone is not None:
         args.head = "items"
+    if args.backbone is not None or args.stage in learned.STAGES:
         before["max_items"] = None
     for name, otherwise in HANDED_ON.items():
         if getattr(args, name) is None:

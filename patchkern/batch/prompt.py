@@ -297,14 +297,20 @@ def _token_tuple(name: str, ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _marker_ids(tokenizer: Any) -> tuple[int, int, int]:
+def reserved_tokens(tokenizer: Any) -> list[int]:
+    """The ids of a tokenizer's reserved special tokens, such as Llama-3 has, in their order."""
     reserved = []
     for token, token_id in tokenizer.get_added_vocab().items():
         match = _RESERVED.search(token)
         if match:
             reserved.append((int(match.group(1)), token_id))
+    return [token_id for _, token_id in sorted(reserved)]
+
+
+def _marker_ids(tokenizer: Any) -> tuple[int, int, int]:
+    reserved = reserved_tokens(tokenizer)
     if len(reserved) >= len(MARKERS):
-        first, second, third = (token_id for _, token_id in sorted(reserved)[: len(MARKERS)])
+        first, second, third = reserved[: len(MARKERS)]
         return first, second, third
     missing = [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
     if missing:

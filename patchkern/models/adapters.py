@@ -23,9 +23,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def add_lora(
     hf_model: PreTrainedModel, rank: int, prompt: Prompt, tokenizer: Any, *, seed: int = 0, **config: Any
 ) -> Any:
-    """A LoRA adapter on all linear layers, for training, and the embeddings of the prompt's markers beside it.
+    """A LoRA adapter on all linear layers, for training, and the embeddings of markers and experts beside it.
 
-    A model knows nothing of marker tokens that were added or reserved; everything else it has learned.
+    A model knows nothing of tokens that were added or reserved; everything else it has learned.
 
     Args:
         hf_model: a model whose embedding has the prompt's tokens.
@@ -57,10 +57,10 @@ def add_lora(
 
 
 def untrained_markers(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The tokens that frame a prompt's history and are special, but no part of what a chat template writes."""
+    """The tokens that frame a prompt's history and are special, but no part of what a chat template writes; experts."""
     markers = {*prompt.prefix[-1:], *prompt.separator, *prompt.suffix[:1]}
     known = {*prompt.control, *prompt.response_end[:1], getattr(tokenizer, "bos_token_id", None)}
-    return sorted(markers & control_tokens(tokenizer).keys() - known)
+    return sorted((markers & control_tokens(tokenizer).keys() - known).union(prompt.experts))
 
 
 def read_adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, TrunkPolicy, cut_every_of
@@ -104,7 +106,7 @@ def item_log_probs(
     most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
     for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
         with torch.no_grad(), _evaluating(model):
-            states = model.item_states(layout, vectors)
+            states = model.item_states(layout, vectors)[: chosen.size]  # `Experts` have more labels, of no sample
         for begin in range(0, chosen.size, most):
             yield chosen[begin : begin + most], model.item_scores(states[begin : begin + most]).cpu().numpy()
 
@@ -133,6 +135,8 @@ def _passes(
     check_count("rows_per_pass", rows_per_pass, minimum=1)
     policy = policy_of(model, policy)
     catalog, prompt = model.catalog, model.prompt
+    if isinstance(policy, Experts):
+        policy = replace(policy, boundaries=None)  # every sample as it is served
     if users.size and _share_trunks(model, policy, positions, head):
 
         def count_rows(users: Int64, ranges: Int64) -> Int64:
@@ -169,7 +173,7 @@ def _share_trunks(model: TrainableModel, policy: AnyPolicy, positions: Int64, he
     whole = uncut or cut_every_of(policy) > 1  # else histories of a layout begin elsewhere
     drawn = isinstance(policy, (RandomItemPatches, ItemDropout))  # for every prompt anew
     begun = bool(model.prompt.suffix) or head == "items"  # a branch for a title begins with a row of its own
-    return isinstance(policy, TrunkPolicy) and whole and not drawn and begun and model.takes_branches
+    return isinstance(policy, (TrunkPolicy, Experts)) and whole and not drawn and begun and model.takes_branches
 
 
 def _filled(rows: Int64, most: int) -> Iterator[Int64]:

@@ -24,11 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
 
+from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.files import choose_catalog, is_model
+from patchkern.models.learned_rows import experts_are_trained
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator
 from patchkern.training.finite_losses import FiniteLosses
@@ -218,6 +220,13 @@ class PatchTrainer(Trainer):
             if head == "items":
                 eval_options = {"search": "items", **(eval_options or {})}
             kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
+        learned = (isinstance(policy, Experts) and policy.count > 0) or isinstance(policy, PreferenceMemory)
+        if learned and not experts_are_trained(model):
+            warnings.warn(
+                "model: expected experts whose embeddings are trained, got frozen ones, which compress nothing; an "
+                "adapter has them among its trainable_token_indices where the prompt had them before it was made",
+                stacklevel=2,
+            )
         resting = share_at_rest((p for p in model.parameters() if p.requires_grad), args.learning_rate)
         if resting > _MANY_AT_REST:
             warnings.warn(

@@ -149,3 +149,29 @@ def test_items_need_a_head() -> None:
         next(item_log_probs(make_model(TITLES), WHOLE, SAMPLES, POLICIES["items"]))
     with pytest.raises(ValueError, match="head: expected titles or items, got 'both'"):
         target_nll(with_head(), WHOLE, SAMPLES, POLICIES["items"], head="both")
+
+
+@pytest.mark.parametrize("rows_per_pass", [60, 4096])
+@pytest.mark.parametrize("parts", ["one", "blocks"])
+def test_behind_experts_every_sample_is_as_it_is_served(parts: str, rows_per_pass: int) -> None:
+    policy = pk.Experts(pk.ItemPatches(1, None), count=2, block=5, keep=3 if parts == "one" else None, parts=parts)
+    model = make_model(TITLES)
+    model.prompt = model.prompt.with_special(experts=[97, 98])
+    got = target_nll(model, WHOLE, SAMPLES, policy, rows_per_pass=rows_per_pass)
+    histories = [WHOLE[user][:position] for user, position in zip(*SAMPLES, strict=True)]
+    targets = [WHOLE[user][position] for user, position in zip(*SAMPLES, strict=True)]
+    scores = model.score_items(histories, policy)
+    places = [list(model.catalog.item_ids).index(target) for target in targets]
+    np.testing.assert_allclose(got, -scores[np.arange(len(targets)), places], rtol=0, atol=1e-10)
+
+
+def test_items_behind_experts() -> None:
+    from expert_model_cases import PLACES, POLICIES, model_for
+
+    for policy in POLICIES.values():
+        model = model_for(policy, "sasrec")
+        samples = (np.array([2, 0, 0, 0]), np.array([8, 12, 3, 9]))
+        histories = [PLACES[user][:position] for user, position in zip(*samples, strict=True)]
+        expected = model.score_items(histories)
+        for chosen, scores in item_log_probs(model, PLACES, samples):
+            np.testing.assert_allclose(scores, expected[chosen], rtol=0, atol=1e-12)

@@ -32,6 +32,7 @@ from patchkern.batch.experts import Experts
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.mean_of_old import MeanOfOld
 from patchkern.batch.policies import (
     FitRows,
     FittingPolicy,
@@ -91,6 +92,7 @@ __all__ = [
     "ItemTable",
     "Level",
     "LinearPrior",
+    "MeanOfOld",
     "ModelCard",
     "PackedBatch",
     "PartialListsWarning",

@@ -60,6 +60,7 @@ from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 if TYPE_CHECKING:
     from patchkern.budget.training import TrainingPlan, plan_training
     from patchkern.models.item_model import ItemModel
+    from patchkern.models.memories import Memories
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.models.recurrent import RecurrentMemory
@@ -93,6 +94,7 @@ __all__ = [
     "Level",
     "LinearPrior",
     "MeanOfOld",
+    "Memories",
     "ModelCard",
     "PackedBatch",
     "PartialListsWarning",
@@ -142,6 +144,7 @@ _LAZY = {
     "ItemHeadPrior": "patchkern.search.head_prior",
     "ItemModel": "patchkern.models.item_model",
     "LinearPrior": "patchkern.search.linear_prior",
+    "Memories": "patchkern.models.memories",
     "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",

@@ -8,7 +8,7 @@ memory of a history. A user's state is small and plain, so that anything may kee
     memories = memory.compress(histories)             # a Memories: vectors (M, D), and items absorbed, of each user
     memories = memory.compress(longer, memories)      # absorbs what is new alone; nothing where no segment became full
     vectors, absorbed = memories[0]                   # (C, D), or (n C, D) with mode="append", and an int
-    memories = Memories.of([(vectors, absorbed)])
+    memories = pk.Memories.of([(vectors, absorbed)])
     memory.recommend(longer)                          # computes the memories of its users on the way
 """
 

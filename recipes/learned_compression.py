@@ -289,7 +289,7 @@ def stored_bytes(model: Any, policy: Any, histories: pk.Histories) -> NDArray[np
         }
         return np.array([each[int(count)] for count in old], np.float64)
     rows = pk.row_counts(model.catalog, histories, policy, model.prompt)
-    return rows * float(SearchCost(model, SearchSize(1, 1)).row_bytes)
+    return rows.astype(np.float64) * SearchCost(model, SearchSize(1, 1)).row_bytes
 
 
 # ------------------------------------------------------------------ the table

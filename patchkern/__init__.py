@@ -32,6 +32,7 @@ from patchkern.batch.experts import Experts
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.mean_of_old import MeanOfOld
 from patchkern.batch.policies import (
     FitRows,
     FittingPolicy,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from patchkern.budget.training import TrainingPlan, plan_training
     from patchkern.models.item_model import ItemModel
     from patchkern.models.learned_rows import add_experts
+    from patchkern.models.memories import Memories
     from patchkern.models.model_card import ModelCard
     from patchkern.models.patched_lm import PatchedCausalLM
     from patchkern.models.recurrent import RecurrentMemory
@@ -94,6 +96,8 @@ __all__ = [
     "ItemTable",
     "Level",
     "LinearPrior",
+    "MeanOfOld",
+    "Memories",
     "ModelCard",
     "PackedBatch",
     "PartialListsWarning",
@@ -146,6 +150,7 @@ _LAZY = {
     "ItemHeadPrior": "patchkern.search.head_prior",
     "ItemModel": "patchkern.models.item_model",
     "LinearPrior": "patchkern.search.linear_prior",
+    "Memories": "patchkern.models.memories",
     "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",

@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         argument="checkpoint",
     )
     model.to(device).eval()
+    if args.one_time:
+        if not isinstance(model, pk.RecurrentMemory):
+            raise ValueError(f"--one_time: expected a model with a memory, got {type(model).__name__}")
+        model.one_time = True
     if args.search is None:
         args.search = "beam" if "titles" in model.learns else "items"
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
@@ -191,6 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
     parser.add_argument("--keep_text", type=int, help="latest items that stay text beside item patches")
     parser.add_argument("--group_size", type=int, help="items of a session patch")
+    parser.add_argument("--one_time", action="store_true", help="make memories in one pass over all old items")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
     parser.add_argument("--prior", nargs="+", choices=PRIORS, default=[], help="another row, with these priors")
     parser.add_argument(

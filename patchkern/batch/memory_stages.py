@@ -107,12 +107,8 @@ class Training:
     def _place(self, units: Int64, last_segment: Int64, updated: NDArray[np.bool_]) -> None:
         """Which rows stand where."""
         planner, runs, policy, prompt = self.planner, self.runs, self.planner.policy, self.planner.prompt
-        slots, appends, separator, first = (
-            policy.slots,
-            policy.mode == "append",
-            len(prompt.separator),
-            len(prompt.prefix),
-        )
+        slots, appends = policy.slots, policy.mode == "append"
+        first, separator = len(prompt.prefix), len(prompt.separator)
         trunk, branch = np.arange(self.segment.size), self.segment.size + np.arange(self.branched.size)
         of_branch = self.unit[self.branched]
         leads = runs.counted(runs.entries, of_branch, self.split[self.branched]) > 0

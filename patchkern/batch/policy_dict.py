@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from patchkern.batch.experts import Experts
+from patchkern.batch.mean_of_old import MeanOfOld
 from patchkern.batch.policies import (
     AnyPolicy,
     FitRows,
@@ -31,6 +32,7 @@ _KINDS = (
     TimeSessions,
     FitRows,
     Experts,
+    MeanOfOld,
     PreferenceMemory,
 )
 _POLICIES: dict[str, Any] = {policy.__name__: policy for policy in _KINDS}

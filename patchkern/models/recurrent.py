@@ -8,7 +8,7 @@ memory of a history. A user's state is small and plain, so that anything may kee
     memories = memory.compress(histories)             # a Memories: vectors (M, D), and items absorbed, of each user
     memories = memory.compress(longer, memories)      # absorbs what is new alone; nothing where no segment became full
     vectors, absorbed = memories[0]                   # (C, D), or (n C, D) with mode="append", and an int
-    memories = Memories.of([(vectors, absorbed)])
+    memories = pk.Memories.of([(vectors, absorbed)])
     memory.recommend(longer)                          # computes the memories of its users on the way
 """
 
@@ -324,8 +324,17 @@ class RecurrentMemory(MemoryWrapper):
         return Memories(vectors, np.array([own.shape[0] for own in kept], np.int64), wanted)
 
     def prompt_vectors(self, histories: Histories, policy: AnyPolicy) -> Tensor:
-        """``(M, D)`` the memories that the prompts of these users read; see `SearchModel.prompt_vectors`."""
-        return self.compress(histories, policy=policy).vectors  # type: ignore[arg-type]
+        """``(M, D)`` the memories that the prompts of these users read, user by user.
+
+        Of users whose memories are of the same items, as of one user's prompts at several times, one is computed.
+        """
+        absorbed = self.planner_of(policy).policy.absorbed(histories.lengths)
+        pasts = [items[:count].tobytes() for items, count in zip(histories, absorbed, strict=True)]
+        first = {past: user for user, past in reversed(list(enumerate(pasts)))}
+        chosen = sorted(first.values())
+        found = self.compress(histories.take(chosen), policy=policy)  # type: ignore[arg-type]
+        own = dict(zip(chosen, found.vectors.split(found.rows.tolist()), strict=True))
+        return torch.cat([own[first[past]] for past in pasts]) if pasts else found.vectors
 
     @property
     def width(self) -> int:

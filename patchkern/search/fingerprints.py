@@ -46,8 +46,10 @@ def _hash_into(hashed: Any, value: Any) -> None:
 
 
 def model_fingerprint(model: SearchModel) -> str:
-    """Names, shapes and a sample of the values of all parameters."""
+    """Names, shapes and a sample of the values of all parameters; and how a model with memories makes them."""
     hashed = hashlib.blake2b(digest_size=16)
+    if getattr(model, "one_time", False):
+        hashed.update(b"one_time")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             sample = parameter.reshape(-1)[:: max(1, parameter.numel() // _VALUES)].double()

@@ -191,6 +191,19 @@ def test_memories_go_on_from_what_was_absorbed(mode: str) -> None:
     assert torch.equal(again.vectors, after.vectors), "nothing new is nothing computed"
 
 
+def test_prompts_of_one_past_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = make_memory(mode="append")
+    histories = HISTORIES.before([0, 3, 0, 1, 0], [17, 9, 15, 1, 14])
+    expected = memory.compress(histories)
+    counted: list[int] = []
+    compress = memory.compress
+    monkeypatch.setattr(
+        memory, "compress", lambda given, **options: counted.append(len(given)) or compress(given, **options)
+    )
+    torch.testing.assert_close(memory.prompt_vectors(histories, memory.policy), expected.vectors, **EXACT)
+    assert counted == [4], "16 and 12 items of user 0, 8 of user 3, none of user 1"
+
+
 @pytest.mark.parametrize(("kind", "mode"), [("sasrec", "append"), ("hstu", "overwrite")])
 def test_a_perfect_student_is_its_teacher(kind: str, mode: str) -> None:
     memory = make_memory(kind, mode)

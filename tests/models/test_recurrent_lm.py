@@ -125,6 +125,22 @@ def test_searches_read_the_memories() -> None:
     np.testing.assert_allclose(nll, -before[np.arange(3), histories.at(users, positions)], atol=2e-5)
 
 
+@pytest.mark.parametrize("mode", ["overwrite", "append"])
+def test_budgets_count_what_is_read(mode: str) -> None:
+    memory = make_memory("patches and text", mode, item_head=True)
+    counts = pk.row_counts(memory.catalog, HISTORIES, memory.policy, memory.prompt)
+    layout = pk.build_layout(memory.catalog, HISTORIES, memory.policy, memory.prompt)
+    assert counts.tolist() == layout.cu_seqlens.diff().tolist()
+    whole = pk.row_counts(memory.catalog, HISTORIES, INNER["patches and text"], memory.prompt)
+    long = HISTORIES.lengths > BLOCK + SLOTS * 3
+    assert long.any() and (counts[long] < whole[long]).all()
+    plan = pk.plan_memory(memory, counts, "64MiB")
+    assert sum(batch.users.size for batch in plan.batches) == len(HISTORIES)
+    free = memory.recommend(HISTORIES, k=3, search="items")
+    bound = memory.recommend(HISTORIES, k=3, search="items", memory_budget="64MiB")
+    assert [[item for item, _ in user] for user in bound] == [[item for item, _ in user] for user in free]
+
+
 def test_a_cache_never_mistakes_one_memory_for_another() -> None:
     memory = make_memory("text", "overwrite", item_head=True)
     layout = pk.build_layout(memory.catalog, HISTORIES, memory.policy, memory.prompt, head="items")

@@ -190,13 +190,16 @@ def test_the_client_of_its_server(tmp_path: Path) -> None:
             {"k": 5, "num_beams": 8},
             {"k": 5, "num_beams": 20, "exclude_seen": True},
             {"k": 3, "num_beams": 4, "allowed_items": ITEMS[5:12]},
-            {"k": 1, "num_beams": 1},
         ):
             histories = HISTORIES[:3] if "exclude_seen" in options else HISTORIES
             got, expected = client.recommend(histories, **options), model.recommend(histories, **options)
             assert [[item for item, _ in user] for user in got] == [[item for item, _ in user] for user in expected]
             for one, two in zip(got, expected, strict=True):
                 assert [score for _, score in one] == pytest.approx([score for _, score in two], abs=1e-4)
+        # one request a user: a title, token by token, with the score that all titles' scores have for it
+        scores = model.score_items(HISTORIES)
+        for user, ((item, score),) in enumerate(client.recommend(HISTORIES, k=1, num_beams=1)):
+            assert score == pytest.approx(float(scores[user, ITEMS.index(item)]), abs=1e-4)
         past = client.served.vocab_size + len(ITEMS)
         for prompt, arguments, message in (
             ([past], {}, rf"400: .*{past} is out of vocabulary"),

@@ -34,8 +34,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,6 +63,7 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that slots can be written without a second process
         from vllm import LLM, SamplingParams
 

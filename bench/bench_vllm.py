@@ -45,7 +45,7 @@ from bench import output
 from bench.timing import Table, measure
 from bench.workloads import Workload, ml1m
 from patchkern.models.scratch import fit_tokenizer, scratch_model
-from patchkern.serving.vllm.export import export
+from patchkern.serving.vllm.export import export_model
 from patchkern.serving.vllm.item_tokens import item_token_ids
 from patchkern.serving.vllm.prompt_rows import PromptRows
 from patchkern.serving.vllm.requests import LOGITS_PROCESSOR, request_args
@@ -123,7 +123,7 @@ def make_model(workload: Workload, args: argparse.Namespace, folder: Path) -> pk
     )
     model = pk.PatchedCausalLM(hf_model, workload.catalog, workload.prompt, pk.TextOnly()).eval()
     model.save_pretrained(folder / "run", tokenizer=tokenizer)
-    export(folder / "run", folder / "served")
+    export_model(folder / "run", folder / "served")
     return model
 
 

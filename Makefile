@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 DATA ?=
 ARGS ?=
 PYTEST_ARGS ?=
@@ -15,7 +16,7 @@ BUILT := $(VENV)/.built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build quickstart pretrained reproduce test test-all test-ray lint format docs bench bench-quick gpu sanitize clean
+.PHONY: help build quickstart pretrained reproduce test test-all test-ray test-vllm lint format docs bench bench-quick gpu sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +78,20 @@ test-ray: export OMP_NUM_THREADS = 1
 test-ray: $(BUILT) ## optional: install Ray in build/ray and kill recipes/batch_ray.py's actors and driver
 	test -x $(RAY)/bin/pytest || { $(BIN)/python -m venv $(RAY) && $(RAY)/bin/python -m pip install -c constraints.txt $(RAY_NEEDS); }
 	PYTHONPATH=. $(RAY)/bin/python -m pytest tests/recipes/test_batch_ray.py $(PYTEST_ARGS)
+
+# vLLM pins other versions of torch and transformers than .venv has, and is some gigabytes: an environment of its own.
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+$(VLLM_INSTALLED): constraints-vllm.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: $(VLLM_INSTALLED) ## optional: the tests and the benchmark of the vLLM plugin, in .venv-vllm, which it makes (4 GB)
+	$(VLLM_VENV)/bin/python -m pytest tests/serving/vllm $(PYTEST_ARGS)
+	$(VLLM_VENV)/bin/python bench/bench_vllm.py
 
 lint: $(INSTALLED) ## check style, types and the direction of imports
 	$(BIN)/ruff check .

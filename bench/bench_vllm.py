@@ -16,7 +16,8 @@ catalogue.
 --max_items as they come or 20 at a time (cut_every). "patchkern" is one forward pass over the same prompts, packed, in
 this library alone.
 
-Providers take turns; ratios are taken within a turn. Before any time is printed, all ways of the same prompt must give
+Times are those of one core's own work, so that other programs do not count. Providers take turns; ratios are taken
+within a turn. Before any time is printed, all ways of the same prompt must give
 the log-probabilities of `PatchedCausalLM` within 1e-5.
 """
 
@@ -44,7 +45,7 @@ from bench import output
 from bench.timing import Table, measure
 from bench.workloads import Workload, ml1m
 from patchkern.models.scratch import fit_tokenizer, scratch_model
-from patchkern.serving.vllm.export import export
+from patchkern.serving.vllm.export import export_model
 from patchkern.serving.vllm.item_tokens import item_token_ids
 from patchkern.serving.vllm.prompt_rows import PromptRows
 from patchkern.serving.vllm.requests import LOGITS_PROCESSOR, request_args
@@ -62,6 +63,7 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that slots can be written without a second process
         from vllm import LLM, SamplingParams
 
@@ -121,7 +123,7 @@ def make_model(workload: Workload, args: argparse.Namespace, folder: Path) -> pk
     )
     model = pk.PatchedCausalLM(hf_model, workload.catalog, workload.prompt, pk.TextOnly()).eval()
     model.save_pretrained(folder / "run", tokenizer=tokenizer)
-    export(folder / "run", folder / "served")
+    export_model(folder / "run", folder / "served")
     return model
 
 
@@ -227,9 +229,9 @@ def next_visit(
         visits, cached, seconds = iter(prompts), [], []
         engine.first_tokens(next(visits))
         for visit in visits:
-            begin = time.perf_counter()
+            begin = time.process_time()
             outputs = engine.first_tokens(visit)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
             cached.append(
                 sum(one.num_cached_tokens for one in outputs) / sum(len(one.prompt_token_ids) for one in outputs)
             )
@@ -266,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         calls, counts = first_visit(workload, model, served, engine, rows, args)
         shape = {"users": args.users, "items": args.max_items, "hidden": args.hidden_size, "layers": args.layers}
         config = {"data": workload.name, "vocabulary": VOCABULARY, **shape}
-        timing = measure(calls, seconds=0, min_rounds=args.rounds, max_rounds=args.rounds)
+        timing = measure(calls, 0, args.rounds, args.rounds, clock=time.process_time)
         for name in calls:
             p20, p50, p80 = timing.quantiles(name)
             rates = (args.users / p80, args.users / p50, args.users / p20)

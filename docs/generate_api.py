@@ -32,6 +32,10 @@ MODULES = {
         "stores.",
         "Stores of users: `from patchkern.serving import stores`. [Which to take](serving.md#users-kept-compressed).",
     ),
+    "patchkern.serving.vllm": (
+        "vllm.",
+        "Items as tokens of vLLM: `from patchkern.serving import vllm`. [How](vllm.md).",
+    ),
     "patchkern.models.scratch": ("scratch.", "Small models of random weights: `from patchkern.models import scratch`."),
 }
 

@@ -193,6 +193,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--policy", choices=POLICIES, help="how histories are read (default: as trained)")
     parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
+    parser.add_argument(
+        "--cut_every", type=int, help="items that longer histories lose at a time (default: as trained)"
+    )
     parser.add_argument("--keep_text", type=int, help="latest items that stay text beside item patches")
     parser.add_argument("--group_size", type=int, help="items of a session patch")
     parser.add_argument("--one_time", action="store_true", help="make memories in one pass over all old items")
@@ -213,7 +216,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="the CSV (default: beside the model)")
     parser.add_argument("--run", metavar="FILE", help="also the lists and, as FILE.qrels, the targets in TREC's format")
     args = parser.parse_args(argv)
-    least = {"limit": 1, "max_items": 1, "keep_text": 0, "group_size": 1, "batch_size": 1}
+    least = {"limit": 1, "max_items": 1, "cut_every": 1, "keep_text": 0, "group_size": 1, "batch_size": 1}
     for name, smallest in least.items():
         value = getattr(args, name)
         if value is not None and value < smallest:
@@ -267,7 +270,7 @@ def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def chosen_policy(model: TrainableModel, args: argparse.Namespace) -> AnyPolicy:
     """--policy, else the model's; with what is asked for of it."""
-    given = {name: getattr(args, name) for name in ("max_items", "keep_text", "group_size")}
+    given = {name: getattr(args, name) for name in ("max_items", "cut_every", "keep_text", "group_size")}
     given = {name: value for name, value in given.items() if value is not None}
     policy: Any = model.policy
     if args.policy is not None:

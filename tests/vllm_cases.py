@@ -55,7 +55,7 @@ def make_model(
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.2,
+        initializer_range=0.1,
         tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

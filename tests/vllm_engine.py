@@ -54,6 +54,8 @@ def answers(
     command = [sys.executable, __file__, str(work / "requests.pt"), str(work / "answers.pt")]
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, **SETTINGS, "PYTHONPATH": str(root)}
+    if options.get("tensor_parallel_size", 1) > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found: list[list[dict[str, Any]]] = torch.load(work / "answers.pt", weights_only=True)

@@ -158,6 +158,7 @@ def test_a_limit_is_spread_over_all_samples(
     ("flags", "policy"),
     [
         (["--policy", "text", "--max_items", "7"], pk.TextOnly(7)),
+        (["--policy", "text", "--max_items", "7", "--cut_every", "3"], pk.TextOnly(7, cut_every=3)),
         (["--policy", "items", "--keep_text", "2"], pk.ItemPatches(2)),
         (["--policy", "sessions", "--group_size", "3"], pk.SessionPatches(3, align="start")),
     ],

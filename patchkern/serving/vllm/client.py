@@ -47,7 +47,7 @@ class ServerError(RuntimeError):
 
 
 class VllmClient:
-    """Asks a server that was started as `patchkern.serving.vllm.export.export` says.
+    """Asks a server that was started as `patchkern.serving.vllm.export_model` says.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8000``.

@@ -28,7 +28,7 @@ _OWN = (files.DESCRIPTION, files.CATALOG, files.ITEM_EMBEDDINGS, files.ITEM_HEAD
 _STALE = ("*.safetensors", "*.bin", "model.safetensors.index.json", f"{FOLDER}/*.safetensors")
 
 
-def export(run: str | os.PathLike[str], folder: str | os.PathLike[str], head: str = "titles") -> list[str]:
+def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], head: str = "titles") -> list[str]:
     """Write ``folder`` for vLLM from the model in ``run``.
 
     Weights, tokenizer and the model's other files are those of ``run``, linked where the file system can and copied
@@ -58,6 +58,8 @@ def export(run: str | os.PathLike[str], folder: str | os.PathLike[str], head: st
         raise ValueError(
             f"run: expected a PatchedCausalLM in {os.fspath(run)!r}, got an ItemModel, which reads no tokens"
         )
+    if description.memory is not None:
+        raise ValueError("run: expected a model without a memory around it, whose vectors are no tokens, got one with")
     if (source / ADAPTER).is_file():
         raise ValueError(
             f"run: expected a whole model, got an adapter in {os.fspath(run)!r}: merge it into its base first "
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--head", choices=HEADS, default="titles", help="what to predict (default: %(default)s)")
     given = parser.parse_args(argv)
     try:
-        program = export(given.run, given.folder, given.head)
+        program = export_model(given.run, given.folder, given.head)
     except (OSError, ValueError) as error:
         sys.exit(f"export: {error}")
     print(f"{given.folder} is written; where vLLM and patchkern are installed, it is served by\n")

@@ -31,7 +31,7 @@ def item_token_ids(layout: PatchLayout, catalog: Catalog, vocab_size: int) -> li
 
     Examples:
         >>> import patchkern as pk
-        >>> from patchkern.serving.vllm.item_tokens import item_token_ids
+        >>> from patchkern.serving.vllm import item_token_ids
         >>> catalog = pk.Catalog.from_token_ids([5, 6, 7, 8, 9], [0, 2, 5])
         >>> prompt = pk.Prompt(prefix=[1], separator=[2], suffix=[3], response_end=[4])
         >>> layout = pk.build_layout(catalog, [[1, 1, 0], [0]], pk.ItemPatches(keep_text=1), prompt)
@@ -70,6 +70,8 @@ def check_plain(layout: PatchLayout, catalog: Catalog) -> None:
     check_readable(layout)
     if layout.prefix is not None:
         raise ValueError("layout: expected one span per user, got spans with a prefix, which are no plain sequence")
+    if layout.vector_rows is not None:
+        raise ValueError("layout: expected tokens and patches alone, got rows of a memory, which are no user's items")
     if layout.labels is not None or layout.item_labels is not None:
         raise ValueError("layout: expected prompts alone, got one with targets")
     if layout.catalog_fingerprint != catalog.fingerprint:

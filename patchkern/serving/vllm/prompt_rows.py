@@ -31,7 +31,7 @@ class PromptRows:
     reach it. Rows and token ids must not be mixed in one prompt; these are rows alone.
 
     Args:
-        folder: what `patchkern.serving.vllm.export.export` wrote.
+        folder: what `patchkern.serving.vllm.export_model` wrote.
         dtype: that the server runs in; the checkpoint's where not given.
 
     Raises:

@@ -49,7 +49,7 @@ def read_served(folder: str | os.PathLike[str], config: Mapping[str, Any] | None
     """Read an exported folder.
 
     Args:
-        folder: what `patchkern.serving.vllm.export.export` wrote.
+        folder: what `patchkern.serving.vllm.export_model` wrote.
         config: its configuration's ``patchkern``, where it is known; else it is read.
 
     Raises:

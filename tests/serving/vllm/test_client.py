@@ -14,7 +14,7 @@ from vllm_cases import HISTORIES, ITEMS, fake_server, save_run
 
 import patchkern as pk
 from patchkern.serving.vllm.client import ServerError, VllmClient
-from patchkern.serving.vllm.export import export
+from patchkern.serving.vllm.export import export_model
 from patchkern.serving.vllm.prompt_rows import PromptRows
 from patchkern.serving.vllm.requests import check_args, request_args
 from patchkern.serving.vllm.served import read_served
@@ -32,7 +32,7 @@ def assert_same(got: Any, expected: Any) -> None:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
     model = save_run(folder / "run", tied=False, dtype=torch.float64, item_embeddings=True, item_head=True)
-    export(folder / "run", folder / "served", request.param)
+    export_model(folder / "run", folder / "served", request.param)
     with fake_server(model, folder / "served") as (url, bodies):
         yield model, folder / "served", url, bodies
 
@@ -64,8 +64,9 @@ def test_sessions_as_rows(served: Any) -> None:
         got = client.recommend(HISTORIES, k=6)
         assert_same(got, model.recommend(HISTORIES, SESSIONS, k=6, search="items"))
     else:
-        got = client.recommend(HISTORIES, k=1, num_beams=1)
-        assert_same(got, model.recommend(HISTORIES, SESSIONS, k=1, num_beams=1))
+        scores = model.score_items(HISTORIES, SESSIONS)
+        for user, ((item, score),) in enumerate(client.recommend(HISTORIES, k=1, num_beams=1)):
+            assert score == pytest.approx(float(scores[user, ITEMS.index(item)]), abs=1e-9)
         with pytest.raises(ValueError, match=r"num_beams: expected 1 with prompts of embeddings"):
             client.recommend(HISTORIES, k=2, num_beams=2)
     assert len(bodies) == len(HISTORIES) and all("prompt" not in body for body in bodies)
@@ -96,7 +97,7 @@ def test_whoever_is_served_by_another_folder_hears_of_it(served: Any, tmp_path: 
     catalog = pk.Catalog.from_titles(titles, AutoTokenizer.from_pretrained(tmp_path / "run"))
     renamed = pk.PatchedCausalLM(other.hf_model, catalog, other.prompt, other.policy, item_head=True)
     renamed.save_pretrained(tmp_path / "renamed", tokenizer=AutoTokenizer.from_pretrained(tmp_path / "run"))
-    export(tmp_path / "renamed", tmp_path / "served", head)
+    export_model(tmp_path / "renamed", tmp_path / "served", head)
     for num_beams in (1, 3):
         with pytest.raises(ServerError, match=r"is another folder served"):
             VllmClient(url, tmp_path / "served").recommend(HISTORIES, k=1, num_beams=num_beams)

@@ -24,7 +24,7 @@ from vllm_cases import HISTORIES, ITEMS, save_run
 
 import patchkern as pk
 from patchkern.serving.vllm.client import ServerError, VllmClient
-from patchkern.serving.vllm.export import export
+from patchkern.serving.vllm.export import export_model
 from patchkern.serving.vllm.item_tokens import item_token_ids
 from patchkern.serving.vllm.prompt_rows import PromptRows
 from patchkern.serving.vllm.requests import request_args
@@ -41,7 +41,7 @@ GROWING = [ITEMS[::2] * 10 + ITEMS[:end] for end in (0, 1, 4)]
 
 def served_model(tmp_path: Path, head: str = "titles", **settings: Any) -> tuple[pk.PatchedCausalLM, Path]:
     model = save_run(tmp_path / "run", **settings)
-    export(tmp_path / "run", tmp_path / "served", head)
+    export_model(tmp_path / "run", tmp_path / "served", head)
     return model, tmp_path / "served"
 
 
@@ -145,6 +145,18 @@ def test_items(tmp_path: Path) -> None:
         assert float((got[got.isfinite()] - scores[user, [1, 3, 4]]).abs().max()) < TOLERANCE
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_processes_share_the_vocabulary(tmp_path: Path) -> None:
+    model, folder = served_model(tmp_path, item_embeddings=True)
+    served = read_served(folder)
+    layout = pk.build_layout(model.catalog, HISTORIES, model.policy, model.prompt)
+    prompts = [ids.tolist() for ids in item_token_ids(layout, model.catalog, served.vocab_size)]
+    batches = [[{"prompt": ids, "max_tokens": 1} for ids in prompts]]
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    (found,) = vllm_engine.answers(folder, tmp_path, batches, enforce_eager=True, **parallel)
+    assert worst(found, after_prompts(model, layout), slice(0, served.vocab_size)) < TOLERANCE
+
+
 @contextmanager
 def server(folder: Path, log: Path) -> Iterator[str]:
     """vLLM's server over an exported folder, on a port of this machine."""
@@ -190,13 +202,16 @@ def test_the_client_of_its_server(tmp_path: Path) -> None:
             {"k": 5, "num_beams": 8},
             {"k": 5, "num_beams": 20, "exclude_seen": True},
             {"k": 3, "num_beams": 4, "allowed_items": ITEMS[5:12]},
-            {"k": 1, "num_beams": 1},
         ):
             histories = HISTORIES[:3] if "exclude_seen" in options else HISTORIES
             got, expected = client.recommend(histories, **options), model.recommend(histories, **options)
             assert [[item for item, _ in user] for user in got] == [[item for item, _ in user] for user in expected]
             for one, two in zip(got, expected, strict=True):
                 assert [score for _, score in one] == pytest.approx([score for _, score in two], abs=1e-4)
+        # one request a user: a title, token by token, with the score that all titles' scores have for it
+        scores = model.score_items(HISTORIES)
+        for user, ((item, score),) in enumerate(client.recommend(HISTORIES, k=1, num_beams=1)):
+            assert score == pytest.approx(float(scores[user, ITEMS.index(item)]), abs=1e-4)
         past = client.served.vocab_size + len(ITEMS)
         for prompt, arguments, message in (
             ([past], {}, rf"400: .*{past} is out of vocabulary"),

@@ -16,7 +16,7 @@ from vllm_cases import ITEMS, TITLES, make_model, save_run
 import patchkern as pk
 from patchkern.serving.__main__ import main
 from patchkern.serving.vllm import plugin
-from patchkern.serving.vllm.export import export
+from patchkern.serving.vllm.export import export_model
 from patchkern.serving.vllm.served import identity_of, read_served
 
 
@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_checkpoint_stays_as_it_is(run: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     folder = tmp_path / "served"
-    export(run, folder)
+    export_model(run, folder)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     own = {"patchkern.json", "catalog.safetensors", "item_embeddings.safetensors", "item_head.safetensors"}
     assert {path.name for path in (folder / "patchkern").iterdir()} == own
@@ -42,7 +42,7 @@ def test_the_checkpoint_stays_as_it_is(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_configuration_has_a_token_for_every_item(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "served", head="items")
+    export_model(run, tmp_path / "served", head="items")
     was, now = (json.loads((folder / "config.json").read_text()) for folder in (run, tmp_path / "served"))
     changed = {name for name in now if now[name] != was.get(name)}
     assert changed == {"architectures", "vocab_size", "patchkern"} and was.keys() <= now.keys()
@@ -58,9 +58,9 @@ def test_the_configuration_has_a_token_for_every_item(run: Path, tmp_path: Path)
 
 def test_another_export_replaces_one(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
-    export(run, folder, "items")
+    export_model(run, folder, "items")
     save_run(tmp_path / "plain")
-    export(tmp_path / "plain", folder)
+    export_model(tmp_path / "plain", folder)
     assert read_served(folder).head == "titles"
     assert {path.name for path in (folder / "patchkern").iterdir()} == {"patchkern.json", "catalog.safetensors"}
 
@@ -74,7 +74,7 @@ def test_the_identity_is_of_titles_and_ids() -> None:
 
 def test_parts_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
-    export(run, folder)
+    export_model(run, folder)
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"catalogue that its config.json tells of"):
         read_served(folder, config["patchkern"] | {"catalog": "0" * 32})
@@ -90,25 +90,25 @@ def test_parts_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
 def test_refused(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "served"
     with pytest.raises(ValueError, match=r"head: expected one of titles, items, got 'both'"):
-        export(run, out, "both")
+        export_model(run, out, "both")
     with pytest.raises(ValueError, match=r"folder: expected another one than the run's"):
-        export(run, run)
+        export_model(run, run)
     with pytest.raises(FileNotFoundError, match=r"patchkern.json"):
-        export(tmp_path, out)
+        export_model(tmp_path, out)
     model, tokenizer = make_model()
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"saved with its tokenizer"):
-        export(tmp_path / "bare", out)
+        export_model(tmp_path / "bare", out)
     model.save_pretrained(tmp_path / "titles", tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r'head: expected "titles" for a model without an item head'):
-        export(tmp_path / "titles", out, "items")
+        export_model(tmp_path / "titles", out, "items")
     open_ended = pk.PatchedCausalLM(model.hf_model, model.catalog, pk.Prompt(prefix=[0], suffix=[1]), model.policy)
     open_ended.save_pretrained(tmp_path / "open", tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"response_end"):
-        export(tmp_path / "open", out)
+        export_model(tmp_path / "open", out)
     pk.ItemModel(model.catalog, width=16).save_pretrained(tmp_path / "ids")
     with pytest.raises(ValueError, match=r"PatchedCausalLM in .*, got an ItemModel"):
-        export(tmp_path / "ids", out)
+        export_model(tmp_path / "ids", out)
     for name, value, message in (
         ("architectures", ["GPT2LMHeadModel"], r"expected a model of one of LlamaForCausalLM, .*GPT2LMHeadModel"),
         ("vocab_size", 999, r"vocabulary of the size"),
@@ -116,11 +116,16 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         config = json.loads((tmp_path / "titles" / "config.json").read_text())
         (tmp_path / "titles" / "config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(ValueError, match=message):
-            export(tmp_path / "titles", out)
+            export_model(tmp_path / "titles", out)
         (tmp_path / "titles" / "config.json").write_text(json.dumps(config))
+    described = json.loads((tmp_path / "titles" / "patchkern.json").read_text())
+    (tmp_path / "titles" / "patchkern.json").write_text(json.dumps(described | {"memory": {"slots": 4}}))
+    with pytest.raises(ValueError, match=r"without a memory around it"):
+        export_model(tmp_path / "titles", out)
+    (tmp_path / "titles" / "patchkern.json").write_text(json.dumps(described))
     (tmp_path / "titles" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"merge_and_unload"):
-        export(tmp_path / "titles", out)
+        export_model(tmp_path / "titles", out)
     assert not out.exists()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vllm_cases import HISTORIES, save_run
 
 import patchkern as pk
-from patchkern.serving.vllm.export import export
+from patchkern.serving.vllm.export import export_model
 from patchkern.serving.vllm.item_tokens import item_token_ids
 from patchkern.serving.vllm.prompt_rows import PromptRows, as_prompt_embeds
 
@@ -83,6 +83,11 @@ def _layout(policy: Any = None, **options: Any) -> pk.PatchLayout:
         ),
         (lambda: item_token_ids(replace(_layout(), catalog_fingerprint=None), CATALOG, 97), ValueError, r"another's"),
         (
+            lambda: item_token_ids(replace(_layout(), vector_rows=torch.tensor([0])), CATALOG, 97),
+            ValueError,
+            r"rows of a memory",
+        ),
+        (
             lambda: item_token_ids(
                 pk.build_training_layout(CATALOG, [list(CASES)] * 2, pk.ItemPatches(1), FIXED, [[3, 5], [2, 2]]),
                 CATALOG,
@@ -105,7 +110,7 @@ def test_refused(call: Callable[[], Any], error: type[Exception], message: str) 
 @pytest.mark.parametrize("policy", [SESSIONS, pk.ItemPatches(2), pk.SessionPatches(3, max_items=9)])
 def test_prompt_rows_are_those_of_the_model(tmp_path: Path, policy: Any, item_embeddings: bool) -> None:
     model = save_run(tmp_path / "run", tied=False, item_embeddings=item_embeddings)
-    export(tmp_path / "run", tmp_path / "served")
+    export_model(tmp_path / "run", tmp_path / "served")
     make = PromptRows(tmp_path / "served")
     layout = pk.build_layout(model.catalog, [*HISTORIES, []], policy, model.prompt)
     rows = make(layout)
@@ -119,7 +124,7 @@ def test_prompt_rows_are_those_of_the_model(tmp_path: Path, policy: Any, item_em
 
 def test_prompt_rows_in_another_dtype(tmp_path: Path) -> None:
     model = save_run(tmp_path / "run", item_embeddings=True)
-    export(tmp_path / "run", tmp_path / "served")
+    export_model(tmp_path / "run", tmp_path / "served")
     layout = pk.build_layout(model.catalog, HISTORIES, SESSIONS, model.prompt)
     rows = PromptRows(tmp_path / "served", torch.bfloat16)(layout)
     assert torch.equal(torch.cat(rows), model.bfloat16().embed(layout).detach())
@@ -127,7 +132,7 @@ def test_prompt_rows_in_another_dtype(tmp_path: Path) -> None:
 
 def test_prompt_rows_refuse(tmp_path: Path) -> None:
     model = save_run(tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "served")
+    export_model(tmp_path / "run", tmp_path / "served")
     with pytest.raises(ValueError, match=r"folder: expected an exported model"):
         PromptRows(tmp_path / "run")
     make = PromptRows(tmp_path / "served")

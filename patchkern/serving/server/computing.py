@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from patchkern.batch.histories import Histories
-from patchkern.batch.row_counts import row_counts
 from patchkern.budget.search import SearchCost
 from patchkern.search.batching import plan_users
 from patchkern.search.recommend import Prepared, prepare, run
@@ -48,7 +47,7 @@ class Computer:
     def __init__(self, served: Served, budget: int | None, max_batch: int) -> None:
         self.served, self._budget, self._max_batch = served, budget, max_batch
         self._costs: dict[Options, SearchCost] = {}
-        self._taken: dict[Options, tuple[int, int]] = {}  # rows of the shortest and the longest prompt that were tried
+        self._taken: dict[Options, tuple[int, int, int]] = {}  # fewest and most rows that were tried, most compressed
 
     def warm_up(self) -> None:
         """Do once what is slow the first time, such as the tree of titles; here fails what cannot be searched."""
@@ -74,16 +73,15 @@ class Computer:
 
     def _count(self, jobs: Sequence[Job]) -> list[tuple[Job, Invalid]]:
         """Note the rows of the jobs' prompts; those that have none, for policies that go by time or by rows."""
-        model, policy = self.served.model, self.served.policy
         try:
-            rows = row_counts(model.catalog, _together([job.history for job in jobs]), policy, model.prompt)
+            rows = self.served.rows(_together([job.history for job in jobs]), jobs[0].options.search)
         except (TypeError, ValueError) as error:
             if len(jobs) > 1:
                 return [refused for job in jobs for refused in self._count([job])]
             field = "timestamps" if "timestamps" in str(error) else "history"
             return [(jobs[0], Invalid(str(error).removeprefix("histories: "), (*jobs[0].loc, field)))]
-        for job, count in zip(jobs, rows.tolist(), strict=True):
-            job.rows = count
+        for job, count, compressed in zip(jobs, *(counts.tolist() for counts in rows), strict=True):
+            job.rows, job.compressed = count, compressed
         return []
 
     def _tried(self, job: Job) -> Invalid | None:
@@ -92,8 +90,8 @@ class Computer:
         What is between a prompt that was taken and a longer one is taken too, so that few are tried.
         """
         kind = _kind(job.options)
-        shortest, longest = self._taken.get(kind, (job.rows, job.rows - 1))
-        if shortest <= job.rows <= longest:
+        shortest, longest, most = self._taken.get(kind, (job.rows, job.rows - 1, 0))
+        if shortest <= job.rows <= longest and job.compressed <= most:
             return None
         request = self._request([job], None)
         prepared = prepare(request)
@@ -103,7 +101,7 @@ class Computer:
             plan_users(request.model, job.history, policy, prepared.depth, names, cost, room, 1, prepared.head)
         except ValueError as error:
             return Invalid(_without_name(error, names[0]), (*job.loc, "history"))
-        self._taken[kind] = min(shortest, job.rows), max(longest, job.rows)
+        self._taken[kind] = min(shortest, job.rows), max(longest, job.rows), max(most, job.compressed)
         return None
 
     def batches(self, jobs: Sequence[Job]) -> list[Batch]:
@@ -112,7 +110,8 @@ class Computer:
         if room is None:
             return [Batch(list(jobs[i : i + self._max_batch])) for i in range(0, len(jobs), self._max_batch)]
         cost = self._costs[_kind(jobs[0].options)]
-        plan = cost.plan(np.array([job.rows for job in jobs]), room, self._max_batch)
+        rows, compressed = np.array([(job.rows, job.compressed) for job in jobs]).T
+        plan = cost.plan(rows, room, self._max_batch, compressed if compressed.any() else None)
         return [Batch([jobs[user] for user in x.users.tolist()], x.chunk_rows is not None) for x in plan.batches]
 
     def lists(self, batch: Batch) -> list[Ranked]:

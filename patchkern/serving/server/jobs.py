@@ -49,7 +49,7 @@ class Job:
         loc: of the user in the request.
         reply: the list, for the loop that waits for it; None where nobody does.
         arrived: by `time.monotonic`.
-        rows: of the prompt, once they are counted.
+        rows, compressed: of `Served.rows`, once they are counted.
         settled: whether the reply is on its way.
     """
 
@@ -63,6 +63,7 @@ class Job:
     reply: asyncio.Future[Ranked] | None = None
     arrived: float = field(default_factory=time.monotonic)
     rows: int = 0
+    compressed: int = 0
     settled: bool = False
 
     @property

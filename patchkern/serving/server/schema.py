@@ -56,12 +56,13 @@ class Entry(BaseModel):
     """A part of a history, and what stands for it.
 
     Attributes:
-        kind: "text", a title's tokens; "item", one row; "session", one row for several items; "dropped", none.
+        kind: "text", a title's tokens; "item", one row; "session", one row for several items; "memory", learned rows
+            for all that is old; "dropped", none.
         rows: that the model reads.
         tokens: of the titles.
     """
 
-    kind: Literal["text", "item", "session", "dropped"]
+    kind: Literal["text", "item", "session", "memory", "dropped"]
     rows: int
     tokens: int
     items: list[Item]
@@ -75,7 +76,7 @@ class Compressed(BaseModel):
         tokens: of their titles.
         rows: that stand for them.
         ratio: tokens / rows.
-        prompt_rows: of the whole prompt, with separators and what is around the history.
+        prompt_rows: of the whole prompt of the server's own search, with separators and what is around the history.
     """
 
     given: int

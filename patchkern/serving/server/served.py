@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from patchkern.batch.expert_layout import expert_row_counts
+from patchkern.batch.experts import Experts
+from patchkern.batch.histories import Histories
 from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.row_counts import row_counts
 from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.models.item_model import ItemModel
 from patchkern.models.patched_lm import PatchedCausalLM
+from patchkern.models.recurrent import RecurrentMemory
 from patchkern.search.protocol import SearchModel, policy_of
 from patchkern.search.user_cache import UserCache
 from patchkern.serving.server.catalog_source import read_catalog
@@ -57,6 +64,19 @@ class Served:
         self.titles = tuple(str(title).encode("utf-8", "replace").decode() for title in titles)
         self.index = TitleIndex(self.titles)
 
+    def rows(self, histories: Histories, search: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(B,)`` rows that every user's prompt keeps, and those that are computed for its learned rows and dropped.
+
+        Raises:
+            TypeError, ValueError: of policies that go by time, or by rows.
+        """
+        model, head = self.model, "items" if search == "items" else "titles"
+        if isinstance(self.policy, Experts):
+            counts = expert_row_counts(model.catalog, histories, self.policy, model.prompt, head)
+            return counts.read, counts.compressed
+        rows = row_counts(model.catalog, histories, self.policy, model.prompt)
+        return rows - (len(model.prompt.suffix) if head == "items" else 0), np.zeros_like(rows)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -88,6 +108,7 @@ class Source:
         description = read_description(folder)
         catalog = None if self.catalog is None else read_catalog(self.catalog, folder, description)
         kind: Any = PatchedCausalLM if "titles" in description.learns else ItemModel
+        kind = RecurrentMemory if description.memory is not None else kind
         options = {} if self.dtype is None else {"dtype": getattr(torch, self.dtype)}
         model = kind.from_pretrained(folder, catalog, renamed=self.renamed, **options)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -108,17 +108,6 @@ def compress(
     return states
 
 
-def state_like(model: SearchModel, policy: Experts, old: int) -> State:
-    """What so many old items of a user are compressed to, as tensors on the device "meta"."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = policy.count * int(policy.compressed_parts(np.array(old)))
-    shape = (getattr(config, "num_key_value_heads", None) or heads, rows, width)
-    each = torch.empty(shape, dtype=model.dtype, device="meta")
-    return (each,) * (2 * config.num_hidden_layers)
-
-
 class ExpertPrompts:
     """The prompts of a batch of users under `Experts`, as a search takes them in the place of a layout.
 

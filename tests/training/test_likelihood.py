@@ -49,9 +49,9 @@ def test_histories_are_computed_once_where_they_can(monkeypatch: pytest.MonkeyPa
     rows: list[int] = []
     forward = pk.PatchedCausalLM.forward
 
-    def counted(self: pk.PatchedCausalLM, layout: pk.PatchLayout, *rest: Any) -> Any:
+    def counted(self: pk.PatchedCausalLM, layout: pk.PatchLayout, *rest: Any, **options: Any) -> Any:
         rows.append(layout.num_rows)
-        return forward(self, layout, *rest)
+        return forward(self, layout, *rest, **options)
 
     monkeypatch.setattr(pk.PatchedCausalLM, "forward", counted)
     samples = (np.zeros(30, np.int64), np.arange(10, 40))

@@ -113,7 +113,7 @@ def reserve_experts(
 
 def experts_are_trained(model: Any) -> bool:
     """Whether training changes the embeddings of a model's learned rows, which may be frozen beside an adapter."""
-    embedding: nn.Module = model.get_input_embeddings()
+    embedding: nn.Module = model.hf_model.get_input_embeddings()
     trained = {name for name, parameter in embedding.named_parameters() if parameter.requires_grad}
     rows = getattr(getattr(embedding, "token_adapter", embedding), "token_indices", None)  # peft's, of some tokens
     if not trained or rows is None or any("trainable_tokens" not in name for name in trained):

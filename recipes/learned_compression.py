@@ -39,7 +39,6 @@ from patchkern.data import Interactions
 from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import estimate, paired_difference
 from patchkern.models.item_blocks import BLOCKS
-from patchkern.search.experts import state_like
 from patchkern.training import SETTINGS, PatchTrainer, checkpoints
 from recipes import per_sample
 from recipes.commands import Parser
@@ -282,13 +281,9 @@ def stored_bytes(model: Any, policy: Any, histories: pk.Histories) -> NDArray[np
         found = model.compress(histories)
         return found.rows * float(found.vectors.shape[1] * found.vectors.element_size())
     if isinstance(policy, pk.Experts):
-        old = policy.cuts(histories.lengths)
-        each = {
-            int(count): sum(x.numel() * x.element_size() for x in state_like(model, policy, int(count)))
-            for count in np.unique(old)
-        }
-        return np.array([each[int(count)] for count in old], np.float64)
-    rows = pk.row_counts(model.catalog, histories, policy, model.prompt)
+        rows = policy.count * policy.compressed_parts(policy.cuts(histories.lengths))
+    else:
+        rows = pk.row_counts(model.catalog, histories, policy, model.prompt)
     return rows.astype(np.float64) * SearchCost(model, SearchSize(1, 1)).row_bytes
 
 

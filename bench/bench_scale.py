@@ -6,12 +6,12 @@ r"""What each part of the library takes per item, event, row and user, at two si
     python bench/bench_scale.py --output bench/results/scale.csv           # then: python bench/scale.py
     python bench/bench_scale.py --items 500 --users 20 --events 60 --rows 50 --seconds 0    # does it run at all
 
-"catalogue": titles tokenised by a tokenizer of 8,192 words fitted to them. "tree": what a search for titles walks. "item
-table": every title's embeddings pooled. "head": all items scored by an item head, made to log-probabilities, and the
-best 20 taken, for one user and for many together. "histories": from an arrow column of lists. "transitions":
-which item follows which, of so many events of training, as `TransitionPrior` is fitted. "planning": layouts of
-users of --events events. "forward": `recommend(search="items")` for one user, of a Llama of hidden size 512 in float32;
-its floating-point operations are those of `scale.Shape.flops`. "training": the same model's loss of all targets of a
+"catalogue": titles tokenised by a tokenizer of 8,192 words fitted to them. "tree": what a search for titles walks.
+"item table": every title's embeddings pooled. "head": all items scored by an item head, made to log-probabilities,
+and the best 20 taken, for one user and for many together. "histories": from an arrow column of lists. "transitions":
+which item follows which, of so many events of training, as `TransitionPrior` is fitted. "planning": layouts of users
+of --events events. "forward": `recommend(search="items")` for one user, of a Llama of hidden size 512 in float32; its
+floating-point operations are those of `scale.Shape.flops`. "training": the same model's loss of all targets of a
 user, forward and backward. "stores": compressed users of 128 KiB, put and read by bench_user_states.
 
 Times are processor times of one thread, which a busy machine distorts least; those of the stores are of the clock, as
@@ -27,6 +27,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 import patchkern as pk
 from bench import bench_user_states, output
 from bench.bench_search import random_titles
-from bench.scale import Shape
+from bench.scale import NARROW, TOGETHER, Shape
 from bench.timing import Table, measure
 from bench.training_providers import make_model
 from patchkern.evaluation.yardsticks import Follows
@@ -47,8 +48,7 @@ from patchkern.search.filters import ItemFilter
 from patchkern.search.item_search import best_items
 from patchkern.search.trie import Trie
 
-K, WIDTH, USERS_TOGETHER = 20, 128, 32
-VOCABULARY = 8192
+K, VOCABULARY = 20, 8192
 WHOLE: dict[str, pk.Policy] = {
     "text": pk.TextOnly(None),
     "items": pk.ItemPatches(0, None),
@@ -56,7 +56,7 @@ WHOLE: dict[str, pk.Policy] = {
     "sessions of 20": pk.SessionPatches(20, None, align="start"),
 }
 # words that a chat template puts around a history; no separators, which patches need none of
-PROMPT = pk.Prompt(prefix=range(32), suffix=[33], response_end=[34])
+PROMPT = pk.Prompt(prefix=tuple(range(32)), suffix=(33,), response_end=(34,))
 SHAPE = Shape("bench", layers=4, hidden=512, heads=8, kv_heads=2, head_width=64, intermediate=2048)
 
 
@@ -86,7 +86,7 @@ def catalogue(table: Table, args: Namespace) -> None:
     for count in args.items:
         titles = dict(enumerate(random_words(count)))
         tokenizer = fit_tokenizer(list(titles.values())[:20_000], VOCABULARY)
-        built, seconds, peak = grown(lambda titles=titles, tokenizer=tokenizer: pk.Catalog.from_titles(titles, tokenizer))
+        built, seconds, peak = grown(partial(pk.Catalog.from_titles, titles, tokenizer))
         arrays = sum(value.nbytes for value in vars(built).values() if isinstance(value, np.ndarray))
         config = {"items": count, "tokens_per_title": built.token_ids.size / count}
         per_item(table, "catalogue", count, seconds, config, arrays, peak)
@@ -98,32 +98,33 @@ def catalogue(table: Table, args: Namespace) -> None:
 def tree(table: Table, args: Namespace) -> None:
     for count in args.items:
         titles = random_titles(count, np.arange(100, VOCABULARY), 11)
-        built, seconds, peak = grown(lambda titles=titles: Trie.from_catalog(titles, [1]))
+        built, seconds, peak = grown(partial(Trie.from_catalog, titles, [1]))
         kept = sum(value.nbytes for value in vars(built).values() if isinstance(value, torch.Tensor))
         config = {"items": count, "nodes": built.tokens.numel(), "tokens": titles.token_ids.size}
         per_item(table, "tree", count, seconds, config, kept, peak)
 
 
 def pooled(table: Table, args: Namespace) -> None:
-    weight = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(VOCABULARY, NARROW, generator=torch.Generator().manual_seed(0))
     for count in args.items:
         titles = random_titles(count, np.arange(100, VOCABULARY), 11)
-        built, seconds, peak = grown(lambda titles=titles: pk.item_table(titles, weight))
-        config = {"items": count, "width": WIDTH, "tokens": titles.token_ids.size}
+        built, seconds, peak = grown(partial(pk.item_table, titles, weight))
+        config = {"items": count, "width": NARROW, "tokens": titles.token_ids.size}
         per_item(table, "item table", count, seconds, config, built.rows.nbytes, peak)
 
 
 def head(table: Table, args: Namespace) -> None:
     for count in args.items:
         titles = random_titles(count, np.arange(100, VOCABULARY), 11)
-        model = pk.PatchedCausalLM(make_model(WIDTH, 1, VOCABULARY), titles, PROMPT, WHOLE["items"], item_head=True).eval()
-        states = torch.randn(USERS_TOGETHER, WIDTH, generator=torch.Generator().manual_seed(0))
+        hf_model = make_model(NARROW, 1, VOCABULARY)
+        model = pk.PatchedCausalLM(hf_model, titles, PROMPT, WHOLE["items"], item_head=True).eval()
+        states = torch.randn(TOGETHER, NARROW, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            _, seconds, peak = grown(lambda model=model, states=states: model.item_scores(states[:1]))
-        config = {"items": count, "width": WIDTH, "k": K}
-        vectors = count * WIDTH * 4
+            _, seconds, peak = grown(partial(model.item_scores, states[:1]))
+        config = {"items": count, "width": NARROW, "k": K}
+        vectors = count * NARROW * 4
         per_item(table, "head, its vectors", count, seconds, config, vectors, peak)
-        for users in (1, USERS_TOGETHER):
+        for users in (1, TOGETHER):
             seen = pk.Histories(np.tile(np.arange(100), users), np.arange(users + 1) * 100)
             unseen = ItemFilter(titles, seen, None, exclude_seen=True)
             numbers, chosen = np.arange(users), states[:users]
@@ -134,8 +135,7 @@ def head(table: Table, args: Namespace) -> None:
 
             _, _, peak = grown(rank)
             mode, config["users"] = f"{count} items, {users} users", users
-            seconds = cpu_seconds(rank, args)
-            table.add("head", mode, "time", "us/user", scaled(seconds, 1e6 / users), config)
+            table.add("head", mode, "time", "us/user", scaled(cpu_seconds(rank, args), 1e6 / users), config)
             table.add("head", mode, "peak", "B/item/user", (peak / count / users,) * 3, config)
 
 
@@ -147,7 +147,7 @@ def histories(table: Table, args: Namespace) -> None:
     for count in args.items:
         events = np.random.default_rng(0).integers(0, 1000, 20 * count)
         column = pa.LargeListArray.from_arrays(pa.array(np.arange(count + 1) * 20), pa.array(events))
-        seconds = cpu_seconds(lambda column=column: pk.Histories.from_arrow(column), args)
+        seconds = cpu_seconds(partial(pk.Histories.from_arrow, column), args)
         config = {"users": count, "events": events.size}
         table.add("histories", f"{count} users", "time", "ns/user", scaled(seconds, 1e9 / count), config)
 
@@ -156,9 +156,7 @@ def transitions(table: Table, args: Namespace) -> None:
     for count in args.items:
         rng = np.random.default_rng(0)
         users, taken = np.arange(count) // 100, rng.integers(0, 10_000, count)
-        _, seconds, peak = grown(
-            lambda users=users, taken=taken: Follows(users, taken, np.bincount(taken, minlength=10_000), 10)
-        )
+        _, seconds, peak = grown(partial(Follows, users, taken, np.bincount(taken, minlength=10_000), 10))
         config = {"events": count, "items": 10_000, "recent": 10}
         table.add("transitions", f"{count} events", "time", "us/event", (1e6 * seconds / count,) * 3, config)
         table.add("transitions", f"{count} events", "peak", "B/event", (peak / count,) * 3, config)
@@ -189,7 +187,9 @@ def rows_of_an_event(titles: pk.Catalog, policy: pk.Policy, events: int, visits:
     """How many rows a user's prompt has, on average, that its last one had not: those that a `UserCache` computes."""
     past = np.random.default_rng(0).integers(0, len(titles), events + visits)
     prompts = [
-        pk.row_hashes(pk.build_layout(titles, [past[:size]], policy, PROMPT, transpose=False, head="items"))
+        pk.row_hashes(
+            pk.build_layout(titles, pk.Histories(past[:size], [0, size]), policy, PROMPT, transpose=False, head="items")
+        )
         for size in range(events, events + visits + 1)
     ]
     new = []
@@ -205,7 +205,7 @@ def forward(table: Table, args: Namespace) -> None:
     for rows in args.rows:
         past = random_past(len(titles), max(rows - len(PROMPT.prefix) - 1, 1))
         count = int(pk.row_counts(titles, past, WHOLE["items"], PROMPT)[0])
-        seconds = cpu_seconds(lambda past=past: model.recommend(past, k=K, search="items"), args)
+        seconds = cpu_seconds(partial(model.recommend, past, k=K, search="items"), args)
         flops = SHAPE.flops(count)
         config = {"rows": count, "flops": flops}
         table.add("forward", f"{count} rows", "time", "s/user", seconds, config)

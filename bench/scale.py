@@ -23,6 +23,7 @@ PUBLISHED = Path(__file__).parent / "results/scale.csv"
 INT32 = 2**31 - 1
 GIB = 2**30
 BFLOAT16 = 2
+NARROW, TOGETHER = 128, 32  # width and users of bench_scale.py
 VECTORS, KEEP, BLOCK = 4, 20, 50  # of `Experts` and `PreferenceMemory`, as they are where not given
 
 
@@ -94,6 +95,11 @@ class Rates:
         provider, mode, metric = name
         return provider, mode, metric
 
+    def measured(self, *providers: str) -> list[str]:
+        """Those of some providers that were at hand."""
+        known = {provider for provider, _, _ in self._rows}
+        return [provider for provider in providers if provider in known]
+
     def sizes(self, provider: str, metric: str, after: str = "") -> list[int]:
         """The numbers that a provider's modes begin with, ascending; those of modes that end with ``after``."""
         found = {
@@ -115,7 +121,12 @@ def items(rates: Rates, plan: Plan) -> Table:
     small, large = (rates.sizes("catalogue", "time")[place] for place in (0, -1))
     title = f"{count(plan.items)} items"
     rows = [["", f"at {count(small)} items", f"at {count(large)}", f"{title}: one core", "memory kept", "at most"]]
-    widths = {"catalogue": 1.0, "tree": 1.0, "item table": LARGE.hidden / 128, "head, its vectors": LARGE.hidden / 128}
+    widths = {
+        "catalogue": 1.0,
+        "tree": 1.0,
+        "item table": LARGE.hidden / NARROW,
+        "head, its vectors": LARGE.hidden / NARROW,
+    }
     for provider, wider in widths.items():
         times = [rates(provider, f"{size} items", "time") for size in (small, large)]
         kept, peak = (rates(provider, f"{large} items", metric) for metric in ("kept", "peak"))
@@ -136,11 +147,11 @@ def scoring(rates: Rates, plan: Plan) -> Table:
     """All items scored by the item head."""
     rows = [["items", "width", "users at once", "time of a user", "GF/s of one core", "memory of a user"]]
     for size in rates.sizes("head", "time", " users"):
-        for users in (1, 32):
+        for users in (1, TOGETHER):
             mode = f"{size} items, {users} users"
             time, peak = rates("head", mode, "time") / 1e6, rates("head", mode, "peak") * size
-            speed = 2 * size * 128 / time / 1e9
-            rows.append([f"{size:,}", "128", str(users), duration(time), f"{speed:.3g}", size_of(peak)])
+            speed = 2 * size * NARROW / time / 1e9
+            rows.append([f"{size:,}", str(NARROW), str(users), duration(time), f"{speed:.3g}", size_of(peak)])
     operations = 2 * plan.items * LARGE.hidden
     peak = rates("head", mode, "peak") * plan.items
     core = operations / (speed * 1e9)
@@ -218,7 +229,7 @@ def batch(rates: Rates, plan: Plan) -> Table:
         time = rates("planning", f"{name}, {most} items", "time")
         told = f"{time:.3g} ns an event, {count(most)} items"
         rows.append([f"layouts, {name}", told, duration(time * plan.users * plan.events / 1e9)])
-    for store in ("lmdb", "sqlite", "redis"):
+    for store in rates.measured("lmdb", "sqlite", "redis"):
         for mode in ("put", "get, copied"):
             speed = rates(store, mode, "speed")
             rows.append([f"{store}, {mode}", f"{speed:,.0f} users/s", duration(plan.users / speed)])
@@ -233,28 +244,51 @@ def limits(rates: Rates, plan: Plan) -> Table:
     tree = rates("tree", f"{large} items", "peak")
     text, sessions = (policy_rows(rates, plan, name) for name in ("text", "sessions of 20"))
     pairs = rates("transitions", f"{rates.sizes('transitions', 'peak')[-1]} events", "peak")
-    least = min(plan.gpu_gib, 16) * GIB
-    rows = [
+    in_host, in_gpu = f" in {plan.host_gib:g} GiB", f" in {plan.gpu_gib:g} GiB"
+    search = {width: 12 * width + 22 * TOGETHER for width in (LARGE.hidden, NARROW)}
+    cached = gpu / 2 / LARGE.row_bytes() / sessions
+    return [
         ["part", "law", "stops at"],
-        ["`Histories`", "8 bytes an event, 8 a user", f"{count(host / (8 * plan.events + 8))} users in {plan.host_gib:g} GiB"],
-        ["a layout", "2^31 - 1 rows", f"{count(INT32 / text)} users of text, {count(INT32 / sessions)} of sessions of 20"],
-        ["`Catalog`", f"2^31 - 1 tokens, {tokens:.2g} a title", f"{count(INT32 / tokens)} items; with texts of 20 tokens "
-         f"{count(INT32 / (tokens + 20))}"],
-        ["tree of titles", f"{tree:,.0f} bytes an item while it is built", f"{count(host / tree)} items in {plan.host_gib:g} GiB"],
-        ["item table", f"{LARGE.hidden:,} x 2 bytes an item", f"{count(gpu / LARGE.hidden / 2)} items in {plan.gpu_gib:g} GiB"],
-        ["`search=\"items\"`", f"{LARGE.hidden:,} x 12 bytes an item planned, and 22 for every user at once",
-         f"{count(gpu / (12 * LARGE.hidden + 22 * 32))} items and 32 users in {plan.gpu_gib:g} GiB"],
-        ["loss of items", "the whole catalogue up to 50,000 items, else 8,192 sampled", "none: validation alone scores all"],
-        ["full rankings of recipes/evaluate.py", "256 users x items x 8 bytes, at least twice", f"{count(host / (256 * 16))} items in "
-         f"{plan.host_gib:g} GiB"],
-        ["`TransitionPrior`", f"{pairs:.0f} bytes an event of training while it is fitted", f"{count(host / pairs)} events in "
-         f"{plan.host_gib:g} GiB"],
-        ["`LinearPrior`", "32 bytes a pair of items", f"{count((least / 32) ** 0.5)} items in {least / GIB:g} GiB"],
-        ["`UserCache`", f"{LARGE.row_bytes():,} bytes a row ({LARGE.name}), {SMALL.row_bytes():,} ({SMALL.name})",
-         f"{count(gpu / 2 / LARGE.row_bytes() / sessions)} users of sessions of 20 in half of {plan.gpu_gib:g} GiB"],
+        ["`Histories`", "8 bytes an event, 8 a user", f"{count(host / (8 * plan.events + 8))} users{in_host}"],
+        [
+            "a layout",
+            "2^31 - 1 rows",
+            f"{count(INT32 / text)} users of text, {count(INT32 / sessions)} of sessions of 20",
+        ],
+        [
+            "`Catalog`",
+            f"2^31 - 1 tokens, {tokens:.2g} a title",
+            f"{count(INT32 / tokens)} items; with texts of 20 tokens {count(INT32 / (tokens + 20))}",
+        ],
+        ["tree of titles", f"{tree:,.0f} bytes an item while it is built", f"{count(host / tree)} items{in_host}"],
+        ["item table", f"{LARGE.hidden:,} x 2 bytes an item", f"{count(gpu / LARGE.hidden / 2)} items{in_gpu}"],
+        *(
+            [
+                f'`search="items"`, {width:,} wide',
+                f"12 x {width:,} bytes an item planned, and 22 for every user at once",
+                f"{count(gpu / each)} items and {TOGETHER} users{in_gpu}",
+            ]
+            for width, each in search.items()
+        ),
+        ["loss of items", "all up to 50,000 items, else 8,192 sampled", "none: validation alone scores all"],
+        [
+            "full rankings of recipes/evaluate.py",
+            "256 users x items x 8 bytes, at least twice",
+            f"{count(host / (256 * 16))} items{in_host}",
+        ],
+        [
+            "`TransitionPrior`",
+            f"{pairs:.0f} bytes an event while it is fitted",
+            f"{count(host / pairs)} events{in_host}",
+        ],
+        ["`LinearPrior`", "32 bytes a pair of items", f"{count((16 * GIB / 32) ** 0.5)} items in 16 GiB"],
+        [
+            "`UserCache`",
+            f"{LARGE.row_bytes():,} bytes a row ({LARGE.name}), {SMALL.row_bytes():,} ({SMALL.name})",
+            f"{count(cached)} users of sessions of 20 in half of {plan.gpu_gib:g} GiB ({LARGE.name})",
+        ],
         ["a store's value", "512 MiB", f"{count(2**29 / LARGE.row_bytes())} rows ({LARGE.name})"],
-    ]  # fmt: skip
-    return rows
+    ]
 
 
 TABLES = {
@@ -304,8 +338,15 @@ def size_of(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    steps = [(1e-6, "ns", 1e-9), (1e-3, "µs", 1e-6), (1, "ms", 1e-3), (120, "s", 1), (7200, "min", 60), (1e6, "h", 3600)]
-    for below, unit, size in steps:
+    steps = [
+        (1e-6, "ns", 1e-9),
+        (1e-3, "µs", 1e-6),
+        (1, "ms", 1e-3),
+        (120, "s", 1),
+        (7200, "min", 60),
+        (1e6, "h", 3600),
+    ]
+    for below, unit, size in [*steps, (1e6, "h", 3600)]:
         if seconds < below:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86_400:,.0f} days"
@@ -326,7 +367,7 @@ def markdown(table: Table) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", nargs="?", type=Path, default=PUBLISHED, help="of bench_scale.py (default: the published)")
+    parser.add_argument("csv", nargs="?", type=Path, default=PUBLISHED, help="of bench_scale.py (default: published)")
     for name, default in vars(Plan()).items():
         parser.add_argument(f"--{name}", type=float, default=default, help="(default: %(default)s)")
     given = vars(parser.parse_args(argv))

@@ -295,6 +295,26 @@ def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             bench_user_states.main([*tiny, "--parts", part])
 
 
+def test_scale(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("pyarrow")
+    from bench import bench_scale, scale
+
+    tiny = ["--items", "300", "500", "--users", "2", "--events", "60", "--rows", "40", "60", "--seconds", "0"]
+    bench_scale.main(tiny)
+    path = tmp_path / "runs/bench/scale.csv"
+    assert {row["provider"] for row in table(path)} >= {*bench_scale.PARTS} - {"stores"} | {"memory", "sqlite"}
+    rates = scale.Rates(path)
+    # by hand: 32 rows of the prompt and one of the suffix, with 60 items
+    assert rates("planning", "items, 500 items", "rows") == 93 and rates("forward", "60 rows", "time") > 0
+    assert rates("planning", "items", "rows of one more event") == 1
+    capsys.readouterr()
+    scale.main([str(path), "--users", "1000"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("## ")] == [
+        f"## {name}" for name in scale.TABLES
+    ]
+
+
 @pytest.mark.slow
 def test_attention_against_a_compiled_mask(tmp_path: Path) -> None:
     from bench import bench_attention

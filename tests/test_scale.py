@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import patchkern as pk
 from bench import scale
+from patchkern.budget.search import SearchCost, SearchSize
 from patchkern.evaluation.linear import ItemRegression
+from patchkern.models.item_head import CatalogHead
+from patchkern.search.item_search import size_of_items
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = scale.Shape("tiny", layers=3, hidden=64, heads=4, kv_heads=2, head_width=16, intermediate=96)
@@ -59,9 +63,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(row for row in rows if row["provider"] != "lmdb")
-    with pytest.raises(ValueError, match="expected a row 'lmdb', 'put', 'speed', found none; run all parts"):
-        scale.batch(scale.Rates(path), scale.Plan())
+        writer.writerows(row for row in rows if row["provider"] not in ("planning", "redis"))
+    rates = scale.Rates(path)
+    with pytest.raises(
+        ValueError, match="expected a row 'planning', 'text, 1000000 items', 'time', found none; run all"
+    ):
+        scale.batch(rates, scale.Plan())
+    assert rates.measured("lmdb", "redis") == ["lmdb"], "a server that was not there"
 
 
 # ------------------------------------------------------------------ laws
@@ -69,18 +77,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 def test_operations_are_those_that_torch_counts(rows: int, model: pk.PatchedCausalLM) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     plain = model.hf_model.model
     kept = plain.config._attn_implementation
-    plain.set_attn_implementation("sdpa")
+    plain.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         plain(inputs_embeds=torch.zeros(1, rows, 64, dtype=torch.bfloat16), use_cache=False)
     plain.set_attn_implementation(kept)
-    # torch counts scores that a causal mask hides, and has 2 for the products of cosines and sines, 8 x 1 x rows
-    hidden_scores = 2 * rows**2 * TINY.heads * TINY.head_width * TINY.layers
-    positions = 2 * rows * TINY.head_width // 2
-    assert counted.get_total_flops() - positions == TINY.flops(rows) + hidden_scores
+    # torch also counts the scores that a causal mask hides
+    hidden = 2 * rows**2 * TINY.heads * TINY.head_width * TINY.layers
+    assert counted.get_total_flops() == TINY.flops(rows) + hidden
 
 
 def test_new_rows_see_the_stored_ones() -> None:
@@ -89,15 +94,10 @@ def test_new_rows_see_the_stored_ones() -> None:
 
 
 def test_bytes_of_a_row(model: pk.PatchedCausalLM) -> None:
-    cache = pk.UserCache(model, 1 << 20)
-    model.recommend([[3, 1, 4, 1, 5]], k=3, search="items", user_cache=cache)
-    rows = int(pk.row_counts(model.catalog, [[3, 1, 4, 1, 5]], model.policy, model.prompt)[0])
-    assert cache.num_bytes == rows * TINY.row_bytes()
+    assert SearchCost(model, SearchSize(1, 1)).row_bytes == TINY.row_bytes()
 
 
 def test_bytes_of_a_search_of_items(model: pk.PatchedCausalLM) -> None:
-    from patchkern.search.item_search import size_of_items
-
     size = size_of_items(model, None, None)
     tokens = int(model.catalog.offsets[-1])
     assert size.user_bytes == 22 * len(TITLES)
@@ -120,5 +120,4 @@ def test_limits_that_the_code_has() -> None:
     items = np.arange(1000)
     with pytest.raises(ValueError, match=f"expected at least {32 * 1000**2} bytes"):
         ItemRegression.fit(np.zeros(1000, np.int64), items, memory_budget=32 * 1000**2 - 1)
-    head = pk.models.item_head.CatalogHead
-    assert (head.sampled_above, head.num_sampled) == (50_000, 8192)
+    assert (CatalogHead.sampled_above, CatalogHead.num_sampled) == (50_000, 8192)

@@ -161,7 +161,7 @@ def fake_server(model: pk.PatchedCausalLM, folder: Path) -> Iterator[tuple[str, 
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            bodies.append(body)
+            bodies.append(body | {"authorization": self.headers.get("Authorization")})
             try:
                 check_args(body["vllm_xargs"])
             except ValueError as error:

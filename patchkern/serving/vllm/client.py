@@ -56,6 +56,7 @@ class VllmClient:
         rows: makes prompts of embeddings, for policies with sessions; the server needs ``--enable-prompt-embeds``.
         concurrency: requests at once; the server batches them.
         timeout: seconds that an answer may take.
+        api_key: of a server that asks for one.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
@@ -70,6 +71,7 @@ class VllmClient:
         rows: PromptRows | None = None,
         concurrency: int = 32,
         timeout: float = 60.0,
+        api_key: str | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -83,6 +85,9 @@ class VllmClient:
         self.policy: AnyPolicy = chosen
         self._parts, self._timeout, self._concurrency = parts, timeout, concurrency
         self._rows = rows
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._connections = threading.local()
         self._model: str | None = None
         self._trie: HostTrie | None = None
@@ -236,7 +241,7 @@ class VllmClient:
         for again in (True, False):
             connection = self._connection()
             try:
-                connection.request(method, self._parts.path.rstrip("/") + path, data, _JSON)
+                connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
                 response = connection.getresponse()
                 content = response.read()
                 break
@@ -256,9 +261,6 @@ class VllmClient:
             kept = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
             self._connections.kept = kept
         return kept
-
-
-_JSON = {"Content-Type": "application/json"}
 
 
 def _membership(allowed: Int64 | None, excluded: Int64 | None) -> Callable[[Int64], NDArray[np.bool_]]:

@@ -76,12 +76,13 @@ def test_sessions_as_rows(served: Any) -> None:
 
 def test_one_request_a_user_where_one_is_enough(served: Any) -> None:
     model, folder, url, bodies = served
-    client = VllmClient(url, folder, concurrency=1)
+    client = VllmClient(url, folder, concurrency=1, api_key="secret")
     bodies.clear()
     client.recommend(HISTORIES[:2], k=1, num_beams=1, exclude_seen=True)
     assert len(bodies) == 2
     end = model.prompt.response_end
     for body, history in zip(bodies, HISTORIES, strict=False):
+        assert body.pop("authorization") == "Bearer secret"
         assert body["model"] == "served" and body["temperature"] == 0 and body["logprobs"] == 1
         assert body["cache_salt"] == client.served.identity == body["vllm_xargs"]["patchkern_catalog"]
         assert body["vllm_xargs"]["patchkern_excluded"] == sorted(set(model.catalog.index_of(history).tolist()))

@@ -155,8 +155,13 @@ class VllmClient:
         arguments = request_args(self.served, allowed=allowed, excluded=excluded)
         ((answer,),) = self._complete(prompt, arguments, logprobs=k)
         items = [(token - self.served.vocab_size, score) for token, score in answer.items()]
-        if any(item < 0 for item, _ in items) or len(items) < k:
-            raise ServerError(200, f"expected {k} items, got {len(items)} answers; is another folder served?")
+        found = np.array([item for item, _ in items], np.int64)
+        if len(items) < k or (found < 0).any() or not _membership(allowed, excluded)(found).all():
+            raise ServerError(
+                200,
+                f"expected {k} items that the user may get, got {found.tolist()}; is another folder served, or without "
+                f"{LOGITS_PROCESSOR}?",
+            )
         return sorted(items, key=lambda item: (-item[1], item[0]))[:k]
 
     def _titles(

@@ -104,6 +104,16 @@ def test_whoever_is_served_by_another_folder_hears_of_it(served: Any, tmp_path: 
             VllmClient(url, tmp_path / "served").recommend(HISTORIES, k=1, num_beams=num_beams)
 
 
+def test_a_server_without_masks_is_noticed(served: Any) -> None:
+    model, folder, _, _ = served
+    with fake_server(model, folder, is_masked=False) as (url, _):
+        client = VllmClient(url, folder)
+        # an item that would come first is among those left out
+        ((best, _),) = model.recommend([HISTORIES[0]], k=1, search="items")[0]
+        with pytest.raises(ServerError, match=r"without patchkern.serving.vllm.masks:ItemMasks"):
+            client.recommend([[best, *HISTORIES[0]]], k=10, exclude_seen=True)
+
+
 def test_no_users(served: Any) -> None:
     _, folder, url, _ = served
     assert VllmClient(url, folder).recommend([]) == []

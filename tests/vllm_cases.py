@@ -85,8 +85,8 @@ def save_run(folder: Path, family: str = "llama", **settings: Any) -> pk.Patched
 class _Engine:
     """What vLLM computes, by a `PatchedCausalLM` in one pass over each sequence."""
 
-    def __init__(self, model: pk.PatchedCausalLM, served: Served) -> None:
-        self.model, self.served = model, served
+    def __init__(self, model: pk.PatchedCausalLM, served: Served, is_masked: bool) -> None:
+        self.model, self.served, self.is_masked = model, served, is_masked
         weight = model.get_input_embeddings().weight.detach()
         items = pk.item_table(model.catalog, weight).rows
         if model.item_embedding is not None:
@@ -122,7 +122,9 @@ class _Engine:
         steps = []
         for _ in range(body["max_tokens"]):
             logits = self.logits(rows)
-            if self.served.head == "titles":
+            if not self.is_masked:
+                pass
+            elif self.served.head == "titles":
                 self.masks.advance([writing])
                 self.masks.apply(logits, [0], [writing])
             else:
@@ -138,9 +140,11 @@ class _Engine:
 
 
 @contextmanager
-def fake_server(model: pk.PatchedCausalLM, folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def fake_server(
+    model: pk.PatchedCausalLM, folder: Path, is_masked: bool = True
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server on this machine that answers as vLLM's does; its address, and the bodies that it was sent."""
-    engine = _Engine(model, read_served(folder))
+    engine = _Engine(model, read_served(folder), is_masked)
     bodies: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -161,7 +165,7 @@ def fake_server(model: pk.PatchedCausalLM, folder: Path) -> Iterator[tuple[str, 
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            bodies.append(body)
+            bodies.append(body | {"authorization": self.headers.get("Authorization")})
             try:
                 check_args(body["vllm_xargs"])
             except ValueError as error:

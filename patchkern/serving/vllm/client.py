@@ -56,6 +56,7 @@ class VllmClient:
         rows: makes prompts of embeddings, for policies with sessions; the server needs ``--enable-prompt-embeds``.
         concurrency: requests at once; the server batches them.
         timeout: seconds that an answer may take.
+        api_key: of a server that asks for one.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: naming the argument, what was expected and what came.
@@ -70,6 +71,7 @@ class VllmClient:
         rows: PromptRows | None = None,
         concurrency: int = 32,
         timeout: float = 60.0,
+        api_key: str | None = None,
     ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -83,6 +85,9 @@ class VllmClient:
         self.policy: AnyPolicy = chosen
         self._parts, self._timeout, self._concurrency = parts, timeout, concurrency
         self._rows = rows
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._connections = threading.local()
         self._model: str | None = None
         self._trie: HostTrie | None = None
@@ -150,8 +155,13 @@ class VllmClient:
         arguments = request_args(self.served, allowed=allowed, excluded=excluded)
         ((answer,),) = self._complete(prompt, arguments, logprobs=k)
         items = [(token - self.served.vocab_size, score) for token, score in answer.items()]
-        if any(item < 0 for item, _ in items) or len(items) < k:
-            raise ServerError(200, f"expected {k} items, got {len(items)} answers; is another folder served?")
+        found = np.array([item for item, _ in items], np.int64)
+        if len(items) < k or (found < 0).any() or not _membership(allowed, excluded)(found).all():
+            raise ServerError(
+                200,
+                f"expected {k} items that the user may get, got {found.tolist()}; is another folder served, or without "
+                f"{LOGITS_PROCESSOR}?",
+            )
         return sorted(items, key=lambda item: (-item[1], item[0]))[:k]
 
     def _titles(
@@ -236,7 +246,7 @@ class VllmClient:
         for again in (True, False):
             connection = self._connection()
             try:
-                connection.request(method, self._parts.path.rstrip("/") + path, data, _JSON)
+                connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
                 response = connection.getresponse()
                 content = response.read()
                 break
@@ -256,9 +266,6 @@ class VllmClient:
             kept = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
             self._connections.kept = kept
         return kept
-
-
-_JSON = {"Content-Type": "application/json"}
 
 
 def _membership(allowed: Int64 | None, excluded: Int64 | None) -> Callable[[Int64], NDArray[np.bool_]]:

@@ -27,7 +27,12 @@ class ItemMasks(LogitsProcessor):
     """Titles of the catalogue, or items, for requests that ask for them (`request_args`); others are left alone."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        config = vllm_config.model_config.hf_config
+        config, mode = vllm_config.model_config.hf_config, vllm_config.model_config.logprobs_mode
+        if mode != "processed_logits":
+            raise ValueError(
+                f"logprobs_mode: expected processed_logits, for which masked tokens have no log-probability and the "
+                f"others are over the whole vocabulary, got {mode} (--logprobs-mode processed_logits)"
+            )
         self._requests: dict[int, Writing] = {}
         self._served = read_served(vllm_config.model_config.model, config.patchkern)
         self._titles: TitleMasks | None = None

@@ -64,7 +64,8 @@ class ItemTokens:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **rest)  # type: ignore[call-arg]
         self._served: Served = served
         self._total: int = config.vocab_size
-        self._tokens = self._with_items(config.hidden_size)
+        self._dtype: torch.dtype = model_config.dtype
+        self._add_items(config.hidden_size)
         self._head: ItemHead | None = None
         if served.head == "items":
             weight = next(self.parameters())  # type: ignore[attr-defined]
@@ -74,19 +75,16 @@ class ItemTokens:
             )
             self.register_buffer("item_vectors", vectors, persistent=False)  # type: ignore[attr-defined]
 
-    def _with_items(self, width: int) -> TokensAndItems | None:
-        """Give the input embedding its items; None where another process of a pipeline has it."""
+    def _add_items(self, width: int) -> None:
+        """Give the input embedding its items, unless another process of a pipeline has it."""
         embeddings = [
             module
             for module in self.modules()  # type: ignore[attr-defined]
             if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
         ]
-        if not embeddings:
-            return None
-        (tokens,) = embeddings
-        tokens.items = VocabParallelEmbedding(len(self._served.catalog), width, params_dtype=tokens.weight.dtype)
-        tokens.__class__ = TokensAndItems  # its weight keeps its name, and an output embedding that is tied to it
-        return tokens
+        for tokens in embeddings:
+            tokens.items = VocabParallelEmbedding(len(self._served.catalog), width, params_dtype=self._dtype)
+            tokens.__class__ = TokensAndItems  # its weight keeps its name, and an output embedding that is tied to it
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The checkpoint's, and what is made of its embeddings."""
@@ -94,15 +92,16 @@ class ItemTokens:
         loaded: set[str] = super().load_weights(self._watched(weights, seen))  # type: ignore[misc]
         if self.embedding_name not in seen:
             raise ValueError(f"checkpoint: expected {self.embedding_name}, got none")
-        dtype = next(self.parameters()).dtype  # type: ignore[attr-defined]
+        dtype = self._dtype
         embedding = _frozen(seen[self.embedding_name], dtype)
         own = None
         if self._served.item_embeddings:
             own = read_item_embeddings(self._served.folder, self._served.catalog, embedding.shape[1]).to(dtype)
-        if self._tokens is not None:
-            rows = item_table(self._served.catalog, embedding).rows
-            rows = rows if own is None else rows + own
-            self._tokens.items.weight_loader(self._tokens.items.weight, rows)
+        rows = item_table(self._served.catalog, embedding).rows
+        rows = rows if own is None else rows + own
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, TokensAndItems):
+                module.items.weight_loader(module.items.weight, rows)
         if self._head is not None:
             self._head.load(self._served.folder)
             output = _frozen(seen[self.output_name], dtype) if self.output_name in seen else embedding
@@ -153,7 +152,7 @@ def _frozen(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PatchkernLlamaForCausalLM(ItemTokens, LlamaForCausalLM):
-    """Llama, Mistral's and others' checkpoints of that form."""
+    """Llama, and others whose checkpoints name its architecture."""
 
 
 class PatchkernQwen2ForCausalLM(ItemTokens, Qwen2ForCausalLM):

@@ -76,12 +76,13 @@ def test_sessions_as_rows(served: Any) -> None:
 
 def test_one_request_a_user_where_one_is_enough(served: Any) -> None:
     model, folder, url, bodies = served
-    client = VllmClient(url, folder, concurrency=1)
+    client = VllmClient(url, folder, concurrency=1, api_key="secret")
     bodies.clear()
     client.recommend(HISTORIES[:2], k=1, num_beams=1, exclude_seen=True)
     assert len(bodies) == 2
     end = model.prompt.response_end
     for body, history in zip(bodies, HISTORIES, strict=False):
+        assert body.pop("authorization") == "Bearer secret"
         assert body["model"] == "served" and body["temperature"] == 0 and body["logprobs"] == 1
         assert body["cache_salt"] == client.served.identity == body["vllm_xargs"]["patchkern_catalog"]
         assert body["vllm_xargs"]["patchkern_excluded"] == sorted(set(model.catalog.index_of(history).tolist()))
@@ -101,6 +102,16 @@ def test_whoever_is_served_by_another_folder_hears_of_it(served: Any, tmp_path: 
     for num_beams in (1, 3):
         with pytest.raises(ServerError, match=r"is another folder served"):
             VllmClient(url, tmp_path / "served").recommend(HISTORIES, k=1, num_beams=num_beams)
+
+
+def test_a_server_without_masks_is_noticed(served: Any) -> None:
+    model, folder, _, _ = served
+    with fake_server(model, folder, is_masked=False) as (url, _):
+        client = VllmClient(url, folder)
+        # an item that would come first is among those left out
+        ((best, _),) = model.recommend([HISTORIES[0]], k=1, search="items")[0]
+        with pytest.raises(ServerError, match=r"without patchkern.serving.vllm.masks:ItemMasks"):
+            client.recommend([[best, *HISTORIES[0]]], k=10, exclude_seen=True)
 
 
 def test_no_users(served: Any) -> None:

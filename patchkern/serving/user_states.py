@@ -18,9 +18,10 @@ from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.recurrent import RecurrentMemory
-from patchkern.search.arguments import users_named
+from patchkern.search.arguments import check_leniency, known_histories, users_named
 from patchkern.search.model_state import model_state
 from patchkern.search.protocol import SearchModel, check_model, policy_of
+from patchkern.search.summary import Summary, first_few
 from patchkern.serving.compressor import Compressor, Known, Tensors
 from patchkern.serving.expert_rows import ExpertRows
 from patchkern.serving.identity import Pasts, model_identity, user_key
@@ -125,6 +126,7 @@ class UserStates:
         histories: HistoriesLike,
         *,
         batch_size: int = 64,
+        unknown: str = "error",
     ) -> Updated:
         """Keep users as their histories are now; nothing is computed for those whose border has not moved.
 
@@ -134,15 +136,20 @@ class UserStates:
             user_ids: ``B`` integers, strings or bytes; None: the keys of a mapping, else 0, 1, 2, ...
             histories: B users, each from its first item on.
             batch_size: users compressed together.
+            unknown: ``"error"`` or ``"drop"``, as in `recommend`: items that the catalogue does not hold are left out,
+                as if they had never been there, and a `PartialListsWarning` counts them.
 
         Raises:
             StoreError: a value in the store is torn, or there is no room; naming it.
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         check_count("batch_size", batch_size, minimum=1)
+        check_leniency("error", unknown)
         given = Histories.coerce(histories)
         names = users_named(histories, len(given), user_ids)
-        users = self._users(names, _keys(names), given)
+        keys = _keys(names)
+        given, dropped = known_histories(self.model.catalog, given, unknown, names)
+        users = self._users(names, keys, given)
         counts = {"recent": len(given) - len(users), "unchanged": 0, "extended": 0, "compressed": 0, "deleted": 0}
         last = {user.key: at for at, user in enumerate(users)}
         users = [user for at, user in enumerate(users) if last[user.key] == at]
@@ -163,6 +170,14 @@ class UserStates:
                     counts["compressed"] += len(batch) - extended
                 del waiting[:ready]
         counts["unchanged"] = len(users) - counts["extended"] - counts["compressed"]
+        lacking = np.flatnonzero(dropped)
+        examples = first_few(names[user] for user in lacking)
+        Summary(
+            len(given),
+            unknown_items=int(dropped.sum()),
+            users_with_unknown_items=lacking.size,
+            unknown_examples=examples,
+        ).warn()
         return Updated(**counts)
 
     def delete(self, user_ids: Sequence[Hashable]) -> int:

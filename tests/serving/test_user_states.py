@@ -285,15 +285,31 @@ def test_budgets_count_those_who_went(make: Callable[..., UserStates], tmp_path:
     states.close()
 
 
+def test_items_that_left_the_catalogue_are_left_out(make: Callable[..., UserStates]) -> None:
+    states, history = make(), PASTS[0][:12]
+    with pytest.warns(pk.PartialListsWarning, match="histories: 2 items that the catalog does not hold") as caught:
+        updated = states.update(["ada", "bob"], [[777, *history[:5], 999, *history[5:]], PASTS[1]], unknown="drop")
+    warning: Any = caught[0].message
+    assert (warning.summary.unknown_items, warning.summary.unknown_examples) == (2, ("ada",))
+    assert updated.compressed == 2 and is_right(states, ["ada", "bob"], [history, PASTS[1]])
+
+
 def test_wrong_arguments(make: Callable[..., UserStates]) -> None:
     states = make()
     for ids, histories, error, message in (
         ([1.5], [[1]], TypeError, r"user_ids\[0\]: expected an integer, a string or bytes for a store, got float"),
         (["ada"], [[1], [2]], ValueError, r"user_ids: expected one per user \(2\), got 1"),
-        (["ada"], [[999]], ValueError, "histories"),
+        (
+            ["ada"],
+            [[1, 999]],
+            ValueError,
+            r"histories: expected .* got 999 at position 1 of user 'ada'; 1 of 1 users are",
+        ),
     ):
         with pytest.raises(error, match=message):
             states.update(ids, histories)
+    with pytest.raises(ValueError, match="unknown: expected one of error, drop, got 'keep'"):
+        states.update(["ada"], PASTS[:1], unknown="keep")
     with pytest.raises(ValueError, match="batch_size: expected an integer in 1"):
         states.update(["ada"], PASTS[:1], batch_size=0)
     with pytest.raises(TypeError, match="store: expected a path"):

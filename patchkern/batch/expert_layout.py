@@ -123,7 +123,8 @@ def expert_layout(
         asked = np.full(parts.user.size, -1, np.int32)
         if head != "items" and targets is not None:
             asked[~parts.is_old] = targets
-    if head != "items" and not prompt.suffix and bool((parts.items.lengths[~parts.is_old] == 0).any()):
+    behind = ~parts.is_old & (parts.nth > 0)
+    if head != "items" and not prompt.suffix and bool((parts.items.lengths[behind] == 0).any()):
         raise ValueError("prompt: expected a suffix, which follows the experts where no item is recent, got none")
     layout, begin = parts.planned(catalog, prompt, np.ones(parts.user.size, np.bool_), asked)
     if head == "items":
@@ -242,8 +243,7 @@ def _old_rows(parts: Parts, n_users: int) -> Int64:
 
 def _checked_parts(catalog: Catalog, histories: Histories, policy: Experts, prompt: Prompt) -> Parts:
     policy.check_prompt(prompt)
-    lengths = histories.lengths
-    return Parts.of(catalog, histories, policy, prompt, policy.cuts(lengths))
+    return Parts.of(catalog, histories, policy, prompt, policy.cuts(histories.lengths))
 
 
 def _old_parts(catalog: Catalog, old: Histories, policy: Experts, prompt: Prompt) -> Parts:
@@ -271,9 +271,10 @@ def _joined(
     """Chosen parts and all experts, in their order and as spans; without old items a user is one span.
 
     Args:
-        apart: the prompt is a span of its own also where one part follows it.
         begin: ``(Q,)`` where each part's rows begin in the layout, after a prefix.
         rows: ``(Q,)`` how many of them are taken.
+        chosen: ``(Q,)`` which of the parts were planned.
+        apart: the prompt is a span of its own also where one part follows it.
     """
     count, first_rows, n_users = policy.count, len(prompt.prefix), int(parts.user.max(initial=-1)) + 1
     old, bodies = np.flatnonzero(parts.is_old), np.flatnonzero(chosen)

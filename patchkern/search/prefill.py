@@ -128,7 +128,8 @@ def plan_spans(cu_seqlens: Int64, ranges: Int64, order: Int64, chunk_rows: int |
     first = cu_seqlens[span] + starts - (ends - rows)[owner]  # row of the store
     before = np.stack([cu_seqlens[span], first], axis=1)[:, None]  # of its own span
     seen = np.concatenate([ranges[span], np.where(before[..., :1] < before[..., 1:], before, 0)], axis=1)
-    seen = seen[:, (seen[..., 0] < seen[..., 1]).any(axis=0)] if seen[..., 1].any() else seen[:, :1]
+    used = (seen[..., 0] < seen[..., 1]).any(axis=0)
+    seen = seen[:, used] if used.any() else seen[:, :1]
     passes = []
     for at in range(0, total, chunk):
         which = slice(*np.searchsorted(starts, [at, at + chunk]))

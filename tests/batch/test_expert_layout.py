@@ -11,7 +11,7 @@ import pytest
 from expert_cases import CATALOG, N_ITEMS, POLICIES, prompt_of
 
 import patchkern as pk
-from patchkern.batch.expert_layout import compress_layout, read_layout
+from patchkern.batch.expert_layout import compress_layout, expert_hashes, read_layout
 
 HISTORIES = [np.random.default_rng(n).integers(0, N_ITEMS, n).tolist() for n in (13, 0, 3, 8, 1, 7)]
 PROMPTS = {
@@ -97,3 +97,36 @@ def test_without_experts_it_is_the_recent_items() -> None:
     ours = pk.build_layout(CATALOG, HISTORIES, policy, cases.PROMPT)
     theirs = pk.build_layout(CATALOG, recent, policy.policy, cases.PROMPT)
     assert ours.lo.tolist() == theirs.lo.tolist() and ours.position_ids.tolist() == theirs.position_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind in POLICIES if POLICIES[kind].count))
+def test_an_experts_hash_is_that_of_what_it_has_read(kind: str) -> None:
+    policy = POLICIES[kind]
+    prompt = prompt_of(policy)
+    history = HISTORIES[0]
+
+    def hashes(items: list[int], prompt: pk.Prompt = prompt) -> list[int]:
+        both = pk.Histories.from_sequences([[1] * 9, items])
+        others = expert_hashes(CATALOG, pk.Histories.from_sequences([[1] * 9]), policy, prompt)
+        found = expert_hashes(CATALOG, both, policy, prompt)
+        assert found[: others.size].tolist() == others.tolist()
+        return found[others.size :].tolist()
+
+    before = hashes(history)
+    assert len(set(before)) == len(before) == (pk.build_layout(CATALOG, [history], policy, prompt).lo < -110).sum()
+    cut = int(policy.cuts(np.array([len(history)]))[0])
+    assert hashes([*history[:cut], *[7] * (len(history) - cut)]) == before, "what is recent, nobody has read"
+    for at in range(cut):
+        changed = [*history[:at], (history[at] + 1) % N_ITEMS, *history[at + 1 :]]
+        # those of blocks before stay; all that have read it, also through others, are new
+        same = at // policy.block * policy.count if policy.parts == "blocks" else 0
+        after = hashes(changed)
+        assert after[:same] == before[:same] and not set(after[same:]) & set(before)
+    assert not set(hashes(history, pk.Prompt([99], [102], [103], [105], experts=prompt.experts))) & set(before)
+
+
+def test_a_user_without_text_needs_no_suffix_where_nothing_is_old() -> None:
+    policy = POLICIES["one, text"]
+    prompt = pk.Prompt(prefix=[100], response_end=[105], experts=[110])
+    layout = pk.build_layout(CATALOG, [[1] * 9, []], policy, prompt, [3, 3])
+    assert layout.logit_labels is not None and layout.logit_labels.shape[0] == 2 * (len(cases.TITLES[3]) + 1)

@@ -94,6 +94,9 @@ def ranges(*spans: list[int]) -> torch.Tensor:
             ValueError,
             r"prefix: expected .* \(2, R, 2\), got \(2, 0, 2\)",
         ),
+        ({"cu_users": int32(0, 2, 4)}, ValueError, r"cu_users: expected users who are whole spans"),
+        ({"cu_users": int32(0, 3)}, ValueError, r"cu_users: expected offsets from 0 to 4, got \[0, 3\]"),
+        ({"cu_users": torch.tensor([0, 4])}, TypeError, r"cu_users: expected dtype torch.int32, got torch.int64"),
         ({"max_position": 3}, ValueError, r"max_position: expected the largest position, 2, got 3"),
         (
             {"position_ids": torch.tensor([0, 1, 2, 7])},

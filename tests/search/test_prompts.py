@@ -20,7 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import patchkern as pk
 from patchkern.search import prefill
-from patchkern.search.prefill import plan_passes, shared_literals
+from patchkern.search.prefill import plan_passes, plan_spans, shared_literals, with_beginnings
 from patchkern.search.prefix_cache import PrefixCache
 
 TITLES = make_titles(23)
@@ -195,6 +195,45 @@ def test_passes_compute_every_row_when_what_it_sees_is_there(
         assert (spans.rows[spans.last] == cu_seqlens[spans.users + 1] - 1).all()
         ended += spans.users.tolist()
     assert there.all() and sorted(ended) == list(range(len(lengths)))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=6),
+       st.integers(0, 3), st.none() | st.integers(1, 9), st.data())  # fmt: skip
+def test_spans_are_computed_when_what_they_see_is_there(
+    sizes: list[tuple[int, bool]], shared: int, chunk_rows: int | None, data: st.DataObject
+) -> None:
+    """Users of a beginning and two spans, of which each sees the beginning and another that is computed before."""
+    cu_seqlens = np.cumsum([0, *(rows for size, _ in sizes for rows in (shared, size, size))])
+    n_spans = cu_seqlens.size - 1
+    order = np.array([span for span in data.draw(st.permutations(range(n_spans))) if span % 3], np.int64)
+    ranges = np.zeros((n_spans, 2, 2), np.int64)
+    begins = cu_seqlens[:-1:3][: len(sizes)]
+    for nth, span in enumerate(order):
+        if sizes[span // 3][1]:
+            ranges[span, 0] = begins[span // 3] + np.array([0, shared])
+        if nth and data.draw(st.booleans()):
+            other = data.draw(st.sampled_from(order[:nth].tolist()))
+            ranges[span, 1] = cu_seqlens[[other, other + 1]]
+    there = np.zeros(cu_seqlens[-1], bool)
+    seen: dict[int, set[int]] = {}
+    passes = with_beginnings(plan_spans(cu_seqlens, ranges, order, chunk_rows), begins, shared, chunk_rows)
+    for spans in passes:
+        assert 0 < spans.rows.size <= (chunk_rows or cu_seqlens[-1])
+        assert not there[spans.rows].any()
+        there[spans.rows] = True
+        there[spans.copied_to] = True
+        prefixes = spans.prefix.reshape(len(spans.prefix), -1, 2)
+        for begin, end, prefix in zip(spans.cu_seqlens[:-1], spans.cu_seqlens[1:], prefixes, strict=True):
+            rows = [row for low, high in prefix for row in range(low, high)]
+            assert there[rows].all() and len(set(rows)) == len(rows)
+            for place, row in enumerate(spans.rows[begin:end].tolist()):
+                seen[row] = {*rows, *spans.rows[begin : begin + place].tolist()}
+    assert there.all()
+    for span in order:
+        for row in range(*cu_seqlens[[span, span + 1]]):
+            expected = {other for low, high in ranges[span] for other in range(low, high)}
+            assert seen[row] == expected | set(range(cu_seqlens[span], row))
 
 
 def test_leader_has_the_most_and_the_others_start_behind() -> None:

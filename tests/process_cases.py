@@ -22,17 +22,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_cases import EARLY, evaluations_of, losses_of, make_id_trainer, make_memory_trainer, make_trainer
 
+from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.training import PatchTrainer
 from recipes import train
 from recipes.training_choices import CHECKPOINTING
 
 _SHORT = {"max_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+# the best is not the last
+_FIRST = EARLY | {"metric_for_best_model": "loss", "greater_is_better": True}
 _STEPS = _SHORT | {"rows_per_pass": 250, "save_strategy": "steps", "save_steps": 2}
 _VECTORS = {"vector_dropout": 0.0}
 
 ALIKE: dict[str, dict[str, Any]] = {
     "samples": _SHORT | EARLY,
-    "passes": _SHORT | EARLY | {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
+    "passes": _SHORT | _FIRST | {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
     "pre-training on passes": _SHORT | EARLY | {"rows_per_pass": 500, "stage": "pretrain"},
     "a number of targets": _SHORT | EARLY | {"rows_per_pass": 250, "targets_per_step": 25},
     "titles beside an item head": _STEPS | {"config": {"item_head": True, **_VECTORS}},
@@ -45,6 +48,7 @@ ALIKE: dict[str, dict[str, Any]] = {
 """Runs by data parallelism, which equal those of one process."""
 
 SHARDED = {
+    "passes": {},
     "titles beside an item head": {CHECKPOINTING: True},
     "items": {},
     "both": {},
@@ -82,12 +86,22 @@ def _run(kind: str, folder: Path, accumulation: int = 2, resume: Path | None = N
         "losses": losses_of(trainer),
         "evaluations": evaluations_of(trainer),
         "best": trainer.state.best_model_checkpoint,
+        "off the best": _difference(trainer),
         "processes": trainer.args.world_size,
         "sharded": sum(isinstance(parameter, DTensor) for parameter in parameters) / len(parameters),
         "units": [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)],
         "weights": _held(parameters),
         "optimizer": _held(states),
     }
+
+
+def _difference(trainer: PatchTrainer) -> float | None:
+    """Between the model at the end and the best that was saved."""
+    if trainer.state.best_model_checkpoint is None:
+        return None
+    saved = PatchedCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    ours = [x.full_tensor() if isinstance(x, DTensor) else x for x in trainer.model.parameters()]
+    return max(float((x - y).detach().abs().max()) for x, y in zip(ours, saved.parameters(), strict=True))
 
 
 def _held(tensors: list[Tensor]) -> int:
@@ -149,7 +163,6 @@ def main(folder: Path) -> None:
                 kind, folder / "sharded and resumed" / kind, resume=start, fsdp=True, **own
             )
     results["refused"] = [
-        _refused(folder / "refused", "samples"),
         _refused(folder / "refused", "items", fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}),
         _refused(folder / "refused", "items", fsdp_config={"cpu_ram_efficient_loading": True}),
     ]

@@ -55,10 +55,6 @@ def check_sharding(args: TrainingArguments, accelerator: Any, model: nn.Module) 
             "fsdp_config: expected cpu_ram_efficient_loading False, as every process has read the model already",
         ),
         (
-            args.load_best_model_at_end,
-            "load_best_model_at_end: expected False under FSDP, where no process has a whole model to choose one by",
-        ),
-        (
             any(type(module).__name__ == "TrainableTokensWrapper" for module in model.modules()),
             "fsdp: expected no adapter that trains the rows of some tokens (trainable_token_indices), whose embedding "
             "cannot be sharded; by data parallelism every process has all of the model",
@@ -109,6 +105,14 @@ def load_states(optimizer: Any, scheduler: Any, folder: str) -> None:
     }
     optimizer.load_state_dict({**state, "state": shards})
     scheduler.load_state_dict(torch.load(paths[1], weights_only=True))
+
+
+def copy_into_shards(whole: nn.Module, model: nn.Module) -> None:
+    """Give a sharded model the parameters of a whole one, which every process has."""
+    values = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_shard(values[name].detach(), parameter))
 
 
 def _whole(value: Any, keep: bool) -> Any:

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,32 +17,29 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, speed_metrics
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, speed_metrics
 
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
-from patchkern.models.files import choose_catalog, is_model
 from patchkern.models.learned_rows import experts_are_trained
-from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator
 from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
 from patchkern.training.precision import share_at_rest
-from patchkern.training.processes import check_processes, check_sharding, load_states, save_states
+from patchkern.training.processes import check_processes, check_sharding
 from patchkern.training.protocol import TrainableModel
+from patchkern.training.saving import SavingTrainer
 from patchkern.training.validation import Validation, summary
 
 _HEAD = {"item_head", "item_embedding"}  # in the names of its parameters
 _MANY_AT_REST = 0.1
-_ASIDE = ".unfinished-checkpoint"
 
 
-class PatchTrainer(Trainer):
+class PatchTrainer(SavingTrainer):
     """`transformers.Trainer` for a `PatchedCausalLM`, an `ItemModel` or a `RecurrentMemory`.
 
     The loss of a step is the mean over all its supervised tokens, however the step is cut into batches and processes.
@@ -234,8 +228,6 @@ class PatchTrainer(Trainer):
                 "weights, each of which rounds it away; float32 weights (dtype) with bf16=True are as fast",
                 stacklevel=2,
             )
-        self._saving = False
-        self._loaded: str | None = None
         self._head_learning_rate = head_learning_rate
         self._losses = FiniteLosses()
         super().__init__(
@@ -246,8 +238,6 @@ class PatchTrainer(Trainer):
             **kwargs,
         )
         check_sharding(args, self.accelerator, self.model)
-        if eval_samples is not None and self.is_fsdp_enabled:
-            raise ValueError("eval_samples: expected None under FSDP, where no process has a whole model to search")
         self.label_smoother = None  # it would compute a second loss; `compute_loss` has the model smooth its own
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -308,98 +298,17 @@ class PatchTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         started = time.time()
         share = range(self.accelerator.process_index, len(samples), self.accelerator.num_processes)
-        model = self.accelerator.unwrap_model(self.model)
-        parts = gather_object([samples.measure(model, share, self.args.per_device_eval_batch_size)])
+        with self.whole_model() as model:
+            parts = gather_object([samples.measure(model, share, self.args.per_device_eval_batch_size)])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary(parts).items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(samples))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # ------------------------------------------------------------------ checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = str(self.args.output_dir if output_dir is None else output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP as without, so that any number of processes goes on from there."""
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        save_states(self.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            load_states(self.optimizer, self.lr_scheduler, checkpoint)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Under FSDP a checkpoint's model is loaded like any model, before it is sharded."""
-        if self.is_fsdp_enabled and resume_from_checkpoint is not None:
-            self._load_from_checkpoint(resume_from_checkpoint)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled and model is not None:
-            if self._loaded != resume_from_checkpoint:
-                raise RuntimeError("the model was sharded before the checkpoint was loaded")
-            return
-        self._loaded = resume_from_checkpoint
-        patched: Any = self.accelerator.unwrap_model(self.model)
-        wrapped: Any = patched.hf_model
-        if is_model(resume_from_checkpoint):
-            choose_catalog(resume_from_checkpoint, patched.catalog)
-        if patched.item_embedding is not None:
-            patched.load_item_embeddings(resume_from_checkpoint)
-        if patched.item_head is not None:
-            patched.item_head.load(resume_from_checkpoint)
-        if hasattr(patched, "load_map"):
-            patched.load_map(resume_from_checkpoint)
-        if not isinstance(wrapped, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, wrapped)
-            return
-        saved = type(wrapped).from_pretrained(resume_from_checkpoint, dtype=wrapped.dtype, trust_remote_code=False)
-        wrapped.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return os.path.join(folder, _ASIDE) if self._saving else folder
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint aside and rename it, so that a killed run leaves no half of one under its name."""
         self._losses.wait()
-        folder = Path(self._get_output_dir(trial))
-        aside, name = folder / _ASIDE, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == aside:
-            self.state.best_model_checkpoint = best = str(folder / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(aside / name, folder / name)
-            aside.rmdir()
-            keep(checkpoints(folder), best, self.args.save_total_limit or 0)
-        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
 
 def _count_epochs_in_steps(args: TrainingArguments, steps_per_epoch: int) -> None:

@@ -60,18 +60,6 @@ def test_another_eval_dataset_is_evaluated_as_by_any_trainer(tmp_path: Path) -> 
     assert "eval_HR@20" not in found and np.isfinite(found["eval_loss"])
 
 
-def test_validation_needs_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = PatchTrainer.create_accelerator_and_postprocess
-
-    def sharded(self: PatchTrainer) -> None:
-        original(self)
-        self.is_fsdp_enabled = True
-
-    monkeypatch.setattr(PatchTrainer, "create_accelerator_and_postprocess", sharded)
-    with pytest.raises(ValueError, match="eval_samples: expected None under FSDP"):
-        make_trainer(tmp_path, validate={})
-
-
 def test_validation_in_mixed_precision(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows_per_pass=250, max_steps=2, bf16=True, **EARLY)
     trainer.train()

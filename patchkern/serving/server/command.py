@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             timeout=args.timeout,
         )
         cache_bytes = 0 if args.cache is None else parse_bytes("cache", args.cache)
+        states_bytes = None if args.states_bytes is None else parse_bytes("states_bytes", args.states_bytes)
         token = None if args.admin_token_file is None else _token(args.admin_token_file)
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"serve: {error}")
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import uvicorn
 
         from patchkern.serving.server.app import create_app
+        from patchkern.serving.server.kept_users import KeptUsers
         from patchkern.serving.server.served import Source
         from patchkern.serving.server.service import Service
     except ModuleNotFoundError as error:
@@ -54,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"serve needs {error.name}, which is not installed: pip install 'patchkern[serving]'")
     sys.setswitchinterval(_SWITCH_INTERVAL)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    source = Source(args.run, args.catalog, args.renamed, args.device, args.dtype, args.search, cache_bytes)
     try:
+        users = None if args.states is None else KeptUsers(args.states, states_bytes)
+        source = Source(args.run, args.catalog, args.renamed, args.device, args.dtype, args.search, cache_bytes, users)
         service = Service(source.read, limits)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"serve: {error}")
     config = uvicorn.Config(
         create_app(service, token),
@@ -137,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache", metavar="BYTES", help="of the prompts of users who give their user_id (default: none are kept)"
     )
+    parser.add_argument(
+        "--states",
+        metavar="PLACE",
+        help="keep the compressed users of a model with experts or a memory: a folder, or redis://HOST:PORT",
+    )
+    parser.add_argument("--states_bytes", metavar="BYTES", help="of the folder's file (default: no limit)")
     parser.add_argument(
         "--admin_token_file", type=Path, metavar="FILE", help="allows POST /admin/reload to who knows what is in it"
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from patchkern.search.request import Request
 from patchkern.serving.server.jobs import Job, Options, Ranked
 from patchkern.serving.server.problems import Invalid
 from patchkern.serving.server.served import Served
+from patchkern.serving.stores.protocol import StoreError
+
+log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -117,8 +121,20 @@ class Computer:
     def lists(self, batch: Batch) -> list[Ranked]:
         """What `recommend` gives each job, in one call."""
         request = self._request(batch.jobs, self._room(batch.jobs[0].options) if batch.chunked else None)
+        if request.user_states is not None and not self._update(request):
+            request.user_states = None
         found, _ = run(request, prepare(request))
         return found
+
+    def _update(self, request: Request) -> bool:
+        """Keep what is compressed of the users; whether that can be read. Without it lists are the same, and later."""
+        together = self._max_batch if self._budget is None else 1  # which is what the budget has room for beside it
+        try:
+            request.user_states.update(request.names, request.histories, batch_size=together)
+        except StoreError as error:
+            log.warning("users are compressed anew: %s", error)
+            return False
+        return True
 
     def _request(self, jobs: Sequence[Job], budget: int | None) -> Request:
         options, served = jobs[0].options, self.served
@@ -139,7 +155,7 @@ class Computer:
             prior_weight=1.0,
             max_expansions=None,
             user_cache=served.cache if options.named else None,
-            user_states=None,
+            user_states=served.states if options.named else None,
             user_ids=[job.user_id for job in jobs],
             short="allow",
             unknown="error",

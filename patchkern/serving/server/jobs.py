@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories
+from patchkern.serving.identity import user_key
 from patchkern.serving.server.limits import Limits
 from patchkern.serving.server.problems import Invalid
 from patchkern.serving.server.schema import Asked
@@ -32,7 +33,7 @@ class Options(NamedTuple):
     chooses: bool
     """whether there are ``allowed_items``"""
     named: bool
-    """whether their prompts are kept"""
+    """whether something of them is kept"""
     timed: bool
     """whether their histories have timestamps"""
 
@@ -84,7 +85,7 @@ def admitted(asked: Asked, served: Served, limits: Limits, loc: Loc = ("body",))
     search = check.search()
     k = check.at_most("k", asked.k, limits.max_k)
     beams = check.at_most("num_beams", asked.num_beams or min(max(20, k), limits.max_beams), limits.max_beams)
-    named = served.cache is not None and asked.user_id is not None
+    named = check.named()
     options = Options(
         search, k, beams if search == "beam" else 1, asked.exclude_seen, allowed is not None, named, times is not None
     )
@@ -143,6 +144,17 @@ class _Check:
         places = self._places("allowed_items", self._asked.allowed_items)
         known = places[places >= 0]
         return self._catalog.item_ids[known], int(places.size - known.size)
+
+    def named(self) -> bool:
+        """Whether something is kept of the user."""
+        served, user_id = self._served, self._asked.user_id
+        if user_id is None or (served.cache is None and served.states is None):
+            return False
+        try:
+            user_key(user_id, "user_id")
+        except ValueError as error:
+            raise self._invalid(str(error).removeprefix("user_id: "), "user_id") from error
+        return True
 
     def _places(self, name: str, ids: list[Any]) -> NDArray[np.int32]:
         """Catalogue positions, -1 where an id is not in the catalogue and may be dropped."""

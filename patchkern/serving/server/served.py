@@ -25,7 +25,9 @@ from patchkern.models.recurrent import RecurrentMemory
 from patchkern.search.protocol import SearchModel, policy_of
 from patchkern.search.user_cache import UserCache
 from patchkern.serving.server.catalog_source import read_catalog
+from patchkern.serving.server.kept_users import KeptUsers
 from patchkern.serving.server.titles import TitleIndex
+from patchkern.serving.user_states import UserStates
 from patchkern.training.checkpoints import find_model
 
 SEARCHES = ("items", "beam")
@@ -40,6 +42,7 @@ class Served:
         model: with a policy.
         cache_bytes: for the prompts of users who give their ``user_id``; 0: none are kept.
         search: where a request does not say; the item head where the model has one, else titles.
+        states: the compressed users of a model with experts or a memory, by their ``user_id``; None: none are kept.
 
     Attributes:
         number: 1, 2, ... in the order in which models were read.
@@ -49,7 +52,13 @@ class Served:
         ValueError: a model without policy, or one that cannot be searched like that.
     """
 
-    def __init__(self, model: SearchModel, cache_bytes: int = 0, search: str | None = None) -> None:
+    def __init__(
+        self,
+        model: SearchModel,
+        cache_bytes: int = 0,
+        search: str | None = None,
+        states: UserStates | None = None,
+    ) -> None:
         self.number = next(_numbers)
         self.model = model
         self.policy: AnyPolicy = policy_of(model, None)
@@ -59,6 +68,7 @@ class Served:
             raise ValueError(f"search: expected one of {', '.join(self.searches)} for this model, got {search!r}")
         self.search = search or self.searches[0]
         self.cache = UserCache(model, cache_bytes) if cache_bytes else None
+        self.states = states
         catalog = model.catalog
         titles = catalog.item_ids.tolist() if catalog.titles is None else catalog.titles
         self.titles = tuple(str(title).encode("utf-8", "replace").decode() for title in titles)
@@ -88,6 +98,7 @@ class Source:
         renamed: "allow" a catalogue in which more than a tenth of the items have other titles.
         device, dtype: as of torch; None: a GPU where there is one, and the dtype that was saved.
         search, cache_bytes: as of `Served`.
+        users: where compressed users are kept; None: nowhere.
     """
 
     run: str
@@ -97,6 +108,7 @@ class Source:
     dtype: str | None = None
     search: str | None = None
     cache_bytes: int = 0
+    users: KeptUsers | None = None
 
     def read(self) -> Served:
         """The model as it is on disk now.
@@ -112,4 +124,5 @@ class Source:
         options = {} if self.dtype is None else {"dtype": getattr(torch, self.dtype)}
         model = kind.from_pretrained(folder, catalog, renamed=self.renamed, **options)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return Served(model.to(device).eval(), self.cache_bytes, self.search)
+        model = model.to(device).eval()
+        return Served(model, self.cache_bytes, self.search, None if self.users is None else self.users.of(model))

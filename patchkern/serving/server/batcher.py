@@ -142,6 +142,7 @@ class Batcher:
 
     def _compute_batch(self, computer: Computer, batch: Batch) -> None:
         start = time.perf_counter()
+        lists: list[Ranked] | None = None
         try:
             lists = computer.lists(batch)
         except Exception as error:
@@ -149,6 +150,7 @@ class Batcher:
                 self._fail(batch.jobs, error)
                 return
             log.warning("a batch of %d users failed and is computed one by one: %s", len(batch.jobs), error)
+        if lists is None:  # and what the failed call still held is gone with its exception
             for job in batch.jobs:
                 self._compute_batch(computer, Batch([job], batch.chunked))
             return

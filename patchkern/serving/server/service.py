@@ -14,7 +14,7 @@ from patchkern.serving.server.computing import Computer
 from patchkern.serving.server.jobs import Job, Loc, Ranked, admitted
 from patchkern.serving.server.limits import Limits
 from patchkern.serving.server.metrics import Metrics
-from patchkern.serving.server.problems import Busy, NotReloaded, TooSlow
+from patchkern.serving.server.problems import Busy, Closing, NotReloaded, TooSlow
 from patchkern.serving.server.schema import Answer, Asked, Recommended
 from patchkern.serving.server.served import Served
 
@@ -90,10 +90,10 @@ class Service:
 
         They are read on the thread that computes, between two batches, because transformers changes the whole process
         (torch's default dtype) while it reads a model. Who waits, waits that much longer, and is answered by the model
-        that was there when he came.
+        that was there when the request came.
 
         Raises:
-            Busy: another reload is under way.
+            Busy, Closing: another reload is under way; the server is shutting down.
             NotReloaded: why not; the old model goes on.
         """
         if self._reloading:
@@ -102,6 +102,8 @@ class Service:
         start = time.perf_counter()
         try:
             self.served = await asyncio.wrap_future(self._batcher.call(self._ready))
+        except Closing:
+            raise
         except Exception as error:
             self.metrics.reloads.labels("failed").inc()
             log.error("not reloaded: %s", error)

@@ -234,7 +234,7 @@ def test_a_model_that_cannot_be_served_is_said_at_once(model: pk.PatchedCausalLM
 
 
 def test_whoever_waits_at_the_end_is_answered(model: pk.PatchedCausalLM) -> None:
-    with serving(model) as client, ThreadPoolExecutor(8) as pool:
+    with serving(model, token=TOKEN) as client, ThreadPoolExecutor(8) as pool:
         with busy(client):
             waiting: list[Future[Any]] = [pool.submit(post, client, k=k) for k in (1, 2, 3)]
             wait_for(client, 3)
@@ -243,6 +243,7 @@ def test_whoever_waits_at_the_end_is_answered(model: pk.PatchedCausalLM) -> None
                 time.sleep(0.005)
             refused = post(client)
             assert refused.status_code == 503 and refused.json()["detail"][0]["type"] == "closing"
+            assert client.post("/admin/reload", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 503
         closed.result(30)
         assert [len(answer.result().json()["items"]) for answer in waiting] == [1, 2, 3]
         assert not client.service._batcher._thread.is_alive()

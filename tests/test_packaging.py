@@ -379,7 +379,7 @@ def test_wheel_holds_the_package_and_its_native_module(wheel: Path) -> None:
     assert python <= names
     beside = {name for name in names - python if ".dist-info/" not in name}
     suffix = sysconfig.get_config_var("EXT_SUFFIX") if FREE_THREADED else ".abi3.so"
-    files = ("py.typed", "_build_info.json", f"_native{suffix}")
+    files = ("py.typed", "_build_info.json", f"_native{suffix}", "serving/server/page.html")
     assert beside == {f"patchkern/{name}" for name in files}
     if not FREE_THREADED:
         assert "-cp310-abi3-" in wheel.name

@@ -272,6 +272,44 @@ def test_item_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             bench_item_head.main([*tiny, "--parts", part, "--threads", "1"])
 
 
+@pytest.mark.slow
+def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="needs fastapi, of the extra serving")
+    from bench import bench_serving
+
+    workload = workloads.stand_in(4096)
+    short = np.flatnonzero(workload.histories.lengths < 30)[:40]
+    workload = workload._replace(histories=workload.histories.take(short))
+    monkeypatch.setattr(bench_serving, "ml1m", lambda vocab_size: workload)
+    tiny = [
+        "--users",
+        "6",
+        "--requests",
+        "12",
+        "--rounds",
+        "1",
+        "--clients",
+        "3",
+        "--hidden_size",
+        "64",
+        "--layers",
+        "1",
+    ]
+    bench_serving.main([*tiny, "--seconds", "3", "--mixed_clients", "3", "--reloads", "1"])
+    rows = {(row["provider"], row["mode"], row["metric"]): row for row in table(tmp_path / "runs/bench/serving.csv")}
+    assert ("batched", "titles, 3 clients", "speed-up over one at a time") in rows
+    assert ("one at a time", "item ids, 3 clients", "p95 of latency") in rows
+    assert float(rows["server", "mixed", "reloads"]["p50"]) == 1
+    right = bench_serving.kinds_of
+
+    def of_others(*given: Any) -> Any:
+        return {mode: kind._replace(expected=kind.expected[::-1]) for mode, kind in right(*given).items()}
+
+    monkeypatch.setattr(bench_serving, "kinds_of", of_others)
+    with pytest.raises(SystemExit, match="in place of a list of its own"):
+        bench_serving.main([*tiny, "--parts", "mixed"])
+
+
 def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     from bench import bench_user_states

@@ -36,7 +36,7 @@ def add_flags(parser: Any) -> None:
     group.add_argument("--slots", type=int, default=4, help="vectors of a memory")
     group.add_argument("--mode", choices=MODES, default="overwrite", help="what an update does to a memory")
     group.add_argument(
-        "--consistency", type=float, default=1.0, help="weight of the distance between it and its reference"
+        "--consistency", type=float, default=0.01, help="weight of the distance between it and its reference"
     )
     group.add_argument("--reference_loss", type=float, default=0.0, help="weight of the items' loss in whole histories")
     group.add_argument("--rollout", type=float, default=0.0, help="share of the passes with the model's own memories")

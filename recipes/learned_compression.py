@@ -8,7 +8,7 @@
 A model of item ids for every row of the table and every seed, from random weights, all with the same epochs, the same
 targets a step and the same rates; kept is what recommends best for the validation split, of ten times in the run. What
 must be beaten: the same recent items alone (recent), and these with one row that is the mean of all that is old (mean).
---sweep adds other numbers of experts and slots, on the validation split.
+--sweep adds other numbers of experts and slots, and other weights of --consistency, on the validation split.
 
 What is finished is not computed again: a run that was killed goes on with the same command, from its last checkpoint.
 The table is printed and written to table.md in --output_dir; one line per sample of every row and seed goes to a CSV,
@@ -50,6 +50,7 @@ from recipes.training_run import banner, read_arguments, write_arguments
 
 EVALUATIONS = 10  # of the validation split in a run
 SWEPT = (1, 16)
+WEIGHTS = (0.01, 0.1, 1.0)
 DEFAULTS = 4  # experts and slots
 MEASURES = [f"{kind}@{k}" for kind in ("HR", "NDCG") for k in KS]
 
@@ -105,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", choices=BLOCKS, default="sasrec")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="only these (default: all)")
-    parser.add_argument("--sweep", action="store_true", help=f"also {SWEPT} experts and slots, on the validation split")
+    parser.add_argument("--sweep", action="store_true", help="also other numbers of experts and slots, and weights")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -165,6 +166,10 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
             rows[f"experts-{count}"] = Row(f"PerSRec, {count} experts, validation", experts("one", count), split="val")
             rows[f"memory-{count}"] = Row(
                 f"Rec2PM, {count} slots, validation", memory(slots=count), trained, split="val"
+            )
+        for weight in WEIGHTS:
+            rows[f"memory-weight-{weight:g}"] = Row(
+                f"Rec2PM, consistency {weight:g}, validation", memory(), {"consistency": weight}, split="val"
             )
     return rows
 

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         raise ValueError(f"--output_dir: expected the arguments of the runs there, got other {', '.join(changed)}")
     write_arguments(folder, shared)
     data = load(args)
-    print(f"{banner(torch.device('cpu'))}\n{data}", flush=True)
+    print(f"{banner(device_of_runs())}\n{data}", flush=True)
     rows = {name: row for name, row in all_rows(args).items() if args.rows is None or name in args.rows}
     for seed in args.seeds:
         for name, row in rows.items():
@@ -157,7 +157,7 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
         "experts": Row("PerSRec, one part", experts("one"), beside="mean"),
         "experts-blocks": Row("PerSRec, blocks", experts("blocks"), beside="mean-1"),
         "memory": Row("Rec2PM overwrite, iterated", memory(), trained, beside="mean-1"),
-        "memory-once": Row("the same models, one-time", memory(), of="memory", beside="memory"),
+        "memory-once": Row("the same, one-time: its references", memory(), of="memory", beside="memory"),
         "memory-append": Row("Rec2PM append, iterated", memory("append"), trained, beside="mean-1"),
         "memory-free": Row("Rec2PM without consistency", memory(), {"consistency": 0.0}, beside="memory"),
     }
@@ -187,7 +187,8 @@ def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Inte
     if row.of is None:
         model, known = trained(row, seed, args, data, own)
     else:
-        model = pk.RecurrentMemory.from_pretrained(folder / f"{row.of}-{seed}" / "model").eval()
+        model = pk.RecurrentMemory.from_pretrained(folder / f"{row.of}-{seed}" / "model")
+        model.to(device_of_runs()).eval()
         model.one_time = True
     samples = data.samples(row.split).spread(args.limit)
     started = time.perf_counter()
@@ -204,6 +205,11 @@ def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Inte
     unfinished = own / "result.part"
     unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(own / "result.json")
+
+
+def device_of_runs() -> torch.device:
+    """Where transformers trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trained(

@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=int, default=20, help="items that are always recent, with experts")
     parser.add_argument("--block", type=int, default=50, help="items of a segment")
     parser.add_argument("--group_size", type=int, default=5, help="items of a session patch")
-    parser.add_argument("--consistency", type=float, default=0.01, help="of memories; 1 keeps models of ids from learning")
+    parser.add_argument("--consistency", type=float, default=0.01, help="of memories; 1 keeps them from learning")
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--targets_per_step", type=int, default=2048)
     parser.add_argument("--rows_per_pass", type=int, default=4096)

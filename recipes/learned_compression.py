@@ -8,7 +8,7 @@
 A model of item ids for every row of the table and every seed, from random weights, all with the same epochs, the same
 targets a step and the same rates; kept is what recommends best for the validation split, of ten times in the run. What
 must be beaten: the same recent items alone (recent), and these with one row that is the mean of all that is old (mean).
---sweep adds other numbers of experts and slots, on the validation split.
+--sweep adds other numbers of experts and slots, and other weights of --consistency, on the validation split.
 
 What is finished is not computed again: a run that was killed goes on with the same command, from its last checkpoint.
 The table is printed and written to table.md in --output_dir; one line per sample of every row and seed goes to a CSV,
@@ -50,6 +50,7 @@ from recipes.training_run import banner, read_arguments, write_arguments
 
 EVALUATIONS = 10  # of the validation split in a run
 SWEPT = (1, 16)
+WEIGHTS = (0.01, 0.1, 1.0)
 DEFAULTS = 4  # experts and slots
 MEASURES = [f"{kind}@{k}" for kind in ("HR", "NDCG") for k in KS]
 
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         raise ValueError(f"--output_dir: expected the arguments of the runs there, got other {', '.join(changed)}")
     write_arguments(folder, shared)
     data = load(args)
-    print(f"{banner(torch.device('cpu'))}\n{data}", flush=True)
+    print(f"{banner(device_of_runs())}\n{data}", flush=True)
     rows = {name: row for name, row in all_rows(args).items() if args.rows is None or name in args.rows}
     for seed in args.seeds:
         for name, row in rows.items():
@@ -105,14 +106,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", choices=BLOCKS, default="sasrec")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="only these (default: all)")
-    parser.add_argument("--sweep", action="store_true", help=f"also {SWEPT} experts and slots, on the validation split")
+    parser.add_argument("--sweep", action="store_true", help="also other numbers of experts and slots, and weights")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--keep", type=int, default=20, help="items that are always recent, with experts")
     parser.add_argument("--block", type=int, default=50, help="items of a segment")
     parser.add_argument("--group_size", type=int, default=5, help="items of a session patch")
-    parser.add_argument("--consistency", type=float, default=0.01, help="of memories; 1 keeps models of ids from learning")
+    parser.add_argument("--consistency", type=float, default=0.01, help="of memories; 1 keeps them from learning")
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--targets_per_step", type=int, default=2048)
     parser.add_argument("--rows_per_pass", type=int, default=4096)
@@ -156,7 +157,7 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
         "experts": Row("PerSRec, one part", experts("one"), beside="mean"),
         "experts-blocks": Row("PerSRec, blocks", experts("blocks"), beside="mean-1"),
         "memory": Row("Rec2PM overwrite, iterated", memory(), trained, beside="mean-1"),
-        "memory-once": Row("the same models, one-time", memory(), of="memory", beside="memory"),
+        "memory-once": Row("the same, one-time: its references", memory(), of="memory", beside="memory"),
         "memory-append": Row("Rec2PM append, iterated", memory("append"), trained, beside="mean-1"),
         "memory-free": Row("Rec2PM without consistency", memory(), {"consistency": 0.0}, beside="memory"),
     }
@@ -165,6 +166,10 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
             rows[f"experts-{count}"] = Row(f"PerSRec, {count} experts, validation", experts("one", count), split="val")
             rows[f"memory-{count}"] = Row(
                 f"Rec2PM, {count} slots, validation", memory(slots=count), trained, split="val"
+            )
+        for weight in WEIGHTS:
+            rows[f"memory-weight-{weight:g}"] = Row(
+                f"Rec2PM, consistency {weight:g}, validation", memory(), {"consistency": weight}, split="val"
             )
     return rows
 
@@ -182,7 +187,8 @@ def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Inte
     if row.of is None:
         model, known = trained(row, seed, args, data, own)
     else:
-        model = pk.RecurrentMemory.from_pretrained(folder / f"{row.of}-{seed}" / "model").eval()
+        model = pk.RecurrentMemory.from_pretrained(folder / f"{row.of}-{seed}" / "model")
+        model.to(device_of_runs()).eval()
         model.one_time = True
     samples = data.samples(row.split).spread(args.limit)
     started = time.perf_counter()
@@ -199,6 +205,11 @@ def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Inte
     unfinished = own / "result.part"
     unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(own / "result.json")
+
+
+def device_of_runs() -> torch.device:
+    """Where transformers trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trained(

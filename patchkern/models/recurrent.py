@@ -43,6 +43,9 @@ from patchkern.search.scoring import score_items
 REDUCTIONS = ("mean", "sum")
 """Of the squared differences between a memory and its reference."""
 
+ROWS_PER_PASS = 16384
+"""Rows that are absorbed together, at most, where not said."""
+
 _EPSILON = 1e-6
 
 
@@ -285,7 +288,7 @@ class RecurrentMemory(MemoryWrapper):
         policy: PreferenceMemory | None = None,
         *,
         one_time: bool | None = None,
-        rows_per_pass: int = 16384,
+        rows_per_pass: int = ROWS_PER_PASS,
     ) -> Memories:
         """The memories of users, as far as whole segments were followed by another item.
 
@@ -323,8 +326,8 @@ class RecurrentMemory(MemoryWrapper):
         vectors = torch.cat(kept) if kept else nothing
         return Memories(vectors, np.array([own.shape[0] for own in kept], np.int64), wanted)
 
-    def prompt_vectors(self, histories: Histories, policy: AnyPolicy) -> Tensor:
-        """``(M, D)`` the memories that the prompts of these users read, user by user.
+    def prompt_vectors(self, histories: Histories, policy: AnyPolicy, rows_per_pass: int | None = None) -> Tensor:
+        """``(M, D)`` the memories that the prompts of these users read, user by user; see `compress`.
 
         Of users whose memories are of the same items, as of one user's prompts at several times, one is computed.
         """
@@ -332,7 +335,8 @@ class RecurrentMemory(MemoryWrapper):
         pasts = [items[:count].tobytes() for items, count in zip(histories, absorbed, strict=True)]
         first = {past: user for user, past in reversed(list(enumerate(pasts)))}
         chosen = sorted(first.values())
-        found = self.compress(histories.take(chosen), policy=policy)  # type: ignore[arg-type]
+        most = ROWS_PER_PASS if rows_per_pass is None else rows_per_pass
+        found = self.compress(histories.take(chosen), policy=policy, rows_per_pass=most)  # type: ignore[arg-type]
         own = dict(zip(chosen, found.vectors.split(found.rows.tolist()), strict=True))
         return torch.cat([own[first[past]] for past in pasts]) if pasts else found.vectors
 

@@ -156,6 +156,7 @@ def vectors_of(
     policy: AnyPolicy,
     states: UserStates | None = None,
     names: Sequence[Hashable] | None = None,
+    chunk_rows: int | None = None,
 ) -> Tensor | None:
     """``(V, D)`` what the vector rows of users' prompts are, which a model with memories makes; None without any.
 
@@ -166,6 +167,8 @@ def vectors_of(
         policy: by which they were planned.
         states: asked for the memories; without, or where it has none, they are made.
         names: of the users in ``states``.
+        chunk_rows: rows that are computed together to make them, at most, unless a user alone has more; None: as many
+            as are fast.
 
     Raises:
         ValueError: the layout has such rows, and the model makes none.
@@ -179,7 +182,7 @@ def vectors_of(
         )
     vectors: Tensor
     if states is None or names is None or layout.vector_rows.shape[0] == 0:
-        vectors = model.prompt_vectors(histories, policy)
+        vectors = model.prompt_vectors(histories, policy, chunk_rows)
         return vectors
     states.check(model, policy)
     of_user = torch.bucketize(layout.vector_rows.cpu(), layout.cu_seqlens[1:].cpu().long(), right=True)
@@ -188,7 +191,7 @@ def vectors_of(
         lacking = [user for user, state in enumerate(found) if state is None and counts[user]]
         made: Iterator[Tensor] = iter(())
         if lacking:
-            vectors = model.prompt_vectors(histories.take(lacking), policy)
+            vectors = model.prompt_vectors(histories.take(lacking), policy, chunk_rows)
             made = iter(vectors.split(counts[lacking].tolist()))
         own = [next(made) if state is None else state[0] for user, state in enumerate(found) if counts[user]]
         return torch.cat([part.to(model.device, model.dtype) for part in own])

@@ -256,9 +256,8 @@ def _find_items(
     request: Request, users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
 ) -> tuple[Tensor, ...]:
     """User, item and score of the best items of a batch; and of no user that anything is unproven."""
-    log_probs = item_log_probs(
-        request.model, layout, chunk_rows, request.user_cache, _named(request, users), _vectors(request, users, layout)
-    )
+    vectors = _vectors(request, users, layout, chunk_rows)
+    log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users), vectors)
     found = best_items(log_probs, users, request.items, request.known, request.k, request.normalize == "items")
     return *found, torch.zeros(0, dtype=torch.bool)
 
@@ -283,7 +282,7 @@ def _find_titles(
         chunk_rows=chunk_rows,
         user_cache=request.user_cache,
         user_ids=_named(request, users),
-        vectors=_vectors(request, users, layout),
+        vectors=_vectors(request, users, layout, chunk_rows),
     )
     unproven = torch.zeros(0, dtype=torch.bool)
     if request.normalize is not None:
@@ -298,11 +297,13 @@ def _find_titles(
     return *items_of(found, trie, running, k, best), unproven
 
 
-def _vectors(request: Request, users: NDArray[np.int64], layout: SearchPrompts) -> Tensor | None:
+def _vectors(
+    request: Request, users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
+) -> Tensor | None:
     """What the prompts' vector rows are."""
     names = [request.names[user] for user in users]
     own = request.histories.take(users)
-    return vectors_of(request.model, layout, own, request.policy, request.user_states, names)
+    return vectors_of(request.model, layout, own, request.policy, request.user_states, names, chunk_rows)
 
 
 def _named(request: Request, users: NDArray[np.int64]) -> list[Any] | None:
@@ -350,7 +351,7 @@ def generate_titles(
     def compute(
         users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        vectors = vectors_of(model, layout, histories.take(users), policy)
+        vectors = vectors_of(model, layout, histories.take(users), policy, chunk_rows=chunk_rows)
         prompts = Prompts(model, layout, users.size * size.kept_rows, chunk_rows=chunk_rows, vectors=vectors)
         found = diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
         owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)

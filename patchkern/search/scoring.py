@@ -28,7 +28,7 @@ from patchkern.search.trie_cache import catalog_trie
 __all__ = ["score_items"]
 
 Scorer = Callable[[NDArray[np.int64], SearchPrompts, "int | None"], Tensor]
-Vectors = Callable[[NDArray[np.int64], SearchPrompts], "Tensor | None"]
+Vectors = Callable[[NDArray[np.int64], SearchPrompts, "int | None"], "Tensor | None"]
 
 
 def score_items(
@@ -83,8 +83,8 @@ def score_items(
     scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
     if scores.size:
 
-        def vectors(users: NDArray[np.int64], layout: SearchPrompts) -> Tensor | None:
-            return vectors_of(model, layout, histories.take(users), policy)
+        def vectors(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor | None:
+            return vectors_of(model, layout, histories.take(users), policy, chunk_rows=chunk_rows)
 
         make = _item_scorer if head == "items" else _title_scorer
         compute, size, depth = make(model, wanted, nodes_per_pass, vectors)
@@ -118,7 +118,7 @@ def _title_scorer(
     size = SearchSize(rows, rows, itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
 
     def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
-        given = vectors(users, layout)
+        given = vectors(users, layout, chunk_rows)
         prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows, vectors=given)
         return score_titles(prompts, trie, passes)[:, title]
 
@@ -131,6 +131,6 @@ def _item_scorer(
     column = torch.from_numpy(wanted).to(model.device)
 
     def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
-        return item_log_probs(model, layout, chunk_rows, vectors=vectors(users, layout))[:, column]
+        return item_log_probs(model, layout, chunk_rows, vectors=vectors(users, layout, chunk_rows))[:, column]
 
     return compute, size_of_items(model, None, None), 0

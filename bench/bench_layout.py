@@ -28,7 +28,7 @@ import patchkern as pk
 from bench import output, timing, workloads
 from patchkern.batch import planner as chosen
 from patchkern.batch import planning, planning_native
-from patchkern.batch.policies import TrunkPolicy
+from patchkern.batch.policy_kinds import TrunkPolicy
 
 
 def with_planner(planner: object, call: Callable[[], pk.PatchLayout]) -> Callable[[], pk.PatchLayout]:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchkern as pk
 from bench.workloads import Workload
-from patchkern.batch.policies import Level
+from patchkern.batch.policy_kinds import Level
 from patchkern.training.passes import cut_to_passes
 
 # targets of a user in one pass: the slow way and the fast one

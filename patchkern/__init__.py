@@ -35,17 +35,14 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.mean_of_old import MeanOfOld
 from patchkern.batch.policies import (
     FitRows,
-    FittingPolicy,
     ItemDropout,
     ItemPatches,
-    Level,
-    Policy,
     RandomItemPatches,
     SessionPatches,
     TextOnly,
     TimeSessions,
-    TrunkPolicy,
 )
+from patchkern.batch.policy_kinds import FittingPolicy, Level, Policy, TrunkPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.prompt_words import PromptWords

@@ -42,7 +42,7 @@ import transformers
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
 import patchkern as pk
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.search import parse_bytes
 from patchkern.data import Interactions, Samples, samples_of
 from patchkern.data.preparation import add_arguments, load

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import patchkern as pk
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data import Interactions, Samples
 from patchkern.search.weights import fit_weights
 from patchkern.training import TrainableModel

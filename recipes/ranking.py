@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import patchkern as pk
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.search import SearchCost, SearchSize, parse_bytes
 from patchkern.data import Interactions, Samples
 from patchkern.evaluation import Ranking

@@ -22,7 +22,7 @@ from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import Level, Levels
+from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.prompt import Prompt
 
 

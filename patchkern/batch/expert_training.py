@@ -26,7 +26,7 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled, with_items
 from patchkern.batch.planning import Head, Int64, Spans
-from patchkern.batch.policies import Level
+from patchkern.batch.policy_kinds import Level
 from patchkern.batch.prompt import Prompt
 
 

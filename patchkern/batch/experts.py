@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import check_count
-from patchkern.batch.policies import ItemPatches, Level, Levels, SessionPatches, TextOnly
+from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.segments import cuts
 

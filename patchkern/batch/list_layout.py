@@ -13,7 +13,8 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout
 from patchkern.batch.planning import Int64
-from patchkern.batch.policies import AnyPolicy, Level, TextOnly
+from patchkern.batch.policies import TextOnly
+from patchkern.batch.policy_kinds import AnyPolicy, Level
 from patchkern.batch.prompt import Prompt
 
 

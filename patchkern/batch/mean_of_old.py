@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, check_count
-from patchkern.batch.policies import Level, Levels
+from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.segments import cuts
 
 
@@ -46,11 +46,11 @@ class MeanOfOld:
         return None
 
     def levels(self, histories: Histories) -> Levels:
-        """See `patchkern.batch.policies.Policy`."""
+        """See `patchkern.batch.policy_kinds.Policy`."""
         place = np.arange(histories.items.size) - np.repeat(histories.offsets[:-1], histories.lengths)
         old = np.repeat(cuts(histories.lengths, self.keep, self.block), histories.lengths)
         return np.where((place > 0) & (place < old), np.uint8(Level.JOIN), np.uint8(Level.PATCH))
 
     def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See `patchkern.batch.policies.TrunkPolicy`."""
+        """See `patchkern.batch.policy_kinds.TrunkPolicy`."""
         return cuts(lengths, self.keep, self.block), lengths

@@ -14,7 +14,7 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_inputs, plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import Level, Levels
+from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 

@@ -16,7 +16,7 @@ from patchkern.batch.control_tokens import first_control_token
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Int32, Int64, RowPlan, Spans
-from patchkern.batch.policies import Level, Levels, check_policy
+from patchkern.batch.policy_kinds import Level, Levels, check_policy
 from patchkern.batch.prompt import Prompt
 
 HEADS = ("titles", "items", "both")

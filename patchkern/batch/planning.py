@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.policies import Level, Levels
+from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.prompt import Prompt
 
 Int32 = NDArray[np.int32]

@@ -12,7 +12,7 @@ from patchkern._build import load
 from patchkern.batch import planning
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.planning import Int32, Int64, RowPlan, Spans, TransposePlan
-from patchkern.batch.policies import Levels
+from patchkern.batch.policy_kinds import Levels
 from patchkern.batch.prompt import Prompt
 
 _native = load("_native")

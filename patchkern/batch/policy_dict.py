@@ -12,7 +12,6 @@ import numpy as np
 from patchkern.batch.experts import Experts
 from patchkern.batch.mean_of_old import MeanOfOld
 from patchkern.batch.policies import (
-    AnyPolicy,
     FitRows,
     ItemDropout,
     ItemPatches,
@@ -21,6 +20,7 @@ from patchkern.batch.policies import (
     TextOnly,
     TimeSessions,
 )
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 
 _KINDS = (

@@ -19,7 +19,8 @@ from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import ItemPatches, Levels, SessionPatches, TextOnly
+from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.policy_kinds import Levels
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.segments import cuts
@@ -113,7 +114,7 @@ class PreferenceMemory:
                 f"(Prompt.with_special), got {len(prompt.experts)}"
             )
 
-    # ------------------------------------------------------------------ as `patchkern.batch.policies.PlanningPolicy`
+    # ------------------------------------------------------------------ as a `PlanningPolicy`
 
     def plan(
         self, catalog: Catalog, histories: Histories, prompt: Prompt, targets: Int32 | None, head: str

@@ -14,7 +14,7 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_layout import expert_row_counts
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.policies import AnyPolicy, Level, PlanningPolicy, check_policy, cut, levels_of
+from patchkern.batch.policy_kinds import AnyPolicy, Level, PlanningPolicy, check_policy, cut, levels_of
 from patchkern.batch.prompt import Prompt
 
 

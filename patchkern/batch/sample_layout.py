@@ -16,7 +16,7 @@ from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
 from patchkern.batch.planning import Head, Int32, Spans
-from patchkern.batch.policies import AnyPolicy, PlanningPolicy, cut, levels_of
+from patchkern.batch.policy_kinds import AnyPolicy, PlanningPolicy, cut, levels_of
 from patchkern.batch.prompt import Prompt
 
 

@@ -34,7 +34,7 @@ from patchkern.batch.planned_layout import (
     with_items,
 )
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import AnyPolicy, Level, Levels, TrunkPolicy, cut_every_of
+from patchkern.batch.policy_kinds import AnyPolicy, Level, Levels, TrunkPolicy, cut_every_of
 from patchkern.batch.prompt import Prompt
 
 _BLOCK_SIZE = 50

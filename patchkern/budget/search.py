@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.counted_pass import count_pass, on_meta, without_memory
 from patchkern.ops import native
 from patchkern.ops.span_attention_native import forward_scratch

@@ -14,7 +14,8 @@ import numpy as np
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories
-from patchkern.batch.policies import ItemPatches, Level, Policy, SessionPatches
+from patchkern.batch.policies import ItemPatches, SessionPatches
+from patchkern.batch.policy_kinds import Level, Policy
 from patchkern.data import Interactions, open_dataset
 from patchkern.data.interactions import positions_of
 from patchkern.data.preparation import add_filters, prepared

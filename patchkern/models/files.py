@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
 from patchkern.batch.histories import check_count
-from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.policy_dict import policy_from_dict, policy_to_dict
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.models.adapters import ADAPTER, ADAPTER_WEIGHTS, read_adapter
 from patchkern.models.catalog_file import read_catalog, write_catalog

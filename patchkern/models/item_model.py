@@ -23,7 +23,7 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
 from patchkern.batch.histories import HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
 from patchkern.models.catalog_file import read_catalog

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import wrapped
 from patchkern.models.item_model import ItemModel

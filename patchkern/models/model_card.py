@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.prompt_words import PromptWords
 from patchkern.models.folders import current

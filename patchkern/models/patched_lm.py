@@ -19,7 +19,7 @@ from patchkern.batch.catalog_diff import CatalogDiff, check_tokens
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_titles
-from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import attention, files, wrapped
 from patchkern.models.embedding import EmbeddingScale, with_vectors

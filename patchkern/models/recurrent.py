@@ -29,7 +29,8 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner
-from patchkern.batch.policies import AnyPolicy, SessionPatches
+from patchkern.batch.policies import SessionPatches
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models import files, wrapped
 from patchkern.models.item_model import ItemModel

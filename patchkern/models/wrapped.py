@@ -21,7 +21,7 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import title_with
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files
 from patchkern.models.hub import upload

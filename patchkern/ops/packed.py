@@ -13,7 +13,7 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout
 from patchkern.ops.checks import check_weight

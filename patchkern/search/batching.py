@@ -22,7 +22,8 @@ from patchkern.batch.expert_layout import compress_layout, expert_row_counts, wi
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, ItemPatches, SessionPatches, TextOnly, check_policy
+from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count, flat_array, is_sequence
-from patchkern.batch.policies import AnyPolicy
 from patchkern.batch.policy_dict import policy_to_dict
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data.parquet import import_pyarrow
 from patchkern.search.arguments import of_users
 from patchkern.search.fingerprints import described, model_fingerprint

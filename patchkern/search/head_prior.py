@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.search.arguments import check_batching
 from patchkern.search.fingerprints import model_fingerprint
 from patchkern.search.protocol import SearchModel, check_model, policy_of

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count, is_sequence
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.search.arguments import check_leniency, known_histories, of_users, priors_of, users_named
 from patchkern.search.filters import ItemFilter, ItemPrior

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.search.experts import ExpertPrompts, SearchPrompts, UserStates
 from patchkern.search.prefill import Pass, packed, plan_passes, shared_literals, with_beginnings
 from patchkern.search.prefix_cache import PrefixCache, StepShape

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.search import SearchCost
 from patchkern.data.parquet import import_pyarrow
 from patchkern.search.batching import plan_users

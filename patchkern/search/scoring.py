@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.search import SearchSize
 from patchkern.search.arguments import check_batching, check_leniency, check_positive, known_histories, users_named
 from patchkern.search.batching import in_batches

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.recurrent import RecurrentMemory
 from patchkern.search.arguments import check_leniency, known_histories, users_named

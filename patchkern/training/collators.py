@@ -14,7 +14,8 @@ from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryPlanner
-from patchkern.batch.policies import AnyPolicy, Level, Levels, RandomItemPatches, TextOnly, cut_every_of
+from patchkern.batch.policies import RandomItemPatches, TextOnly
+from patchkern.batch.policy_kinds import AnyPolicy, Level, Levels, cut_every_of
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, ItemDropout, RandomItemPatches, TrunkPolicy, cut_every_of
+from patchkern.batch.policies import ItemDropout, RandomItemPatches
+from patchkern.batch.policy_kinds import AnyPolicy, TrunkPolicy, cut_every_of
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.search.protocol import SearchModel
 
 

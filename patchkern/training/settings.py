@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from patchkern.batch.policies import ItemPatches, Policy, SessionPatches, TextOnly
+from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.policy_kinds import Policy
 
 STAGES = ("sft", "pretrain", "items", "sessions")
 

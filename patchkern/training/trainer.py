@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, speed_met
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.planned_layout import check_head
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.learned_rows import experts_are_trained
 from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator

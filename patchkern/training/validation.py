@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, check_count
-from patchkern.batch.policies import AnyPolicy, cut_every_of
+from patchkern.batch.policy_kinds import AnyPolicy, cut_every_of
 from patchkern.batch.sample_layout import build_layout
 from patchkern.data.interactions import Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 import patchkern as pk
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data import Interactions, samples_of
 from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_prompt
 from patchkern.models.sources import read_tokenizer

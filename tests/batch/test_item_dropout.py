@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import patchkern as pk
-from patchkern.batch.policies import Level
 from patchkern.batch.policy_dict import policy_from_dict, policy_to_dict
+from patchkern.batch.policy_kinds import Level
 
 LENGTHS = [40, 0, 3, 17, 1]
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchkern as pk
-from patchkern.batch.policies import Level
 from patchkern.batch.policy_dict import policy_from_dict, policy_to_dict
+from patchkern.batch.policy_kinds import Level
 
 
 def histories_of(lengths: list[int]) -> pk.Histories:

@@ -11,7 +11,7 @@ import pytest
 from error_cases import CATALOG, HISTORIES, LAYOUT_ARGUMENTS, PROMPT, OwnPolicy, refused
 
 import patchkern as pk
-from patchkern.batch.policies import Level
+from patchkern.batch.policy_kinds import Level
 
 
 def test_unknown_item_id() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import patchkern as pk
 from patchkern import build_training_layout, join_layouts, training_rows
 from patchkern.batch.planning import Spans
-from patchkern.batch.policies import TrunkPolicy
+from patchkern.batch.policy_kinds import TrunkPolicy
 
 POLICIES = {
     "text": pk.TextOnly(None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
-from patchkern.batch.policies import AnyPolicy, Level, cut, levels_of
+from patchkern.batch.policy_kinds import AnyPolicy, Level, cut, levels_of
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.serving.server.schema import Compressed, Entry, Item
 from patchkern.serving.server.served import Served

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from patchkern.batch.expert_layout import expert_row_counts
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.row_counts import row_counts
 from patchkern.models.files import read_description
 from patchkern.models.folders import current

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.policies import AnyPolicy, check_policy
+from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.sample_layout import build_layout
 from patchkern.search.arguments import users_named
 from patchkern.search.filters import ItemFilter

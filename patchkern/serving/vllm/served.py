@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import check_count
-from patchkern.batch.policies import AnyPolicy
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files
 

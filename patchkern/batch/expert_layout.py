@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from patchkern.batch.arrangement import Table, arranged, running
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import Experts, settled_levels
-from patchkern.batch.hashes import UInt64, learned_hashes
+from patchkern.batch.hashes import UInt64, item_hashes, learned_hashes
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled
@@ -181,12 +181,22 @@ def expert_hashes(
     Args:
         by_item: as of `patchkern.row_hashes`.
     """
-    parts = _checked_parts(catalog, histories, policy, prompt)
-    layout, _ = parts.planned(catalog, prompt, parts.is_old, np.full(parts.user.size, -1, np.int32))
-    ends = layout.cu_seqlens.numpy()[1:].astype(np.int64)
-    first = parts.nth[parts.is_old] == 0
-    starts = layout.cu_seqlens.numpy()[:-1].astype(np.int64)[first][np.cumsum(first) - 1]
-    return learned_hashes(layout, starts, ends - starts, policy.count, by_item)
+    policy.check_prompt(prompt)
+    cut = policy.cuts(histories.lengths)
+    compressed = policy.compressed_parts(cut)
+    users = np.flatnonzero(compressed)
+    old = histories.between(users, np.zeros_like(users), cut[users])
+    place = np.arange(old.items.size) - np.repeat(old.offsets[:-1], old.lengths)
+    items = item_hashes(catalog, by_item, catalog.index_of(old.items, "histories"))
+    groups = compressed[users]
+    nth = np.arange(groups.sum()) - np.repeat(running(groups)[:-1], groups)
+    in_blocks = policy.parts == "blocks"
+    lengths = (nth + 1) * policy.block if in_blocks else old.lengths
+    # a block's experts have read the experts before them, too
+    manner = (policy.block if in_blocks else 0, len(prompt.prefix), *prompt.prefix, *prompt.separator)
+    starts = np.repeat(old.offsets[:-1], groups)
+    forms = settled_levels(policy.policy, place)
+    return learned_hashes(items, forms, starts, lengths, policy.count, np.array(manner, np.int64))
 
 
 class ExpertRowCounts(NamedTuple):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -66,36 +68,49 @@ def row_hashes(layout: PatchLayout, by_item: bool = False, vectors: Tensor | Non
     return hashes
 
 
-def item_hashes(catalog: Catalog, by_item: bool = False) -> UInt64:
-    """What every item of a catalogue is to a model, as one number: its input tokens, as in `row_hashes`.
+def item_hashes(catalog: Catalog, by_item: bool = False, index: NDArray[np.integer[Any]] | None = None) -> UInt64:
+    """What items of a catalogue are to a model, each as one number: its input tokens, as in `row_hashes`.
 
     Args:
         catalog: any.
         by_item: tell items with equal titles apart, by their places in the catalogue.
+        index: ``(n,)`` places of the items in the catalogue; None: all, in order.
 
     Returns:
-        ``(n_items,)`` uint64.
+        ``(n,)`` uint64.
     """
-    token_ids, offsets = catalog.inputs.token_ids.astype(np.int64), catalog.inputs.offsets.astype(np.int64)
-    titles = _sequences(_mixed(token_ids + 1, _TOKEN), offsets[:-1], np.diff(offsets), _TITLE)
-    return _mixed(np.arange(titles.size), titles) if by_item else titles
+    titles = catalog.inputs
+    places = np.arange(titles.lengths.size) if index is None else index.astype(np.int64)
+    distinct, inverse = np.unique(places, return_inverse=True)
+    lengths = titles.lengths[distinct].astype(np.int64)
+    begins = np.cumsum(lengths) - lengths
+    tokens = np.arange(lengths.sum()) + np.repeat(titles.offsets[distinct].astype(np.int64) - begins, lengths)
+    hashes = _sequences(_mixed(titles.token_ids[tokens].astype(np.int64) + 1, _TOKEN), begins, lengths, _TITLE)
+    return (_mixed(distinct, hashes) if by_item else hashes)[inverse]
 
 
 def learned_hashes(
-    layout: PatchLayout, starts: NDArray[np.int64], lengths: NDArray[np.int64], count: int, by_item: bool = False
+    read: UInt64,
+    forms: NDArray[np.integer[Any]],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    count: int,
+    manner: NDArray[np.integer[Any]],
 ) -> UInt64:
-    """What learned rows stand for that have read other rows, which need not be there any more.
+    """What learned rows stand for that have read items, which need not be there any more.
 
     Args:
-        layout: of the rows that were read.
+        read: ``(N,)`` hashes of the items.
+        forms: ``(N,)`` as what each of them was read.
         starts, lengths: ``(G,)`` which of them each group of learned rows has read, in order.
         count: learned rows of a group.
-        by_item: as of `row_hashes`.
+        manner: numbers of at least 0 that say how all of them were read.
 
     Returns:
-        ``(G * count,)`` uint64: each row's comes from the hashes of the rows it has read and its place in its group.
+        ``(G * count,)`` uint64: each row's comes from what it has read, how, and its place in its group.
     """
-    pasts = _sequences(row_hashes(layout, by_item), starts, lengths, _LEARNED)
+    how = _sequences(_mixed(manner, _LEARNED), np.zeros(1, np.int64), np.array([manner.size]), _LEARNED)
+    pasts = _sequences(_mixed(forms, _mixed(read.astype(np.int64), how)), starts, lengths, _LEARNED)
     return _mixed(np.tile(np.arange(count), pasts.size), np.repeat(pasts, count))
 
 
@@ -109,7 +124,7 @@ def _sequences(hashes: UInt64, starts: NDArray[np.int64], lengths: NDArray[np.in
     return _mixed(lengths, running[ends] - running[ends - lengths] + tag)
 
 
-def _mixed(numbers: NDArray[np.int64], key: UInt64 | np.uint64) -> UInt64:
+def _mixed(numbers: NDArray[np.integer[Any]], key: UInt64 | np.uint64) -> UInt64:
     """Numbers and key as well-spread 64-bit values: the finalizer of the generator splitmix64, twice."""
     mixed = numbers.astype(np.uint64)
     for addend in (_STEP, key):

@@ -125,6 +125,25 @@ def test_an_experts_hash_is_that_of_what_it_has_read(kind: str) -> None:
     assert not set(hashes(history, pk.Prompt([99], [102], [103], [105], experts=prompt.experts))) & set(before)
 
 
+def test_items_read_in_another_way_give_other_experts() -> None:
+    prompt = pk.Prompt((100,), (101,), (103,), (105,), experts=(110,))
+    old = pk.Histories.from_sequences([[1, 2, 3, 4, 5, 6, 7]])
+    inner = {
+        "text": pk.TextOnly(None),
+        "patches": pk.ItemPatches(0, None),
+        "sessions": pk.SessionPatches(3, align="start", max_items=None),
+    }
+    found = [
+        tuple(
+            expert_hashes(CATALOG, old, pk.Experts(policy, count=1, keep=1, block=block, parts=parts), prompt, by_item)
+        )
+        for policy in inner.values()
+        for parts, block in (("one", 3), ("blocks", 3), ("blocks", 6))
+        for by_item in (False, True)
+    ]
+    assert len(set(found)) == len(found) == 18
+
+
 def test_a_user_without_text_needs_no_suffix_where_nothing_is_old() -> None:
     policy = POLICIES["one, text"]
     prompt = pk.Prompt(prefix=[100], response_end=[105], experts=[110])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,14 @@ class _Cut:
 
     cut_every: int = field(default=1, kw_only=True)
 
+    def __repr__(self) -> str:
+        """The arguments, with ``cut_every`` last, and only where it says something."""
+        names = [each.name for each in fields(self) if each.name != "cut_every"]
+        names += ["cut_every"] * (self.cut_every != 1)
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class TextOnly(_Cut):
     """Every item as text (the paper's "Vanilla").
 
@@ -57,7 +63,7 @@ class TextOnly(_Cut):
         return np.zeros_like(lengths), lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ItemPatches(_Cut):
     """The latest ``keep_text`` items as text, all earlier ones as item patches (the paper's PFT-I).
 
@@ -86,7 +92,7 @@ class ItemPatches(_Cut):
         return np.zeros_like(lengths), np.maximum(lengths - self.keep_text, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SessionPatches(_Cut):
     """The latest ``group_size`` items as text, the ones before as item patches, the oldest as sessions (PFT-S).
 
@@ -138,7 +144,7 @@ class SessionPatches(_Cut):
         return pooled - pooled % self.group_size if self.align == "start" else pooled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RandomItemPatches(_Cut):
     """Every item independently an item patch with ``probability``, else text (the paper's patch pre-training).
 
@@ -167,7 +173,7 @@ class RandomItemPatches(_Cut):
         return np.zeros_like(lengths), lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ItemDropout(_Cut):
     """All but the latest ``keep_text`` items dropped with ``probability`` each, what stays is text.
 
@@ -203,7 +209,7 @@ class ItemDropout(_Cut):
         return np.zeros_like(lengths), np.maximum(lengths - self.keep_text, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TimeSessions(_Cut):
     """Sessions as they happened: old items are pooled with those that came shortly before them.
 
@@ -263,7 +269,7 @@ class TimeSessions(_Cut):
         return levels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitRows(_Cut):
     """The finest granularity that keeps a user's prompt within ``max_rows`` rows, the oldest items compressed first.
 

@@ -25,6 +25,7 @@ def cuts(lengths: Int64, keep: int, block: int) -> Int64:
 
     Examples:
         >>> import numpy as np
+        >>> from patchkern.batch.segments import cuts
         >>> cuts(np.array([3, 69, 70, 119, 120]), keep=20, block=50).tolist()
         [0, 0, 50, 50, 100]
     """

@@ -191,7 +191,7 @@ def test_out_where_a_gradient_is_recorded(backend: str) -> None:
     ("change", "message"),
     [
         ({"catalog": TITLES}, r"catalog: expected a Catalog, got dict"),
-        ({"histories": [[10, 21]]}, r"histories: .*got 21"),
+        ({"histories": [[10, 21], [10], [10]]}, r"histories: .*got 21"),
         ({"policy": "text"}, r"policy: expected a policy with max_items and levels, got str"),
         ({"prompt": [7]}, r"prompt: expected a Prompt, got list"),
         ({"targets": [10, 20, 11]}, r"targets: .*got 11"),

@@ -522,7 +522,7 @@ def test_a_split_without_samples_is_named(folder: str, tmp_path: Path) -> None:
 def test_paper_metric_refuses_what_its_protocol_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         evaluate.main(["somewhere", "--data", "synthetic", "--metric", "paper", "--exclude_seen"])
-    assert "--metric paper: expected neither --exclude_seen nor --num_beams" in capsys.readouterr().err
+    assert "--metric paper: expected none of --exclude_seen, --num_beams and --targets all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

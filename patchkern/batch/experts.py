@@ -81,9 +81,9 @@ class Experts:
             check_count("boundaries", self.boundaries, minimum=1)
         if self.parts == "blocks" and self.keep != 1:
             raise ValueError(f'keep: expected 1 with parts="blocks", got {self.keep}')
-        _check_inner("policy", self.policy, self.block)
+        check_settled("policy", self.policy, self.block)
         if self.recent is not None:
-            _check_inner("recent", self.recent, self.block)
+            check_settled("recent", self.recent, self.block)
 
     @property
     def max_items(self) -> None:
@@ -139,7 +139,8 @@ def settled_levels(policy: SettledPolicy, place: NDArray[np.int64]) -> Levels:
     return np.where(place % policy.group_size == 0, np.uint8(Level.PATCH), np.uint8(Level.JOIN))
 
 
-def _check_inner(name: str, policy: Any, block: int) -> None:
+def check_settled(name: str, policy: Any, block: int) -> None:
+    """Raise a TypeError or ValueError unless old items never change under a policy, and no session crosses a border."""
     if not isinstance(policy, _SETTLED):
         why = ", which draws at random" if hasattr(policy, "probability") else ""
         raise TypeError(

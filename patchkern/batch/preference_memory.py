@@ -14,12 +14,11 @@ import numpy as np
 
 from patchkern.batch.arrangement import Table, arranged, spread
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.experts import SettledPolicy, settled_levels
+from patchkern.batch.experts import SettledPolicy, check_settled, settled_levels
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
 from patchkern.batch.policy_kinds import Levels
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.row_counts import row_counts
@@ -67,18 +66,7 @@ class PreferenceMemory:
         check_count("block", self.block, minimum=1)
         if self.mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
-        if not isinstance(self.policy, (TextOnly, ItemPatches, SessionPatches)):
-            raise ValueError(
-                "policy: expected one under which old items never change, TextOnly, ItemPatches or "
-                f'SessionPatches(align="start"), got {type(self.policy).__name__}'
-            )
-        if self.policy.max_items is not None:
-            raise ValueError(f"policy: expected max_items=None, as segments never move, got {self.policy.max_items}")
-        if isinstance(self.policy, SessionPatches):
-            if self.policy.align != "start":
-                raise ValueError(f'policy: expected sessions of align="start", got {self.policy.align!r}')
-            if self.block % self.policy.group_size:
-                raise ValueError(f"block: expected a multiple of group_size {self.policy.group_size}, got {self.block}")
+        check_settled("policy", self.policy, self.block)
 
     @property
     def max_items(self) -> None:

@@ -141,15 +141,21 @@ def test_it_is_written_down() -> None:
         ((INNER["text"], 0), r"slots: expected an integer in 1\.\."),
         ((INNER["text"], 4, 0), r"block: expected an integer in 1\.\."),
         ((INNER["text"], 4, 50, "replace"), "mode: expected one of overwrite, append, got 'replace'"),
-        ((pk.RandomItemPatches(0.5, None),), "policy: expected one under which old items never change, .* RandomItem"),
-        ((pk.ItemDropout(0.5, max_items=None),), "policy: expected one under which old items never change, .* ItemDro"),
-        ((pk.TextOnly(100),), "policy: expected max_items=None, as segments never move, got 100"),
-        ((pk.SessionPatches(5, None),), "policy: expected sessions of align=\"start\", got 'end'"),
-        ((INNER["sessions"], 4, 50), "block: expected a multiple of group_size 3, got 50"),
+        (
+            (pk.RandomItemPatches(0.5, None),),
+            "policy: expected TextOnly, .* got RandomItemPatches, which draws at random",
+        ),
+        (
+            (pk.ItemDropout(0.5, max_items=None),),
+            "policy: expected TextOnly, .* got ItemDropout, which draws at random",
+        ),
+        ((pk.TextOnly(100),), "policy: expected max_items=None, .* got 100"),
+        ((pk.SessionPatches(5, None),), 'policy: expected SessionPatches\\(align="start"\\), .* got align="end"'),
+        ((INNER["sessions"], 4, 50), "block: expected a multiple of 3, .* got 50"),
     ],
 )
 def test_what_cannot_be_a_memory(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         pk.PreferenceMemory(*arguments)
 
 

@@ -9,19 +9,11 @@ from typing import Any
 import pytest
 
 import patchkern as pk
-from patchkern.data import synthetic, write_parquet
 from patchkern.training import checkpoints
 from recipes import evaluate, train
 
 FAST = ["--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1", "--bf16", "False", "--max_steps", "2"]
 CUTS = ["--keep", "3", "--block", "5"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small"
-    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
-    return str(path)
 
 
 def run(stage: str, data: str, output: Path, *flags: str) -> Any:

@@ -11,18 +11,11 @@ import pytest
 import torch
 
 import patchkern as pk
-from patchkern.data import open_dataset, synthetic, write_parquet
+from patchkern.data import open_dataset
 from patchkern.evaluation.metrics import evaluate as count
 from recipes import evaluate, train
 
 FAST = ["--use_cpu", "--logging_steps", "1", "--disable_tqdm", "true", "--bf16", "false", "--slots", "2"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small"
-    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
-    return str(path)
 
 
 def _train(stage: str, data: str, output: Path, *flags: str) -> Any:

@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 
 import patchkern as pk
-from patchkern.data import open_dataset, synthetic, write_parquet
+from patchkern.data import open_dataset
 from patchkern.evaluation.metrics import evaluate
 from recipes import learned_compression, per_sample
 
 ROWS = ["recent", "recent-1", "mean-1", "experts", "memory", "memory-once"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small"
-    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
-    return str(path)
 
 
 def test_the_table(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

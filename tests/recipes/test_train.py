@@ -42,13 +42,6 @@ FAST = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small"
-    write_parquet(synthetic(60, 50, mean_length=20.0, num_genres=4), path)
-    return str(path)
-
-
 def _train(stage: str, data: str, output: Path, *flags: str) -> Any:
     return train.main(["--stage", stage, "--data", data, "--output_dir", str(output), *FAST, *flags])
 

@@ -23,7 +23,8 @@ from bench import bench_dispatch, bench_pool_rows, gpu, output, pool_rows_provid
 
 TINY = ["--device", "cpu", "--batches", "1", "--widths", "8", "--dtypes", "bfloat16", "--seconds", "0"]
 BENCH = Path(timing.__file__).parent
-SCRIPTS = [*(path.stem for path in sorted(BENCH.glob("bench_*.py"))), "gpu", "plot", "plot_scaling"]
+PLOTS = ["plot", "plot_history_lengths", "plot_scaling"]
+SCRIPTS = [*(path.stem for path in sorted(BENCH.glob("bench_*.py"))), "gpu", *PLOTS]
 POOL_ROWS = [*TINY, "--policies", "items", "--compile", "eager", "--loop", "--peak_mib", "1"]
 
 
@@ -331,6 +332,55 @@ def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in bench_user_states.PARTS:
         with pytest.raises(SystemExit, match="nothing was timed"):
             bench_user_states.main([*tiny, "--parts", part])
+
+
+def test_history_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    from bench import bench_history_lengths, plot_history_lengths
+
+    monkeypatch.setattr(bench_history_lengths, "ml1m", workloads.stand_in)
+    path = tmp_path / "lengths.csv"
+    tiny = ["--lengths", "100", "150", "--seconds", "0", "--hidden_size", "64", "--output", str(path)]
+    forms = ("items", "experts, one", "memory, append")
+    bench_history_lengths.main([*tiny, "--models", "item ids", "--forms", *forms])
+    bench_history_lengths.main([*tiny, "--limit", "0", "--forms", "text", "items", "--add"])
+    rows = [(row["mode"], row["provider"], row["metric"], json.loads(row["config"])) for row in table(path)]
+    known = {row[:3] for row in rows}
+    of_ids = {("item ids", form, metric) for form in forms for metric in ("read", "event", "kept", "peak, planned")}
+    assert of_ids | {("item ids", form, "event, mean") for form in forms[1:]} <= known
+    # the lines of the first call were kept, but for one, which was written anew and stopped after its first length
+    assert ("item ids", "memory, append", "exponent of kept") in known
+    stopped = {row[:2]: row[3] for row in rows if row[2] == "line ends"}
+    assert stopped.keys() == {("language model", "text"), ("language model", "items"), ("item ids", "items")}
+    assert all(config["items"] == 150 and "would take" in config["why"] for config in stopped.values())
+    assert not any(row[0] == "item ids" and row[1] == "items" and "exponent" in row[2] for row in rows)
+    monkeypatch.setattr(bench_history_lengths, "alike", lambda found, expected: found is expected)
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        bench_history_lengths.main([*tiny, "--forms", "items"])
+    plot_history_lengths.main([str(path)])
+    assert (tmp_path / "runs/bench/history-lengths.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="bench_history_lengths"):
+        plot_history_lengths.read(plot_history_lengths.PUBLISHED.with_name("search.csv"))
+
+
+def test_history_work() -> None:
+    """What is counted, against rows written out one by one."""
+    from bench.history_work import COSTS, Rows, exponent, spans
+
+    rows = Rows(beginning=3, item=2, fresh=5, learned=4, keep=1, block=10)
+    assert spans([2, 3], [10, 0]).tolist() == [5, 2 * 11 + 4.5]
+    assert COSTS["whole"].read(rows, 100).tolist() == [203, 203**2 / 2]
+    assert COSTS["whole"].event(rows, 100).tolist() == [5, 5 * (203 + 2.5)]
+    recent = 2 * (1 + 4.5)
+    blocks = [recent + 9 * 24, recent * (3 + 36 + recent / 2) + sum(24 * (3 + 4 * j + 12) for j in range(9))]
+    assert COSTS["blocks"].read(rows, 100).tolist() == pytest.approx(blocks)
+    assert [COSTS[kind].kept(rows, 100) for kind in ("one", "blocks", "overwrite", "append")] == [4, 36, 4, 36]
+    updates = [3 + 4 * j + 20 + 4 for j in range(9)] + [3 + 36 + recent]
+    appended = [sum(updates), sum(count**2 / 2 for count in updates)]
+    assert COSTS["append"].read(rows, 100).tolist() == pytest.approx(appended)
+    assert COSTS["append"].event(rows, 100)[0] == 3 + 36 + recent
+    assert exponent([1, 10, 30, 100], [7, 100, 900, 10_000]) == pytest.approx(2)
 
 
 def test_scale(tmp_path: Path, capsys: Any) -> None:

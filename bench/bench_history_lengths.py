@@ -143,7 +143,7 @@ def line(table: Table, name: str, form: str, model: Any, items: Any, data: str, 
         size = network.vector_bytes if isinstance(model.policy, pk.PreferenceMemory) else network.row_bytes
         formula = size * cost.kept(rows, length)
         config = shape | {"items": length, "gigaflops": {part: round(one / 1e9, 4) for part, one in work.items()}}
-        planned, why = fits(model, items[:length], args.memory)
+        planned, budget, why = fits(model, items[:length], args.memory)
         if found["read"]:
             last = max(found["read"])
             seconds = found["read"][last] * max(work["read"] / expected["read"][last], 1)
@@ -153,7 +153,8 @@ def line(table: Table, name: str, form: str, model: Any, items: Any, data: str, 
             table.add(form, name, "line ends", "items", 3 * (length,), config | {"why": why})
             break
         print(f"{form}, {name}, {length:,} items", flush=True)
-        measured = one_length(model, items[: length + BLOCK], length, planned, args, length == args.lengths[0], form)
+        is_first = length == args.lengths[0]
+        measured = one_length(model, items[: length + BLOCK], length, budget, args.seconds, is_first, form)
         for part, values in measured.items():
             if not values:
                 continue
@@ -192,29 +193,32 @@ def rows_of(model: Any, items: Any, learned: int) -> Rows:
     return Rows(beginning, each, fresh, learned, getattr(model.policy, "keep", 1), BLOCK)
 
 
-def fits(model: Any, items: Any, memory: str) -> tuple[int, str]:
-    """The planned peak without the weights, and why that is too much, if it is."""
+def fits(model: Any, items: Any, memory: str) -> tuple[int, str | None, str]:
+    """The planned peak without the weights, the budget if one is needed, and why that does not suffice, if so."""
     counts: Any = pk.row_counts(model.catalog, [items], model.policy, model.prompt)
     compressed = None
     if isinstance(model.policy, pk.Experts):
         rows = pk.expert_row_counts(model.catalog, [items], model.policy, model.prompt, "items")
         counts, compressed = rows.read, rows.compressed
+    plan = pk.plan_memory(model, counts, None, 1, compressed=compressed)
+    if plan.peak <= parse_bytes("memory", memory):
+        return plan.peak - plan.needed.weights, None, ""
     try:
         plan = pk.plan_memory(model, counts, memory, 1, compressed=compressed)
     except UserTooLarge as error:
-        return 0, f"memory: {error}"
-    return plan.peak - plan.needed.weights, ""
+        return 0, memory, str(error)
+    return plan.peak - plan.needed.weights, memory, ""
 
 
 def one_length(
-    model: Any, items: Any, length: int, planned: int, args: argparse.Namespace, is_first: bool, form: str
+    model: Any, items: Any, length: int, budget: str | None, seconds: float, is_first: bool, form: str
 ) -> dict[str, list[float]]:
-    """What is measured at one length: seconds, and bytes."""
-    find = partial(model.recommend, k=K, search="items", user_ids=["ada"])
-    # planning within a budget takes a moment that short histories would show
-    unbounded = pk.plan_memory(model, [len(items) * 12], None, 1).peak
-    if unbounded > parse_bytes("memory", args.memory):
-        find = partial(find, memory_budget=args.memory)
+    """What is measured at one length: seconds, and bytes.
+
+    Args:
+        budget: of reads that would take more; planning them takes a moment that short histories would show.
+    """
+    find = partial(model.recommend, k=K, search="items", user_ids=["ada"], memory_budget=budget)
     kept = (KeptStates if kind_of(model.policy) != "whole" else KeptPrompt)(model, items)
     taken: dict[str, list[float]] = {"read": [], "event": [], "border": [], "kept": [], "peak": []}
     with peak_memory(model.device) as peak:
@@ -228,7 +232,7 @@ def one_length(
         before = time.perf_counter()
         anew = find([items[:length]])
         taken["read"].append(time.perf_counter() - before)
-        if time.perf_counter() - begin >= args.seconds:
+        if time.perf_counter() - begin >= seconds:
             break
     check(filled, anew, f"{form}, {length} items")
     if is_first:
@@ -240,11 +244,10 @@ def one_length(
     for end in range(length + 1, length + BLOCK + 1):
         before = time.perf_counter()
         found = kept.event(items[:end])
-        seconds = time.perf_counter() - before
-        taken["event" if kept.cut(end) == known else "border"].append(seconds)
+        taken["event" if kept.cut(end) == known else "border"].append(time.perf_counter() - before)
         known = kept.cut(end)
         enough = not taken["event"] or (kept.has_borders and not taken["border"])
-        if not enough and time.perf_counter() - begin >= 10 * args.seconds:
+        if not enough and time.perf_counter() - begin >= 10 * seconds:
             break
     check(found, find([items[:end]]), f"{form}, {end} items, event by event")
     return taken

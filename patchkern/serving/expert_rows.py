@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
 from patchkern.batch.policy_dict import policy_to_dict
+from patchkern.budget.search import CHUNKS
 from patchkern.search.experts import compress
 from patchkern.search.protocol import SearchModel
 from patchkern.serving.compressor import Known, Tensors
 
 # of a policy, what does not change what old items are compressed to
+# of a pass: what a long past takes besides keys and values is then bounded, and no slower
+_CHUNK_ROWS = CHUNKS[0]
 _OF_NO_MATTER = {"recent", "boundaries", "seed"}
 
 
@@ -50,4 +53,4 @@ class ExpertRows:
         users = np.arange(len(histories))
         old = histories.between(users, np.zeros_like(users), self.cuts(histories.lengths))
         before = [None if one is None else one.tensors for one in known] if self.extends else None
-        return compress(self._model, old, self._experts, before)
+        return compress(self._model, old, self._experts, before, chunk_rows=_CHUNK_ROWS)

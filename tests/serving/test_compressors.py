@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import patchkern as pk
+from patchkern.serving import expert_rows
 from patchkern.serving.compressor import Known, Tensors
 from patchkern.serving.expert_rows import ExpertRows
 from patchkern.serving.memory_rows import MemoryRows
@@ -113,6 +114,18 @@ def test_experts_are_the_rows_of_a_whole_pass(name: str, kind: str) -> None:
     for own, old in zip(found, compressor.cuts(histories.lengths).tolist(), strict=True):
         for part, like in zip(own, compressor.like(old), strict=True):
             assert (part.shape, part.dtype, part.device.type) == (like.shape, like.dtype, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["hstu", "llama"])
+@pytest.mark.parametrize("name", ["one", "blocks"])
+def test_a_long_past_is_read_in_passes_of_bounded_size(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, histories = POLICIES[name], histories_of(kind)
+    model = model_of(kind, policy)
+    expected, rows, embed = whole_pass(model, kind, histories, policy), list[int](), model.embed
+    monkeypatch.setattr(expert_rows, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(model, "embed", lambda layout, *rest: rows.append(layout.num_rows) or embed(layout, *rest))
+    assert same(compressed(ExpertRows(model, policy), histories, [None] * len(LENGTHS)), expected)
+    assert max(rows) == 7
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "hstu", "llama"])

@@ -17,15 +17,17 @@ one with an item head, "item ids" a SASRec, both with random weights. Seconds of
 "event, mean": with the one border that a block of items has.
 
 "kept": bytes of the user in the cache, or in the store; "kept, formula" is what they should be. "peak" is the most that
-torch allocates while the user is computed, weights and what is kept aside; "peak, planned" what `plan_memory` says of
-it, which for a memory is that of the prompt alone.
+torch allocates while all but the last 50 items are computed, weights and what a cache reserves aside; "peak, planned"
+what `plan_memory` says of a read, which for a memory is that of the prompt alone.
+
+With one thread seconds are those that it ran for, whatever else the machine does; with more they are the clock's.
 
 A line ends ("line ends") before a length whose read would take more than --limit seconds, as far as the operations grow
 from the last one, or whose planned peak exceeds --memory. The exponents of the last decade of each line stand beside
 those of the operations, which `bench.history_work` counts.
 
-Before anything of a length is printed, lists behind what is kept must be those computed anew, and at the first length
-a user with another past must have another list.
+Before anything of a length is printed, the list after 50 events behind what is kept must be that computed anew, and at
+the first length a user with another past must have another list.
 """
 
 from __future__ import annotations
@@ -85,9 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden_size", type=int, default=256, help="of the language model; item ids have a quarter")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1, help="with one, seconds are those that it ran for")
     parser.add_argument("--add", action="store_true", help="keep the rows of other lines that --output has")
     output.add_option(parser, NAME)
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
     wrong = [length for length in args.lengths if length < 2 * BLOCK or length % BLOCK]
     if wrong:
         parser.error(f"--lengths: expected multiples of {BLOCK} from {2 * BLOCK} on, got {wrong[0]}")
@@ -152,9 +156,10 @@ def line(table: Table, name: str, form: str, model: Any, items: Any, data: str, 
         if why:
             table.add(form, name, "line ends", "items", 3 * (length,), config | {"why": why})
             break
-        print(f"{form}, {name}, {length:,} items", flush=True)
         is_first = length == args.lengths[0]
-        measured = one_length(model, items[: length + BLOCK], length, budget, args.seconds, is_first, form)
+        where = f"{form}, {name}, {length:,} items"
+        print(where, flush=True)
+        measured = one_length(model, items[:length], budget, is_first, where, args)
         for part, values in measured.items():
             if not values:
                 continue
@@ -211,45 +216,49 @@ def fits(model: Any, items: Any, memory: str) -> tuple[int, str | None, str]:
 
 
 def one_length(
-    model: Any, items: Any, length: int, budget: str | None, seconds: float, is_first: bool, form: str
+    model: Any, items: Any, budget: str | None, is_first: bool, where: str, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """What is measured at one length: seconds, and bytes.
 
     Args:
+        items: the history, whose last block arrives event by event.
         budget: of reads that would take more; planning them takes a moment that short histories would show.
+        is_first: whether to see that the past matters.
+        where: for errors.
     """
+    length, seconds = len(items), args.seconds
+    # of one thread, whatever else the machine does
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
     find = partial(model.recommend, k=K, search="items", user_ids=["ada"], memory_budget=budget)
     kept = (KeptStates if kind_of(model.policy) != "whole" else KeptPrompt)(model, items)
-    taken: dict[str, list[float]] = {"read": [], "event": [], "border": [], "kept": [], "peak": []}
+    taken: dict[str, list[float]] = {part: [] for part in ("read", "event", "border", "kept", "peak")}
     with peak_memory(model.device) as peak:
-        filled = kept.fill(items[:length])
+        kept.fill(items[: length - BLOCK])
     taken["peak"].append(peak.bytes - kept.reserved)
-    if filled is None:
-        filled = kept.event(items[:length])
+    kept.event(items[: length - BLOCK])  # warms up
+    begin = time.perf_counter()
+    for end in range(length - BLOCK + 1, length + 1):
+        before = clock()
+        found = kept.event(items[:end])
+        moves = kept.cut(end) != kept.cut(end - 1)
+        taken["border" if moves else "event"].append(clock() - before)
+        enough = taken["event"] and (taken["border"] or not kept.has_borders)
+        if enough and time.perf_counter() - begin >= 10 * seconds:
+            found = kept.event(items)
+            break
     taken["kept"].append(kept.num_bytes())
     begin = time.perf_counter()
-    while True:
-        before = time.perf_counter()
-        anew = find([items[:length]])
-        taken["read"].append(time.perf_counter() - before)
-        if time.perf_counter() - begin >= seconds:
-            break
-    check(filled, anew, f"{form}, {length} items")
+    while not taken["read"] or time.perf_counter() - begin < seconds:
+        before = clock()
+        anew = find([items])
+        taken["read"].append(clock() - before)
+    if not alike(found, anew):
+        sys.exit(f"{where}: wrong result: another list behind what is kept than anew; nothing was timed")
     if is_first:
-        others = items[:length].copy()
+        others = items.copy()
         others[:-BLOCK] = np.random.default_rng(1).choice(model.catalog.item_ids, length - BLOCK)
         if alike(find([others]), anew):
-            sys.exit(f"{form}, {length} items: another past has the same list; nothing was timed")
-    begin, known = time.perf_counter(), kept.cut(length)
-    for end in range(length + 1, length + BLOCK + 1):
-        before = time.perf_counter()
-        found = kept.event(items[:end])
-        taken["event" if kept.cut(end) == known else "border"].append(time.perf_counter() - before)
-        known = kept.cut(end)
-        enough = not taken["event"] or (kept.has_borders and not taken["border"])
-        if not enough and time.perf_counter() - begin >= 10 * seconds:
-            break
-    check(found, find([items[:end]]), f"{form}, {end} items, event by event")
+            sys.exit(f"{where}: another past has the same list; nothing was timed")
     return taken
 
 
@@ -302,14 +311,6 @@ class KeptStates:
     def num_bytes(self) -> int:
         with self._states.store.reading([user_key("ada", "user")]) as (value,):
             return 0 if value is None else value.nbytes
-
-
-# ------------------------------------------------------------------ checks
-
-
-def check(found: Any, expected: Any, where: str) -> None:
-    if not alike(found, expected):
-        sys.exit(f"{where}: wrong result: another list than computed anew; nothing was timed")
 
 
 def alike(found: Any, expected: Any) -> bool:

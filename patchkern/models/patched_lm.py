@@ -22,13 +22,13 @@ from patchkern.batch.planned_layout import check_titles
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import attention, files, wrapped
-from patchkern.models.embedding import EmbeddingScale, with_vectors
+from patchkern.models.embedding import with_vectors
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
+from patchkern.models.layout_embedder import LayoutEmbedder
 from patchkern.models.searching import lock_of
 from patchkern.models.sources import locate
 from patchkern.ops.packed import packed_kwargs
-from patchkern.ops.pool_rows import pool_rows
 from patchkern.ops.vector_dropout import check_vector_dropout, drop_vectors
 from patchkern.search.protocol import SpanCache
 from patchkern.search.recommend import recommend
@@ -37,7 +37,7 @@ from patchkern.search.scoring import score_items
 attention.register()
 
 
-class PatchedCausalLM(wrapped.WrappedLM):
+class PatchedCausalLM(LayoutEmbedder):
     """Pools a batch's rows inside ``forward`` and runs a causal language model on them, packed.
 
     Args:
@@ -78,9 +78,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
         True
         >>> output.loss.backward()
     """
-
-    item_embedding: nn.Parameter | None
-    """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
 
     item_head: ItemHead | None
     """what scores items from one hidden state; None without ``item_head``"""
@@ -210,12 +207,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def watch_embedding(self) -> None:
-        """Look at the embedding anew, which has another size or a prompt with other tokens than before."""
-        prompt = self.prompt
-        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end, prompt.experts)
-        self._scale = EmbeddingScale(self.catalog.distinct_tokens.union(*fixed))
-
     def _rows(self, layout: PatchLayout, vectors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A layout's rows, once it is known to be one for this model, and the items' own vectors that are in them."""
         if not isinstance(layout, PatchLayout):
@@ -249,52 +240,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
         loss = self.item_head.loss(states, labels, output_weight(self.hf_model), own, smoothing)
         return loss / (labels.shape[0] if num_items is None else num_items)
 
-    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
-
-        An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
-        (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled. Item embeddings are
-        added to the patches as they come out of that, all of them, in training too.
-
-        Args:
-            layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more, and
-                its identities where there are item embeddings.
-            vectors: ``(V, D)`` what the layout's ``vector_rows`` are, which `patchkern.RecurrentMemory` gives.
-
-        Raises:
-            ValueError: a token id beyond the embedding, vector rows and no vectors, an embedding that is sharded and
-                not gathered here, or, with item embeddings, a layout of another catalogue.
-        """
-        return with_vectors(self._embed(layout, self.item_embedding), layout, vectors)
-
-    def _embed(self, layout: PatchLayout, own: Tensor | None) -> Tensor:
-        """`embed` with ``own`` (n_items, D) as the items' vectors."""
-        self._check_token_ids("layout", layout.max_token_id)
-        rows = self._pool(layout)
-        if own is None:
-            return rows
-        if layout.catalog_fingerprint != self._items_of:
-            raise ValueError(
-                "layout: expected one of the model's catalog, whose items the item embeddings belong to, got another's"
-            )
-        identities = layout.with_identities().identities
-        if identities is None:
-            raise RuntimeError("with_identities returned a layout without them")
-        # also without patches: data parallel training waits for every parameter's gradient
-        means = pool_rows(own, identities.layout.to(rows.device, non_blocking=True))
-        return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
-
-    def _pool(self, layout: PatchLayout) -> Tensor:
-        """The rows of a layout from the model's input embedding alone."""
-        embedding = self.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding) and (scale := self._scale.of(embedding)) is not None:
-            weight = embedding.weight
-            layout = layout.to(weight.device, non_blocking=True)
-            return pool_rows(weight, layout, sparse_grad=embedding.sparse, scale=scale)
-        tokens, compact = layout.compact()
-        table = embedding(tokens[None].to(self.device, non_blocking=True))[0]
-        return pool_rows(table, compact.to(table.device, non_blocking=True))
-
     def _last_rows(self, layout: PatchLayout) -> Tensor:
         ends = layout.prompts.long()
         may_be_empty = not (self.prompt.prefix or self.prompt.suffix)
@@ -308,14 +253,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
             raise ValueError(
                 f"layout: expected at most {limit} rows per user, the positions of {self.config.model_type}, got "
                 f"{longest}; keep fewer items (max_items) or compress them more"
-            )
-
-    def _check_token_ids(self, name: str, largest: int) -> None:
-        rows = self._text_config.vocab_size
-        if largest >= rows:
-            raise ValueError(
-                f"{name}: expected token ids below {rows}, the rows of the model's embedding, got {largest}; if tokens "
-                f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
             )
 
     def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
@@ -476,19 +413,3 @@ class PatchedCausalLM(wrapped.WrappedLM):
         if model.item_head is not None and description.item_head:
             model.item_head.load(folder)
         return model
-
-    def load_item_embeddings(self, folder: str | os.PathLike[str]) -> None:
-        """Take the item embeddings that `save_pretrained` wrote, each by its item's id.
-
-        The catalogue may be another than it was then: items that are new in it have zeros, and are as good as without
-        item embeddings until they are trained; those that it no longer has are dropped.
-
-        Raises:
-            FileNotFoundError: the folder has no item embeddings.
-            ValueError: the model has none, they have another width, or none is of an item of the catalogue.
-        """
-        if self.item_embedding is None:
-            raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
-        vectors = files.read_item_embeddings(files.current(folder), self.catalog, self.item_embedding.shape[1])
-        with torch.no_grad():
-            self.item_embedding.copy_(vectors)

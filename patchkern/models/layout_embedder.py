@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
 from patchkern.models.embedding import EmbeddingScale, with_vectors
 from patchkern.ops.pool_rows import pool_rows
+from patchkern.ops.vector_dropout import check_vector_dropout
 
 
 class LayoutEmbedder(wrapped.WrappedLM):
@@ -19,6 +24,31 @@ class LayoutEmbedder(wrapped.WrappedLM):
 
     item_embedding: nn.Parameter | None
     """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
+
+    def __init__(
+        self, hf_model: PreTrainedModel, catalog: Catalog, prompt: Prompt, item_embeddings: bool, vector_dropout: float
+    ) -> None:
+        super().__init__()
+        wrapped.check_model(hf_model)
+        for name, value, kind in (
+            ("catalog", catalog, Catalog),
+            ("prompt", prompt, Prompt),
+            ("item_embeddings", item_embeddings, bool),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        self.vector_dropout = check_vector_dropout(vector_dropout, item_embeddings)
+        self.hf_model = hf_model
+        self.catalog = catalog
+        self.prompt = prompt
+        for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
+            self._check_token_ids(name, largest)
+        self.watch_embedding()
+        self.register_parameter("item_embedding", None)
+        if item_embeddings:
+            weight: Any = self.get_input_embeddings().weight
+            self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
+            self._items_of = catalog.fingerprint
 
     def watch_embedding(self) -> None:
         """Look at the embedding anew, which has another size or a prompt with other tokens than before."""

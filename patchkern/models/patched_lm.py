@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -29,7 +29,7 @@ from patchkern.models.layout_embedder import LayoutEmbedder
 from patchkern.models.searching import lock_of
 from patchkern.models.sources import locate
 from patchkern.ops.packed import packed_kwargs
-from patchkern.ops.vector_dropout import check_vector_dropout, drop_vectors
+from patchkern.ops.vector_dropout import drop_vectors
 from patchkern.search.protocol import SpanCache
 from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
@@ -106,33 +106,16 @@ class PatchedCausalLM(LayoutEmbedder):
         item_head: bool = False,
         vector_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        wrapped.check_model(hf_model)
-        for name, switch in (("item_embeddings", item_embeddings), ("item_head", item_head)):
-            if not isinstance(switch, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(switch).__name__}")
-        for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        super().__init__(hf_model, catalog, prompt, item_embeddings, vector_dropout)
+        if not isinstance(item_head, bool):
+            raise TypeError(f"item_head: expected a bool, got {type(item_head).__name__}")
         if policy is not None:
             check_policy(policy)
-        self.vector_dropout = check_vector_dropout(vector_dropout, item_embeddings)
-        self.hf_model = hf_model
-        self.catalog = catalog
-        self.prompt = prompt
         self.policy = policy
         self.tokenizer = None
         self.catalog_diff = None
-        for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
-            self._check_token_ids(name, largest)
         check_titles(catalog, prompt)
         wrapped.warn_of_special_tokens(hf_model, catalog)
-        self.watch_embedding()
-        self.register_parameter("item_embedding", None)
-        if item_embeddings:
-            weight: Any = self.get_input_embeddings().weight
-            self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
-            self._items_of = catalog.fingerprint
         self.item_head = None
         if item_head:
             self.item_head = ItemHead(catalog, output_weight(hf_model).shape[1], hf_model.dtype, hf_model.device)

@@ -31,7 +31,7 @@ from patchkern.models.embedding import with_vectors
 from patchkern.models.item_blocks import BLOCKS
 from patchkern.models.item_head import CatalogHead
 from patchkern.models.item_network import ItemNetwork, ItemNetworkConfig
-from patchkern.models.sources import locate
+from patchkern.models.saved_lm import open_saved
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
@@ -368,9 +368,7 @@ class ItemModel(wrapped.WrappedLM):
             FileNotFoundError: no ``patchkern.json``, no folder, or no hub that has one.
             ValueError: a folder of a `PatchedCausalLM`, one that cannot be read, or a catalogue of other items.
         """
-        hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
-        folder = files.current(locate(folder, "folder", **hub))
-        description = files.read_description(folder)
+        folder, description = open_saved(folder, hf_kwargs)
         if description.learns != cls.learns:
             raise ValueError(f"folder: expected an ItemModel in {os.fspath(folder)!r}, got a PatchedCausalLM")
         saved = read_catalog(folder / files.CATALOG)

@@ -26,8 +26,8 @@ from patchkern.models.embedding import with_vectors
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.layout_embedder import LayoutEmbedder
+from patchkern.models.saved_lm import open_saved
 from patchkern.models.searching import lock_of
-from patchkern.models.sources import locate
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.vector_dropout import drop_vectors
 from patchkern.search.protocol import SpanCache
@@ -369,9 +369,7 @@ class PatchedCausalLM(LayoutEmbedder):
                 versions wrote them) and no ``catalog``, one whose tokens are another tokenizer's or whose items have
                 other titles, or a ``base_model`` that cannot be resized.
         """
-        hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
-        folder = files.current(locate(folder, "folder", **hub))
-        description = files.read_description(folder)
+        folder, description = open_saved(folder, hf_kwargs)
         if "titles" not in description.learns:
             raise ValueError(f"folder: expected a PatchedCausalLM in {os.fspath(folder)!r}, got an ItemModel")
         catalog, diff = files.choose_catalog(folder, catalog, renamed)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving a model with its catalogue, prompt and policy, and uploading it."""
+"""Saving a model with its catalogue, prompt and policy, uploading it, and finding it again."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from patchkern.batch.prompt import Prompt
 from patchkern.models import files
 from patchkern.models.hub import upload
 from patchkern.models.model_card import ModelCard
+from patchkern.models.sources import locate
 
 
 class SavedLM(nn.Module):
@@ -119,3 +122,17 @@ class SavedLM(nn.Module):
             if card is not None:
                 card.write(self, folder)
             return upload(folder, repo_id, **options)
+
+
+def open_saved(folder: str | os.PathLike[str], hf_kwargs: Mapping[str, Any]) -> tuple[Path, files.Description]:
+    """Where the files of a saved model are, fetched from a hub if that has them, and what they say of it.
+
+    Args:
+        hf_kwargs: of a ``from_pretrained``, in which ``revision`` and ``token`` are for the hub.
+
+    Raises:
+        FileNotFoundError, ValueError: no folder, no hub that has one, or none that this version reads.
+    """
+    hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
+    found = files.current(locate(folder, "folder", **hub))
+    return found, files.read_description(found)

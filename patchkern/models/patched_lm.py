@@ -7,9 +7,7 @@ import os
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
@@ -32,7 +30,6 @@ from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.vector_dropout import drop_vectors
 from patchkern.search.protocol import SpanCache
 from patchkern.search.recommend import recommend
-from patchkern.search.scoring import score_items
 
 attention.register()
 
@@ -90,9 +87,6 @@ class PatchedCausalLM(LayoutEmbedder):
 
     learns: tuple[str, ...] = ("titles", "items", "both")
     """what a layout for this model may be for, the usual first; "items" and "both" need an item head"""
-
-    accepts_loss_kwargs = True
-    """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
 
     def __init__(
         self,
@@ -279,12 +273,6 @@ class PatchedCausalLM(LayoutEmbedder):
         return recommend(
             self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size, **options
         )
-
-    def score_items(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
-    ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
-        return score_items(self, histories, policy, items, **options)
 
     # ------------------------------------------------------------------ what a search asks of a model
 

@@ -9,24 +9,33 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
+from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import title_with
+from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.models.probe import base_of
 from patchkern.models.saved_lm import SavedLM
 from patchkern.models.searching import Searching, lock_of
+from patchkern.search.recommend import recommend
+from patchkern.search.scoring import score_items
 
 Wrapped = TypeVar("Wrapped", bound="WrappedLM")
 
 
 class WrappedLM(SavedLM):
     """A module around a transformers causal language model: what trainers, tools and a search ask of it."""
+
+    accepts_loss_kwargs = True
+    """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
 
     def train(self: Wrapped, mode: bool = True) -> Wrapped:
         """As of a module; where another thread searches with the model, after that."""
@@ -93,6 +102,30 @@ class WrappedLM(SavedLM):
     def gradient_checkpointing_disable(self) -> None:
         """`activation_checkpointing_disable`, by the name it has had for longer."""
         self.activation_checkpointing_disable()
+
+    def recommend(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
+    ) -> list[list[tuple[Any, float]]]:
+        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
+
+        Args:
+            options: its other arguments; of a model without titles ``search`` is "items", and can be nothing else.
+        """
+        model: Any = self  # what a search asks beyond this class is its subclasses'
+        search = {} if "titles" in self.learns else {"search": "items"}
+        return recommend(model, histories, policy, k, **{**search, **options})
+
+    def score_items(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
+    ) -> NDArray[np.floating[Any]]:
+        """``(B, n)`` log-probability of every item for every user: `patchkern.search.scoring.score_items`.
+
+        Args:
+            options: its other arguments; of a model without titles ``head`` is "items", and can be nothing else.
+        """
+        model: Any = self
+        head = {} if "titles" in self.learns else {"head": "items"}
+        return score_items(model, histories, policy, items, **{**head, **options})
 
 
 def check_model(hf_model: Any) -> None:

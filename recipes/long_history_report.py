@@ -11,16 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
 import patchkern as pk
 from patchkern.data import Interactions
 from recipes.long_history_results import Result
+from recipes.plots import save
+from recipes.tables import markdown_table
 
 NAMES = {"text": "text", "items": "item patches", "sessions": "session patches"}
 
 
 def table(results: Sequence[Result], k: int) -> list[str]:
-    """A Markdown table that is also readable in a terminal."""
+    """A row per policy, see `markdown_table`."""
     header = ["", "items/user", "rows/user", "most rows", "s/user", "speed-up", "predicted MiB", "measured MiB"]
     header += ["users at once", "longest history"]
     trained = results[0].accuracy is not None
@@ -45,10 +49,7 @@ def table(results: Sequence[Result], k: int) -> list[str]:
             scores = result.accuracy.evaluation.as_dict()
             line += [f"{result.accuracy.items.mean():.1f}", f"{scores[f'HR@{k}']:.4f}", f"{scores[f'HR@{k} ±']:.4f}"]
         lines.append(line)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return ["| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]]]
+    return markdown_table(lines)
 
 
 def speed_up(result: Result, results: Sequence[Result]) -> float | None:
@@ -111,13 +112,8 @@ def write_csv(path: Path, results: Sequence[Result], data: Interactions, args: a
 
 
 def plot(path: Path, results: Sequence[Result], args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib import ticker
-
-    figure, ((times, memory), (rows, histories)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (times, memory), (rows, histories) = figure.subplots(2, 2)
     names = [NAMES[result.name] for result in results]
     place = np.arange(len(results))
     times.bar_label(times.bar(names, [result.seconds_per_user for result in results]), fmt="{:.3g}")
@@ -141,7 +137,4 @@ def plot(path: Path, results: Sequence[Result], args: argparse.Namespace) -> Non
     histories.set(yscale="log", ylabel="items", title="Longest history that fits")
     for axes in (times, memory, rows, histories):
         axes.spines[["top", "right"]].set_visible(False)
-    unfinished = path.with_suffix(".part")
-    figure.savefig(unfinished, dpi=120, format="png")
-    plt.close(figure)
-    unfinished.replace(path)
+    save(figure, path)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from patchkern.batch.arrow import arrow_text
 from patchkern.batch.columns import id_array, number_array
 from patchkern.batch.instants import instants
-from patchkern.data._tables import log_left_out
+from patchkern.data._text import log_left_out
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText, as_text
 from patchkern.data.parquet import ITEMS, read_table

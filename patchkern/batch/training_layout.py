@@ -190,6 +190,16 @@ def training_rows(
     """``(B,)`` rows that each user takes in `build_training_layout` with these arguments.
 
     With `Experts`, whose borders are drawn, the most that it can be.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5))
+        >>> prompt = pk.Prompt(prefix=[4], separator=[5], suffix=[6], response_end=[7])
+        >>> histories, ranges = [[0, 1, 2, 3, 0], [2, 1]], [[1, 4], [1, 1]]  # first and last target of each user
+        >>> pk.training_rows(catalog, histories, pk.ItemPatches(keep_text=1), prompt, ranges).tolist()
+        [25, 5]
+        >>> pk.training_rows(catalog, histories, pk.ItemPatches(keep_text=1), prompt, ranges, head="items").tolist()
+        [13, 2]
     """
     check_head(head)
     histories = Histories.coerce(histories)
@@ -224,6 +234,15 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
 
     Raises:
         ValueError: no layout.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5))
+        >>> prompt = pk.Prompt(separator=[4])
+        >>> old = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=0), prompt)
+        >>> new = pk.build_layout(catalog, [[2], [3, 0]], pk.TextOnly(), prompt)
+        >>> pk.join_layouts([old, new]).cu_seqlens.tolist()
+        [0, 3, 4, 7]
     """
     if not layouts:
         raise ValueError("layouts: expected at least one, got none")

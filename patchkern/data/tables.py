@@ -88,6 +88,13 @@ def from_tables(
     Raises:
         TypeError: a column of another type.
         ValueError: a column that is not found, with those that are there; a missing value; an id with two titles.
+
+    Examples:
+        >>> from patchkern.data import from_tables
+        >>> interactions = {"user": ["eve", "eve", "bob"], "item": [8, 7, 7], "time": [20, 10, 30]}
+        >>> data = from_tables(interactions, {"item": [7, 8], "title": ["Alien", "Aliens"]})
+        >>> {user: items.tolist() for user, items in zip(data.user_ids.tolist(), data.histories)}
+        {'bob': [7], 'eve': [7, 8]}
     """
     rows, catalog = _Table(labels[0], interactions), _Table(labels[1], items)
     users = rows.ids("user_field", user_field)

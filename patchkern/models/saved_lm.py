@@ -60,6 +60,16 @@ class SavedLM(nn.Module):
 
         Raises:
             BlockingIOError: another process or thread is saving into the same folder.
+
+        Examples:
+            >>> import patchkern as pk
+            >>> from patchkern.models.scratch import from_scratch
+            >>> titles = {7: "Alien", 8: "Aliens", 9: "The Third Man"}
+            >>> scratch = from_scratch(titles, hidden_size=16, intermediate_size=32)
+            >>> pk.PatchedCausalLM(*scratch, pk.ItemPatches(keep_text=1)).save_pretrained("model")
+            >>> model = pk.PatchedCausalLM.from_pretrained("model")
+            >>> model.policy, model.catalog.titles
+            (ItemPatches(keep_text=1, max_items=100), ('Alien', 'Aliens', 'The Third Man'))
         """
         self._save(folder, state_dict, is_main_process, tokenizer, hf_kwargs)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from patchkern.batch.arrangement import running
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_training import expert_training_layout, expert_training_rows
 from patchkern.batch.experts import Experts
@@ -375,14 +376,7 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     index = catalog.index_of(items.items, "histories")
     rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
     entries = (levels != Level.JOIN) & (levels != Level.DROP)
-    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(entries))
-
-
-def _running(counts: NDArray[Any]) -> Int64:
-    """``(N + 1,)`` sums of the first 0..N counts."""
-    sums = np.zeros(counts.size + 1, np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums
+    return _Parts(items, index, levels, len(trunks), branched, running(rows), running(entries))
 
 
 def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:

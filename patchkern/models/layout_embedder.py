@@ -14,7 +14,7 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
-from patchkern.models.embedding import EmbeddingScale, with_vectors
+from patchkern.models.embedding import EmbeddingScale, add_item_vectors, with_vectors
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.ops.vector_dropout import check_vector_dropout
 
@@ -84,12 +84,7 @@ class LayoutEmbedder(wrapped.WrappedLM):
             raise ValueError(
                 "layout: expected one of the model's catalog, whose items the item embeddings belong to, got another's"
             )
-        identities = layout.with_identities().identities
-        if identities is None:
-            raise RuntimeError("with_identities returned a layout without them")
-        # also without patches: data parallel training waits for every parameter's gradient
-        means = pool_rows(own, identities.layout.to(rows.device, non_blocking=True))
-        return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
+        return add_item_vectors(rows, layout, own)
 
     def _pool(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout from the model's input embedding alone."""

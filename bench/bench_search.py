@@ -50,7 +50,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 import patchkern as pk
 from bench import output
 from bench.search_peers import as_published, by_generate, plain_model, right_and_no_better, same_scores
-from bench.timing import Table, Timing, measure
+from bench.timing import Table, Timing, measure, synchronize
 from bench.workloads import SHARED
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
@@ -225,7 +225,7 @@ def scaling(table: Table, args: argparse.Namespace) -> None:
 
             def prefill(layout: pk.PatchLayout = layout, prompts: list[Prompts] = prompts) -> None:
                 prompts[:] = [Prompts(model, layout, 64, chunk_rows=1024)]
-                wait_for(model.device)
+                synchronize(model.device)
 
             seconds = measure({"prompt": prefill}, 1.0, 3, 20)
             (ready,) = prompts
@@ -244,12 +244,7 @@ def scaling(table: Table, args: argparse.Namespace) -> None:
 def one_step(prompts: Prompts, tokens: Tensor) -> None:
     prompts.step(torch.full_like(tokens, -1), torch.zeros_like(tokens), tokens)
     prompts.forget()
-    wait_for(tokens.device)
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(tokens.device)
 
 
 def extend(table: Table, args: argparse.Namespace) -> None:
@@ -271,11 +266,11 @@ def extend(table: Table, args: argparse.Namespace) -> None:
                 for number in range(args.rounds + 2):
                     cache.clear()
                     Prompts(model, old, 64, user_cache=cache)
-                    wait_for(model.device)
+                    synchronize(model.device)
                     times, logits = [time.perf_counter()], []
                     for user_cache in (cache, None):
                         logits.append(Prompts(model, new, 64, user_cache=user_cache).logits)
-                        wait_for(model.device)
+                        synchronize(model.device)
                         times.append(time.perf_counter())
                     if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
                         sys.exit("extend: a cached prompt has other logits; nothing was timed")

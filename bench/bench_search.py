@@ -54,7 +54,7 @@ from bench.timing import Table, Timing, measure, synchronize
 from bench.workloads import SHARED
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
-from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.scratch import LLAMA_1B, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles
 from patchkern.search.trie import Trie
@@ -67,16 +67,7 @@ def make_model(data: Interactions, shape: str, device: str) -> pk.PatchedCausalL
     tokenizer = fit_tokenizer(data.titles.values(), 4096)
     if shape == "1b":
         torch.manual_seed(0)
-        llama = LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=131_072,
-            tie_word_embeddings=True,
-        )
+        llama = LlamaConfig(**LLAMA_1B, max_position_embeddings=131_072, tie_word_embeddings=True)
         with torch.device(device):
             hf_model: PreTrainedModel = LlamaForCausalLM(llama).bfloat16()
     else:

@@ -40,21 +40,12 @@ import patchkern as pk
 from patchkern.budget.search import parse_bytes
 from patchkern.data import Interactions
 from patchkern.data.preparation import add_arguments, load
-from patchkern.models.scratch import SIZES, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.scratch import LLAMA_1B, SIZES, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import find_model
 from recipes.commands import Parser
 from recipes.long_history_report import NAMES, mebibytes, plot, table, write_csv
 from recipes.long_history_results import POLICIES, Result, accuracy, measure
-
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:

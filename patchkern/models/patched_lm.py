@@ -184,6 +184,26 @@ class PatchedCausalLM(LayoutEmbedder):
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
 
+    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
+        rows, _ = self._rows(layout, vectors)
+        if layout.num_rows == 0:
+            return rows
+        unlabelled = {"labels": None, "logit_rows": None, "logit_labels": None}
+        layout = PatchLayout._trusted({**layout.__dict__, **unlabelled}).to(rows.device, non_blocking=True)
+        none = rows.new_zeros(0, dtype=torch.int64)
+        with self._undisturbed(), wrapped.hidden_states(self.hf_model) as states:
+            self.hf_model(inputs_embeds=rows[None], logits_to_keep=none, **packed_kwargs(layout))
+        return states[0]
+
+    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(M, D)`` hidden states of a layout's item rows; ``vectors`` as of `embed`."""
+        if layout.item_rows is None:
+            raise ValueError('layout: expected one for items (head="items"), got one without item rows')
+        with wrapped.hidden_states(self.hf_model) as states:  # which are all that is asked of it
+            self(replace(layout, item_labels=None), vectors=vectors)
+        return states[0][layout.item_rows.to(states[0].device, non_blocking=True)]
+
     def _rows(self, layout: PatchLayout, vectors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A layout's rows, once it is known to be one for this model, and the items' own vectors that are in them."""
         if not isinstance(layout, PatchLayout):
@@ -196,18 +216,6 @@ class PatchedCausalLM(LayoutEmbedder):
             rows = with_vectors(self._embed(layout, own), layout, vectors)
             self._isolation.check_layout(self.hf_model, layout, rows)
         return rows, own
-
-    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
-        rows, _ = self._rows(layout, vectors)
-        if layout.num_rows == 0:
-            return rows
-        unlabelled = {"labels": None, "logit_rows": None, "logit_labels": None}
-        layout = PatchLayout._trusted({**layout.__dict__, **unlabelled}).to(rows.device, non_blocking=True)
-        none = rows.new_zeros(0, dtype=torch.int64)
-        with self._undisturbed(), wrapped.hidden_states(self.hf_model) as states:
-            self.hf_model(inputs_embeds=rows[None], logits_to_keep=none, **packed_kwargs(layout))
-        return states[0]
 
     def _item_loss(
         self, states: Tensor, labels: Tensor, own: Tensor | None, smoothing: float, num_items: Tensor | int | None
@@ -231,14 +239,6 @@ class PatchedCausalLM(LayoutEmbedder):
                 f"layout: expected at most {limit} rows per user, the positions of {self.config.model_type}, got "
                 f"{longest}; keep fewer items (max_items) or compress them more"
             )
-
-    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """``(M, D)`` hidden states of a layout's item rows; ``vectors`` as of `embed`."""
-        if layout.item_rows is None:
-            raise ValueError('layout: expected one for items (head="items"), got one without item rows')
-        with wrapped.hidden_states(self.hf_model) as states:  # which are all that is asked of it
-            self(replace(layout, item_labels=None), vectors=vectors)
-        return states[0][layout.item_rows.to(states[0].device, non_blocking=True)]
 
     # ------------------------------------------------------------------ recommending
 

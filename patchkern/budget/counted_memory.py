@@ -44,7 +44,7 @@ class MemoryRows(NamedTuple):
 
 
 class CountedMap(nn.Module):
-    """The map of a language model's states to rows, as of `patchkern.models.recurrent`."""
+    """The map of a language model's states to rows, as of `patchkern.models.memory_loss`."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
@@ -35,9 +34,7 @@ from patchkern.models.memories import Memories, Writer, check_memories
 from patchkern.models.memory_loss import MemoryMap, MemoryOptions, MemoryOutput, distance, share
 from patchkern.models.memory_wrapper import MemoryWrapper
 from patchkern.models.patched_lm import PatchedCausalLM
-from patchkern.models.sources import locate
-from patchkern.search.recommend import recommend
-from patchkern.search.scoring import score_items
+from patchkern.models.saved_lm import open_saved
 
 ROWS_PER_PASS = 16384
 """Rows that are absorbed together, at most, where not said."""
@@ -46,7 +43,8 @@ ROWS_PER_PASS = 16384
 class RecurrentMemory(MemoryWrapper):
     """A model that reads ``prompt | memory | recent items``, and makes the memory.
 
-    It trains with `patchkern.training.PatchTrainer`, is validated, recommends and is saved as the model that it wraps.
+    It trains with `patchkern.training.PatchTrainer`, is validated, recommends and is saved as the model that it wraps;
+    where it recommends, memories are computed on the way, as `compress` does.
 
     Args:
         model: its policy a `PreferenceMemory`, its prompt with a token for every slot (`Prompt.with_special`).
@@ -78,8 +76,6 @@ class RecurrentMemory(MemoryWrapper):
         >>> [len(items) for items in memory.recommend(histories, k=2)]
         [2, 2]
     """
-
-    accepts_loss_kwargs = True
 
     def __init__(
         self,
@@ -269,28 +265,6 @@ class RecurrentMemory(MemoryWrapper):
         """D, of a memory's vectors."""
         return int(self._text_config.hidden_size)
 
-    # ------------------------------------------------------------------ recommending, as the model
-
-    def recommend(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
-    ) -> list[list[tuple[Any, float]]]:
-        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
-
-        Memories are computed on the way, as `compress` does.
-        """
-        return recommend(self, histories, policy, k, **{**self._searched_by, **options})
-
-    def score_items(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
-    ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
-        head = {} if "titles" in self.learns else {"head": "items"}
-        return score_items(self, histories, policy, items, **{**head, **options})
-
-    @property
-    def _searched_by(self) -> dict[str, str]:
-        return {} if "titles" in self.learns else {"search": "items"}
-
     # ------------------------------------------------------------------ files
 
     def save_pretrained(
@@ -328,9 +302,7 @@ class RecurrentMemory(MemoryWrapper):
         Raises:
             FileNotFoundError, ValueError: as those, and for a folder without a memory.
         """
-        hub = {name: options[name] for name in ("revision", "token") if name in options}
-        folder = files.current(locate(folder, "folder", **hub))
-        description = files.read_description(folder)
+        folder, description = open_saved(folder, options)
         if description.memory is None:
             raise ValueError(f"folder: expected a RecurrentMemory in {os.fspath(folder)!r}, got a model without memory")
         kind: Any = PatchedCausalLM if "titles" in description.learns else ItemModel

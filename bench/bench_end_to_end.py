@@ -54,15 +54,10 @@ from bench.training_providers import (
 )
 from bench.training_providers import PROVIDERS as WAYS
 from bench.workloads import POLICIES, VOCABULARY, Workload, ml1m
+from patchkern.models.scratch import LLAMA_1B
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "llama-3.2-1b": LLAMA_1B,
     "small": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -83,7 +78,7 @@ Draw = Callable[[int], tuple[pk.Histories, np.ndarray]]
 def make_model(shape: str, dtype: torch.dtype) -> Any:
     # a configuration of its own: setting a model's attention writes into it
     config = LlamaConfig(
-        **SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=131_072, tie_word_embeddings=True
+        **{**SHAPES[shape], "vocab_size": VOCABULARY}, max_position_embeddings=131_072, tie_word_embeddings=True
     )
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 

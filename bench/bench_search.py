@@ -50,11 +50,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 import patchkern as pk
 from bench import output
 from bench.search_peers import as_published, by_generate, plain_model, right_and_no_better, same_scores
-from bench.timing import Table, Timing, measure
+from bench.timing import Table, Timing, measure, synchronize
 from bench.workloads import SHARED
 from patchkern.budget.live_bytes import peak_memory
 from patchkern.data import Interactions, open_dataset, prepare, synthetic
-from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.scratch import LLAMA_1B, fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles
 from patchkern.search.trie import Trie
@@ -67,16 +67,7 @@ def make_model(data: Interactions, shape: str, device: str) -> pk.PatchedCausalL
     tokenizer = fit_tokenizer(data.titles.values(), 4096)
     if shape == "1b":
         torch.manual_seed(0)
-        llama = LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=131_072,
-            tie_word_embeddings=True,
-        )
+        llama = LlamaConfig(**LLAMA_1B, max_position_embeddings=131_072, tie_word_embeddings=True)
         with torch.device(device):
             hf_model: PreTrainedModel = LlamaForCausalLM(llama).bfloat16()
     else:
@@ -225,7 +216,7 @@ def scaling(table: Table, args: argparse.Namespace) -> None:
 
             def prefill(layout: pk.PatchLayout = layout, prompts: list[Prompts] = prompts) -> None:
                 prompts[:] = [Prompts(model, layout, 64, chunk_rows=1024)]
-                wait_for(model.device)
+                synchronize(model.device)
 
             seconds = measure({"prompt": prefill}, 1.0, 3, 20)
             (ready,) = prompts
@@ -244,12 +235,7 @@ def scaling(table: Table, args: argparse.Namespace) -> None:
 def one_step(prompts: Prompts, tokens: Tensor) -> None:
     prompts.step(torch.full_like(tokens, -1), torch.zeros_like(tokens), tokens)
     prompts.forget()
-    wait_for(tokens.device)
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(tokens.device)
 
 
 def extend(table: Table, args: argparse.Namespace) -> None:
@@ -271,11 +257,11 @@ def extend(table: Table, args: argparse.Namespace) -> None:
                 for number in range(args.rounds + 2):
                     cache.clear()
                     Prompts(model, old, 64, user_cache=cache)
-                    wait_for(model.device)
+                    synchronize(model.device)
                     times, logits = [time.perf_counter()], []
                     for user_cache in (cache, None):
                         logits.append(Prompts(model, new, 64, user_cache=user_cache).logits)
-                        wait_for(model.device)
+                        synchronize(model.device)
                         times.append(time.perf_counter())
                     if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
                         sys.exit("extend: a cached prompt has other logits; nothing was timed")

@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 
 from patchkern.budget.counted_step import Lora, PassShape
 from patchkern.budget.training_cost import Choice, TrainingCost
+from patchkern.models.scratch import LLAMA_1B
 
 USABLE = 0.9  # of a card: the rest is for the CUDA context and for fragmentation
 WAYS = {
@@ -36,16 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cards", type=int, nargs="+", default=[24, 40, 80], help="memory in GB")
     parser.add_argument("--logit_share", type=float, default=0.25, help="of the rows, those with logits")
     args = parser.parse_args(argv)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
+    config = LlamaConfig(**LLAMA_1B, tie_word_embeddings=True, dtype="float32")
     shape = PassShape(4096, max(int(4096 * args.logit_share), 1), 0, 4096)
     cost = TrainingCost(config, shape, autocast=torch.bfloat16, on_cuda=True)
     print(f"| rows per pass | {' | '.join(f'{card} GB' for card in args.cards)} |")

@@ -116,6 +116,7 @@ def of_object(name: str, described: Any, level: int = 3) -> Iterator[str]:
     if not described.is_class:
         return
     members = [member for member in described.members.values() if is_public(member) and not member.is_alias]
+    members += [resolved(member) for member in described.inherited_members.values() if is_public(member)]
     entries = documented(described, "attributes", "parameters")
     listed = {name for entry in entries for name in names_of(entry).split(", ")}
     fields = [member for member in members if member.is_attribute and member.docstring and member.name not in listed]

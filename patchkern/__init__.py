@@ -55,6 +55,7 @@ from patchkern.ops.packed import PackedBatch, compress_batch
 from patchkern.ops.pool_rows import pool_rows, pool_rows_grad
 
 if TYPE_CHECKING:
+    from patchkern.budget.counted_memory import MemoryRows
     from patchkern.budget.training import TrainingPlan, plan_training
     from patchkern.models.item_model import ItemModel
     from patchkern.models.learned_rows import add_experts
@@ -95,6 +96,7 @@ __all__ = [
     "LinearPrior",
     "MeanOfOld",
     "Memories",
+    "MemoryRows",
     "ModelCard",
     "PackedBatch",
     "PartialListsWarning",
@@ -148,6 +150,7 @@ _LAZY = {
     "ItemModel": "patchkern.models.item_model",
     "LinearPrior": "patchkern.search.linear_prior",
     "Memories": "patchkern.models.memories",
+    "MemoryRows": "patchkern.budget.counted_memory",
     "ModelCard": "patchkern.models.model_card",
     "PartialListsWarning": "patchkern.search.summary",
     "PatchedCausalLM": "patchkern.models.patched_lm",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parser that all recipes share: flags have one form, and a mistyped one is answered with the nearest."""
+"""What recipes share of command lines: flags have one form, and a mistyped one is answered with the nearest."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,6 +42,17 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"--?[A-Za-z][\w-]*", flag) and flag not in self._option_string_actions:
                 near = nearest(flag, self._option_string_actions)
                 self.error(f"{flag}: expected {f'{near}?' if near else 'a flag that --help lists'}")
+
+
+def as_flags(chosen: Mapping[str, Any]) -> list[str]:
+    """For another recipe's command line; None is not given."""
+    return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def data_flags(args: argparse.Namespace) -> list[str]:
+    """Those of `patchkern.data.preparation.add_arguments`, as they were given."""
+    names = ("data", "min_rating", "min_interactions", "k_core", "split_by")
+    return as_flags({name: getattr(args, name) for name in names})
 
 
 def nearest(flag: str, known: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from patchkern.data import Interactions, samples_of
-from patchkern.training.collators import PassCollator
+from patchkern.training.collators import MemoryCollator, PassCollator
 from patchkern.training.passes import PassDataset
 from patchkern.training.protocol import TrainableModel
 from recipes.training_choices import Place, plan_passes
@@ -22,7 +22,7 @@ def dry_run(
     model: TrainableModel,
     data: Interactions,
     arguments: TrainingArguments,
-    collator: PassCollator,
+    collator: PassCollator | MemoryCollator,
     accumulates: bool,
 ) -> str:
     """The plan by data parallelism and, with several processes, by FSDP2.
@@ -58,7 +58,7 @@ def _steps(
     args: argparse.Namespace,
     data: Interactions,
     arguments: TrainingArguments,
-    collator: PassCollator,
+    collator: PassCollator | MemoryCollator,
     rows_per_pass: int,
     processes: int,
 ) -> str:

@@ -386,8 +386,5 @@ def yardsticks(results: Results, max_items: int | None) -> None:
         results[name] = counted(results, ranking.as_lists())
 
 
-# ------------------------------------------------------------------ priors
-
-
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,14 @@ def make_model(args: argparse.Namespace, data: Interactions, dropout: float, see
     )
     model.to(getattr(torch, args.dtype))
     return model
+
+
+def read_as_trained(policy: Any) -> Any:
+    """The policy that reads long histories as passes of all targets do: cut ``max_items`` at a time.
+
+    Cut one at a time, all of them would be read at one place, whose position only few targets of such passes train.
+    """
+    return policy if policy.max_items is None else replace(policy, cut_every=policy.max_items)
 
 
 def catalog_of_ids(titles: Mapping[Any, str]) -> pk.Catalog:

@@ -59,9 +59,9 @@ def settings_stage(stage: str) -> str:
 
 
 def number_of_experts(args: argparse.Namespace) -> int:
-    """Experts that a model without any is to have before it gets an adapter."""
+    """Experts, or a token for each slot, that a model without any is to have before it gets an adapter."""
     if args.stage != "experts":
-        return 0
+        return args.slots if args.stage == "memory" else 0
     return pk.Experts.count if args.experts is None else args.experts
 
 

@@ -42,7 +42,7 @@ from patchkern.models.item_blocks import BLOCKS
 from patchkern.training import SETTINGS, PatchTrainer, checkpoints
 from recipes import per_sample
 from recipes.commands import Parser
-from recipes.item_models import catalog_of_ids
+from recipes.item_models import catalog_of_ids, read_as_trained
 from recipes.ranking import by_item_head
 from recipes.results import KS, Result, Results
 from recipes.tables import markdown_table
@@ -148,7 +148,7 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
         "full": Row("whole history", items),
         "recent": Row(f"recent items, at least {keep}", recent(keep)),
         "recent-1": Row("recent items, at least 1", recent(1)),
-        "latest-100": Row("latest 100 items", pk.ItemPatches(keep_text=0, max_items=100)),
+        "latest-100": Row("latest 100 to 199 items", read_as_trained(pk.ItemPatches(keep_text=0, max_items=100))),
         "sessions": Row(
             f"sessions of {args.group_size}", pk.SessionPatches(args.group_size, max_items=None, align="start")
         ),

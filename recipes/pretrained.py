@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from patchkern.data.preparation import add_arguments, load
 from patchkern.models.gguf_file import read_gguf, read_gguf_tokenizer
 from patchkern.training import find_model
 from recipes import evaluate, models, train
+from recipes.commands import as_flags, data_flags
 from recipes.training_flags import make_parser
 from recipes.training_flags import parse as parse_training
 
@@ -117,13 +118,6 @@ def check_further(rest: Sequence[str]) -> None:
     parse_training(make_parser(__doc__), [*needed, *rest])
 
 
-def data_flags(args: argparse.Namespace) -> list[str]:
-    names = ("data", "min_rating", "min_interactions", "k_core", "split_by")
-    return [
-        part for name in names if getattr(args, name) is not None for part in (f"--{name}", str(getattr(args, name)))
-    ]
-
-
 def training_flags(args: argparse.Namespace, folder: Path, output: Path) -> list[str]:
     """The item head on a trunk of patches alone, rates for a model of this size, steps of one size."""
     chosen: dict[str, Any] = {
@@ -138,11 +132,7 @@ def training_flags(args: argparse.Namespace, folder: Path, output: Path) -> list
         "targets_per_step": args.targets_per_step,
         "output_dir": output,
     }
-    return [*data_flags(args), *flags(chosen), "--item_embeddings"]
-
-
-def flags(chosen: Mapping[str, Any]) -> list[str]:
-    return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+    return [*data_flags(args), *as_flags(chosen), "--item_embeddings"]
 
 
 # ------------------------------------------------------------------ the model's folder

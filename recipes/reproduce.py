@@ -36,6 +36,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchk
 from patchkern.data.preparation import add_filters, load
 from patchkern.models.scratch import SIZES
 from recipes import training_flags
+from recipes.commands import data_flags
 from recipes.reproduction import cost
 from recipes.reproduction.cost import GPUS, Reader
 from recipes.reproduction.names import FIGURES, FORMS, OURS, PEERS, TABLES
@@ -152,13 +153,6 @@ def reproduce(args: argparse.Namespace, further: list[str], folder: Folder) -> l
             record = run(step, folder)
             say(f"[{number}/{len(pending)}] {step.key}: {record['seconds']:.1f} s")
         return report(folder, planner, args.table, args.figure)
-
-
-def data_flags(args: argparse.Namespace) -> list[str]:
-    names = ("data", "min_rating", "min_interactions", "k_core", "split_by")
-    return [
-        part for name in names if getattr(args, name) is not None for part in (f"--{name}", str(getattr(args, name)))
-    ]
 
 
 def tell(steps: list[Step], folder: Folder, planner: Planner, args: argparse.Namespace) -> list[Step]:

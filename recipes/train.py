@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     set_seed(arguments.seed)
     model, tokenizer = load_model(args, data, settings, arguments.seed)
     policy: Any = learned.policy_of(args, settings, model.policy)
+    if isinstance(model, pk.ItemModel):
+        policy = item_models.read_as_trained(policy)
     model = learned.prepared(model, tokenizer, policy, args, data, arguments.seed)
     if args.item_dropout is not None:
         policy = pk.ItemDropout(args.item_dropout, settings.keep_text, args.max_items, arguments.seed)

@@ -13,8 +13,10 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import patchkern as pk
+from patchkern.batch.memory_layout import MemoryBatch
+from patchkern.budget.counted_memory import MemoryRows
 from patchkern.data import Interactions, samples_of
-from patchkern.training.collators import PassCollator
+from patchkern.training.collators import MemoryCollator, PassCollator
 from patchkern.training.passes import Pass, PassDataset
 from patchkern.training.precision import measure_autocast
 from patchkern.training.protocol import TrainableModel
@@ -31,7 +33,10 @@ _TRIED_PASSES = 4
 
 
 def choose_bf16(
-    model: TrainableModel, data: Interactions, arguments: TrainingArguments, collator: PassCollator
+    model: TrainableModel,
+    data: Interactions,
+    arguments: TrainingArguments,
+    collator: PassCollator | MemoryCollator,
 ) -> bool:
     """Whether autocast is faster on this CPU: measured by the first process, for all."""
     chosen = [False]
@@ -71,7 +76,7 @@ def plan_passes(
     model: TrainableModel,
     data: Interactions,
     arguments: TrainingArguments,
-    collator: PassCollator,
+    collator: PassCollator | MemoryCollator,
     accumulates: bool,
     place: Place,
 ) -> pk.TrainingPlan:
@@ -111,21 +116,36 @@ def plan_passes(
         rows_per_pass = plan.rows_per_pass  # whose passes may have other shares of logits, and longer prefixes
 
 
-def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator) -> dict[str, Any]:
-    """Rows with logits, rows that predict an item, and rows of the longest user, in passes of so many rows."""
+def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator | MemoryCollator) -> dict[str, Any]:
+    """Rows with logits, rows that predict an item, rows of the longest user and of a memory, in passes of so many."""
     dataset = PassDataset(
         *samples_of(data, "train"), collator.rows, rows_per_pass, 1.0, _TRIED_PASSES, 1, collator.seed
     )
-    layouts = [collator([dataset[number]])["layout"] for number in range(len(dataset))]
+    batches = [collator([dataset[number]])["layout"] for number in range(len(dataset))]
+    labelled = [batch.stage2 if isinstance(batch, MemoryBatch) else batch for batch in batches]
+    sizes = [rows_per_pass / batch.num_rows for batch in batches]
 
     def most(name: str) -> int | None:
-        if getattr(layouts[0], name) is None:
+        if getattr(labelled[0], name) is None:
             return None
-        return round(rows_per_pass * max(len(getattr(layout, name)) / layout.num_rows for layout in layouts))
+        return round(max(len(getattr(layout, name)) * size for layout, size in zip(labelled, sizes, strict=True)))
 
-    longest = max(layout.max_seqlen + layout.max_prefix for layout in layouts)
+    memories = [
+        MemoryRows.of(batch).times(size)
+        for batch, size in zip(batches, sizes, strict=True)
+        if isinstance(batch, MemoryBatch)
+    ]
+    first = [batch.stage1 for batch in batches if isinstance(batch, MemoryBatch)]
+    longest = max(layout.max_seqlen + layout.max_prefix for layout in (*labelled, *first))
     return {
         "logit_rows": most("logit_rows"),
         "item_rows": most("item_rows"),
         "longest": min(longest, rows_per_pass),
+        "memory": _largest(memories) if memories else None,
     }
+
+
+def _largest(memories: list[MemoryRows]) -> MemoryRows:
+    """Of any pass the most rows of each kind; of stage 1 the fewest, as the others are of the pass that is dearer."""
+    most = MemoryRows(*map(max, zip(*memories, strict=True)))
+    return most._replace(reference=min(rows.reference for rows in memories))

@@ -241,9 +241,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.processes is not None and (args.dry_run is None or args.processes < 1),
             f"--processes: expected at least 1, and only with --dry_run, got {args.processes}; torchrun starts some",
         ),
-        *(
-            (args.stage == "memory" and bool(getattr(args, name)), f"--{name}: expected none with --stage memory")
-            for name in ("memory_budget", "dry_run", "supervise_history", "lora")
+        (
+            args.stage == "memory" and args.supervise_history,
+            "--supervise_history: expected none with --stage memory, whose histories are in two passes",
         ),
         (
             args.stage == "memory" and args.targets_per_pass == "one",

@@ -34,6 +34,7 @@ FIRST = [
     pk.Catalog.from_titles,
     pk.Catalog.from_token_ids,
     pk.compress_batch,
+    pk.fit_prior_weight,
     pk.FitRows,
     pk.Histories.from_sequences,
     pk.item_table,
@@ -41,7 +42,9 @@ FIRST = [
     pk.ItemPatches,
     pk.PatchedCausalLM,
     pk.PatchedCausalLM.recommend,
+    pk.PatchedCausalLM.save_pretrained,
     pk.plan_memory,
+    pk.Policy,
     pk.pool_rows,
     pk.Prompt,
     pk.Prompt.from_chat_template,
@@ -50,10 +53,15 @@ FIRST = [
     pk.SessionPatches,
     pk.TextOnly,
     pk.TimeSessions,
+    pk.training_rows,
     pk.TransitionPrior,
+    data.from_tables,
     data.open_dataset,
+    data.prepare,
     data.synthetic,
     evaluation.evaluate,
+    evaluation.paired_difference,
+    evaluation.transitions,
 ]
 
 

@@ -35,6 +35,15 @@ class CatalogDiff:
         retokenized: ``(n,)`` those of ``renamed`` whose title and input text, as text, are the same.
         num_same_titles: items in both whose titles and input texts are known to be the same, as text.
         examples: of renamed items, as text.
+
+    Examples:
+        A model that was saved with one catalogue is read with a later one.
+
+        >>> import patchkern as pk
+        >>> before, later = (pk.Catalog.from_token_ids(range(3), range(4), ids) for ids in ([7, 8, 9], [8, 9, 10]))
+        >>> pk.ItemModel(before, width=8).save_pretrained("model")
+        >>> print(pk.ItemModel.from_pretrained("model", later).catalog_diff)
+        1 new items, 1 gone, 0 of 2 with another title
     """
 
     num_shared: int

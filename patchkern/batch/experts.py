@@ -116,6 +116,18 @@ class Experts:
             return np.zeros_like(old)
         return old // self.block if self.parts == "blocks" else np.minimum(old, 1)
 
+    def check_head(self, head: str) -> None:
+        """Raise a ValueError where prompts cannot be read for a head of `patchkern.build_layout`.
+
+        A title follows the suffix. An item is predicted from the last row, which is the last expert's where nothing is
+        recent: a whole pass has its state, but of experts keys and values are kept, from which no state comes again.
+        """
+        if head == "items" and self.keep == 0 and self.count:
+            raise ValueError(
+                "policy: expected to keep at least one item recent (keep) for an item head, got 0: where none is, it "
+                "would read the last expert's state, and of experts only keys and values are kept"
+            )
+
     def check_prompt(self, prompt: Prompt) -> None:
         """Raise a ValueError unless the prompt has as many experts."""
         if self.count and len(prompt.experts) != self.count:

@@ -42,6 +42,18 @@ def row_hashes(layout: PatchLayout, by_item: bool = False, vectors: Tensor | Non
 
     Raises:
         ValueError: a layout with vector rows and no vectors, or other than it has rows for.
+
+    Examples:
+        The rows of a history that has grown begin as before.
+
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5))
+        >>> policy, prompt = pk.ItemPatches(keep_text=0), pk.Prompt(prefix=[4], separator=[5])
+        >>> before, after = (
+        ...     pk.row_hashes(pk.build_layout(catalog, [items], policy, prompt)) for items in ([0, 1], [0, 1, 3])
+        ... )
+        >>> (before == after[: before.size]).tolist()
+        [True, True, True, True]
     """
     expected = 0 if layout.vector_rows is None else layout.vector_rows.shape[0]
     if expected != (0 if vectors is None else vectors.shape[0]):

@@ -308,11 +308,15 @@ class PatchLayout:
         supervised[self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()] = False
         if self.vector_rows is not None:
             supervised[self.vector_rows] = False
+        return self._labelled(supervised)
+
+    def _labelled(self, rows: Tensor) -> PatchLayout:
+        """The layout with labels on ``rows``, ``(T,)`` bool, literals that the row before each predicts."""
         tokens = -1 - self.lo.long()
         values = {
-            "labels": torch.where(supervised, tokens, -100),
-            "logit_rows": torch.nonzero(supervised)[:, 0] - 1,
-            "logit_labels": tokens[supervised],
+            "labels": torch.where(rows, tokens, -100),
+            "logit_rows": torch.nonzero(rows)[:, 0] - 1,
+            "logit_labels": tokens[rows],
         }
         return self._trusted({**self.__dict__, **values})
 

@@ -65,13 +65,7 @@ def list_layout(catalog: Catalog, histories: Histories, prompt: Prompt, lists: L
     cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
     begin = cu_seqlens[:-1] + len(prompt.prefix) + untaught
     taught = torch.from_numpy(np.arange(cu_seqlens[-1]) >= np.repeat(begin, np.diff(cu_seqlens)))
-    tokens = -1 - layout.lo.long()
-    labels = {
-        "labels": torch.where(taught, tokens, -100),
-        "logit_rows": torch.nonzero(taught)[:, 0] - 1,
-        "logit_labels": tokens[taught],
-    }
-    return PatchLayout._trusted({**layout.__dict__, **labels})
+    return layout._labelled(taught)
 
 
 def _entry_rows(catalog: Catalog, items: Histories, prompt: Prompt) -> Int64:

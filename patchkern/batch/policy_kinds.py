@@ -35,7 +35,23 @@ class Level(IntEnum):
 
 @runtime_checkable
 class Policy(Protocol):
-    """What `build_layout` asks of a policy."""
+    """What `build_layout` asks of a policy.
+
+    Examples:
+        One of your own: every other item is left out, the others are patches.
+
+        >>> import numpy as np
+        >>> import patchkern as pk
+        >>> class EveryOther:
+        ...     max_items = None
+        ...
+        ...     def levels(self, histories):
+        ...         age = np.repeat(histories.offsets[1:], histories.lengths) - np.arange(histories.items.size)
+        ...         return np.where(age % 2, pk.Level.PATCH, pk.Level.DROP).astype(np.uint8)
+        >>> catalog = pk.Catalog.from_token_ids([0, 1, 2, 3], [0, 2, 3, 4])
+        >>> pk.build_layout(catalog, [[0, 1, 2], [2, 0]], EveryOther(), pk.Prompt(separator=[4])).num_rows
+        4
+    """
 
     @property
     def max_items(self) -> int | None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from patchkern.batch.arrangement import running
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_training import expert_training_layout, expert_training_rows
 from patchkern.batch.experts import Experts
@@ -190,6 +191,16 @@ def training_rows(
     """``(B,)`` rows that each user takes in `build_training_layout` with these arguments.
 
     With `Experts`, whose borders are drawn, the most that it can be.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5))
+        >>> prompt = pk.Prompt(prefix=[4], separator=[5], suffix=[6], response_end=[7])
+        >>> histories, ranges = [[0, 1, 2, 3, 0], [2, 1]], [[1, 4], [1, 1]]  # first and last target of each user
+        >>> pk.training_rows(catalog, histories, pk.ItemPatches(keep_text=1), prompt, ranges).tolist()
+        [25, 5]
+        >>> pk.training_rows(catalog, histories, pk.ItemPatches(keep_text=1), prompt, ranges, head="items").tolist()
+        [13, 2]
     """
     check_head(head)
     histories = Histories.coerce(histories)
@@ -224,6 +235,15 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
 
     Raises:
         ValueError: no layout.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(4), range(5))
+        >>> prompt = pk.Prompt(separator=[4])
+        >>> old = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=0), prompt)
+        >>> new = pk.build_layout(catalog, [[2], [3, 0]], pk.TextOnly(), prompt)
+        >>> pk.join_layouts([old, new]).cu_seqlens.tolist()
+        [0, 3, 4, 7]
     """
     if not layouts:
         raise ValueError("layouts: expected at least one, got none")
@@ -356,14 +376,7 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     index = catalog.index_of(items.items, "histories")
     rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
     entries = (levels != Level.JOIN) & (levels != Level.DROP)
-    return _Parts(items, index, levels, len(trunks), branched, _running(rows), _running(entries))
-
-
-def _running(counts: NDArray[Any]) -> Int64:
-    """``(N + 1,)`` sums of the first 0..N counts."""
-    sums = np.zeros(counts.size + 1, np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums
+    return _Parts(items, index, levels, len(trunks), branched, running(rows), running(entries))
 
 
 def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # of `patchkern.models.item_head.ItemHead`
@@ -30,25 +31,33 @@ class Chunks(NamedTuple):
 
 
 class CountedItems(nn.Module):
-    """Has the parameters of an item head, for ``n_items`` of width D, and takes what its loss takes."""
+    """Has the parameters of an item head, for ``n_items`` of width D, and takes what its loss takes.
 
-    def __init__(self, n_items: int, width: int, dtype: torch.dtype) -> None:
+    Args:
+        by_id: how the head of a `patchkern.ItemModel` scores, "dot" or "cosine"; None: as a language model's.
+    """
+
+    def __init__(self, n_items: int, width: int, dtype: torch.dtype, by_id: str | None = None) -> None:
         super().__init__()
-        self.n_items = n_items
-        self.transform = nn.Linear(width, width, bias=False, dtype=dtype)
-        self.log_temperature = nn.Parameter(torch.empty(1, dtype=dtype))
+        self.n_items, self.by_id = n_items, by_id
+        if by_id is None:
+            self.transform = nn.Linear(width, width, bias=False, dtype=dtype)
+            self.log_temperature = nn.Parameter(torch.empty(1, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(n_items, dtype=dtype))
 
     def loss(self, states: Tensor, weight: Tensor, own: Tensor | None, chunks: Chunks) -> Tensor:
         """Of ``states`` (M, D); ``weight`` (V, D) is the output embedding, ``own`` (n_items, D) the items' vectors."""
-        queries = self.transform(states) * self.log_temperature.exp()
+        queries = self.transform(states) * self.log_temperature.exp() if self.by_id is None else states
         bias: Tensor = self.bias
         count = self.n_items
         if count > _SAMPLED_ABOVE:
             count = self._draw(len(states))
             bias = PooledRows.apply(bias[:, None], count)[:, 0]
             own = None if own is None else PooledRows.apply(own, count)
-        vectors: Tensor = PooledRows.apply(weight, count)
+        in_place = self.by_id is not None and count == self.n_items
+        vectors: Tensor = weight[:count] if in_place else PooledRows.apply(weight, count)
+        if self.by_id == "cosine":
+            queries, vectors = 20 * F.normalize(queries, dim=1), F.normalize(vectors, dim=1)
         if own is not None:
             vectors = vectors + own.to(vectors.dtype)
         if torch.is_autocast_enabled("cpu"):
@@ -83,13 +92,14 @@ class _Softmax(torch.autograd.Function):
         wide = torch.promote_types(states.dtype, torch.float32)
         given, wants = (states, items, bias), ctx.needs_input_grad[:3]
         grads = [torch.zeros_like(x, dtype=wide) if want else None for x, want in zip(given, wants, strict=True)]
+        count = min(chunks.rows, len(states))
         for _ in range(1 + chunks.several):
-            rows = states.narrow(0, 0, chunks.rows)
+            rows = states.narrow(0, 0, count)
             logits = (rows @ items.T).to(wide).add_(bias.to(wide))
             torch.empty_like(logits)  # what logsumexp takes
             slope = logits.to(states.dtype)
             if grads[0] is not None:
-                grads[0].narrow(0, 0, chunks.rows).copy_(slope @ items)
+                grads[0].narrow(0, 0, count).copy_(slope @ items)
             if grads[1] is not None:
                 product = slope.T @ rows
                 # a CPU adds two dtypes by way of a copy, inside the operator

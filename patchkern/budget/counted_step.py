@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkern.budget.counted_attention import CountedAttention
 from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
+from patchkern.budget.counted_memory import CountedMap, CountedMemory, MemoryRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.live_bytes import LiveBytes
 from patchkern.ops.vector_dropout import drop_vectors
@@ -47,6 +48,14 @@ class PassShape(NamedTuple):
     """those that predict an item, with an item head"""
     longest: int
     """of the longest prefix"""
+    memory: MemoryRows | None = None
+    """of a recurrent memory, both of whose passes have the rows together"""
+
+    def times(self, factor: int) -> PassShape:
+        """So many passes as one."""
+        rows, logit_rows, item_rows, longest, memory = self
+        memory = None if memory is None else memory.times(factor)
+        return PassShape(factor * rows, factor * logit_rows, factor * item_rows, factor * longest, memory)
 
 
 class HeldBytes(NamedTuple):
@@ -135,9 +144,12 @@ class FakeModel:
         dtype: of the weights; the model's own where not given.
         lora: put adapters around it.
         n_items: give it an item head for so many.
+        memory: give it the map of a `patchkern.RecurrentMemory`, where its rows have positions.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype | None, lora: Lora | None, n_items: int | None) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype | None, lora: Lora | None, n_items: int | None, memory: bool = False
+    ) -> None:
         self._mode = FakeTensorMode()
         inner = getattr(model, "hf_model", model)
         if lora is not None:
@@ -149,9 +161,15 @@ class FakeModel:
             self.item_embedding = nn.Parameter(self._fake(embedding.shape, embedding.dtype))
         self._vector_dropout: float = getattr(model, "vector_dropout", 0.0)
         self.item_head: CountedItems | None = None
-        if n_items is not None:
-            with self._mode:
-                self.item_head = CountedItems(n_items, self._output_weight.shape[1], self.hf_model.dtype)
+        of_map = None
+        with self._mode:
+            width = self._output_weight.shape[1]
+            if n_items is not None:
+                by_id = getattr(getattr(model, "item_head", None), "scores_by", None)
+                self.item_head = CountedItems(n_items, width, self.hf_model.dtype, by_id)
+            if memory and getattr(model, "placed", True):
+                of_map = CountedMap(width, self.hf_model.dtype)
+        self.memory = CountedMemory(of_map)
 
     def _fake(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         with self._mode:
@@ -160,8 +178,8 @@ class FakeModel:
     def parameters(self) -> list[nn.Parameter]:
         """All of them, each once."""
         own = [] if self.item_embedding is None else [self.item_embedding]
-        of_head = [] if self.item_head is None else self.item_head.parameters()
-        return [*self.hf_model.parameters(), *own, *of_head]
+        beside = [part for part in (self.item_head, self.memory.map) if part is not None]
+        return [*self.hf_model.parameters(), *own, *(parameter for part in beside for parameter in part.parameters())]
 
     @property
     def weights(self) -> int:
@@ -179,7 +197,7 @@ class FakeModel:
         Raises:
             ValueError: a model that does not run on fake tensors.
         """
-        (first, end), (second, _) = (self._follow(PassShape(*(n * x for x in shape)), kind) for n in (1, 2))
+        (first, end), (second, _) = (self._follow(shape.times(n), kind) for n in (1, 2))
         if first.shape != second.shape:
             raise ValueError(
                 f"model: expected one that runs the same operators for {shape.rows} rows and for {2 * shape.rows}, to "
@@ -243,36 +261,66 @@ class FakeModel:
 
     def _loss(self, shape: PassShape, kind: StepKind, counter: LiveBytes, states: list[Tensor]) -> Tensor:
         """``states`` is where the decoder's hidden states (1, T, D) come."""
-
-        def integers(*size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int64)
-
         layout = torch.empty(shape.rows * _ROW_INTEGERS, dtype=torch.uint8)
         autocast: Any = contextlib.nullcontext()
         if kind.autocast is not None:
             autocast = torch.autocast("cpu", kind.autocast)
+        with autocast:
+            if shape.memory is None or shape.memory.reference == 0:
+                losses = self._pass_losses(shape, kind, counter, states)
+            else:
+                losses = self._memory_losses(shape, shape.memory, kind, counter, states)
+        states.clear()
+        del layout
+        return sum(losses[1:], start=losses[0])
+
+    def _memory_losses(
+        self, shape: PassShape, memory: MemoryRows, kind: StepKind, counter: LiveBytes, states: list[Tensor]
+    ) -> list[Tensor]:
+        """Of the two passes of a `patchkern.RecurrentMemory`, and between them."""
+        first = PassShape(memory.reference, 0, memory.reference_items, shape.longest)
+        losses = self._pass_losses(first, kind, counter, states)
+        references = self.memory.references(states.pop()[0], memory)
+        counter.part = "activations"
+        memories = self.memory.read(references, memory)
+        second = shape._replace(rows=shape.rows - memory.reference, memory=None)
+        losses += self._pass_losses(second, kind, counter, states, memories)
+        return [*losses, self.memory.distance(states[0][0], references, memory)]
+
+    def _pass_losses(
+        self,
+        shape: PassShape,
+        kind: StepKind,
+        counter: LiveBytes,
+        states: list[Tensor],
+        memories: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Of one forward pass, in which some rows may be memories."""
+
+        def integers(*size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.int64)
+
         labels = integers(1, shape.logit_rows)
         inputs: dict[str, Any] = {"position_ids": integers(1, shape.rows), "logits_to_keep": integers(shape.logit_rows)}
         if shape.logit_rows and not kind.smoothing:
             inputs |= {"labels": labels, "shift_labels": labels}
         attention = CountedAttention(counter, kind.prefixes, shape.longest, kind.on_cuda)
         losses = []
-        with autocast:
-            own: Tensor | None = self.item_embedding
-            if own is not None and self._vector_dropout:
-                own = drop_vectors(own, self._vector_dropout)
-            rows = self._rows(shape.rows, own)
-            output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
-            if shape.logit_rows and kind.smoothing:
-                losses.append(F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1))
-            elif shape.logit_rows:
-                losses.append(output.loss)
-            if kind.chunks is not None and self.item_head is not None:
-                of_items = PooledRows.apply(states[0][0], shape.item_rows)
-                losses.append(self.item_head.loss(of_items, self._output_weight, own, kind.chunks))
-        states.clear()
-        del layout
-        return sum(losses[1:], start=losses[0])
+        own: Tensor | None = self.item_embedding
+        if own is not None and self._vector_dropout:
+            own = drop_vectors(own, self._vector_dropout)
+        rows = self._rows(shape.rows, own)
+        if memories is not None:
+            rows = self.memory.placed(rows, memories)
+        output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
+        if shape.logit_rows and kind.smoothing:
+            losses.append(F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1))
+        elif shape.logit_rows:
+            losses.append(output.loss)
+        if shape.item_rows and kind.chunks is not None and self.item_head is not None:
+            of_items = PooledRows.apply(states[-1][0], shape.item_rows)
+            losses.append(self.item_head.loss(of_items, self._output_weight, own, kind.chunks))
+        return losses
 
     @property
     def _output_weight(self) -> Tensor:

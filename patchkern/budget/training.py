@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from patchkern.batch.histories import check_count
+from patchkern.budget.counted_memory import MemoryRows
 from patchkern.budget.counted_step import Lora, PassShape
 from patchkern.budget.search import in_units, parse_bytes
 from patchkern.budget.training_cost import OPTIMIZERS, Choice, TrainingBytes, TrainingCost
@@ -103,6 +104,7 @@ def plan_training(
     n_items: int | None = None,
     logit_rows: int | None = None,
     item_rows: int | None = None,
+    memory: MemoryRows | None = None,
     prefixes: bool = True,
     longest: int | None = None,
     world_size: int = 1,
@@ -117,7 +119,8 @@ def plan_training(
     `TrainingPlan.flags` says what changed. A plan takes seconds, and no memory to speak of.
 
     Args:
-        model: a `PatchedCausalLM`; or a transformers causal LM, with adapters or without, or its configuration.
+        model: a `PatchedCausalLM`, an `ItemModel` or a `RecurrentMemory`; or a transformers causal LM, with adapters or
+            without, or its configuration.
         rows_per_pass: rows that are computed at once, as of `training.PatchTrainer`.
         budget: bytes, or a text such as "40GiB", for everything that torch allocates. None: no limit.
         optimizer: one of `OPTIMIZERS`, which has the names of ``TrainingArguments.optim``.
@@ -132,6 +135,8 @@ def plan_training(
         logit_rows: of ``rows_per_pass``, those with logits: response tokens, and the history's text where it is
             supervised too. Fewer in proportion where fewer rows fit. All where not given, none for items alone.
         item_rows: of ``rows_per_pass``, those that predict an item. All where not given, none for titles alone.
+        memory: of ``rows_per_pass``, both stages together, how many are of which kind where a `RecurrentMemory` is
+            trained (`MemoryRows.of` says it of a pass); fewer in proportion where fewer rows fit.
         prefixes: whether users' targets are branches of one pass over the history, as in `build_training_layout`.
         longest: rows of the longest user; a whole pass where not given. Matters on CPUs only.
         world_size: processes; with ``sharded`` they share weights, gradients and optimiser as FSDP2 does, else each has
@@ -167,6 +172,7 @@ def plan_training(
         raise ValueError(f"head: expected 'titles', 'items' or 'both', got {head!r}")
     logit_rows = _labelled("logit_rows", logit_rows, rows_per_pass, head != "items")
     item_rows = _labelled("item_rows", item_rows, rows_per_pass, head != "titles")
+    _check_memory(model, memory, rows_per_pass)
     n_items = _items_of(model, n_items, head)
     longest = rows_per_pass if longest is None else longest
     inner = getattr(model, "hf_model", model)
@@ -176,7 +182,7 @@ def plan_training(
     place = device or ("cpu" if isinstance(inner, PretrainedConfig) else inner.device)
     cost = TrainingCost(
         model,
-        PassShape(rows_per_pass, logit_rows, item_rows, longest),
+        PassShape(rows_per_pass, logit_rows, item_rows, longest, memory),
         dtype=dtype,
         autocast=autocast,
         accumulates=accumulates,
@@ -221,6 +227,21 @@ def _labelled(name: str, given: int | None, rows: int, wanted: bool) -> int:
     if given > rows:
         raise ValueError(f"{name}: expected at most rows_per_pass, {rows}, got {given}")
     return given
+
+
+def _check_memory(model: Any, memory: MemoryRows | None, rows: int) -> None:
+    if memory is None:
+        if hasattr(model, "planner_of"):
+            raise ValueError(
+                "memory: expected the rows of each kind in a pass of a RecurrentMemory (MemoryRows.of), got None"
+            )
+        return
+    if not isinstance(memory, MemoryRows):
+        raise TypeError(f"memory: expected MemoryRows or None, got {type(memory).__name__}")
+    for name, count in memory._asdict().items():
+        check_count(f"memory.{name}", count, minimum=0)
+    if memory.reference >= rows:
+        raise ValueError(f"memory: expected less reference rows than rows_per_pass, {rows}, got {memory.reference}")
 
 
 def _items_of(model: Any, given: int | None, head: str) -> int | None:

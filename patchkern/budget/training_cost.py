@@ -10,6 +10,8 @@ The peak of a step that computes T rows, K of them with logits::
   the forward and the backward pass. It is counted, in steps of the very model on fake tensors
   (`patchkern.budget.counted_step`): autocast's copies of the weights, recomputed layers, dropout's masks and adapters
   are in it as they are, whatever the architecture. A hundredth is added for what operators take while they run.
+  A step of a recurrent memory is two of these passes with vectors between them, and keeps both until the second is
+  differentiated (`patchkern.budget.counted_memory`).
 - ``gathered``: layers and gradients on their way between processes: an upper bound, not counted.
 - ``workspace``: that hundredth, what cuBLAS has on CUDA, and the temporaries of the optimiser's own step.
 
@@ -100,7 +102,9 @@ class TrainingCost:
         sharded: bool = False,
         on_cuda: bool = False,
     ) -> None:
-        self._fake = lru_cache(maxsize=None)(lambda lora: FakeModel(model, dtype, lora, n_items))
+        memory = shape.memory
+        self._fake = lru_cache(maxsize=None)(lambda lora: FakeModel(model, dtype, lora, n_items, memory is not None))
+        item_rows = max(shape.item_rows, memory.reference_items if memory is not None else 0)
         self._shape, self._world_size = shape, world_size
         self._kind = StepKind(
             autocast,
@@ -109,7 +113,7 @@ class TrainingCost:
             smoothing=smoothing,
             on_cuda=on_cuda,
             prefixes=prefixes,
-            chunks=Chunks.of(shape.item_rows, n_items, on_cuda) if shape.item_rows and n_items else None,
+            chunks=Chunks.of(item_rows, n_items, on_cuda) if item_rows and n_items else None,
         )
         self._counted = lru_cache(maxsize=None)(self._count)
 

@@ -32,14 +32,14 @@ class Compression:
     """over all samples: sum of tokens over sum of rows"""
 
 
-def compression(interactions: Interactions, catalog: Catalog, policy: Policy, split: str = "test") -> Compression:
-    """Nominal and measured compression ratio of a policy that has a ``max_items``."""
+def compression(interactions: Interactions, catalog: Catalog, policy: Policy) -> Compression:
+    """Nominal compression ratio of a policy that has a ``max_items``, and that measured on the test split."""
     if policy.max_items is None:
         raise ValueError("policy: expected a policy with max_items, got None")
     mean_title = round(float(catalog.lengths.mean()), 2)
     one = Histories(np.zeros(policy.max_items, np.int64), np.array([0, policy.max_items]))
     nominal = mean_title * policy.max_items / float(_rows(policy.levels(one), np.array(mean_title)).sum())
-    histories = interactions.before(interactions.samples(split), policy.max_items)
+    histories = interactions.before(interactions.samples("test"), policy.max_items)
     tokens = catalog.lengths[catalog.index_of(histories.items)]
     rows = _rows(policy.levels(histories), tokens)
     return Compression(nominal, float(tokens.sum() / rows.sum()) if rows.size else float("nan"))

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from patchkern.batch.columns import id_array
-from patchkern.data._tables import Titles, log_left_out
+from patchkern.data._text import log_left_out
+from patchkern.data._titles import Titles
 from patchkern.data.interactions import Interactions
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from patchkern.batch.columns import MAX_ID_LENGTH
+
 logger = logging.getLogger("patchkern.data")
 
 # A few kilobytes of gzip can hold a line of gigabytes.
@@ -36,6 +38,20 @@ def malformed(path: Path, line: int, expected: str, got: str) -> NoReturn:
     """Raise the one error that every reader raises for a line it cannot read."""
     shown = repr(got if len(got) <= _MAX_SHOWN else got[:_MAX_SHOWN] + "...")
     raise ValueError(f"{path}, line {line}: expected {expected}, got {shown}")
+
+
+def check_id(path: Path, line: int, name: str, text: str) -> str:
+    """An id as it is written, without white space around it, which a reader of its own would take for another id."""
+    if not text or text != text.strip() or len(text) > MAX_ID_LENGTH or "\ufeff" in text:
+        malformed(path, line, f"a {name} of 1 to {MAX_ID_LENGTH} characters without space around it", text)
+    return text
+
+
+def log_left_out(path: Path | str, counts: dict[str, int]) -> None:
+    """One warning of the interactions that a reader left out, by reason."""
+    reasons = [f"{count} {reason}" for reason, count in counts.items() if count]
+    if reasons:
+        logger.warning("%s: interactions left out: %s", path, ", ".join(reasons))
 
 
 def read_lines(path: Path, *, latin1: bool = False) -> Iterator[tuple[int, str]]:

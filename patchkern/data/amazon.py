@@ -9,10 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from patchkern.data._delimited import columns_of, equally_long, number_of, read_quoted
 from patchkern.data._objects import read_objects
 from patchkern.data._rows import Rows
-from patchkern.data._tables import Titles, check_id, columns_of, equally_long, number_of, read_quoted
-from patchkern.data._text import malformed, one_file
+from patchkern.data._text import check_id, malformed, one_file
+from patchkern.data._titles import Titles
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText
 

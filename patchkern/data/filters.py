@@ -16,9 +16,7 @@ def rating_above(interactions: Interactions, threshold: float) -> Interactions:
     Raises:
         ValueError: a data set without ratings.
     """
-    if interactions.ratings is None:
-        raise ValueError(f"interactions: expected ratings to filter by, got none in {interactions.name!r}")
-    return interactions.keep(interactions.ratings > threshold)
+    return interactions.keep(_ratings_of(interactions) > threshold)
 
 
 def rating_at_least(interactions: Interactions, minimum: float) -> Interactions:
@@ -27,9 +25,7 @@ def rating_at_least(interactions: Interactions, minimum: float) -> Interactions:
     Raises:
         ValueError: a data set without ratings.
     """
-    if interactions.ratings is None:
-        raise ValueError(f"interactions: expected ratings to filter by, got none in {interactions.name!r}")
-    return interactions.keep(interactions.ratings >= minimum)
+    return interactions.keep(_ratings_of(interactions) >= minimum)
 
 
 def min_interactions(interactions: Interactions, count: int) -> Interactions:
@@ -95,6 +91,12 @@ def hold_out_items(interactions: Interactions, share: float, *, seed: int = 0) -
     kept = np.ones(interactions.num_items, bool)
     kept[np.random.default_rng(seed).permutation(taken)[: int(share * taken.size)]] = False
     return _with_catalog(interactions.keep(kept[item]), kept)
+
+
+def _ratings_of(interactions: Interactions) -> np.ndarray:
+    if interactions.ratings is None:
+        raise ValueError(f"interactions: expected ratings to filter by, got none in {interactions.name!r}")
+    return interactions.ratings
 
 
 def _with_catalog(interactions: Interactions, kept: np.ndarray) -> Interactions:

@@ -15,8 +15,8 @@ import numpy as np
 
 from patchkern.batch.columns import id_array
 from patchkern.data._objects import integer_id, read_objects
-from patchkern.data._tables import Titles, check_id, log_left_out
-from patchkern.data._text import malformed, one_file
+from patchkern.data._text import check_id, log_left_out, malformed, one_file
+from patchkern.data._titles import Titles
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText
 

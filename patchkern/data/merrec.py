@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.arrow import arrow_array, arrow_text
 from patchkern.batch.columns import as_array, id_array
-from patchkern.data._tables import log_left_out
+from patchkern.data._text import log_left_out
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText, as_text
 from patchkern.data.parquet import read_table

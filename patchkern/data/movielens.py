@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from patchkern.data._tables import ID, Titles, columns_of, equally_long, read_numbers, read_plain, read_quoted
+from patchkern.data._delimited import ID, columns_of, equally_long, read_numbers, read_plain, read_quoted
 from patchkern.data._text import malformed, read_lines
+from patchkern.data._titles import Titles
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText
 

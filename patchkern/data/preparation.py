@@ -50,6 +50,14 @@ def prepare(
 
     Raises:
         ValueError: nothing is left; the message says which filter took what and what changes it.
+
+    Examples:
+        >>> from patchkern.data import from_tables, prepare
+        >>> interactions = {"user": [1] * 5 + [2] * 2, "item": [7, 8, 9, 7, 8, 9, 7], "time": range(7)}
+        >>> data = from_tables(interactions, {"item": [7, 8, 9], "title": ["Alien", "Aliens", "The Third Man"]})
+        >>> data = prepare(data, min_interactions=3, split_by="leave_one_out")
+        >>> data.user_ids.tolist(), data.targets(data.samples("test")).tolist()
+        ([1], [8])
     """
     if split_by is not None and split_by not in SPLIT_BY:
         raise ValueError(f"split_by: expected one of {', '.join(SPLIT_BY)}, got {split_by!r}")

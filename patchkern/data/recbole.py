@@ -13,18 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from patchkern.data._tables import (
-    Titles,
-    canonical_ids,
-    check_id,
-    columns_of,
-    equally_long,
-    log_left_out,
-    number_column,
-    number_of,
-    read_quoted,
-)
-from patchkern.data._text import logger, malformed, one_file
+from patchkern.data._delimited import canonical_ids, columns_of, equally_long, number_column, number_of, read_quoted
+from patchkern.data._text import check_id, log_left_out, logger, malformed, one_file
+from patchkern.data._titles import Titles
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText
 

@@ -14,8 +14,8 @@ from typing import Any
 from patchkern.batch.columns import MAX_ID_LENGTH
 from patchkern.data._objects import integer_id, read_objects
 from patchkern.data._rows import Rows
-from patchkern.data._tables import Titles
 from patchkern.data._text import malformed, one_file
+from patchkern.data._titles import Titles
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText
 

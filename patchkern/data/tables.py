@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from patchkern.batch.arrow import arrow_text
 from patchkern.batch.columns import id_array, number_array
 from patchkern.batch.instants import instants
-from patchkern.data._tables import log_left_out
+from patchkern.data._text import log_left_out
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText, as_text
 from patchkern.data.parquet import ITEMS, read_table
@@ -88,6 +88,13 @@ def from_tables(
     Raises:
         TypeError: a column of another type.
         ValueError: a column that is not found, with those that are there; a missing value; an id with two titles.
+
+    Examples:
+        >>> from patchkern.data import from_tables
+        >>> interactions = {"user": ["eve", "eve", "bob"], "item": [8, 7, 7], "time": [20, 10, 30]}
+        >>> data = from_tables(interactions, {"item": [7, 8], "title": ["Alien", "Aliens"]})
+        >>> {user: items.tolist() for user, items in zip(data.user_ids.tolist(), data.histories)}
+        {'bob': [7], 'eve': [7, 8]}
     """
     rows, catalog = _Table(labels[0], interactions), _Table(labels[1], items)
     users = rows.ids("user_field", user_field)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows from embeddings: which may be pooled without calling them, and rows that are vectors from elsewhere."""
+"""Rows from embeddings: which may be pooled without calling them, and what comes to them from elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from patchkern.batch.layout import PatchLayout
+from patchkern.ops.pool_rows import pool_rows
 
 
 def with_vectors(rows: Tensor, layout: PatchLayout, vectors: Tensor | None) -> Tensor:
@@ -40,6 +41,22 @@ def with_vectors(rows: Tensor, layout: PatchLayout, vectors: Tensor | None) -> T
         raise ValueError(f"vectors: expected shape {expected}, one per vector row, got {tuple(vectors.shape)}")
     places = layout.vector_rows.to(rows.device, non_blocking=True)
     return rows.index_copy(0, places, vectors.to(device=rows.device, dtype=rows.dtype))
+
+
+def add_item_vectors(rows: Tensor, layout: PatchLayout, own: Tensor) -> Tensor:
+    """To each patch among the rows of a layout the mean of its items' own vectors, in place; differentiable.
+
+    Args:
+        rows: ``(T, D)`` from an embedding.
+        layout: whose they are, with its identities unless it is on the CPU.
+        own: ``(n_items, D)`` in the order of its catalogue.
+    """
+    identities = layout.with_identities().identities
+    if identities is None:
+        raise RuntimeError("with_identities returned a layout without them")
+    # also without patches: data parallel training waits for every parameter's gradient
+    means = pool_rows(own, identities.layout.to(rows.device, non_blocking=True))
+    return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
 
 
 class EmbeddingScale:

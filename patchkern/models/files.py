@@ -13,7 +13,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
@@ -21,6 +21,7 @@ from patchkern.batch.histories import check_count
 from patchkern.batch.policy_dict import policy_from_dict, policy_to_dict
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
+from patchkern.models import sources
 from patchkern.models.adapters import ADAPTER, ADAPTER_WEIGHTS, read_adapter
 from patchkern.models.catalog_file import read_catalog, write_catalog
 from patchkern.models.folders import current, replacing
@@ -239,7 +240,7 @@ def read_tokenizer(folder: str | os.PathLike[str], description: Description, tru
     """The tokenizer that a model was saved with, None where it was saved without one."""
     if not description.tokenizer:
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return sources.read_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def read_hf_model(
@@ -253,7 +254,7 @@ def read_hf_model(
         return read_adapter(folder, base_model, vocabulary_size, hf_kwargs)
     if base_model is not None:
         raise ValueError(f"base_model: expected None, because {os.fspath(folder)!r} holds a whole model")
-    return AutoModelForCausalLM.from_pretrained(folder, **{"trust_remote_code": False} | hf_kwargs)
+    return sources.read_model(folder, **hf_kwargs)
 
 
 def read_item_embeddings(folder: str | os.PathLike[str], catalog: Catalog, width: int) -> Tensor:

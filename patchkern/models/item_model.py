@@ -15,13 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
-from patchkern.batch.histories import HistoriesLike, check_count
+from patchkern.batch.histories import check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
@@ -31,12 +30,10 @@ from patchkern.models.embedding import with_vectors
 from patchkern.models.item_blocks import BLOCKS
 from patchkern.models.item_head import CatalogHead
 from patchkern.models.item_network import ItemNetwork, ItemNetworkConfig
-from patchkern.models.sources import locate
+from patchkern.models.saved_lm import open_saved
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
-from patchkern.search.recommend import recommend
-from patchkern.search.scoring import score_items
 
 HEADS = ("dot", "cosine")
 """What an `IdHead` makes of a state and an item's vector."""
@@ -124,7 +121,6 @@ class ItemModel(wrapped.WrappedLM):
     """how the catalogue differs from the one that the model was saved with; None where it is that one"""
 
     learns: tuple[str, ...] = ("items",)
-    accepts_loss_kwargs = True
 
     def __init__(
         self,
@@ -292,24 +288,6 @@ class ItemModel(wrapped.WrappedLM):
                 f"{layout.max_position + 1}; keep fewer items (max_items), compress them, or make the model with more"
             )
 
-    # ------------------------------------------------------------------ recommending
-
-    def recommend(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
-    ) -> list[list[tuple[Any, float]]]:
-        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
-
-        Args:
-            options: its other arguments; ``search`` is "items", and can be nothing else.
-        """
-        return recommend(self, histories, policy, k, **{"search": "items", **options})
-
-    def score_items(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
-    ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
-        return score_items(self, histories, policy, items, **{"head": "items", **options})
-
     # ------------------------------------------------------------------ what a search asks of a model
 
     @property
@@ -368,9 +346,7 @@ class ItemModel(wrapped.WrappedLM):
             FileNotFoundError: no ``patchkern.json``, no folder, or no hub that has one.
             ValueError: a folder of a `PatchedCausalLM`, one that cannot be read, or a catalogue of other items.
         """
-        hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
-        folder = files.current(locate(folder, "folder", **hub))
-        description = files.read_description(folder)
+        folder, description = open_saved(folder, hf_kwargs)
         if description.learns != cls.learns:
             raise ValueError(f"folder: expected an ItemModel in {os.fspath(folder)!r}, got a PatchedCausalLM")
         saved = read_catalog(folder / files.CATALOG)

@@ -126,6 +126,11 @@ class MemoryWrapper(wrapped.WrappedLM):
         return self.model.learns
 
     @property
+    def vector_dropout(self) -> float:  # type: ignore[override]
+        """As of the model."""
+        return self.model.vector_dropout
+
+    @property
     def item_head(self) -> Any:
         """As of the model."""
         return self.model.item_head

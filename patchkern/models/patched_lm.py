@@ -7,10 +7,8 @@ import os
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -22,22 +20,21 @@ from patchkern.batch.planned_layout import check_titles
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import attention, files, wrapped
-from patchkern.models.embedding import EmbeddingScale, with_vectors
+from patchkern.models.embedding import with_vectors
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
+from patchkern.models.layout_embedder import LayoutEmbedder
+from patchkern.models.saved_lm import open_saved
 from patchkern.models.searching import lock_of
-from patchkern.models.sources import locate
 from patchkern.ops.packed import packed_kwargs
-from patchkern.ops.pool_rows import pool_rows
-from patchkern.ops.vector_dropout import check_vector_dropout, drop_vectors
+from patchkern.ops.vector_dropout import drop_vectors
 from patchkern.search.protocol import SpanCache
 from patchkern.search.recommend import recommend
-from patchkern.search.scoring import score_items
 
 attention.register()
 
 
-class PatchedCausalLM(wrapped.WrappedLM):
+class PatchedCausalLM(LayoutEmbedder):
     """Pools a batch's rows inside ``forward`` and runs a causal language model on them, packed.
 
     Args:
@@ -79,9 +76,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
         >>> output.loss.backward()
     """
 
-    item_embedding: nn.Parameter | None
-    """``(n_items, D)``, a vector per item in catalogue order; None without ``item_embeddings``"""
-
     item_head: ItemHead | None
     """what scores items from one hidden state; None without ``item_head``"""
 
@@ -93,9 +87,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
 
     learns: tuple[str, ...] = ("titles", "items", "both")
     """what a layout for this model may be for, the usual first; "items" and "both" need an item head"""
-
-    accepts_loss_kwargs = True
-    """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
 
     def __init__(
         self,
@@ -109,33 +100,16 @@ class PatchedCausalLM(wrapped.WrappedLM):
         item_head: bool = False,
         vector_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        wrapped.check_model(hf_model)
-        for name, switch in (("item_embeddings", item_embeddings), ("item_head", item_head)):
-            if not isinstance(switch, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(switch).__name__}")
-        for name, value, kind in (("catalog", catalog, Catalog), ("prompt", prompt, Prompt)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        super().__init__(hf_model, catalog, prompt, item_embeddings, vector_dropout)
+        if not isinstance(item_head, bool):
+            raise TypeError(f"item_head: expected a bool, got {type(item_head).__name__}")
         if policy is not None:
             check_policy(policy)
-        self.vector_dropout = check_vector_dropout(vector_dropout, item_embeddings)
-        self.hf_model = hf_model
-        self.catalog = catalog
-        self.prompt = prompt
         self.policy = policy
         self.tokenizer = None
         self.catalog_diff = None
-        for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):
-            self._check_token_ids(name, largest)
         check_titles(catalog, prompt)
         wrapped.warn_of_special_tokens(hf_model, catalog)
-        self.watch_embedding()
-        self.register_parameter("item_embedding", None)
-        if item_embeddings:
-            weight: Any = self.get_input_embeddings().weight
-            self.item_embedding = nn.Parameter(weight.new_zeros(len(catalog), weight.shape[1]))
-            self._items_of = catalog.fingerprint
         self.item_head = None
         if item_head:
             self.item_head = ItemHead(catalog, output_weight(hf_model).shape[1], hf_model.dtype, hf_model.device)
@@ -210,11 +184,25 @@ class PatchedCausalLM(wrapped.WrappedLM):
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def watch_embedding(self) -> None:
-        """Look at the embedding anew, which has another size or a prompt with other tokens than before."""
-        prompt = self.prompt
-        fixed = (prompt.prefix, prompt.separator, prompt.suffix, prompt.response_end, prompt.experts)
-        self._scale = EmbeddingScale(self.catalog.distinct_tokens.union(*fixed))
+    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
+        rows, _ = self._rows(layout, vectors)
+        if layout.num_rows == 0:
+            return rows
+        unlabelled = {"labels": None, "logit_rows": None, "logit_labels": None}
+        layout = PatchLayout._trusted({**layout.__dict__, **unlabelled}).to(rows.device, non_blocking=True)
+        none = rows.new_zeros(0, dtype=torch.int64)
+        with self._undisturbed(), wrapped.hidden_states(self.hf_model) as states:
+            self.hf_model(inputs_embeds=rows[None], logits_to_keep=none, **packed_kwargs(layout))
+        return states[0]
+
+    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
+        """``(M, D)`` hidden states of a layout's item rows; ``vectors`` as of `embed`."""
+        if layout.item_rows is None:
+            raise ValueError('layout: expected one for items (head="items"), got one without item rows')
+        with wrapped.hidden_states(self.hf_model) as states:  # which are all that is asked of it
+            self(replace(layout, item_labels=None), vectors=vectors)
+        return states[0][layout.item_rows.to(states[0].device, non_blocking=True)]
 
     def _rows(self, layout: PatchLayout, vectors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A layout's rows, once it is known to be one for this model, and the items' own vectors that are in them."""
@@ -229,18 +217,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
             self._isolation.check_layout(self.hf_model, layout, rows)
         return rows, own
 
-    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
-        rows, _ = self._rows(layout, vectors)
-        if layout.num_rows == 0:
-            return rows
-        unlabelled = {"labels": None, "logit_rows": None, "logit_labels": None}
-        layout = PatchLayout._trusted({**layout.__dict__, **unlabelled}).to(rows.device, non_blocking=True)
-        none = rows.new_zeros(0, dtype=torch.int64)
-        with self._undisturbed(), wrapped.hidden_states(self.hf_model) as states:
-            self.hf_model(inputs_embeds=rows[None], logits_to_keep=none, **packed_kwargs(layout))
-        return states[0]
-
     def _item_loss(
         self, states: Tensor, labels: Tensor, own: Tensor | None, smoothing: float, num_items: Tensor | int | None
     ) -> Tensor:
@@ -248,52 +224,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
             raise ValueError("layout: expected one for titles from a model without an item head, got item_labels")
         loss = self.item_head.loss(states, labels, output_weight(self.hf_model), own, smoothing)
         return loss / (labels.shape[0] if num_items is None else num_items)
-
-    def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """The rows of a layout, (T, D), as the model's input embedding makes them; differentiable.
-
-        An embedding that is only its weight, or that times a number as Gemma's, is pooled directly. One that does more
-        (LoRA, hooks, sharding) is called on the batch's distinct tokens, and its output is pooled. Item embeddings are
-        added to the patches as they come out of that, all of them, in training too.
-
-        Args:
-            layout: on the model's device or the CPU; on a GPU it needs its transpose where the embedding does more, and
-                its identities where there are item embeddings.
-            vectors: ``(V, D)`` what the layout's ``vector_rows`` are, which `patchkern.RecurrentMemory` gives.
-
-        Raises:
-            ValueError: a token id beyond the embedding, vector rows and no vectors, an embedding that is sharded and
-                not gathered here, or, with item embeddings, a layout of another catalogue.
-        """
-        return with_vectors(self._embed(layout, self.item_embedding), layout, vectors)
-
-    def _embed(self, layout: PatchLayout, own: Tensor | None) -> Tensor:
-        """`embed` with ``own`` (n_items, D) as the items' vectors."""
-        self._check_token_ids("layout", layout.max_token_id)
-        rows = self._pool(layout)
-        if own is None:
-            return rows
-        if layout.catalog_fingerprint != self._items_of:
-            raise ValueError(
-                "layout: expected one of the model's catalog, whose items the item embeddings belong to, got another's"
-            )
-        identities = layout.with_identities().identities
-        if identities is None:
-            raise RuntimeError("with_identities returned a layout without them")
-        # also without patches: data parallel training waits for every parameter's gradient
-        means = pool_rows(own, identities.layout.to(rows.device, non_blocking=True))
-        return rows.index_add_(0, identities.rows.to(rows.device, non_blocking=True), means.to(rows.dtype))
-
-    def _pool(self, layout: PatchLayout) -> Tensor:
-        """The rows of a layout from the model's input embedding alone."""
-        embedding = self.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding) and (scale := self._scale.of(embedding)) is not None:
-            weight = embedding.weight
-            layout = layout.to(weight.device, non_blocking=True)
-            return pool_rows(weight, layout, sparse_grad=embedding.sparse, scale=scale)
-        tokens, compact = layout.compact()
-        table = embedding(tokens[None].to(self.device, non_blocking=True))[0]
-        return pool_rows(table, compact.to(table.device, non_blocking=True))
 
     def _last_rows(self, layout: PatchLayout) -> Tensor:
         ends = layout.prompts.long()
@@ -309,22 +239,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 f"layout: expected at most {limit} rows per user, the positions of {self.config.model_type}, got "
                 f"{longest}; keep fewer items (max_items) or compress them more"
             )
-
-    def _check_token_ids(self, name: str, largest: int) -> None:
-        rows = self._text_config.vocab_size
-        if largest >= rows:
-            raise ValueError(
-                f"{name}: expected token ids below {rows}, the rows of the model's embedding, got {largest}; if tokens "
-                f"were added, call hf_model.resize_token_embeddings({largest + 1}) first"
-            )
-
-    def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """``(M, D)`` hidden states of a layout's item rows; ``vectors`` as of `embed`."""
-        if layout.item_rows is None:
-            raise ValueError('layout: expected one for items (head="items"), got one without item rows')
-        with wrapped.hidden_states(self.hf_model) as states:  # which are all that is asked of it
-            self(replace(layout, item_labels=None), vectors=vectors)
-        return states[0][layout.item_rows.to(states[0].device, non_blocking=True)]
 
     # ------------------------------------------------------------------ recommending
 
@@ -359,12 +273,6 @@ class PatchedCausalLM(wrapped.WrappedLM):
         return recommend(
             self, histories, policy, k, num_beams, search, exclude_seen, memory_budget, batch_size, **options
         )
-
-    def score_items(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
-    ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
-        return score_items(self, histories, policy, items, **options)
 
     # ------------------------------------------------------------------ what a search asks of a model
 
@@ -449,9 +357,7 @@ class PatchedCausalLM(wrapped.WrappedLM):
                 versions wrote them) and no ``catalog``, one whose tokens are another tokenizer's or whose items have
                 other titles, or a ``base_model`` that cannot be resized.
         """
-        hub = {name: hf_kwargs[name] for name in ("revision", "token") if name in hf_kwargs}
-        folder = files.current(locate(folder, "folder", **hub))
-        description = files.read_description(folder)
+        folder, description = open_saved(folder, hf_kwargs)
         if "titles" not in description.learns:
             raise ValueError(f"folder: expected a PatchedCausalLM in {os.fspath(folder)!r}, got an ItemModel")
         catalog, diff = files.choose_catalog(folder, catalog, renamed)
@@ -476,19 +382,3 @@ class PatchedCausalLM(wrapped.WrappedLM):
         if model.item_head is not None and description.item_head:
             model.item_head.load(folder)
         return model
-
-    def load_item_embeddings(self, folder: str | os.PathLike[str]) -> None:
-        """Take the item embeddings that `save_pretrained` wrote, each by its item's id.
-
-        The catalogue may be another than it was then: items that are new in it have zeros, and are as good as without
-        item embeddings until they are trained; those that it no longer has are dropped.
-
-        Raises:
-            FileNotFoundError: the folder has no item embeddings.
-            ValueError: the model has none, they have another width, or none is of an item of the catalogue.
-        """
-        if self.item_embedding is None:
-            raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
-        vectors = files.read_item_embeddings(files.current(folder), self.catalog, self.item_embedding.shape[1])
-        with torch.no_grad():
-            self.item_embedding.copy_(vectors)

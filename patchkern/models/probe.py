@@ -253,7 +253,8 @@ def _undisturbed(hf_model: nn.Module, device: torch.device) -> Iterator[None]:
     modules = list(hf_model.modules())
     state = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     small = [(b, b._version, b.clone()) for b in hf_model.buffers() if b.numel() <= 4096 and not b.is_inference()]
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=_fork_type(device)):
+    own: dict[str, Any] = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**own):  # the CPU's generator is always forked
         try:
             for module in modules:
                 module.training = False
@@ -273,10 +274,6 @@ def _undisturbed(hf_model: nn.Module, device: torch.device) -> Iterator[None]:
                 for buffer, version, value in small:
                     if buffer._version != version:
                         buffer.copy_(value)
-
-
-def _fork_type(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type
 
 
 # ------------------------------------------------------------------ what a model is

@@ -14,82 +14,37 @@ memory of a history. A user's state is small and plain, so that anything may kee
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner
-from patchkern.batch.policies import SessionPatches
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models import files, wrapped
 from patchkern.models.item_model import ItemModel
 from patchkern.models.memories import Memories, Writer, check_memories
+from patchkern.models.memory_loss import MemoryMap, MemoryOptions, MemoryOutput, distance, share
 from patchkern.models.memory_wrapper import MemoryWrapper
 from patchkern.models.patched_lm import PatchedCausalLM
-from patchkern.models.sources import locate
-from patchkern.search.recommend import recommend
-from patchkern.search.scoring import score_items
-
-REDUCTIONS = ("mean", "sum")
-"""Of the squared differences between a memory and its reference."""
+from patchkern.models.saved_lm import open_saved
 
 ROWS_PER_PASS = 16384
 """Rows that are absorbed together, at most, where not said."""
-
-_EPSILON = 1e-6
-
-
-@dataclass
-class MemoryOutput(ModelOutput):
-    """What a training pass gives, `RecurrentMemory.forward`.
-
-    Attributes:
-        loss: the sum of the others, each with its weight.
-        next_item: of the targets, read from memory and recent items.
-        consistency: between updates and references, not yet weighted.
-        reference: of the same targets, read from the whole history; None without ``reference_loss``.
-    """
-
-    loss: Tensor | None = None
-    next_item: Tensor | None = None
-    consistency: Tensor | None = None
-    reference: Tensor | None = None
-
-
-class MemoryMap(nn.Module):
-    """g: a language model's last states as rows that it can read, ``RMSNorm(x) * scale``.
-
-    Attributes:
-        scale: ``(D,)``, at first the root mean square of the embedding's entries.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        rms = weight.detach().float().square().mean().sqrt()
-        self.scale = nn.Parameter(rms.to(weight.dtype).expand(weight.shape[1]).clone())
-
-    def forward(self, states: Tensor) -> Tensor:
-        """``(..., D)``."""
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + _EPSILON)
-        return normed.to(states.dtype) * self.scale
 
 
 class RecurrentMemory(MemoryWrapper):
     """A model that reads ``prompt | memory | recent items``, and makes the memory.
 
-    It trains with `patchkern.training.PatchTrainer`, is validated, recommends and is saved as the model that it wraps.
+    It trains with `patchkern.training.PatchTrainer`, is validated, recommends and is saved as the model that it wraps;
+    where it recommends, memories are computed on the way, as `compress` does.
 
     Args:
         model: its policy a `PreferenceMemory`, its prompt with a token for every slot (`Prompt.with_special`).
@@ -122,8 +77,6 @@ class RecurrentMemory(MemoryWrapper):
         [2, 2]
     """
 
-    accepts_loss_kwargs = True
-
     def __init__(
         self,
         model: PatchedCausalLM | ItemModel,
@@ -143,32 +96,14 @@ class RecurrentMemory(MemoryWrapper):
             raise ValueError(
                 f"model: expected one whose policy is a PreferenceMemory, got {type(model.policy).__name__}"
             )
-        switches = {"detach_memory": detach_memory, "detach_reference": detach_reference, "one_time": one_time}
-        for name, switch in switches.items():
-            if not isinstance(switch, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(switch).__name__}")
-        numbers = {"consistency": consistency, "reference_loss": reference_loss, "rollout": rollout}
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-            if not 0 <= number < (1 if name == "rollout" else math.inf):
-                below = "below 1" if name == "rollout" else "finite"
-                raise ValueError(f"{name}: expected a number of at least 0, {below}, got {number}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if detach_memory and (detach_reference or consistency == 0):
-            raise ValueError(
-                "detach_memory: expected False with detach_reference or without consistency, as nothing would train "
-                "what a memory says, got True"
-            )
-        if reference_loss and model.item_head is None:
-            raise ValueError("reference_loss: expected 0 for a model without an item head, got more")
-        if reference_loss and isinstance(model.policy.policy, SessionPatches):
-            raise ValueError("reference_loss: expected 0 with sessions, whose items have no rows, got more")
+        options = MemoryOptions(
+            consistency, reduction, detach_memory, detach_reference, reference_loss, rollout, one_time
+        )
+        options.check_model(model.policy, model.item_head)
         self.model = model
-        self.consistency, self.reduction = float(consistency), reduction
+        self.consistency, self.reduction = options.consistency, reduction
         self.detach_memory, self.detach_reference = detach_memory, detach_reference
-        self.reference_loss, self.rollout, self.one_time = float(reference_loss), float(rollout), one_time
+        self.reference_loss, self.rollout, self.one_time = options.reference_loss, options.rollout, one_time
         self.map: MemoryMap | None = None
         if self.placed:
             embedding: Any = model.hf_model.get_input_embeddings()
@@ -178,16 +113,7 @@ class RecurrentMemory(MemoryWrapper):
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that it was made with, by name."""
-        names = (
-            "consistency",
-            "reduction",
-            "detach_memory",
-            "detach_reference",
-            "reference_loss",
-            "rollout",
-            "one_time",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in fields(MemoryOptions)}
 
     # ------------------------------------------------------------------ training
 
@@ -232,8 +158,8 @@ class RecurrentMemory(MemoryWrapper):
         if not states:  # no target, no pass
             return MemoryOutput(loss=next_item, next_item=next_item)
         target = references.detach() if self.detach_reference else references
-        consistency = self._distance(states[0][batch.updates], target[batch.updated])
-        total = next_item + self.consistency * _share(batch.stage2, counts) * consistency
+        consistency = distance(states[0][batch.updates], target[batch.updated], self.reduction)
+        total = next_item + self.consistency * share(batch.stage2, counts) * consistency
         if of_reference is not None:
             total = total + self.reference_loss * of_reference
         return MemoryOutput(loss=total, next_item=next_item, consistency=consistency, reference=of_reference)
@@ -259,13 +185,6 @@ class RecurrentMemory(MemoryWrapper):
         with torch.no_grad():
             states = self.model.row_states(batch.stage2, self._memory_rows(batch, references))
             return references.index_copy(0, batch.updated, states[batch.updates].to(references.dtype))
-
-    def _distance(self, updates: Tensor, references: Tensor) -> Tensor:
-        """The mean over ``(U, C, D)`` memories of their squared distance, 0 without any."""
-        wide = torch.promote_types(updates.dtype, torch.float32)
-        squared = (updates.to(wide) - references.to(wide)).square().flatten(1)
-        each = squared.mean(dim=1) if self.reduction == "mean" else squared.sum(dim=1)
-        return each.sum() / max(each.shape[0], 1)
 
     def _read(self, states: Tensor) -> Tensor:
         """g."""
@@ -346,28 +265,6 @@ class RecurrentMemory(MemoryWrapper):
         """D, of a memory's vectors."""
         return int(self._text_config.hidden_size)
 
-    # ------------------------------------------------------------------ recommending, as the model
-
-    def recommend(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
-    ) -> list[list[tuple[Any, float]]]:
-        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
-
-        Memories are computed on the way, as `compress` does.
-        """
-        return recommend(self, histories, policy, k, **{**self._searched_by, **options})
-
-    def score_items(
-        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
-    ) -> NDArray[np.floating[Any]]:
-        """``(B, n)`` log-probability of every item for every user; see `patchkern.search.scoring.score_items`."""
-        head = {} if "titles" in self.learns else {"head": "items"}
-        return score_items(self, histories, policy, items, **{**head, **options})
-
-    @property
-    def _searched_by(self) -> dict[str, str]:
-        return {} if "titles" in self.learns else {"search": "items"}
-
     # ------------------------------------------------------------------ files
 
     def save_pretrained(
@@ -405,9 +302,7 @@ class RecurrentMemory(MemoryWrapper):
         Raises:
             FileNotFoundError, ValueError: as those, and for a folder without a memory.
         """
-        hub = {name: options[name] for name in ("revision", "token") if name in options}
-        folder = files.current(locate(folder, "folder", **hub))
-        description = files.read_description(folder)
+        folder, description = open_saved(folder, options)
         if description.memory is None:
             raise ValueError(f"folder: expected a RecurrentMemory in {os.fspath(folder)!r}, got a model without memory")
         kind: Any = PatchedCausalLM if "titles" in description.learns else ItemModel
@@ -430,11 +325,3 @@ class RecurrentMemory(MemoryWrapper):
         if self.map is not None:
             shapes = {name: tuple(value.shape) for name, value in self.map.named_parameters()}
             self.map.load_state_dict(files.read_memory(files.current(folder), shapes))
-
-
-def _share(layout: PatchLayout, counts: wrapped.Counts) -> Any:
-    """Of a step's labels, those of this pass."""
-    if layout.logit_labels is not None:
-        return 1.0 if counts.titles is None else layout.logit_labels.shape[0] / counts.titles
-    count = 0 if layout.item_labels is None else layout.item_labels.shape[0]
-    return 1.0 if counts.items is None else count / counts.items

@@ -34,6 +34,16 @@ SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
+LLAMA_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+}
+"""the shape of Llama-3.2-1B, for what random weights can tell of its time and memory"""
+
 # Rotary positions cost nothing: long enough for a history of 10,000 items with titles of several tokens.
 _MAX_POSITIONS = 131_072
 

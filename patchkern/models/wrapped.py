@@ -4,44 +4,38 @@
 from __future__ import annotations
 
 import inspect
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.control_tokens import configured_tokens
+from patchkern.batch.histories import HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import title_with
 from patchkern.batch.policy_kinds import AnyPolicy
-from patchkern.batch.prompt import Prompt
-from patchkern.models import files
-from patchkern.models.hub import upload
-from patchkern.models.model_card import ModelCard
 from patchkern.models.probe import base_of
+from patchkern.models.saved_lm import SavedLM
 from patchkern.models.searching import Searching, lock_of
+from patchkern.search.recommend import recommend
+from patchkern.search.scoring import score_items
 
 Wrapped = TypeVar("Wrapped", bound="WrappedLM")
 
 
-class WrappedLM(nn.Module):
+class WrappedLM(SavedLM):
     """A module around a transformers causal language model: what trainers, tools and a search ask of it."""
 
-    hf_model: PreTrainedModel
-    catalog: Catalog
-    prompt: Prompt
-    policy: AnyPolicy | None
-    tokenizer: Any
-    learns: tuple[str, ...]
-    vector_dropout: float = 0.0
+    accepts_loss_kwargs = True
+    """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
 
     def train(self: Wrapped, mode: bool = True) -> Wrapped:
         """As of a module; where another thread searches with the model, after that."""
@@ -109,95 +103,29 @@ class WrappedLM(nn.Module):
         """`activation_checkpointing_disable`, by the name it has had for longer."""
         self.activation_checkpointing_disable()
 
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True,
-        tokenizer: Any = None,
-        **hf_kwargs: Any,
-    ) -> None:
-        """Write the model as transformers does (an adapter alone for a ``PeftModel``), and ``patchkern.json``.
-
-        The catalogue goes to ``catalog.safetensors``, item embeddings to ``item_embeddings.safetensors``, with the item
-        ids in its metadata.
-
-        Everything is written into a hidden folder inside ``folder`` first, and read from there by `from_pretrained`
-        until it has taken the places of an earlier model's files: a call that fails or is killed leaves the older or
-        the newer model. What else is in the folder stays. A power cut can lose both.
+    def recommend(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, k: int = 20, **options: Any
+    ) -> list[list[tuple[Any, float]]]:
+        """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
 
         Args:
-            folder: made if needed.
-            state_dict: of this module, gathered; needed where the parameters are sharded.
-            is_main_process: False writes nothing.
-            tokenizer: a transformers tokenizer to save along; the model's own `tokenizer` by default.
-            hf_kwargs: for the wrapped model's ``save_pretrained``.
-
-        Raises:
-            BlockingIOError: another process or thread is saving into the same folder.
+            options: its other arguments; of a model without titles ``search`` is "items", and can be nothing else.
         """
-        self._save(folder, state_dict, is_main_process, tokenizer, hf_kwargs)
+        model: Any = self  # what a search asks beyond this class is its subclasses'
+        search = {} if "titles" in self.learns else {"search": "items"}
+        return recommend(model, histories, policy, k, **{**search, **options})
 
-    def _save(
-        self,
-        folder: str | os.PathLike[str],
-        state_dict: dict[str, Tensor] | None,
-        is_main_process: bool,
-        tokenizer: Any,
-        hf_kwargs: dict[str, Any],
-        memory: files.Memory | None = None,
-    ) -> None:
-        """`save_pretrained`; with a memory, as what `patchkern.RecurrentMemory` wraps."""
-        if tokenizer is None:
-            tokenizer = self.tokenizer
-        elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
-        if state_dict is None and any(isinstance(parameter, DTensor) for parameter in self.parameters()):
-            raise ValueError(
-                "state_dict: expected one, because the parameters are sharded; gather it with "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict and full_state_dict=True"
-            )
-        if not is_main_process:
-            return
-        own = files.OwnTensors.of(self if state_dict is None else state_dict)
-        if state_dict is not None:
-            hf_kwargs["state_dict"] = {
-                name.removeprefix("hf_model."): value
-                for name, value in state_dict.items()
-                if name.startswith("hf_model.")
-            }
-        files.write(
-            folder,
-            self.hf_model,
-            self.learns,
-            self.catalog,
-            self.prompt,
-            self.policy,
-            own,
-            tokenizer,
-            hf_kwargs,
-            vector_dropout=self.vector_dropout,
-            memory=memory,
-        )
+    def score_items(
+        self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
+    ) -> NDArray[np.floating[Any]]:
+        """``(B, n)`` log-probability of every item for every user: `patchkern.search.scoring.score_items`.
 
-    def push_to_hub(self, repo_id: str, *, card: ModelCard | None = None, tokenizer: Any = None, **options: Any) -> str:
-        """Save the model, with a card if one is given, and upload it to a hub.
-
-        A folder that is there already is uploaded by `patchkern.models.hub.upload`, which has the other ``options``,
-        such as ``private`` and ``token``.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            ConnectionError: no hub can be reached, or it refuses.
+        Args:
+            options: its other arguments; of a model without titles ``head`` is "items", and can be nothing else.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, tokenizer=tokenizer)
-            if card is not None:
-                card.write(self, folder)
-            return upload(folder, repo_id, **options)
+        model: Any = self
+        head = {} if "titles" in self.learns else {"head": "items"}
+        return score_items(model, histories, policy, items, **{**head, **options})
 
 
 def check_model(hf_model: Any) -> None:

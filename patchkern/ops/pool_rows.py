@@ -164,6 +164,15 @@ def pool_rows_grad(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Examples:
+        >>> import torch
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids([0, 1, 2], [0, 2, 3])  # a title of two tokens, and one of one
+        >>> layout = pk.build_layout(catalog, [[0, 1]], pk.ItemPatches(keep_text=1), pk.Prompt(separator=[3]))
+        >>> grad_rows = torch.ones(layout.num_rows, 1)
+        >>> pk.pool_rows_grad(grad_rows, layout.with_transpose(), num_embeddings=5).flatten().tolist()
+        [0.5, 0.5, 1.0, 1.0, 0.0]
     """
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")

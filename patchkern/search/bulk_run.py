@@ -204,6 +204,13 @@ def recommendation_table(user_ids: Sequence[Any] | NDArray[Any], lists: Sequence
         user_ids: ``B`` integers or strings.
         lists: per user ``(item_id, score)``, best first.
         catalog: of the items, which are integers or strings in it.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(3), range(4), item_ids=[7, 8, 9])
+        >>> table = pk.recommendation_table(["eve", "bob"], [[(8, -0.5), (9, -2.0)], [(7, -1.0)]], catalog)
+        >>> table.to_pylist()[1]
+        {'user': 'bob', 'items': [7], 'scores': [-1.0]}
     """
     pa, _ = import_pyarrow()
     offsets = pa.array(np.cumsum([0, *map(len, lists)]), pa.int64())

@@ -133,10 +133,7 @@ class ExpertPrompts:
         states: UserStates | None = None,
         names: Sequence[Hashable] | None = None,
     ) -> None:
-        if head == "items" and policy.keep == 0:
-            raise ValueError(
-                "policy: expected to keep at least one item recent (keep) for an item head, which reads the last, got 0"
-            )
+        policy.check_head(head)
         self._histories, self._policy, self._states = histories, policy, states
         self._names = list(range(len(histories))) if names is None else names
         self._cuts = policy.cuts(histories.lengths)

@@ -86,6 +86,10 @@ def recommend_to_disk(
         >>> users, lists = pk.read_recommendations(folder)
         >>> [(user, len(found)) for user, found in zip(users.tolist(), lists)]
         [('eve', 2), ('bob', 2)]
+        >>> pk.read_recommendations(folder, format="arrow").column_names
+        ['user', 'items', 'scores']
+        >>> pk.read_summary(folder).users
+        2
     """
     import_pyarrow()
     check_count("users_per_part", users_per_part, minimum=1)

@@ -32,7 +32,6 @@ RUN = "run.json"
 FORMAT_VERSION = 2
 
 _METADATA = b"patchkern"
-_FLOCK = "hhqqi4x"  # struct flock of a 64-bit Linux: type, whence, start, length, pid
 _WORLDS = 1 << 32  # bytes of the file that stand for numbers of shards; the bytes after them for the shards
 
 

@@ -180,18 +180,15 @@ def search_titles(
     return pool, left > 0 if max_expansions is not None else torch.zeros_like(left, dtype=torch.bool)
 
 
-def diverse_search(
-    prompts: Prompts, trie: Trie, running: Tensor, num_groups: int, penalty: float = DIVERSITY_PENALTY
-) -> Found:
+def diverse_search(prompts: Prompts, trie: Trie, running: Tensor, num_groups: int) -> Found:
     """Diverse beam search with groups of one beam; as many entries per user as groups, which may be equal.
 
-    In each step the groups choose in turn, and a token loses ``penalty`` for each earlier group of the user that chose
-    it in this step. Ordered by penalised log-probability per token; the scores are log-probabilities.
+    In each step the groups choose in turn, and a token loses `DIVERSITY_PENALTY` for each earlier group of the user
+    that chose it in this step. Ordered by penalised log-probability per token; the scores are log-probabilities.
 
     Args:
         prompts, trie, running: as in `search_titles`.
         num_groups: groups per user.
-        penalty: of the Hamming diversity.
     """
     n_users, device = prompts.num_users, running.device
     hypotheses = _at_the_prompts(prompts, trie)
@@ -219,7 +216,7 @@ def diverse_search(
         for group in range(num_groups):
             mine = source[:, group]
             token = tokens[mine]
-            total = penalised[:, group, None] + gains[mine] - penalty * times_chosen.gather(1, token)
+            total = penalised[:, group, None] + gains[mine] - DIVERSITY_PENALTY * times_chosen.gather(1, token)
             best = total.argmax(dim=1)
             total, token = (x.gather(1, best[:, None])[:, 0] for x in (total, token))
             gained, next_node, ends = (x[mine, best] for x in (gains, child, ends_at))

@@ -92,7 +92,8 @@ class PassCollator:
     user's targets. Under `Experts`, the borders at which histories are cut are drawn anew for every pass.
 
     An item is predicted from the row of the one before it, so that histories that are cut cost rows by themselves: for
-    "items" they begin at multiples of ``max_items``, which reads at most two rows a target, and else of 50 items.
+    "items" they begin at multiples of ``max_items``, which reads at most two rows a target, and else of 50 items. Where
+    the policy has a ``cut_every``, they begin where it cuts them: every target is learned as it is read.
     """
 
     catalog: Catalog
@@ -143,7 +144,7 @@ class PassCollator:
 
     @property
     def _planned(self) -> dict[str, Any]:
-        if self.head != "items" or self.policy.max_items is None:
+        if self.head != "items" or self.policy.max_items is None or cut_every_of(self.policy) > 1:
             return {"head": self.head}
         return {"head": self.head, "block_size": self.policy.max_items}
 

@@ -132,6 +132,8 @@ class PatchTrainer(SavingTrainer):
             raise ValueError(
                 f"head: expected one of {', '.join(model.learns)} for {type(model).__name__}, got {head!r}"
             )
+        if isinstance(policy, Experts):
+            policy.check_head(head)
         if head != "titles" and model.item_head is None:
             raise ValueError(f'head: expected "titles" for a model without an item head, got {head!r}')
         if head == "items" and supervise_history:

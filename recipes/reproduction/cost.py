@@ -177,11 +177,6 @@ class Reader:
     def prompts(self, histories: pk.Histories, policy: AnyPolicy) -> Any:
         return pk.row_counts(self.catalog, histories, policy, self.prompt).astype(np.float64)
 
-    def compression(self, policy: AnyPolicy) -> float:
-        """Of the test samples' histories."""
-        past = self.data.before(samples_of(self.data, "test").spread(1000))
-        return float(pk.build_layout(self.catalog, past, policy, self.prompt).compression_ratio)
-
     def nominal_compression(self, policy: AnyPolicy, items: int = 100) -> float:
         """Of one history of so many items of mean length, as the paper counts it."""
         mean = float(self.catalog.lengths.mean())

@@ -11,6 +11,7 @@ import patchkern as pk
 from patchkern.data import samples_of
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, Settings
+from recipes.commands import as_flags
 from recipes.reproduction.cost import Reader
 from recipes.reproduction.names import (
     FORMS,
@@ -182,7 +183,7 @@ class Planner:
             switches.append("--item_embeddings")
         if chosen.head == "items" and training.start is None and chosen.model in SIZES:
             switches.append("--no_separator")
-        arguments = (*chosen.data_flags, *chosen.further, *_flags(flags), *switches)
+        arguments = (*chosen.data_flags, *chosen.further, *as_flags(flags), *switches)
         work = self.reader.training(self.policy(training), training.stage, epochs)
         return Step(key, "recipes/train.py", arguments, work, (f"runs/{key}/arguments.json",))
 
@@ -215,7 +216,7 @@ class Planner:
                     flags["search"] = "items"
                 if with_priors:
                     switches += ["--prior", *PRIORS]
-                arguments = (f"{FOLDER}/runs/{name}-s{seed}", *self.options.data_flags, *_flags(flags), *switches)
+                arguments = (f"{FOLDER}/runs/{name}-s{seed}", *self.options.data_flags, *as_flags(flags), *switches)
                 outputs = [f"csv/{key}.csv"]
                 if with_priors:
                     key += "+priors"
@@ -230,7 +231,7 @@ class Planner:
             for system in YARDSTICKS:
                 key = f"{system}.{form}"
                 flags = {"system": system, "seen_items": form, "limit": self.options.limit}
-                arguments = (*self.options.data_flags, *_flags(flags), "--output", f"{FOLDER}/csv/{key}.csv")
+                arguments = (*self.options.data_flags, *as_flags(flags), "--output", f"{FOLDER}/csv/{key}.csv")
                 steps.append(Step(key, "recipes/reproduction/alone.py", arguments, Work("other"), (f"csv/{key}.csv",)))
         return steps
 
@@ -259,7 +260,7 @@ class Planner:
                         switches += ["--prior", *PRIORS]
                         ending = f"-{'-'.join(PRIORS)}.csv"
                         collected.append((f"runs/{key}/test-left_out{ending}", f"csv/{key}.left_out{ending}"))
-                    arguments = (*chosen.data_flags, *_flags(flags), *switches)
+                    arguments = (*chosen.data_flags, *as_flags(flags), *switches)
                     outputs = tuple(target for _, target in collected)
                     steps.append(Step(key, PEER_SCRIPT, arguments, Work("other"), outputs, tuple(collected)))
         return steps
@@ -336,7 +337,3 @@ class Planner:
             raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {chosen.name!r}")
         given = {"keep_text": chosen.keep_text, "group_size": chosen.group_size}
         return replace(SETTINGS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-
-
-def _flags(chosen: dict[str, Any]) -> list[str]:
-    return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]

@@ -291,7 +291,7 @@ def test_signals_during_a_search_leave_model_and_cache_right(impatient: None) ->
             with contextlib.suppress(Interrupted):
                 signal.setitimer(signal.ITIMER_REAL, duration * (number + 0.5) / 20)
                 model.recommend(histories, **options)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_REAL, 0)  # here, for one that comes late is suppressed too
             assert state(model) == before and is_free(model)
             assert [[item for item, _ in row] for row in model.recommend(histories, **options)] == expected
     finally:

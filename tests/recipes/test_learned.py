@@ -68,11 +68,31 @@ def test_a_memory_comes_from_an_items_checkpoint_and_goes_on(folder: str, tmp_pa
     assert isinstance(plain, pk.PatchedCausalLM) and plain.prompt == memory.prompt
 
 
-@pytest.mark.parametrize("flag", ["--memory_budget=1GiB", "--dry_run=cpu", "--supervise_history", "--lora=4"])
-def test_what_a_memory_cannot_be_trained_with(flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        _train("memory", "synthetic", tmp_path, "--model", "tiny", flag)
-    assert f"{flag.partition('=')[0]}: expected none with --stage memory" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        _train("memory", "synthetic", tmp_path, "--model", "tiny", "--targets_per_pass", "one")
-    assert "--targets_per_pass: expected all with --stage memory" in capsys.readouterr().err
+@pytest.mark.parametrize("stage", ["memory", "experts"])
+def test_a_budget_chooses_the_passes(
+    stage: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: tuple[str, ...] = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "1", "--block", "5")
+    flags += ("--rows_per_pass", "3000")
+    for device, budget in (("cpu", "80MiB"), ("cuda", "20MiB")):
+        with pytest.raises(SystemExit) as left:
+            _train(stage, folder, tmp_path / "dry", *flags, "--dry_run", device, "--memory_budget", budget)
+        assert not left.value.code and not (tmp_path / "dry").exists()
+    fits, fits_not = capsys.readouterr().out.split("dry run: ")[1:]
+    (rows,) = (int(line.split()[0].replace(",", "")) for line in fits.splitlines() if "rows per pass, all" in line)
+    assert 2048 <= rows < 3000
+    assert "does not fit: --memory_budget: budget: expected at least" in fits_not
+    trainer = _train(stage, folder, tmp_path / "run", *flags, "--memory_budget", "80MiB")
+    assert trainer.train_dataset.rows_per_pass == rows
+    batch = trainer.data_collator([trainer.train_dataset[0]])["layout"]
+    assert 0.8 * rows < batch.num_rows <= rows
+
+
+def test_what_a_memory_cannot_be_trained_with(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for flag, message in (
+        ("--supervise_history", "--supervise_history: expected none with --stage memory"),
+        ("--targets_per_pass=one", "--targets_per_pass: expected all with --stage memory"),
+    ):
+        with pytest.raises(SystemExit):
+            _train("memory", "synthetic", tmp_path, "--model", "tiny", flag)
+        assert message in capsys.readouterr().err

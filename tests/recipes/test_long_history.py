@@ -18,7 +18,7 @@ from patchkern.budget.search import SearchCost, SearchPlan, UserTooLarge
 from patchkern.data import Interactions, leave_one_out, open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
-from recipes import long_history
+from recipes import long_history, long_history_report
 
 TINY = ["--shape", "tiny", "--k", "3", "--num_beams", "4", "--device", "cpu", "--dtype", "float32"]
 
@@ -93,7 +93,7 @@ def test_longest_history_fits_and_one_item_more_does_not(folder: str, tmp_path: 
     users = np.flatnonzero(data.histories.lengths > 100)[:2]
     items = np.tile(data.histories.take(users).items, 100)
     assert result.limit == "memory" and result.items.sum() < result.longest < items.size
-    assert long_history.speed_up(result, [result]) is None, "text was not measured"
+    assert long_history_report.speed_up(result, [result]) is None, "text was not measured"
     model, policy = _model(data), long_history.POLICIES["items"]
     (found,) = model.recommend([items[-result.longest :]], policy, k=3, num_beams=4, memory_budget="8MiB")
     assert len(found) == 3

@@ -108,6 +108,47 @@ def test_lora_goes_the_whole_way(flags: tuple[str, ...], tied: bool, data: str, 
     assert any("lora_A" in name for name in changed) and any("trainable_tokens" in name for name in changed)
 
 
+def test_a_memory_is_learned_beside_an_adapter(data: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    flags = ["--head", "items", "--slots", "2", "--block", "4", "--save_steps", "2"]
+
+    def stage(folder: str, *more: str) -> Any:
+        command = ["--stage", "memory", "--data", data, "--output_dir", str(tmp_path / folder), *FLAGS, *flags, *more]
+        command.remove("--max_items"), command.remove("12")
+        return train.main(command)
+
+    first = ("--model", base, "--lora", "4", "--max_steps", "4")
+    memory = stage("run", *first).model.eval()
+    trained = {name for name, parameter in memory.named_parameters() if parameter.requires_grad}
+    kinds = ("lora_", "trainable_tokens_", "item_head.", "map.scale")
+    assert all(any(kind in name for kind in kinds) for name in trained)
+    assert all(any(kind in name for name in trained) for kind in kinds)
+    half, whole = (tensors(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 4))
+    name = next(name for name in whole if "embed_tokens" in name and "trainable_tokens" in name)
+    assert (half[name] != whole[name])[-2:].any(dim=1).all(), "the query rows are the last that were added"
+
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    stage("again", *first, "--resume")
+    resumed = tensors(tmp_path / "again" / "checkpoint-4")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    histories = open_dataset(data).histories.take(np.arange(5))
+    scores = memory.score_items(histories, head="items")
+    loaded = pk.RecurrentMemory.from_pretrained(find_model(str(tmp_path / "run"), "run")).eval()
+    np.testing.assert_allclose(loaded.score_items(histories, head="items"), scores, rtol=1e-4)
+    merged = pk.PatchedCausalLM(
+        loaded.hf_model.merge_and_unload(), loaded.catalog, loaded.prompt, loaded.policy, item_head=True
+    )
+    merged.item_head.load_state_dict(loaded.item_head.state_dict())
+    alone = pk.RecurrentMemory(merged, **loaded.options).eval()
+    alone.map.load_state_dict(loaded.map.state_dict())
+    np.testing.assert_allclose(alone.score_items(histories, head="items"), scores, rtol=1e-3)
+
+    after = stage("next", "--from", str(tmp_path / "run"), "--max_steps", "2").model
+    assert after.prompt == memory.prompt and not torch.equal(after.map.scale, memory.map.scale)
+
+
 def test_four_bits_need_an_adapter_and_a_package(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

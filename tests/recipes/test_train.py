@@ -288,6 +288,7 @@ def test_a_model_of_item_ids_learns_and_is_evaluated(
     trainer = _train("items", folder, tmp_path / "run", *flags)
     assert isinstance(trainer.model, pk.ItemModel) and trainer.data_collator.head == "items"
     assert trainer.model.config.max_position_embeddings == 25, "a start, and histories of up to twice --max_items"
+    assert trainer.model.policy == pk.ItemPatches(0, 12, cut_every=12), "read as passes of all targets are learned"
     assert trainer.model.config.dropout == SETTINGS["ids"].dropout
     losses = _losses(trainer)
 

@@ -18,6 +18,7 @@ from patchkern.evaluation.metrics import evaluate
 from patchkern.models import wrapped
 from patchkern.training import PatchTrainer
 from patchkern.training.collators import PassCollator
+from patchkern.training.passes import Pass
 from patchkern.training.validation import Validation
 
 
@@ -159,6 +160,25 @@ def test_passes_take_the_rows_that_were_counted(head: str) -> None:
     assert len(layout.item_labels if head != "titles" else []) == (
         (histories.lengths - 3).sum() if head != "titles" else 0
     )
+
+
+@pytest.mark.parametrize("cut_every", [2, 4])
+def test_histories_that_are_cut_are_learned_as_they_are_read(cut_every: int) -> None:
+    histories, _ = make_data()
+    model, _ = make_model(item_head=True)
+    model.double().eval()
+    policy = pk.ItemPatches(0, 4, cut_every=cut_every)
+    collator = PassCollator(model.catalog, histories, policy, model.prompt, head="items")
+    one = Pass(0, 0, np.array([11, 5]), np.array([[3, 16], [2, 10]]))
+    users, positions = np.repeat(one.users, [14, 9]), np.concatenate([np.arange(3, 17), np.arange(2, 11)])
+    read = build_layout(
+        model.catalog, histories.before(users, positions, 4, cut_every), policy, model.prompt, head="items"
+    )
+    assert read.cu_seqlens.diff().unique().numel() > cut_every, "histories of several lengths"
+    learned = collator([one])["layout"]
+    torch.testing.assert_close(model.item_states(learned), model.item_states(read), rtol=1e-6, atol=1e-6)
+    exactly = build_layout(model.catalog, histories.before(users, positions, 4), policy, model.prompt, head="items")
+    assert (model.item_states(exactly) - model.item_states(read)).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ validation

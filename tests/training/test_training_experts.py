@@ -79,3 +79,19 @@ def test_passes_keep_to_their_rows_and_draw_anew(tmp_path: Path) -> None:
     assert places[0] == places[1] and len(set(places)) > 2
     assert all(len(place) == 3 for place in places), "one border for each user"
     assert all(layout.num_rows <= collator.rows(users, ranges).sum() for layout in drawn)
+
+
+def test_items_are_not_learned_that_could_not_be_read(tmp_path: Path) -> None:
+    """With ``keep=0`` a history of whole blocks ends with experts, of which a search keeps no state."""
+    histories, samples = make_data()
+    settings = UNTUNED.arguments("items", tmp_path, **ARGUMENTS)
+    for count in (COUNT, 0):
+        policy = pk.Experts(pk.ItemPatches(0, None), count=count, keep=0, block=4)
+        model = make_model(40, policy)
+        if count == 0:  # nothing is old, and nothing compressed
+            assert PatchTrainer(model, settings, histories, samples, rows_per_pass=500).model.policy == policy
+            continue
+        with pytest.raises(ValueError, match=r"\(keep\) for an item head, got 0: .* only keys and values are kept"):
+            PatchTrainer(model, settings, histories, samples, rows_per_pass=500)
+        for head in ("titles", "both"):
+            policy.check_head(head)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout
+from patchkern.models.embedding import add_item_vectors
 from patchkern.models.files import read_item_embeddings
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.serving.vllm.item_tokens import check_plain
@@ -62,10 +63,7 @@ class PromptRows:
         layout = layout.to("cpu")
         rows = pool_rows(self.weight, layout)
         if self._own is not None:
-            identities = layout.with_identities().identities
-            if identities is None:
-                raise RuntimeError("with_identities returned a layout without them")
-            rows.index_add_(0, identities.rows, pool_rows(self._own, identities.layout).to(rows.dtype))
+            add_item_vectors(rows, layout, self._own)
         # copies: a view would be sent with the whole batch behind it
         return [user.clone() for user in rows.split(layout.cu_seqlens.diff().tolist())]
 

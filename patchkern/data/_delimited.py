@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.columns import MAX_ID_LENGTH
-from patchkern.data._text import logger, malformed, raw_lines, read_lines
-from patchkern.data.item_text import ItemText, as_text, field_of
+from patchkern.data._text import malformed, raw_lines, read_lines
 
 ID = r"(?:0|[1-9][0-9]{0,14})"  # below 2^53, as it would be written again
 NUMBER = r"[-+]?(?:[0-9]{1,25}\.?[0-9]{0,25}|\.[0-9]{1,25})(?:[eE][-+]?[0-9]{1,2})?"
@@ -154,75 +152,11 @@ def number_column(numbers: list[int | float]) -> NDArray[Any]:
     return np.array(numbers, np.int64 if all(isinstance(number, int) for number in numbers) else np.float64)
 
 
-class Titles:
-    """The titles of a file by item id, in its order, and input texts; an id may come again with the same ones only."""
-
-    def __init__(self, path: Path, text: ItemText | None = None) -> None:
-        self.path = path
-        self.text = text
-        self.of: dict[Any, str] = {}
-        self.missing: set[Any] = set()
-        self._texts: dict[Any, str] = {}
-        self._names: dict[str, None] = {}
-        self._found: set[str] = set()
-
-    def add(self, line: int, item: Any, title: str, record: Mapping[str, Any] | None = None) -> None:
-        """Take a title, and the fields that a text is made of; an item whose title is empty has none."""
-        if not title.strip():
-            if item not in self.of:
-                self.missing.add(item)
-            return
-        if self.of.setdefault(item, title) != title:
-            malformed(self.path, line, f"one title for each id, {self.of[item]!r} for {item!r}", title)
-        if self.text is None:
-            return
-        values = []
-        for name in self.text.fields:
-            try:
-                values.append(as_text(field_of(record or {}, name)))
-            except TypeError as error:
-                malformed(self.path, line, f"text, a number or a list of these as {name}", str(error))
-        text = self.text.of(title, values)
-        if self._texts.setdefault(item, text) != text:
-            malformed(self.path, line, f"one text for each id, {self._texts[item]!r} for {item!r}", text)
-        self._names.update(dict.fromkeys(record or {}))
-        self._found.update(name for name, value in zip(self.text.fields, values, strict=True) if value)
-
-    def texts_read(self) -> dict[Any, str] | None:
-        """The texts of all items that have a title, None where none are wanted.
-
-        Raises:
-            ValueError: a field that no item has.
-        """
-        if self.text is None:
-            return None
-        nowhere = [name for name in self.text.fields if name not in self._found]
-        if nowhere and self.of:
-            raise ValueError(
-                f"{self.path}: expected a field {nowhere[0]!r} of some item (item_text), got {', '.join(self._names)}"
-            )
-        return self._texts
-
-
-def check_id(path: Path, line: int, name: str, text: str) -> str:
-    """An id as it is written, without white space around it, which a reader of its own would take for another id."""
-    if not text or text != text.strip() or len(text) > MAX_ID_LENGTH or "\ufeff" in text:
-        malformed(path, line, f"a {name} of 1 to {MAX_ID_LENGTH} characters without space around it", text)
-    return text
-
-
 def canonical_ids(ids: Sequence[str]) -> NDArray[np.int64] | None:
     """``ids`` as int64 if each is written as an integer is (no sign, no leading zero), else None."""
     if all(i.isascii() and i.isdigit() and len(i) < 19 and (i[0] != "0" or i == "0") for i in ids):
         return np.array([int(i) for i in ids], np.int64)
     return None
-
-
-def log_left_out(path: Path | str, counts: dict[str, int]) -> None:
-    """One warning of the interactions that a reader left out, by reason."""
-    reasons = [f"{count} {reason}" for reason, count in counts.items() if count]
-    if reasons:
-        logger.warning("%s: interactions left out: %s", path, ", ".join(reasons))
 
 
 def _row(lines: Iterable[str], separator: str) -> list[str] | None:

@@ -88,7 +88,7 @@ def draw(models: dict[str, dict[str, Line]], title: str, path: Path) -> None:
         panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=90, format="png")
+    figure.savefig(temporary, dpi=75, format="png")
     temporary.replace(path)
     plt.close(figure)
 
@@ -99,7 +99,7 @@ def draw_line(panel: Axes, form: str, line: Line, metric: str, color: str) -> No
     items, low, middle, high = np.array(sorted(line[metric])).T
     panel.errorbar(items, middle, [middle - low, high - middle], marker=".", label=form, color=color, linewidth=1.3)
     if line[STOPPED]:
-        panel.plot(items[-1], middle[-1], marker="X", markersize=9, color=color)
+        panel.plot(items[-1], middle[-1], marker="X", markersize=7, color=color)
     if metric == "event" and line[MEAN]:
         items, _, mean, _ = np.array(sorted(line[MEAN])).T
         panel.plot(items, mean, color=color, linewidth=1, linestyle="--")

@@ -189,14 +189,14 @@ def expert_hashes(
     place = np.arange(old.items.size) - np.repeat(old.offsets[:-1], old.lengths)
     items = item_hashes(catalog, by_item, catalog.index_of(old.items, "histories"))
     groups = compressed[users]
-    nth = np.arange(groups.sum()) - np.repeat(running(groups)[:-1], groups)
+    user = np.repeat(np.arange(users.size), groups)
+    nth = np.arange(user.size) - np.repeat(running(groups)[:-1], groups)
     in_blocks = policy.parts == "blocks"
     lengths = (nth + 1) * policy.block if in_blocks else old.lengths
     # a block's experts have read the experts before them, too
     manner = (policy.block if in_blocks else 0, len(prompt.prefix), *prompt.prefix, *prompt.separator)
-    starts = np.repeat(old.offsets[:-1], groups)
     forms = settled_levels(policy.policy, place)
-    return learned_hashes(items, forms, starts, lengths, policy.count, np.array(manner, np.int64))
+    return learned_hashes(items, forms, old.offsets, user, lengths, policy.count, np.array(manner, np.int64))
 
 
 class ExpertRowCounts(NamedTuple):

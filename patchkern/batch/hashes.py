@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,11 +18,12 @@ from patchkern.batch.layout_checks import check_readable
 
 UInt64 = NDArray[np.uint64]
 
-_TOKEN, _TITLE, _SESSION, _LEARNED, _VECTOR = (
-    np.uint64(tag)
-    for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F, 0x7B1FD2A3E96C5D41, 0xEB44ACCAB455D165)
+_TOKEN, _TITLE, _SESSION, _LEARNED = (
+    np.uint64(tag) for tag in (0x8EBC6AF09C88C6E3, 0x589965CC75374CC3, 0x1D8E4E27C47D124F, 0x7B1FD2A3E96C5D41)
 )
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+
+_titles: WeakKeyDictionary[Catalog, UInt64] = WeakKeyDictionary()  # of each catalogue that was asked for, every item's
 
 
 def row_hashes(layout: PatchLayout, by_item: bool = False, vectors: Tensor | None = None) -> UInt64:
@@ -71,12 +74,10 @@ def row_hashes(layout: PatchLayout, by_item: bool = False, vectors: Tensor | Non
     hashes = _mixed(-lo, _TOKEN)  # of -1 - lo, the token, plus one
     patch = np.flatnonzero(lo >= 0)
     hashes[patch] = _sequences(titles[items], lo[patch], (hi - lo)[patch], _SESSION)
-    if layout.vector_rows is not None and vectors is not None and expected:
-        numbers = vectors.detach().cpu().contiguous().view(torch.uint8).numpy().astype(np.int64)
-        starts = np.arange(expected) * numbers.shape[1]
-        lengths = np.full(expected, numbers.shape[1])
-        members = _mixed(numbers.flatten(), _VECTOR)
-        hashes[layout.vector_rows.numpy()] = _sequences(members, starts, lengths, _VECTOR)
+    if layout.vector_rows is not None and vectors is not None:
+        numbers = vectors.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digests = b"".join(blake2b(row, digest_size=8).digest() for row in numbers)
+        hashes[layout.vector_rows.numpy()] = np.frombuffer(digests, "<u8")
     return hashes
 
 
@@ -84,27 +85,29 @@ def item_hashes(catalog: Catalog, by_item: bool = False, index: NDArray[np.integ
     """What items of a catalogue are to a model, each as one number: its input tokens, as in `row_hashes`.
 
     Args:
-        catalog: any.
+        catalog: any; its titles are read once in its life.
         by_item: tell items with equal titles apart, by their places in the catalogue.
         index: ``(n,)`` places of the items in the catalogue; None: all, in order.
 
     Returns:
         ``(n,)`` uint64.
     """
-    titles = catalog.inputs
-    places = np.arange(titles.lengths.size) if index is None else index.astype(np.int64)
-    distinct, inverse = np.unique(places, return_inverse=True)
-    lengths = titles.lengths[distinct].astype(np.int64)
-    begins = np.cumsum(lengths) - lengths
-    tokens = np.arange(lengths.sum()) + np.repeat(titles.offsets[distinct].astype(np.int64) - begins, lengths)
-    hashes = _sequences(_mixed(titles.token_ids[tokens].astype(np.int64) + 1, _TOKEN), begins, lengths, _TITLE)
-    return (_mixed(distinct, hashes) if by_item else hashes)[inverse]
+    titles = _titles.get(catalog)
+    if titles is None:
+        read = catalog.inputs
+        tokens = _mixed(read.token_ids.astype(np.int64) + 1, _TOKEN)
+        titles = _sequences(tokens, read.offsets[:-1].astype(np.int64), read.lengths.astype(np.int64), _TITLE)
+        _titles[catalog] = titles
+    places = np.arange(titles.size) if index is None else index
+    hashes = titles[places]
+    return _mixed(places, hashes) if by_item else hashes
 
 
 def learned_hashes(
     read: UInt64,
     forms: NDArray[np.integer[Any]],
-    starts: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    user: NDArray[np.int64],
     lengths: NDArray[np.int64],
     count: int,
     manner: NDArray[np.integer[Any]],
@@ -112,9 +115,11 @@ def learned_hashes(
     """What learned rows stand for that have read items, which need not be there any more.
 
     Args:
-        read: ``(N,)`` hashes of the items.
+        read: ``(N,)`` hashes of the items of B users.
         forms: ``(N,)`` as what each of them was read.
-        starts, lengths: ``(G,)`` which of them each group of learned rows has read, in order.
+        offsets: ``(B + 1,)`` which of them are whose.
+        user: ``(G,)`` whose each group of learned rows is, and lengths: ``(G,)`` how many of that user's first items it
+            has read, in order.
         count: learned rows of a group.
         manner: numbers of at least 0 that say how all of them were read.
 
@@ -122,7 +127,10 @@ def learned_hashes(
         ``(G * count,)`` uint64: each row's comes from what it has read, how, and its place in its group.
     """
     how = _sequences(_mixed(manner, _LEARNED), np.zeros(1, np.int64), np.array([manner.size]), _LEARNED)
-    pasts = _sequences(_mixed(forms, _mixed(read.astype(np.int64), how)), starts, lengths, _LEARNED)
+    place = np.arange(read.size) - np.repeat(offsets[:-1], np.diff(offsets))
+    sums = _running(_mixed(place, _mixed(forms, _mixed(read.astype(np.int64), how))))
+    first = offsets[user]
+    pasts = _mixed(lengths, sums[first + lengths] - sums[first] + _LEARNED)
     return _mixed(np.tile(np.arange(count), pasts.size), np.repeat(pasts, count))
 
 
@@ -130,10 +138,15 @@ def _sequences(hashes: UInt64, starts: NDArray[np.int64], lengths: NDArray[np.in
     """One hash for each run of ``hashes``: that of the sum of its members, each mixed with its place in the run."""
     ends = np.cumsum(lengths)
     place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-    members = hashes[place + np.repeat(starts, lengths)]
-    running = np.zeros(members.size + 1, np.uint64)
-    np.cumsum(_mixed(place, members), out=running[1:])  # modulo 2^64, and so are the differences
-    return _mixed(lengths, running[ends] - running[ends - lengths] + tag)
+    sums = _running(_mixed(place, hashes[place + np.repeat(starts, lengths)]))
+    return _mixed(lengths, sums[ends] - sums[ends - lengths] + tag)
+
+
+def _running(numbers: UInt64) -> UInt64:
+    """``(n + 1,)`` sums of the first 0..n numbers, modulo 2^64, and so are their differences."""
+    sums = np.zeros(numbers.size + 1, np.uint64)
+    np.cumsum(numbers, out=sums[1:])
+    return sums
 
 
 def _mixed(numbers: NDArray[np.integer[Any]], key: UInt64 | np.uint64) -> UInt64:

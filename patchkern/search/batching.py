@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from patchkern.batch.expert_layout import compress_layout, expert_row_counts, without_old
+from patchkern.batch.expert_layout import expert_row_counts, without_old
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
@@ -34,7 +34,8 @@ from patchkern.search.trie import Trie
 from patchkern.search.trie_cache import catalog_trie
 
 Users = NDArray[np.int64]
-Waiting = deque[tuple[Users, "int | None"]]
+Batch = tuple[Users, "int | None"]
+"""Users who are computed together, and how many rows of their prompts at once."""
 T = TypeVar("T")
 
 
@@ -75,12 +76,10 @@ def in_batches(
     names = range(len(histories)) if names is None else names
     budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
     cost = None if budget is None else SearchCost(model, size)
-    counts, plan = plan_users(model, histories, policy, depth, names, cost, budget, batch_size, head)
-    if plan is None:
-        order = np.argsort(-counts, kind="stable")
-        waiting: Waiting = deque((order[i : i + batch_size], None) for i in range(0, order.size, batch_size))
-    else:
-        waiting = deque((batch.users, batch.chunk_rows) for batch in plan.batches)
+    plan = partial(plan_users, model, histories, policy, depth, names, cost, budget, batch_size, head)
+    everybody: Batch = (np.arange(len(histories)), None)
+    at_once = budget is None and len(histories) <= batch_size
+    waiting = deque([everybody][: len(histories)] if at_once else plan())
     most = batch_size
     with tqdm(total=len(histories), unit="user", disable=not progress) as bar:
         while waiting:
@@ -88,22 +87,21 @@ def in_batches(
             if users.size > most:
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
-            own = histories.take(users)
-            prompts: SearchPrompts
-            if isinstance(policy, Experts) and without_old(own, policy) is None:
-                prompts = ExpertPrompts(model, own, policy, head, user_states, [names[user] for user in users])
-                layout = prompts.layout
-            else:
-                prompts = layout = build_layout(model.catalog, own, policy, model.prompt, head=head)
-            if cost is not None and budget is not None and users.size > 1 and not isinstance(policy, Experts):
-                # a policy that draws at random may have drawn other rows than were planned for
-                needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
-                if needed.peak > budget:
-                    waiting.extendleft((part, chunk_rows) for part in np.array_split(users, 2)[::-1])
-                    continue
             failure = None
             try:
+                prompts = _prompts_of(model, histories.take(users), policy, head, user_states, [names[u] for u in users])
+                layout = prompts.layout if isinstance(prompts, ExpertPrompts) else prompts
+                if cost is not None and budget is not None and users.size > 1 and not isinstance(policy, Experts):
+                    # a policy that draws at random may have drawn other rows than were planned for
+                    needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
+                    if needed.peak > budget:
+                        waiting.extendleft((part, chunk_rows) for part in np.array_split(users, 2)[::-1])
+                        continue
                 found = _searched(model, layout, depth, partial(compute, users, prompts, chunk_rows))
+            except ValueError:
+                if at_once:
+                    plan()  # which names the user, if it is a prompt that the model does not take
+                raise
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -133,8 +131,8 @@ def plan_users(
     memory_budget: int | str | None,
     batch_size: int,
     head: str = "titles",
-) -> tuple[NDArray[np.int64], SearchPlan | None]:
-    """``(B,)`` rows of every user's prompt; and with a ``cost`` the batches that fit into the budget.
+) -> list[Batch]:
+    """Every user in a batch, the longest first; with a ``cost`` in batches that fit into the budget.
 
     Raises:
         ValueError: naming the user whose prompt the model does not take, or who does not fit into the budget.
@@ -155,22 +153,33 @@ def plan_users(
         except ValueError as error:
             raise ValueError(f"{error} (user {names[user]!r})") from None
     if cost is None or memory_budget is None:
-        return counts, None
+        order = np.argsort(-counts, kind="stable")
+        return [(order[i : i + batch_size], None) for i in range(0, order.size, batch_size)]
     try:
-        return counts, cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size, compressed)
+        plan = cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size, compressed)
     except UserTooLarge as error:
         raise _with_advice(error, model, histories, names) from None
+    return [(batch.users, batch.chunk_rows) for batch in plan.batches]
+
+
+def _prompts_of(
+    model: SearchModel,
+    histories: Histories,
+    policy: AnyPolicy,
+    head: str,
+    states: UserStates | None = None,
+    names: Sequence[Hashable] | None = None,
+) -> SearchPrompts:
+    """What a search of these users begins with."""
+    if isinstance(policy, Experts) and without_old(histories, policy) is None:
+        return ExpertPrompts(model, histories, policy, head, states, names)
+    return build_layout(model.catalog, histories, policy, model.prompt, head=head)
 
 
 def _checked_layouts(model: SearchModel, history: Histories, policy: AnyPolicy, head: str) -> list[PatchLayout]:
     """What a model must take of a user."""
-    if not isinstance(policy, Experts) or without_old(history, policy) is not None:
-        return [build_layout(model.catalog, history, policy, model.prompt, head=head)]
-    old = history.between([0], [0], policy.cuts(history.lengths))
-    return [
-        compress_layout(model.catalog, old, policy, model.prompt),
-        ExpertPrompts(model, history, policy, head).layout,
-    ]
+    prompts = _prompts_of(model, history, policy, head)
+    return [prompts.past(model), prompts.layout] if isinstance(prompts, ExpertPrompts) else [prompts]
 
 
 def _searched(model: SearchModel, layout: PatchLayout, depth: int, compute: Callable[[], T]) -> T:

@@ -142,6 +142,10 @@ class ExpertPrompts:
         self.layout = read_layout(model.catalog, histories, policy, model.prompt, head)
         self.kept = self._beginning + self._experts
 
+    def past(self, model: SearchModel) -> PatchLayout:
+        """What is read for the experts of these users, who all have old items, where there are no states."""
+        return compress_layout(model.catalog, self._old(np.arange(self._cuts.size)), self._policy, model.prompt)
+
     def hashes(self, model: SearchModel) -> UInt64:
         """``(T,)`` of the layout's rows, see `patchkern.row_hashes`; experts' are those of what they have read."""
         by_item = model.item_embedding is not None
@@ -169,11 +173,13 @@ class ExpertPrompts:
         self._compute(model, cache, users[lacking], chunk_rows)
 
     def _compute(self, model: SearchModel, cache: PrefixCache, users: Int64, chunk_rows: int | None) -> None:
-        old = self._histories.between(users, np.zeros_like(users), self._cuts[users])
         if users.size:
             most = min(cache.num_rows, ASIDE_ROWS)  # `compress` computes a user who has more alone
-            states = compress(model, old, self._policy, chunk_rows=chunk_rows, store_rows=most)
+            states = compress(model, self._old(users), self._policy, chunk_rows=chunk_rows, store_rows=most)
             self._place(cache, users, states)
+
+    def _old(self, users: Int64) -> Histories:
+        return self._histories.between(users, np.zeros_like(users), self._cuts[users])
 
     def _place(self, cache: PrefixCache, users: Int64, states: Sequence[State]) -> None:
         if users.size == 0:

@@ -7,6 +7,7 @@ import gc
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -27,8 +28,9 @@ from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes
-from patchkern.search.experts import ExpertPrompts, SearchPrompts, UserStates
+from patchkern.search.experts import ExpertPrompts, UserStates
 from patchkern.search.item_search import size_of_items
+from patchkern.search.prompts import MemoryPrompts, SearchPrompts, layout_of
 from patchkern.search.protocol import SearchModel
 from patchkern.search.trie import Trie
 from patchkern.search.trie_cache import catalog_trie
@@ -77,9 +79,10 @@ def in_batches(
     budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
     cost = None if budget is None else SearchCost(model, size)
     plan = partial(plan_users, model, histories, policy, depth, names, cost, budget, batch_size, head)
-    everybody: Batch = (np.arange(len(histories)), None)
-    at_once = budget is None and len(histories) <= batch_size
-    waiting = deque([everybody][: len(histories)] if at_once else plan())
+    if budget is None and len(histories) <= batch_size:
+        waiting: deque[Batch] = deque([(np.arange(len(histories)), None)][: len(histories)])
+    else:
+        waiting = deque(plan())
     most = batch_size
     with tqdm(total=len(histories), unit="user", disable=not progress) as bar:
         while waiting:
@@ -87,27 +90,25 @@ def in_batches(
             if users.size > most:
                 waiting.extendleft((part, chunk_rows) for part in (users[most:], users[:most]))
                 continue
+            own, of_own = histories.take(users), [names[user] for user in users]
             failure = None
-            try:
-                prompts = _prompts_of(model, histories.take(users), policy, head, user_states, [names[u] for u in users])
-                layout = prompts.layout if isinstance(prompts, ExpertPrompts) else prompts
+            with _naming(plan):
+                prompts = _prompts_of(model, own, policy, head, user_states, of_own)
+                layout = layout_of(prompts)
                 if cost is not None and budget is not None and users.size > 1 and not isinstance(policy, Experts):
                     # a policy that draws at random may have drawn other rows than were planned for
                     needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
                     if needed.peak > budget:
                         waiting.extendleft((part, chunk_rows) for part in np.array_split(users, 2)[::-1])
                         continue
-                found = _searched(model, layout, depth, partial(compute, users, prompts, chunk_rows))
-            except ValueError:
-                if at_once:
-                    plan()  # which names the user, if it is a prompt that the model does not take
-                raise
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if users.size == 1:
-                    raise _alone(error, names[users[0]], layout, chunk_rows) from error
-                failure = str(error).partition("\n")[0]
+                try:
+                    found = _searched(model, layout, depth, partial(compute, users, prompts, chunk_rows))
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if users.size == 1:
+                        raise _alone(error, of_own[0], layout, chunk_rows) from error
+                    failure = str(error).partition("\n")[0]
             if failure is None:
                 yield users, found
                 bar.update(users.size)
@@ -162,24 +163,36 @@ def plan_users(
     return [(batch.users, batch.chunk_rows) for batch in plan.batches]
 
 
+@contextmanager
+def _naming(plan: Callable[[], object]) -> Iterator[None]:
+    """A batch is checked as a whole; where the model does not take it, ``plan`` finds and names the user."""
+    try:
+        yield
+    except ValueError:
+        plan()
+        raise
+
+
 def _prompts_of(
     model: SearchModel,
     histories: Histories,
     policy: AnyPolicy,
     head: str,
     states: UserStates | None = None,
-    names: Sequence[Hashable] | None = None,
+    names: Sequence[Hashable] = (),
 ) -> SearchPrompts:
     """What a search of these users begins with."""
     if isinstance(policy, Experts) and without_old(histories, policy) is None:
         return ExpertPrompts(model, histories, policy, head, states, names)
-    return build_layout(model.catalog, histories, policy, model.prompt, head=head)
+    layout = build_layout(model.catalog, histories, policy, model.prompt, head=head)
+    return layout if layout.vector_rows is None else MemoryPrompts(layout, histories, policy, states, names)
 
 
 def _checked_layouts(model: SearchModel, history: Histories, policy: AnyPolicy, head: str) -> list[PatchLayout]:
     """What a model must take of a user."""
     prompts = _prompts_of(model, history, policy, head)
-    return [prompts.past(model), prompts.layout] if isinstance(prompts, ExpertPrompts) else [prompts]
+    read = [layout_of(prompts)]
+    return [prompts.past(model), *read] if isinstance(prompts, ExpertPrompts) else read
 
 
 def _searched(model: SearchModel, layout: PatchLayout, depth: int, compute: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ known=states)`` reads the new blocks alone and returns longer states.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -39,8 +39,12 @@ State = tuple[Tensor, ...]
 class UserStates(Protocol):
     """Users' states, kept: what ``recommend(..., user_states=...)`` takes."""
 
-    def check(self, model: SearchModel, policy: AnyPolicy) -> None:
-        """Raise a ValueError unless the states are of this model, as it is, and policy; inside its ``searching()``."""
+    def check(self, model: SearchModel, policy: AnyPolicy, seen: Any) -> None:
+        """Raise a ValueError unless the states are of this policy and this model, as it is now.
+
+        Args:
+            seen: what `patchkern.search.model_state.model_state` says of it inside its ``searching()``.
+        """
 
     def reading(
         self, names: Sequence[Hashable], histories: Histories
@@ -117,7 +121,7 @@ class ExpertPrompts:
         policy: under which they are compressed.
         head: what the prompts are for, as in `patchkern.build_layout`.
         states: asked for the experts of what is old; without, or where it has none, they are computed.
-        names: ``B``, of the users in ``states``.
+        names: ``B``, of the users in ``states``; 0, 1, 2, ... where not given.
 
     Attributes:
         layout: ``[prompt | U | recent | suffix]`` of every user.
@@ -135,7 +139,7 @@ class ExpertPrompts:
     ) -> None:
         policy.check_head(head)
         self._histories, self._policy, self._states = histories, policy, states
-        self._names = list(range(len(histories))) if names is None else names
+        self._names = range(len(histories)) if names is None else names
         self._cuts = policy.cuts(histories.lengths)
         self._experts = policy.count * policy.compressed_parts(self._cuts)
         self._beginning = len(model.prompt.prefix)
@@ -154,10 +158,18 @@ class ExpertPrompts:
         hashes[learned] = expert_hashes(model.catalog, self._histories, self._policy, model.prompt, by_item)
         return hashes
 
-    def load(self, model: SearchModel, cache: PrefixCache, users: Int64, chunk_rows: int | None) -> None:
+    def load(
+        self,
+        model: SearchModel,
+        cache: PrefixCache,
+        users: Int64,
+        chunk_rows: int | None,
+        seen: Callable[[], Any],
+    ) -> None:
         """Bring the experts of some of the users to where the prompts are stored; inside the model's ``searching()``.
 
-        What is computed takes room for the largest past, or for `ASIDE_ROWS` where the prompts have as many.
+        What is computed takes room for the largest past, or for `ASIDE_ROWS` where the prompts have as many. ``seen``
+        says what `UserStates.check` asks for.
         """
         users = users[self._experts[users] > 0]
         if users.size == 0:
@@ -165,7 +177,7 @@ class ExpertPrompts:
         if self._states is None:
             self._compute(model, cache, users, chunk_rows)
             return
-        self._states.check(model, self._policy)
+        self._states.check(model, self._policy, seen())
         with self._states.reading([self._names[user] for user in users], self._histories.take(users)) as found:
             there = [(user, state) for user, state in zip(users, found, strict=True) if state is not None]
             self._place(cache, np.array([user for user, _ in there], np.int64), [state for _, state in there])
@@ -195,10 +207,6 @@ class ExpertPrompts:
             stored = cache.layers_like({layer: (new[0], new[1])})[layer]
             for kept, loaded in zip(stored, new, strict=True):
                 kept[:, places] = loaded.to(kept.dtype)
-
-
-SearchPrompts = PatchLayout | ExpertPrompts
-"""What a search begins with: the prompts of a batch of users."""
 
 
 # ------------------------------------------------------------------ computing

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.budget.search import SearchSize
-from patchkern.search.experts import SearchPrompts
 from patchkern.search.filters import ItemFilter, ItemPrior
-from patchkern.search.prompts import Prompts
+from patchkern.search.prompts import Prompts, SearchPrompts
 from patchkern.search.protocol import SearchModel
 from patchkern.search.user_cache import UserCache
 
@@ -26,19 +25,9 @@ def item_log_probs(
     chunk_rows: int | None = None,
     user_cache: UserCache | None = None,
     user_ids: list[object] | None = None,
-    vectors: Tensor | None = None,
 ) -> Tensor:
     """``(B, n_items)`` log-probabilities over the catalogue, for the prompts of a layout for items."""
-    prompts = Prompts(
-        model,
-        layout,
-        0,
-        chunk_rows=chunk_rows,
-        user_cache=user_cache,
-        user_ids=user_ids,
-        head="items",
-        vectors=vectors,
-    )
+    prompts = Prompts(model, layout, 0, chunk_rows=chunk_rows, user_cache=user_cache, user_ids=user_ids, head="items")
     return model.item_scores(prompts.states)
 
 

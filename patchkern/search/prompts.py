@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,62 @@ from torch import Tensor
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policy_kinds import AnyPolicy
-from patchkern.search.experts import ExpertPrompts, SearchPrompts, UserStates
+from patchkern.search.experts import ExpertPrompts, UserStates
+from patchkern.search.model_state import model_state
 from patchkern.search.prefill import Pass, packed, plan_passes, shared_literals, with_beginnings
 from patchkern.search.prefix_cache import PrefixCache, StepShape
 from patchkern.search.protocol import SearchModel
 from patchkern.search.user_cache import UserCache
+
+
+@dataclass(frozen=True)
+class MemoryPrompts:
+    """The prompts of a batch of users in whose layout some rows are memories, as a search takes them in its place.
+
+    Attributes:
+        layout: the prompts, with ``vector_rows``.
+        histories: whole ones, of B users.
+        policy: under which the prompts were planned.
+        states: asked for the memories; without, or where it has none, they are made.
+        names: ``B``, of the users in ``states``.
+    """
+
+    layout: PatchLayout
+    histories: Histories
+    policy: AnyPolicy
+    states: UserStates | None = None
+    names: Sequence[Hashable] = ()
+
+    def vectors(self, model: SearchModel, chunk_rows: int | None, seen: Callable[[], Any]) -> Tensor | None:
+        """``(V, D)`` what the vector rows are; inside the model's ``searching()``. As of `vectors_of`.
+
+        Args:
+            seen: says what `UserStates.check` asks for.
+        """
+        rows = self.layout.vector_rows
+        if self.states is None or rows is None or rows.shape[0] == 0:
+            return vectors_of(model, self.layout, self.histories, self.policy, chunk_rows)
+        self.states.check(model, self.policy, seen())
+        of_user = torch.bucketize(rows.cpu(), self.layout.cu_seqlens[1:].cpu().long(), right=True)
+        counts = torch.bincount(of_user, minlength=len(self.histories)).tolist()
+        with self.states.reading(self.names, self.histories) as found:
+            lacking = [user for user, state in enumerate(found) if state is None and counts[user]]
+            made: Iterator[Tensor] = iter(())
+            if lacking:
+                vectors = vectors_of(model, self.layout, self.histories.take(lacking), self.policy, chunk_rows)
+                if vectors is not None:
+                    made = iter(vectors.split([counts[user] for user in lacking]))
+            own = [next(made) if state is None else state[0] for user, state in enumerate(found) if counts[user]]
+            return torch.cat([part.to(model.device, model.dtype) for part in own])
+
+
+SearchPrompts = PatchLayout | ExpertPrompts | MemoryPrompts
+"""What a search begins with: the prompts of a batch of users."""
+
+
+def layout_of(prompts: SearchPrompts) -> PatchLayout:
+    """The rows that a search keeps of the prompts."""
+    return prompts if isinstance(prompts, PatchLayout) else prompts.layout
 
 
 class Prompts:
@@ -26,13 +79,12 @@ class Prompts:
 
     Args:
         model: inside its ``searching()``.
-        layout: the prompts, on the CPU unless they are there already; or such that keep experts of what is old.
+        layout: the prompts; a layout is copied to the CPU.
         max_rows: tokens that all steps together may feed, until `forget`.
         chunk_rows: rows of the prompts that go through the model together, at most; bounds the memory of activations.
         user_cache: keeps the prompts' keys and values for later calls, and is asked for them first.
         user_ids: ``B`` hashable names of the users in ``user_cache``.
         head: "titles", for `logits`; or "items", for `states`.
-        vectors: ``(V, D)`` what the layout's ``vector_rows`` are; None where it has none.
 
     Attributes:
         logits: ``(B, V)``, what follows each prompt; float32 or float64.
@@ -52,11 +104,12 @@ class Prompts:
         user_cache: UserCache | None = None,
         user_ids: Sequence[Any] | None = None,
         head: str = "titles",
-        vectors: Tensor | None = None,
     ) -> None:
-        self._head, self._vectors = head, vectors
+        self._head = head
+        seen = cache(partial(model_state, model))  # looked at once, by whoever asks first
         experts = layout if isinstance(layout, ExpertPrompts) else None
-        layout = layout.layout if isinstance(layout, ExpertPrompts) else layout.to("cpu")
+        self._vectors = layout.vectors(model, chunk_rows, seen) if isinstance(layout, MemoryPrompts) else None
+        layout = layout_of(layout).to("cpu")
         self.num_users = layout.num_users
         self._model = model
         cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
@@ -67,13 +120,13 @@ class Prompts:
         stored = np.zeros(self.num_users, np.int64)
         if user_cache is not None:
             hashes = None if experts is None else experts.hashes(model)
-            cached = user_cache.begin(model, layout, user_ids, hashes, vectors)
+            cached = user_cache.begin(model, layout, user_ids, seen(), hashes, self._vectors)
             stored = cached.load(self._cache)
         if experts is None:
             shared = shared_literals(_literals(layout), cu_seqlens)
             passes = plan_passes(cu_seqlens, stored, shared, chunk_rows)
         else:
-            passes = self._behind_experts(experts, cu_seqlens, stored, chunk_rows)
+            passes = self._behind_experts(experts, cu_seqlens, stored, chunk_rows, seen)
         for number, spans in enumerate(passes):
             ending = self._prefill(layout, spans)
             if number == 0:
@@ -89,12 +142,17 @@ class Prompts:
             cached.save(self._cache)
 
     def _behind_experts(
-        self, experts: ExpertPrompts, cu_seqlens: NDArray[np.int64], stored: NDArray[np.int64], chunk_rows: int | None
+        self,
+        experts: ExpertPrompts,
+        cu_seqlens: NDArray[np.int64],
+        stored: NDArray[np.int64],
+        chunk_rows: int | None,
+        seen: Callable[[], Any],
     ) -> list[Pass]:
         """The passes over what follows the experts, who are loaded where a cache does not have them."""
         beginning = len(self._model.prompt.prefix)
         lacking = np.flatnonzero(stored < experts.kept)
-        experts.load(self._model, self._cache, lacking, chunk_rows)
+        experts.load(self._model, self._cache, lacking, chunk_rows, seen)
         passes = plan_passes(cu_seqlens, np.maximum(stored, experts.kept), 0, chunk_rows)
         return with_beginnings(passes, cu_seqlens[lacking], beginning, chunk_rows)
 
@@ -150,51 +208,30 @@ class Prompts:
 
 
 def vectors_of(
-    model: SearchModel,
-    layout: SearchPrompts,
-    histories: Histories,
-    policy: AnyPolicy,
-    states: UserStates | None = None,
-    names: Sequence[Hashable] | None = None,
-    chunk_rows: int | None = None,
+    model: SearchModel, layout: PatchLayout, histories: Histories, policy: AnyPolicy, chunk_rows: int | None = None
 ) -> Tensor | None:
     """``(V, D)`` what the vector rows of users' prompts are, which a model with memories makes; None without any.
 
     Args:
-        model: of the prompts; inside its ``searching()`` where there are states.
+        model: of the prompts.
         layout: the prompts.
         histories: the users that they are of, in that order.
         policy: by which they were planned.
-        states: asked for the memories; without, or where it has none, they are made.
-        names: of the users in ``states``.
         chunk_rows: rows that are computed together to make them, at most, unless a user alone has more; None: as many
             as are fast.
 
     Raises:
         ValueError: the layout has such rows, and the model makes none.
     """
-    if isinstance(layout, ExpertPrompts) or layout.vector_rows is None:
+    if layout.vector_rows is None:
         return None
     if not hasattr(model, "prompt_vectors"):
         raise ValueError(
             f"policy: expected one of the history's items alone for {type(model).__name__}, which has no memory, got "
             f"{type(policy).__name__}; wrap the model in a RecurrentMemory"
         )
-    vectors: Tensor
-    if states is None or names is None or layout.vector_rows.shape[0] == 0:
-        vectors = model.prompt_vectors(histories, policy, chunk_rows)
-        return vectors
-    states.check(model, policy)
-    of_user = torch.bucketize(layout.vector_rows.cpu(), layout.cu_seqlens[1:].cpu().long(), right=True)
-    counts = torch.bincount(of_user, minlength=len(histories))
-    with states.reading(names, histories) as found:
-        lacking = [user for user, state in enumerate(found) if state is None and counts[user]]
-        made: Iterator[Tensor] = iter(())
-        if lacking:
-            vectors = model.prompt_vectors(histories.take(lacking), policy, chunk_rows)
-            made = iter(vectors.split(counts[lacking].tolist()))
-        own = [next(made) if state is None else state[0] for user, state in enumerate(found) if counts[user]]
-        return torch.cat([part.to(model.device, model.dtype) for part in own])
+    vectors: Tensor = model.prompt_vectors(histories, policy, chunk_rows)
+    return vectors
 
 
 def _among(vector_rows: Tensor, spans: Pass) -> Tensor:

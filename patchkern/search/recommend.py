@@ -23,10 +23,10 @@ from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.search import SearchSize
 from patchkern.search.arguments import check_batching, check_positive, known_histories, users_named
 from patchkern.search.batching import in_batches
-from patchkern.search.experts import SearchPrompts, UserStates
+from patchkern.search.experts import UserStates
 from patchkern.search.found_items import items_of, normalized
 from patchkern.search.item_search import best_items, item_log_probs, size_of_items
-from patchkern.search.prompts import Prompts, vectors_of
+from patchkern.search.prompts import Prompts, SearchPrompts
 from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
 from patchkern.search.request import EXPANSIONS_PER_BEAM, Request
 from patchkern.search.summary import PartialListsWarning, Summary, UnprovenSearchWarning
@@ -256,8 +256,7 @@ def _find_items(
     request: Request, users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
 ) -> tuple[Tensor, ...]:
     """User, item and score of the best items of a batch; and of no user that anything is unproven."""
-    vectors = _vectors(request, users, layout, chunk_rows)
-    log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users), vectors)
+    log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users))
     found = best_items(log_probs, users, request.items, request.known, request.k, request.normalize == "items")
     return *found, torch.zeros(0, dtype=torch.bool)
 
@@ -282,7 +281,6 @@ def _find_titles(
         chunk_rows=chunk_rows,
         user_cache=request.user_cache,
         user_ids=_named(request, users),
-        vectors=_vectors(request, users, layout, chunk_rows),
     )
     unproven = torch.zeros(0, dtype=torch.bool)
     if request.normalize is not None:
@@ -295,15 +293,6 @@ def _find_titles(
             prompts, trie, running, k, num_beams, request.length_penalty, request.max_expansions, best
         )
     return *items_of(found, trie, running, k, best), unproven
-
-
-def _vectors(
-    request: Request, users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
-) -> Tensor | None:
-    """What the prompts' vector rows are."""
-    names = [request.names[user] for user in users]
-    own = request.histories.take(users)
-    return vectors_of(request.model, layout, own, request.policy, request.user_states, names, chunk_rows)
 
 
 def _named(request: Request, users: NDArray[np.int64]) -> list[Any] | None:
@@ -351,8 +340,7 @@ def generate_titles(
     def compute(
         users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        vectors = vectors_of(model, layout, histories.take(users), policy, chunk_rows=chunk_rows)
-        prompts = Prompts(model, layout, users.size * size.kept_rows, chunk_rows=chunk_rows, vectors=vectors)
+        prompts = Prompts(model, layout, users.size * size.kept_rows, chunk_rows=chunk_rows)
         found = diverse_search(prompts, trie, everything.expand(users.size, -1), num_beams)
         owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)
         return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()

@@ -14,11 +14,18 @@ from torch import Tensor
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.budget.search import SearchSize
-from patchkern.search.arguments import check_batching, check_leniency, check_positive, known_histories, users_named
+from patchkern.search.arguments import (
+    check_batching,
+    check_leniency,
+    check_positive,
+    check_states,
+    known_histories,
+    users_named,
+)
 from patchkern.search.batching import in_batches
-from patchkern.search.experts import SearchPrompts
+from patchkern.search.experts import UserStates
 from patchkern.search.item_search import item_log_probs, size_of_items
-from patchkern.search.prompts import Prompts, vectors_of
+from patchkern.search.prompts import Prompts, SearchPrompts
 from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
 from patchkern.search.summary import Summary, first_few
 from patchkern.search.title_search import score_titles
@@ -28,7 +35,6 @@ from patchkern.search.trie_cache import catalog_trie
 __all__ = ["score_items"]
 
 Scorer = Callable[[NDArray[np.int64], SearchPrompts, "int | None"], Tensor]
-Vectors = Callable[[NDArray[np.int64], SearchPrompts, "int | None"], "Tensor | None"]
 
 
 def score_items(
@@ -44,6 +50,7 @@ def score_items(
     user_ids: Sequence[Hashable] | None = None,
     unknown: str = "error",
     head: str = "titles",
+    user_states: UserStates | None = None,
 ) -> NDArray[np.floating[Any]]:
     """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
 
@@ -51,7 +58,8 @@ def score_items(
     calibration or one's own normalisation; to find the best few, ``recommend(search="exact")`` computes less.
 
     Args:
-        model, histories, policy, memory_budget, batch_size, progress, user_ids: as in `recommend`.
+        model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
+        user_ids, user_states: as in `recommend`; scores are the same with states as without, but for rounding.
         unknown: ``"error"`` or ``"drop"``, as in `recommend`, of items in ``histories``.
         items: the item ids to score; the whole catalogue where not given.
         nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
@@ -68,6 +76,7 @@ def score_items(
     check_positive("nodes_per_pass", nodes_per_pass)
     check_batching(memory_budget, batch_size)
     check_leniency("error", unknown)
+    check_states(user_states, policy)
     if head not in ("titles", "items"):
         raise ValueError(f"head: expected titles or items, got {head!r}")
     if head == "titles":
@@ -82,14 +91,21 @@ def score_items(
     double = model.dtype == torch.float64
     scores = np.zeros((len(histories), wanted.size), np.float64 if double else np.float32)
     if scores.size:
-
-        def vectors(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor | None:
-            return vectors_of(model, layout, histories.take(users), policy, chunk_rows=chunk_rows)
-
         make = _item_scorer if head == "items" else _title_scorer
-        compute, size, depth = make(model, wanted, nodes_per_pass, vectors)
+        compute, size, depth = make(model, wanted, nodes_per_pass)
         for users, found in in_batches(
-            model, histories, policy, size, depth, compute, memory_budget, batch_size, progress, names, head
+            model,
+            histories,
+            policy,
+            size,
+            depth,
+            compute,
+            memory_budget,
+            batch_size,
+            progress,
+            names,
+            head,
+            user_states,
         ):
             scores[users] = found.cpu().numpy()
     of_users = np.flatnonzero(dropped)
@@ -103,9 +119,7 @@ def score_items(
     return scores
 
 
-def _title_scorer(
-    model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass: int, vectors: Vectors
-) -> tuple[Scorer, SearchSize, int]:
+def _title_scorer(model: SearchModel, wanted: NDArray[np.int64], nodes_per_pass: int) -> tuple[Scorer, SearchSize, int]:
     distinct, column = np.unique(wanted, return_inverse=True)
     if distinct.size == len(model.catalog):
         trie = catalog_trie(model.catalog, model.prompt.response_end, model.device)
@@ -118,19 +132,16 @@ def _title_scorer(
     size = SearchSize(rows, rows, itemsize * (len(trie.titles) + wanted.size), trie.num_bytes)
 
     def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
-        given = vectors(users, layout, chunk_rows)
-        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows, vectors=given)
+        prompts = Prompts(model, layout, users.size * rows, chunk_rows=chunk_rows)
         return score_titles(prompts, trie, passes)[:, title]
 
     return compute, size, trie.depth
 
 
-def _item_scorer(
-    model: SearchModel, wanted: NDArray[np.int64], _: int, vectors: Vectors
-) -> tuple[Scorer, SearchSize, int]:
+def _item_scorer(model: SearchModel, wanted: NDArray[np.int64], _: int) -> tuple[Scorer, SearchSize, int]:
     column = torch.from_numpy(wanted).to(model.device)
 
     def compute(users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None) -> Tensor:
-        return item_log_probs(model, layout, chunk_rows, vectors=vectors(users, layout, chunk_rows))[:, column]
+        return item_log_probs(model, layout, chunk_rows)[:, column]
 
     return compute, size_of_items(model, None, None), 0

@@ -16,7 +16,6 @@ from torch import Tensor
 from patchkern.batch.hashes import UInt64, row_hashes
 from patchkern.batch.histories import check_count, is_sequence
 from patchkern.batch.layout import PatchLayout
-from patchkern.search.model_state import model_state
 from patchkern.search.prefix_cache import Layers, PrefixCache
 from patchkern.search.protocol import SearchModel, check_model
 
@@ -90,6 +89,7 @@ class UserCache:
         model: SearchModel,
         layout: PatchLayout,
         user_ids: Sequence[Any] | None,
+        seen: Any,
         hashes: UInt64 | None = None,
         vectors: Tensor | None = None,
     ) -> CachedPrompts:
@@ -99,6 +99,7 @@ class UserCache:
             model: must be the cache's.
             layout: the prompts of B users, on the CPU.
             user_ids: ``B`` hashable names; None: 0, 1, 2, ...
+            seen: what `model_state` says of the model inside its ``searching()``.
             hashes: ``(T,)`` of its rows, where they stand for more than what is in the layout.
             vectors: what the layout's ``vector_rows`` are.
 
@@ -108,14 +109,13 @@ class UserCache:
         if model is not self._model:
             raise ValueError("user_cache: expected one made for this model, got another model's")
         names = _names(user_ids, layout.num_users)
-        state = model_state(model)
         if hashes is None:
             hashes = row_hashes(layout, model.item_embedding is not None, vectors)
         of_users = np.split(hashes, layout.cu_seqlens[1:-1].numpy())
         with self._lock:
-            if state != self._model_state:
+            if seen != self._model_state:
                 self.clear()
-                self._model_state = state
+                self._model_state = seen
             return CachedPrompts(self, self._era, names, of_users)
 
     # ------------------------------------------------------------------ for CachedPrompts

@@ -154,7 +154,7 @@ class UserStates:
         last = {user.key: at for at, user in enumerate(users)}
         users = [user for at, user in enumerate(users) if last[user.key] == at]
         with self.model.searching():
-            self._check_state()
+            self._check_state(model_state(self.model))
             waiting: list[tuple[_User, Known | None]] = []
             for first in range(0, len(users), _AT_ONCE):
                 some = users[first : first + _AT_ONCE]
@@ -223,11 +223,15 @@ class UserStates:
 
     # ------------------------------------------------------------------ for a search
 
-    def check(self, model: SearchModel, policy: AnyPolicy) -> None:
-        """Raise a ValueError unless this is what compressed the users, and as it was; inside its `searching`."""
+    def check(self, model: SearchModel, policy: AnyPolicy, seen: Any) -> None:
+        """Raise a ValueError unless this is what compressed the users, and as it was.
+
+        Args:
+            seen: what `patchkern.search.model_state.model_state` says of the model inside its ``searching()``.
+        """
         if model is not self.model:
             raise ValueError("user_states: expected those made for this model, got another model's")
-        self._check_state()
+        self._check_state(seen)
         if compressor_of(model, policy).policy != self._compressor.policy:
             raise ValueError(
                 f"user_states: expected those made under this policy, {self._compressor.policy}, got {policy}"
@@ -251,8 +255,8 @@ class UserStates:
 
     # ------------------------------------------------------------------ inside
 
-    def _check_state(self) -> None:
-        if model_state(self.model) != self._state:
+    def _check_state(self, seen: Any) -> None:
+        if seen != self._state:
             raise ValueError(
                 "user_states: expected the model as it was when they were made, got one that was changed since; make "
                 "new ones, which see whether the store's users are of that model"

@@ -15,6 +15,7 @@ from model_cases import CATALOG, PROMPT, VOCABULARY, tiny
 import patchkern as pk
 from patchkern.models.memories import Memories
 from patchkern.search.item_search import item_log_probs
+from patchkern.search.prompts import MemoryPrompts
 from patchkern.training import target_nll
 
 SLOTS, BLOCK = 2, 4
@@ -111,9 +112,8 @@ def test_searches_read_the_memories() -> None:
             np.testing.assert_allclose([score for _, score in found], np.sort(table[user])[::-1][:3], atol=2e-5)
     # in chunks that cut a memory in two, and from a cache
     layout = pk.build_layout(memory.catalog, histories, memory.policy, memory.prompt, head="items")
-    vectors = memory.compress(histories).vectors
     with memory.searching():
-        chunked = item_log_probs(memory, layout, 3, vectors=vectors)
+        chunked = item_log_probs(memory, MemoryPrompts(layout, histories, memory.policy), 3)
     np.testing.assert_allclose(chunked.numpy(), memory.score_items(histories, head="items"), atol=2e-5)
     cache = pk.UserCache(memory, 1 << 20)
     for _ in range(2):

@@ -39,7 +39,7 @@ class Kept:
     def __init__(self, states: dict[Hashable, State | None]) -> None:
         self.states, self.asked = states, 0
 
-    def check(self, model: Any, policy: Any) -> None:
+    def check(self, model: Any, policy: Any, seen: Any) -> None:
         pass
 
     @contextmanager

@@ -194,10 +194,10 @@ class Catalog:
             also += f", texts of {self.texts.token_ids.size:,} tokens"
         return f"Catalog({len(self):,} items, {self.token_ids.size:,} tokens{also})"
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """``(n_items,)`` int32, tokens per title."""
-        return np.diff(self.offsets)
+        return freeze(np.diff(self.offsets))
 
     @cached_property
     def distinct_tokens(self) -> frozenset[int]:

@@ -322,8 +322,6 @@ def _joined(
     else:
         first = experts[parts.user[bodies]]
         ranges[1, :, of_bodies] = np.stack([first, first + count * (parts.nth[bodies] > 0)])
-    per_user = np.zeros(n_users, np.int64)
-    for where, which in ((of_prompts, leads), (of_bodies, bodies), (of_experts, old)):
-        np.add.at(per_user, parts.user[which], pieces.rows[np.argsort(order)[where]])
-    joined = arranged(layout, prompt.experts[:count], pieces, ranges[:, :, order], running(per_user))
+    begins = np.append(prompts, pieces.total)
+    joined = arranged(layout, prompt.experts[:count], pieces, ranges[:, :, order], begins)
     return PatchLayout._trusted({**joined.__dict__, "history_rows": layout.history_rows + count * old.size})

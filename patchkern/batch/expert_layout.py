@@ -311,17 +311,18 @@ def _joined(
     prompts, experts = np.zeros(n_users, np.int64), np.zeros(n_users, np.int64)
     prompts[parts.user[leads]] = at[of_prompts]
     experts[parts.user[old[::-1]]] = at[of_experts][::-1]  # of several the first
-    ranges = np.zeros((2, 2, order.size), np.int64)
-    for where, which in ((of_bodies, bodies), (of_experts, old)):
-        seen = first_rows + (count * parts.nth[which] if in_blocks else 0)
-        ranges[0, :, where] = np.stack([prompts[parts.user[which]], prompts[parts.user[which]] + seen])
-    if in_blocks:
-        own = np.zeros(parts.user.size, np.int64)
-        own[bodies] = at[of_bodies]
-        ranges[1, :, of_experts] = np.stack([own[old], own[old] + rows[old] * chosen[old]])
-    else:
-        first = experts[parts.user[bodies]]
-        ranges[1, :, of_bodies] = np.stack([first, first + count * (parts.nth[bodies] > 0)])
+    ranges = np.zeros((2 * compressed.any(), 2, order.size), np.int64)  # a user in one span sees no other
+    if ranges.size:
+        for where, which in ((of_bodies, bodies), (of_experts, old)):
+            seen = first_rows + (count * parts.nth[which] if in_blocks else 0)
+            ranges[0, :, where] = np.stack([prompts[parts.user[which]], prompts[parts.user[which]] + seen])
+        if in_blocks:
+            own = np.zeros(parts.user.size, np.int64)
+            own[bodies] = at[of_bodies]
+            ranges[1, :, of_experts] = np.stack([own[old], own[old] + rows[old] * chosen[old]])
+        else:
+            first = experts[parts.user[bodies]]
+            ranges[1, :, of_bodies] = np.stack([first, first + count * (parts.nth[bodies] > 0)])
     begins = np.append(prompts, pieces.total)
     joined = arranged(layout, prompt.experts[:count], pieces, ranges[:, :, order], begins)
     return PatchLayout._trusted({**joined.__dict__, "history_rows": layout.history_rows + count * old.size})

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchkern.batch.arrangement import spread
 from patchkern.batch.expert_layout import compress_layout, compressed_row_counts, expert_hashes, read_layout
 from patchkern.batch.experts import Experts
 from patchkern.batch.hashes import UInt64, row_hashes
@@ -154,8 +155,8 @@ class ExpertPrompts:
         """``(T,)`` of the layout's rows, see `patchkern.row_hashes`; experts' are those of what they have read."""
         by_item = model.item_embedding is not None
         hashes = row_hashes(self.layout, by_item)
-        learned = np.isin(-1 - self.layout.lo.numpy(), model.prompt.experts)
-        hashes[learned] = expert_hashes(model.catalog, self._histories, self._policy, model.prompt, by_item)
+        learned = expert_hashes(model.catalog, self._histories, self._policy, model.prompt, by_item)
+        hashes[self._rows(np.arange(self._cuts.size))] = learned
         return hashes
 
     def load(
@@ -190,18 +191,18 @@ class ExpertPrompts:
             states = compress(model, self._old(users), self._policy, chunk_rows=chunk_rows, store_rows=most)
             self._place(cache, users, states)
 
+    def _rows(self, users: Int64) -> Int64:
+        """The experts' rows in the layout, user by user."""
+        return spread(self.layout.cu_seqlens.numpy()[users] + self._beginning, self._experts[users])
+
     def _old(self, users: Int64) -> Histories:
         return self._histories.between(users, np.zeros_like(users), self._cuts[users])
 
     def _place(self, cache: PrefixCache, users: Int64, states: Sequence[State]) -> None:
         if users.size == 0:
             return
-        begins = self.layout.cu_seqlens.numpy().astype(np.int64)[users] + self._beginning
-        rows = np.concatenate(
-            [np.arange(size) + begin for begin, size in zip(begins, self._experts[users], strict=True)]
-        )
         device = cache.positions.device
-        places = torch.from_numpy(rows).to(device, non_blocking=True)
+        places = torch.from_numpy(self._rows(users)).to(device, non_blocking=True)
         for layer, pair in enumerate(zip(*[iter(zip(*states, strict=True))] * 2, strict=True)):
             new = [torch.cat([part.to(device, non_blocking=True) for part in parts], dim=1) for parts in pair]
             stored = cache.layers_like({layer: (new[0], new[1])})[layer]

@@ -125,6 +125,16 @@ def test_an_experts_hash_is_that_of_what_it_has_read(kind: str) -> None:
     assert not set(hashes(history, pk.Prompt([99], [102], [103], [105], experts=prompt.experts))) & set(before)
 
 
+def test_hashes_of_many_blocks_are_made_in_linear_time() -> None:
+    """As many blocks as items read one after the other would be 2 * 10**9 items."""
+    policy = pk.Experts(pk.ItemPatches(0, None), count=1, block=1, parts="blocks")
+    prompt = pk.Prompt((100,), (101,), (103,), (105,), experts=(110,))
+    items = np.random.default_rng(0).integers(0, N_ITEMS, 65_536)
+    hashes = expert_hashes(CATALOG, pk.Histories.coerce([items, items[:1000]]), policy, prompt)
+    assert hashes.size == 65_535 + 999 and np.array_equal(hashes[65_535:], hashes[:999])
+    assert np.unique(hashes).size == 65_535
+
+
 def test_items_read_in_another_way_give_other_experts() -> None:
     prompt = pk.Prompt((100,), (101,), (103,), (105,), experts=(110,))
     old = pk.Histories.from_sequences([[1, 2, 3, 4, 5, 6, 7]])

@@ -76,6 +76,26 @@ def test_a_budget_is_kept() -> None:
         model.recommend(histories, TEXT, 4, 4, memory_budget=weights + 1000)
 
 
+@pytest.mark.parametrize("policy", [TEXT, BLOCKS], ids=["one", "blocks"])
+def test_who_is_kept_needs_nothing_aside(policy: pk.Experts) -> None:
+    model = model_for(policy)
+    histories = memory_cases.users(300, 250, 60, 5)
+    counts = pk.expert_row_counts(model.catalog, histories, policy, model.prompt)
+    states = pk.UserStates(model, policy)
+    states.update(None, histories)
+    plan = pk.plan_memory(model, counts.read, None, num_beams=4)
+    assert memory_cases.measured(model, histories, policy, 4, user_states=states) <= plan.peak
+    # scores keep within a budget, with them and without
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    expected = model.score_items(histories, policy)
+    for given in (None, states):
+        budget = weights + (6 << 20)
+        with peak_memory("cpu") as peak:
+            scores = model.score_items(histories, policy, memory_budget=budget, nodes_per_pass=8, user_states=given)
+        assert weights + peak.bytes <= budget
+        np.testing.assert_allclose(scores, expected, atol=2e-5)
+
+
 def test_refused() -> None:
     model = model_for(TEXT)
     with pytest.raises(ValueError, match=r"compressed: expected one per user \(2\), got 1"):

@@ -362,3 +362,5 @@ def test_users_without_rows_are_named() -> None:
     assert len(model.recommend([[1], [4, 5]], k=3, search="items")) == 2
     with pytest.raises(ValueError, match=r"prompt: expected a prefix, .*1 histories without items \(user 'b'\)"):
         model.recommend({"a": [1], "b": []}, k=3, search="items")
+    with pytest.raises(ValueError, match=r"prompt: expected a prefix, .*1 histories without items \(user 1\)"):
+        model.score_items([[1], [], [2]], head="items")

@@ -210,7 +210,8 @@ def test_errors_name_argument_and_user(options: dict[str, Any], message: str, mo
         model.recommend([[1], [1] * 200, []], POLICIES["text"], 2, 2, user_ids=["ada", "bob", "eve"], **options)
 
 
-def test_a_prompt_that_the_model_does_not_take_is_named_before_others_are_computed() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_prompt_that_the_model_does_not_take_is_named_before_others_are_computed(batch_size: int) -> None:
     model = make_model(TITLES, "gpt2")
 
     def prompt_logits(*_: Any) -> Any:
@@ -218,7 +219,7 @@ def test_a_prompt_that_the_model_does_not_take_is_named_before_others_are_comput
 
     model.prompt_logits = prompt_logits  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"histories: expected at most 256 rows .* \(user 'bob'\)"):
-        model.recommend([[1], [1] * 300], POLICIES["text"], 2, 2, batch_size=1, user_ids=["ada", "bob"])
+        model.recommend([[1], [1] * 300], POLICIES["text"], 2, 2, batch_size=batch_size, user_ids=["ada", "bob"])
 
 
 def test_summaries_add_up_and_go_through_json() -> None:

@@ -47,6 +47,11 @@ def histories_of(kind: str, seed: int = 0) -> list[list[Any]]:
     return [[ids[item] for item in draw.integers(0, N_ITEMS, length)] for length in (13, 2, 22, 9)]
 
 
+def assert_same_scores(model: Any, histories: Any, expected: np.ndarray, **options: Any) -> None:
+    found = model.score_items(histories, user_ids=NAMES, **options)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
 def assert_alike(found: list[Any], expected: list[Any]) -> None:
     for own, other in zip(found, expected, strict=True):
         assert [item for item, _ in own] == [item for item, _ in other]
@@ -85,6 +90,21 @@ def test_lists_are_those_without_states(name: str, subject: str, open_one: Opene
         assert_alike(lists, expected)
 
 
+@pytest.mark.parametrize("subject", ["titles", "items"])
+@pytest.mark.parametrize("name", [*POLICIES, *MEMORIES])
+def test_scores_are_those_without_states(name: str, subject: str) -> None:
+    model = model_of(subject, (POLICIES | MEMORIES)[name])
+    histories = histories_of(subject)
+    expected = model.score_items(histories)
+    states = pk.UserStates(model)
+    for kept in ([], [0, 3], [0, 1, 2, 3]):  # nobody, some, and all
+        states.update([NAMES[user] for user in kept], [histories[user][:-1] for user in kept])
+        for more in ({}, {"batch_size": 1}, {"memory_budget": "64MiB"}):
+            assert_same_scores(model, histories, expected, user_states=states, **more)
+    states.update(NAMES, histories_of(subject, seed=1))
+    assert_same_scores(model, histories, expected, user_states=states)  # of other pasts
+
+
 def test_what_is_kept_is_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists come from the store: with another's experts in it they would be wrong, and nothing old is computed."""
     model, history = model_of("items", POLICIES["blocks"]), histories_of("items")[2]
@@ -102,12 +122,18 @@ def test_what_is_kept_is_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "embed", counted)
     assert_alike(model.recommend([history], k=5, user_states=states, user_ids=["ada"]), expected)
     assert sum(rows) == 1 + 2  # what starts a history, and two recent items
+    scores = model.score_items([history])
+    rows.clear()
+    np.testing.assert_allclose(model.score_items([history], user_states=states, user_ids=["ada"]), scores, atol=1e-12)
+    assert sum(rows) == 1 + 2
     with states.store.reading([b"sada"]) as (value,):
         assert value is not None
         changed = bytearray(value)
     states.store.put({b"sada": changed[:-1] + b"?"})
     with pytest.raises(StoreError, match="user 'ada': expected a whole compressed user, got a torn one"):
         model.recommend([history], k=5, user_states=states, user_ids=["ada"])
+    with pytest.raises(StoreError, match="user 'ada': expected a whole compressed user, got a torn one"):
+        model.score_items([history], user_states=states, user_ids=["ada"])
 
 
 def test_states_of_another_model_or_policy_are_refused() -> None:
@@ -117,8 +143,14 @@ def test_states_of_another_model_or_policy_are_refused() -> None:
     for wrong in (other, model_of("items", POLICIES["one"])):
         with pytest.raises(ValueError, match="user_states: expected those made for this model, got another model's"):
             wrong.recommend([history], k=5, user_states=states)
+        with pytest.raises(ValueError, match="user_states: expected those made for this model, got another model's"):
+            wrong.score_items([history], user_states=states)
     with pytest.raises(ValueError, match=r"user_states: expected those made under this policy, .*one.*blocks"):
         model.recommend([history], POLICIES["blocks"], k=5, user_states=states)
+    with pytest.raises(ValueError, match="user_states: expected None under ItemPatches, which compresses no old items"):
+        model.score_items([history], PATCH, user_states=states)
+    with pytest.raises(TypeError, match="user_states: expected UserStates or None, got dict"):
+        model.score_items([history], user_states={"ada": None})
     with pytest.raises(TypeError, match="user_ids: expected an integer, a string or bytes for a store, got tuple"):
         model.recommend([history], k=5, user_states=states, user_ids=[("a", 1)])
     with torch.no_grad():

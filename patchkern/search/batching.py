@@ -277,7 +277,8 @@ def plan_memory(
         batch_size: users in one batch, at most; None: no limit but the budget.
         device: where the search runs; the model's, or the CPU for a configuration, where not given.
         compressed: ``(B,)`` rows of every user that are computed for experts and dropped, with ``row_counts`` those
-            that are left, both from `patchkern.expert_row_counts`; not with ``policies``.
+            that are left, both from `patchkern.expert_row_counts`; not with ``policies``. Who is kept in a
+            `patchkern.UserStates` has none of them.
 
     Raises:
         TypeError, ValueError: naming the argument; a user who does not fit alone, with what would be needed.

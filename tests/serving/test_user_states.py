@@ -187,7 +187,7 @@ def test_another_models_store_is_refused(open_one: Opener, make: Callable[..., U
         store = open_one()
     assert len(store) == 1
     with pytest.raises(ValueError, match="user_states: expected those made for this model, got another model's"):
-        states.check(other, None)
+        states.check(other, None, None)
 
 
 def test_a_model_that_changed_is_refused(make: Callable[..., UserStates]) -> None:

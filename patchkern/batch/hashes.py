@@ -15,6 +15,7 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.layout_checks import check_readable
+from patchkern.batch.policy_kinds import Level, Levels
 
 UInt64 = NDArray[np.uint64]
 
@@ -105,7 +106,7 @@ def item_hashes(catalog: Catalog, by_item: bool = False, index: NDArray[np.integ
 
 def learned_hashes(
     read: UInt64,
-    forms: NDArray[np.integer[Any]],
+    forms: Levels,
     offsets: NDArray[np.int64],
     user: NDArray[np.int64],
     lengths: NDArray[np.int64],
@@ -116,19 +117,19 @@ def learned_hashes(
 
     Args:
         read: ``(N,)`` hashes of the items of B users.
-        forms: ``(N,)`` as what each of them was read.
+        forms: ``(N,)`` as what each of them was read, a `Level`.
         offsets: ``(B + 1,)`` which of them are whose.
         user: ``(G,)`` whose each group of learned rows is, and lengths: ``(G,)`` how many of that user's first items it
             has read, in order.
         count: learned rows of a group.
-        manner: numbers of at least 0 that say how all of them were read.
+        manner: integers that say how all of them were read.
 
     Returns:
         ``(G * count,)`` uint64: each row's comes from what it has read, how, and its place in its group.
     """
-    how = _sequences(_mixed(manner, _LEARNED), np.zeros(1, np.int64), np.array([manner.size]), _LEARNED)
+    how = np.frombuffer(blake2b(manner.astype("<i8").tobytes(), digest_size=8).digest(), "<u8")
     place = np.arange(read.size) - np.repeat(offsets[:-1], np.diff(offsets))
-    sums = _running(_mixed(place, _mixed(forms, _mixed(read.astype(np.int64), how))))
+    sums = _running(_mixed(place * (1 + Level.DROP) + forms, read ^ how))
     first = offsets[user]
     pasts = _mixed(lengths, sums[first + lengths] - sums[first] + _LEARNED)
     return _mixed(np.tile(np.arange(count), pasts.size), np.repeat(pasts, count))

@@ -294,8 +294,10 @@ class UserStates:
                 if record is None or not self._is_of(record, user, record.cut):
                     found.append((user, None))
                 elif record.cut < len(user.past):
-                    known = Known(record.cut, tuple(tensor.clone() for tensor in record.tensors))
-                    found.append((user, known if self._compressor.extends else None))
+                    known = None
+                    if self._compressor.extends:
+                        known = Known(record.cut, tuple(tensor.clone() for tensor in record.tensors))
+                    found.append((user, known))
         return found
 
     def _store(self, histories: Histories, batch: list[tuple[_User, Known | None]]) -> int:

@@ -219,5 +219,6 @@ def packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
         "cu_users": None,
     }
     if layout.vector_rows is not None:
-        values["vector_rows"] = torch.nonzero(torch.isin(rows, layout.vector_rows))[:, 0]
+        own = torch.nonzero(torch.isin(rows, layout.vector_rows))[:, 0]
+        values["vector_rows"] = own if own.shape[0] else None
     return PatchLayout._trusted({**layout.__dict__, **values})

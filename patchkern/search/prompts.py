@@ -29,7 +29,7 @@ class MemoryPrompts:
     """The prompts of a batch of users in whose layout some rows are memories, as a search takes them in its place.
 
     Attributes:
-        layout: the prompts, with ``vector_rows``.
+        layout: the prompts, on the CPU, with ``vector_rows``.
         histories: whole ones, of B users.
         policy: under which the prompts were planned.
         states: asked for the memories; without, or where it has none, they are made.
@@ -52,8 +52,7 @@ class MemoryPrompts:
         if self.states is None or rows is None or rows.shape[0] == 0:
             return vectors_of(model, self.layout, self.histories, self.policy, chunk_rows)
         self.states.check(model, self.policy, seen())
-        of_user = torch.bucketize(rows.cpu(), self.layout.cu_seqlens[1:].cpu().long(), right=True)
-        counts = torch.bincount(of_user, minlength=len(self.histories)).tolist()
+        counts = np.diff(np.searchsorted(rows.numpy(), self.layout.cu_seqlens.numpy())).tolist()
         with self.states.reading(self.names, self.histories) as found:
             lacking = [user for user, state in enumerate(found) if state is None and counts[user]]
             made: Iterator[Tensor] = iter(())
@@ -159,10 +158,11 @@ class Prompts:
     def _prefill(self, layout: PatchLayout, spans: Pass) -> Tensor:
         """Compute rows of the prompts; returns the logits (k, V), or states (k, D), of those that end one."""
         self._cache.prefill(spans)
-        vectors = None
-        if layout.vector_rows is not None and self._vectors is not None:
-            vectors = self._vectors[_among(layout.vector_rows, spans)]
-        asked = (packed(layout, spans), torch.from_numpy(spans.last), self._cache, vectors)
+        own, vectors = packed(layout, spans), None
+        if own.vector_rows is not None and layout.vector_rows is not None and self._vectors is not None:
+            rows = torch.from_numpy(spans.rows)[own.vector_rows]
+            vectors = self._vectors[torch.searchsorted(layout.vector_rows, rows)]
+        asked = (own, torch.from_numpy(spans.last), self._cache, vectors)
         if self._head == "items":
             return self._model.prompt_states(*asked)
         return _wide(self._model.prompt_logits(*asked))
@@ -232,13 +232,6 @@ def vectors_of(
         )
     vectors: Tensor = model.prompt_vectors(histories, policy, chunk_rows)
     return vectors
-
-
-def _among(vector_rows: Tensor, spans: Pass) -> Tensor:
-    """``(n,)`` the vectors of a pass's rows, in the order of those."""
-    rows = torch.from_numpy(spans.rows)
-    rows = rows[torch.isin(rows, vector_rows)]
-    return torch.searchsorted(vector_rows, rows)
 
 
 def _literals(layout: PatchLayout) -> NDArray[Any]:

@@ -219,6 +219,7 @@ def packed(layout: PatchLayout, spans: Pass) -> PatchLayout:
         "cu_users": None,
     }
     if layout.vector_rows is not None:
-        own = torch.nonzero(torch.isin(rows, layout.vector_rows))[:, 0]
-        values["vector_rows"] = own if own.shape[0] else None
+        first, end = (np.searchsorted(layout.vector_rows.numpy(), spans.rows, side) for side in ("left", "right"))
+        own = np.flatnonzero(first < end)
+        values["vector_rows"] = torch.from_numpy(own) if own.size else None
     return PatchLayout._trusted({**layout.__dict__, **values})

@@ -4,7 +4,7 @@ r"""Users kept compressed: what the stores take and give, and what one more even
     python bench/bench_user_states.py                                      # minutes; 2,000 users
     python bench/bench_user_states.py --parts stores --users 100000        # 900 MB on the disk for each store
     python bench/bench_user_states.py --output bench/results/user-states.csv
-    python bench/bench_user_states.py --users 50 --seconds 0 --items 130 --events 5    # does it run at all
+    python bench/bench_user_states.py --users 50 --seconds 0 --items 130 --events 5 --together 3   # does it run at all
 
 "stores": --users values of --layers x 2 x --width x --experts numbers in float32, a small model's, are put in
 transactions of --batch and read back by as many, in an order of its own. "put" is on the disk when it ends, where there
@@ -16,8 +16,11 @@ where redis-server is installed, without a file of its own.
 "update" is ``UserStates.update``, which compresses only where a block of items is full; "anew" the same for a user who
 is not kept. "list" is the user's 20 items behind what is kept, "list, anew" without it; both read the recent items,
 which "list, cached" has in a `UserCache`; "update and list" is an event and then that. "whole history" has nothing
-compressed: its list is computed anew, or with a `UserCache`. Times are those of single events, and their mean, which
-has the blocks in it.
+compressed: its list is computed anew, or, "whole history, cached", with a `UserCache`, after the same events as the
+others. Times are those of single events, and their mean, which has the blocks in it.
+
+"together": --together users of --items items and up to a block more, each with one more event at a time: "update", and
+the lists of all of them in one call.
 
 Before any time is printed, every value must be read back bit for bit, and lists must be those without states.
 """
@@ -46,18 +49,22 @@ import patchkern as pk
 from bench import output
 from bench.timing import Table, Timing, measure
 from bench.training_providers import make_model
-from bench.workloads import ml1m
+from bench.workloads import Workload, ml1m
 from patchkern.serving.records import UserRecord, header_bytes, pack, record_bytes, unpack
 from patchkern.serving.stores import LmdbStore, MemoryStore, RedisStore, SqliteStore, UserStore
 
-PARTS = ("stores", "events")
+PARTS = ("stores", "events", "together")
 K = 20
+BLOCK = 50
+WHOLE, WHOLE_CACHED = "whole history", "whole history, cached"
 MODEL = bytes(16)
 SPEED_UPS = (
     ("anew", "update"),
     ("list, anew", "list"),
     ("list, anew", "list, cached"),
     ("list, anew", "update and list"),
+    (WHOLE_CACHED, "list"),
+    (WHOLE_CACHED, "list, cached"),
 )
 
 
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--items", type=int, default=1000, help="of the user who has further events")
     parser.add_argument("--events", type=int, default=100)
+    parser.add_argument("--together", type=int, default=64, help="users of one call")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=3.0, help="of reading, for each store")
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     table = Table(output.prepare(args.output, "user-states.csv"))
     for part in args.parts:
-        {"stores": stores, "events": events}[part](table, args)
+        {"stores": stores, "events": events, "together": together}[part](table, args)
         table.write()
 
 
@@ -207,49 +215,53 @@ def answers(port: int) -> bool:
 
 def events(table: Table, args: argparse.Namespace) -> None:
     workload = ml1m(args.vocab_size)
-    prompt = workload.prompt.with_special(experts=range(args.vocab_size, args.vocab_size + args.experts))
     items = np.random.default_rng(0).choice(workload.catalog.item_ids, args.items + args.events)
-    patches = pk.ItemPatches(0, None)
-    policies: dict[str, Any] = {
-        "experts, one": pk.Experts(patches, count=args.experts, keep=20, block=50),
-        "experts, blocks": pk.Experts(patches, count=args.experts, block=50, parts="blocks"),
-        "memory, overwrite": pk.PreferenceMemory(patches, slots=args.experts, block=50),
-        "memory, append": pk.PreferenceMemory(patches, slots=args.experts, block=50, mode="append"),
-        "whole history": patches,
-    }
+    policies = policies_of(args)
+    model = model_of(workload, policies[WHOLE], args)
+    find = finder(model, ["ada"])
     for name, policy in policies.items():
-        network = make_model(args.hidden_size, args.layers, args.vocab_size + args.experts)
-        model: Any = pk.PatchedCausalLM(network, workload.catalog, prompt, policy, item_head=True).eval()
-        if isinstance(policy, pk.PreferenceMemory):
-            model = pk.RecurrentMemory(model).eval()
-        find = partial(model.recommend, k=K, search="items", user_ids=["ada"])
         config = {part: getattr(args, part) for part in ("items", "events", "hidden_size", "layers", "experts")}
         config |= {"data": workload.name, "policy": str(policy)}
-        if name == "whole history":
-            taken = whole_history(model, find, items, args)
+        cached = partial(find, user_cache=pk.UserCache(model, 1 << 28))
+        if name == WHOLE:
+            taken = whole_history(find, cached, items, args)
         else:
-            states = pk.UserStates(model)
-            taken = kept(states, find, items, args, name)
+            states = pk.UserStates(model_of(workload, policy, args))
+            taken = kept(states, cached, items, args, name)
             config["bytes_per_user"] = states.bytes_per_user
-        timing = Timing({mode: np.array(seconds) for mode, seconds in taken.items()})
-        for mode, seconds in timing.seconds.items():
-            table.add(name, mode, "time", "ms", quantiles(1e3 * seconds), config)
-            table.add(name, mode, "mean time", "ms", 3 * (1e3 * float(seconds.mean()),), config)
-        for anew, mode in SPEED_UPS:
-            if {anew, mode} <= taken.keys():
-                table.add(name, mode, f"speed-up over {anew}", "x", timing.ratio(anew, mode), config)
-                mean = timing.seconds[anew].mean() / timing.seconds[mode].mean()
-                table.add(name, mode, f"speed-up over {anew}, means", "x", 3 * (float(mean),), config)
+        add_times(table, name, taken, config)
+
+
+def policies_of(args: argparse.Namespace) -> dict[str, Any]:
+    patches = pk.ItemPatches(0, None)
+    return {
+        "experts, one": pk.Experts(patches, count=args.experts, keep=20, block=BLOCK),
+        "experts, blocks": pk.Experts(patches, count=args.experts, block=BLOCK, parts="blocks"),
+        "memory, overwrite": pk.PreferenceMemory(patches, slots=args.experts, block=BLOCK),
+        "memory, append": pk.PreferenceMemory(patches, slots=args.experts, block=BLOCK, mode="append"),
+        WHOLE: patches,
+    }
+
+
+def model_of(workload: Workload, policy: Any, args: argparse.Namespace) -> Any:
+    prompt = workload.prompt.with_special(experts=range(args.vocab_size, args.vocab_size + args.experts))
+    network = make_model(args.hidden_size, args.layers, args.vocab_size + args.experts)
+    model = pk.PatchedCausalLM(network, workload.catalog, prompt, policy, item_head=True).eval()
+    return pk.RecurrentMemory(model).eval() if isinstance(policy, pk.PreferenceMemory) else model
+
+
+def finder(model: Any, users: list[str]) -> Callable[..., Any]:
+    return partial(model.recommend, k=K, search="items", user_ids=users, batch_size=len(users))
 
 
 def kept(
-    states: pk.UserStates, find: Callable[..., Any], items: Any, args: argparse.Namespace, name: str
+    states: pk.UserStates, whole: Callable[..., Any], items: Any, args: argparse.Namespace, name: str
 ) -> dict[str, list[float]]:
     """Seconds of every event, by what was done."""
     model = states.model
-    anew = pk.UserStates(model)
-    cache = pk.UserCache(model, 1 << 26)
-    modes = ("update", "anew", "list", "list, cached", "list, anew")
+    anew, find = pk.UserStates(model), finder(model, ["ada"])
+    cache, shuffle = pk.UserCache(model, 1 << 26), np.random.default_rng(0)
+    modes = ("update", "anew", "list", "list, cached", "list, anew", WHOLE_CACHED)
     taken: dict[str, list[float]] = {mode: [] for mode in modes}
     states.update(["ada"], [items[: args.items - 1]])
     for length in range(args.items, args.items + args.events):
@@ -261,34 +273,84 @@ def kept(
             "list": partial(find, history, user_states=states),
             "list, cached": partial(find, history, user_states=states, user_cache=cache),
             "list, anew": partial(find, history),
+            WHOLE_CACHED: partial(whole, history),
         }
         results = {}
-        for part, call in calls.items():
+        for mode in ("update", *shuffle.permutation(modes[1:]).tolist()):
             before = time.perf_counter()
-            results[part] = call()
+            results[mode] = calls[mode]()
             if length > args.items:  # the first one warms up
-                taken[part].append(time.perf_counter() - before)
+                taken[mode].append(time.perf_counter() - before)
         expected = dict(results["list, anew"][0])
-        same = [alike(dict(results[part][0]), expected) for part in ("list", "list, cached")]
+        same = [alike(dict(results[mode][0]), expected) for mode in ("list", "list, cached")]
         if results["anew"].compressed != 1 or not all(same):
             sys.exit(f"{name}: wrong result: other lists than without states; nothing was timed")
     taken["update and list"] = [sum(both) for both in zip(taken["update"], taken["list, cached"], strict=True)]
     return taken
 
 
-def whole_history(model: Any, find: Callable[..., Any], items: Any, args: argparse.Namespace) -> dict[str, list[float]]:
-    cache = pk.UserCache(model, 1 << 28)
+def whole_history(
+    find: Callable[..., Any], cached: Callable[..., Any], items: Any, args: argparse.Namespace
+) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {"list, cached": [], "list, anew": []}
     for length in range(args.items - 1, args.items + args.events):
         scores = []
-        for part, more in (("list, cached", {"user_cache": cache}), ("list, anew", {})):
+        for mode, call in (("list, cached", cached), ("list, anew", find)):
             before = time.perf_counter()
-            scores.append(dict(find([items[:length]], **more)[0]))
+            scores.append(dict(call([items[:length]])[0]))
             if length > args.items:
-                taken[part].append(time.perf_counter() - before)
+                taken[mode].append(time.perf_counter() - before)
         if not alike(*scores):
             sys.exit("whole history: wrong result: other lists than without a cache; nothing was timed")
     return taken
+
+
+def together(table: Table, args: argparse.Namespace) -> None:
+    workload, rng, shuffle = ml1m(args.vocab_size), np.random.default_rng(0), np.random.default_rng(1)
+    users = [f"user {number}" for number in range(args.together)]
+    begins = [args.items + number * BLOCK // len(users) for number in range(len(users))]
+    items = [rng.choice(workload.catalog.item_ids, begin + args.events) for begin in begins]
+    policies = policies_of(args)
+    whole = model_of(workload, policies.pop(WHOLE), args)
+    cached = partial(finder(whole, users), user_cache=pk.UserCache(whole, 1 << 30))
+    for name, policy in policies.items():
+        states = pk.UserStates(model_of(workload, policy, args))
+        find = finder(states.model, users)
+        calls = {
+            "update": partial(states.update, users),
+            "list": partial(find, user_states=states),
+            "list, cached": partial(find, user_states=states, user_cache=pk.UserCache(states.model, 1 << 28)),
+            WHOLE_CACHED: cached,
+        }
+        taken: dict[str, list[float]] = {mode: [] for mode in calls}
+        for event in range(args.events):
+            histories = [own[: begin + event] for own, begin in zip(items, begins, strict=True)]
+            results = {}
+            for mode in ("update", *shuffle.permutation(list(calls)[1:]).tolist()):
+                before = time.perf_counter()
+                results[mode] = calls[mode](histories)
+                if event:  # the first one warms up
+                    taken[mode].append(time.perf_counter() - before)
+        some = min(2, len(users))  # without states, the rest takes minutes
+        expected = find(histories[:some], user_ids=users[:some])
+        for mode in ("list", "list, cached"):
+            if not all(map(alike, map(dict, results[mode][:some]), map(dict, expected))):
+                sys.exit(f"{name}: wrong result: other lists than without states; nothing was timed")
+        config = {part: getattr(args, part) for part in ("items", "events", "together", "hidden_size", "layers")}
+        config |= {"experts": args.experts, "data": workload.name, "policy": str(policy)}
+        add_times(table, f"{name}, together", taken, config)
+
+
+def add_times(table: Table, name: str, taken: dict[str, list[float]], config: dict[str, Any]) -> None:
+    timing = Timing({mode: np.array(seconds) for mode, seconds in taken.items()})
+    for mode, seconds in timing.seconds.items():
+        table.add(name, mode, "time", "ms", quantiles(1e3 * seconds), config)
+        table.add(name, mode, "mean time", "ms", 3 * (1e3 * float(seconds.mean()),), config)
+    for slow, mode in SPEED_UPS:
+        if {slow, mode} <= taken.keys():
+            table.add(name, mode, f"speed-up over {slow}", "x", timing.ratio(slow, mode), config)
+            mean = timing.seconds[slow].mean() / timing.seconds[mode].mean()
+            table.add(name, mode, f"speed-up over {slow}, means", "x", 3 * (float(mean),), config)
 
 
 def alike(found: dict[Any, float], expected: dict[Any, float]) -> bool:

@@ -317,7 +317,7 @@ def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench_user_states, "ml1m", workloads.stand_in)
     tiny = ["--users", "20", "--batch", "8", "--seconds", "0", "--items", "118", "--events", "4"]
-    tiny += ["--hidden_size", "64", "--layers", "1"]
+    tiny += ["--hidden_size", "64", "--layers", "1", "--together", "3"]
     bench_user_states.main(tiny)
     rows = {(row["provider"], row["mode"], row["metric"]) for row in table(tmp_path / "runs/bench/user-states.csv")}
     for store in ("memory", "sqlite"):
@@ -325,6 +325,8 @@ def test_user_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("sqlite", "put", "bytes per user on the disk") in rows
     for name in ("experts, one", "experts, blocks", "memory, overwrite", "memory, append"):
         assert (name, "update", "speed-up over anew") in rows and (name, "list, cached", "time") in rows
+        for own in (name, f"{name}, together"):
+            assert (own, "list, cached", "speed-up over whole history, cached") in rows
     assert ("whole history", "list, cached", "speed-up over list, anew") in rows
     right, expected = bench_user_states.unpack, bench_user_states.alike
     monkeypatch.setattr(bench_user_states, "unpack", lambda *given: right(*given)._replace(cut=0))

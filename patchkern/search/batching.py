@@ -80,7 +80,8 @@ def in_batches(
     cost = None if budget is None else SearchCost(model, size)
     plan = partial(plan_users, model, histories, policy, depth, names, cost, budget, batch_size, head)
     if budget is None and len(histories) <= batch_size:
-        waiting: deque[Batch] = deque([(np.arange(len(histories)), None)][: len(histories)])
+        everybody = np.argsort(-histories.lengths, kind="stable")  # one batch, unless memory is too small for it
+        waiting: deque[Batch] = deque([(everybody, None)][: len(histories)])
     else:
         waiting = deque(plan())
     most = batch_size

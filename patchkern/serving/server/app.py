@@ -21,7 +21,7 @@ from patchkern.serving.server.jobs import Loc
 from patchkern.serving.server.json_route import JsonRoute
 from patchkern.serving.server.middleware import BodyLimit, Measured
 from patchkern.serving.server.problems import Forbidden, Invalid
-from patchkern.serving.server.schema import About, Answer, Answers, Asked, AskedForSeveral, Item, Items
+from patchkern.serving.server.schema import About, Answer, Answers, Asked, AskedForSeveral, Item, Items, Weighted
 from patchkern.serving.server.service import Service
 
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
@@ -107,6 +107,9 @@ def _add_catalog(app: FastAPI, service: Service) -> None:
             catalog=served.model.catalog.fingerprint,
             searches=list(served.searches),
             search=served.search,
+            priors=[
+                Weighted(kind=type(prior).__name__, weight=weight) for prior, weight in zip(*served.priors, strict=True)
+            ],
             max_history=limits.max_history,
             max_k=limits.max_k,
             max_beams=limits.max_beams,

@@ -48,7 +48,7 @@ class Item(TypedDict):
 
 
 class Recommended(Item):
-    """An item, and the log-probability that the model gives it."""
+    """An item, and the log-probability that the model gives it, with what priors add to it."""
 
     score: float
 
@@ -117,6 +117,13 @@ class Items(BaseModel):
     total: int
 
 
+class Weighted(BaseModel):
+    """A prior, and how much it counts."""
+
+    kind: str
+    weight: float
+
+
 class About(BaseModel):
     """What is served."""
 
@@ -127,6 +134,7 @@ class About(BaseModel):
     catalog: str
     searches: list[str]
     search: str
+    priors: list[Weighted]
     max_history: int
     max_k: int
     max_beams: int

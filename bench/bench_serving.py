@@ -162,6 +162,8 @@ def measure(
         add(table, name, f"{mode}, {clients} clients", "speed", "users/s", speed, config)
         cpu = np.array([1e3 * one.cpu / len(bodies) for one in of_rounds])
         add(table, name, f"{mode}, {clients} clients", "CPU time", "ms/user", cpu, config)
+        together = np.array([len(bodies) / one.batches for one in of_rounds])
+        add(table, name, f"{mode}, {clients} clients", "users in a batch", "users", together, config)
         for share in (50, 95):
             late = np.array([1e3 * np.percentile(one.seconds, share) for one in of_rounds])
             add(table, name, f"{mode}, {clients} clients", f"p{share} of latency", "ms", late, config)

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"serve needs {error.name}, which is not installed: pip install 'patchkern[serving]'")
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     gc.freeze()  # what was imported: to look through it now and then would keep everybody waiting for 0.2 seconds
     try:
         try:

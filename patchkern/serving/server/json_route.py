@@ -14,14 +14,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
-_MISSING = {"type": "missing", "loc": ("body",), "msg": "Field required"}
-
 
 class JsonRoute(APIRoute):
     """Its endpoint takes one pydantic model, the body, and returns what is sent as JSON, unchecked.
 
     FastAPI would look for further parameters in every request, and check what the endpoint made. What is wrong with a
-    body is said as FastAPI says it.
+    body is said in the form in which FastAPI says it.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -43,20 +41,26 @@ def _checked(kind: type[BaseModel], body: bytes, content_type: str) -> BaseModel
     Raises:
         RequestValidationError, HTTPException: what is wrong with it; it cannot be decoded.
     """
-    if not body:
-        raise RequestValidationError([_MISSING])
+    if not _is_json(content_type):
+        got = repr(content_type) if content_type else "none"
+        raise _wrong("content_type", f"expected the Content-Type application/json, got {got}", "header", "content-type")
     try:
-        content = json.loads(body) if _is_json(content_type) else body
+        content = json.loads(body)
     except json.JSONDecodeError as error:
-        found = {"type": "json_invalid", "loc": ("body", error.pos), "msg": f"JSON decode error: {error.msg}"}
-        raise RequestValidationError([found]) from error
+        raise _wrong("json_invalid", f"expected JSON: {error.msg}", "body", error.pos) from error
     except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, thousands of brackets
         raise HTTPException(400, "There was an error parsing the body") from error
+    if not isinstance(content, dict):
+        raise _wrong("model_type", f"expected an object, got {type(content).__name__}", "body")
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([dict(x, loc=("body", *x["loc"])) for x in wrong]) from error
+
+
+def _wrong(kind: str, message: str, *loc: str | int) -> RequestValidationError:
+    return RequestValidationError([{"type": kind, "loc": loc, "msg": message}])
 
 
 def _is_json(content_type: str) -> bool:

@@ -77,6 +77,14 @@ class Served:
         self.titles = tuple(str(title).encode("utf-8", "replace").decode() for title in titles)
         self.index = TitleIndex(self.titles)
 
+    def __repr__(self) -> str:
+        priors = "".join(f" + {weight:g} {type(prior).__name__}" for prior, weight in zip(*self.priors, strict=True))
+        able = " or ".join(self.searches)
+        return (
+            f"model {self.number}: {type(self.model).__name__}{priors} on {self.model.device}, {self.policy}, "
+            f"{len(self.titles):,} items, found by {able}"
+        )
+
     def rows(self, histories: Histories, search: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``(B,)`` rows that every user's prompt keeps, and those that are computed for its learned rows and dropped.
 

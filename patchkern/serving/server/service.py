@@ -100,7 +100,6 @@ class Service:
         if self._reloading:
             raise Busy("a reload is under way")
         self._reloading = True
-        start = time.perf_counter()
         try:
             self.served = await asyncio.wrap_future(self._batcher.call(self._ready))
         except Closing:
@@ -112,12 +111,13 @@ class Service:
         finally:
             self._reloading = False
         self.metrics.reloads.labels("done").inc()
-        log.info("model %d after %.1f seconds", self.served.number, time.perf_counter() - start)
         return self.served
 
     def _ready(self) -> Served:
+        start = time.perf_counter()
         served = self._read()
         Computer(served, self.limits.budget, self.limits.max_batch).warm_up()
+        log.info("%s, ready after %.1f seconds", served, time.perf_counter() - start)
         return served
 
 

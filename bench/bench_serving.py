@@ -7,10 +7,11 @@ r"""The HTTP server on loopback: how fast, how late, and whether anybody gets so
     python bench/bench_serving.py --users 8 --requests 16 --rounds 1 --clients 1 4 --seconds 2    # does it run at all
 
 "throughput": so many clients send requests of one user each, the next as soon as the answer is there. "batched" is the
-server as it is; "one at a time" the same with ``--max_batch 1``. Both run all the time and are loaded in turns; ratios
-are taken within a turn, of time and of what the server's process computed, which other work on the machine does not
-change much. "titles" is a beam search with 20 hypotheses, "items" the item head of the same model, with "prompts kept"
-for users whose history the server has seen before (``--cache``), "item ids" an `ItemModel`.
+server as it is; "one at a time" the same with ``--max_batch 1``; either takes all cores, or OMP_NUM_THREADS of them.
+Both run all the time and are loaded in turns; ratios are taken within a turn, of time and of what the server's process
+computed, which other work on the machine does not change much. "titles" is a beam search with 20 hypotheses, "items"
+the item head of the same model, with "prompts kept" for users whose history the server has seen before (``--cache``),
+"item ids" an `ItemModel`.
 
 "mixed": --seconds of clients who do anything: ask for one user or several, in every way, search titles, read metrics,
 send what is malformed, hang up in the middle; model and catalogue are read again now and then. The server must answer
@@ -26,6 +27,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -157,11 +159,14 @@ def measure(
             check(loads[name][-1], mode, kind, users)
     config = {"data": args.data, "items": args.n_items, "users": args.users, "requests": len(bodies), "k": K}
     config |= {name: getattr(args, name) for name in ("hidden_size", "layers", "vocab_size", "max_items")}
+    config |= {"threads_of_server": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))}
     for name, of_rounds in loads.items():
         speed = np.array([len(bodies) / one.total for one in of_rounds])
         add(table, name, f"{mode}, {clients} clients", "speed", "users/s", speed, config)
         cpu = np.array([1e3 * one.cpu / len(bodies) for one in of_rounds])
         add(table, name, f"{mode}, {clients} clients", "CPU time", "ms/user", cpu, config)
+        together = np.array([len(bodies) / one.batches for one in of_rounds])
+        add(table, name, f"{mode}, {clients} clients", "users in a batch", "users", together, config)
         for share in (50, 95):
             late = np.array([1e3 * np.percentile(one.seconds, share) for one in of_rounds])
             add(table, name, f"{mode}, {clients} clients", f"p{share} of latency", "ms", late, config)

@@ -101,12 +101,14 @@ class Load(NamedTuple):
         answers: status and body of every request, in their order.
         total: seconds from the first request to the last answer.
         cpu: seconds that the server's process computed for them.
+        batches: calls of the model.
     """
 
     seconds: list[float]
     answers: list[tuple[int, bytes]]
     total: float
     cpu: float
+    batches: int
 
 
 def load(port: int, path: str, bodies: Sequence[bytes], clients: int) -> Load:
@@ -128,14 +130,15 @@ async def _load(port: int, path: str, bodies: Sequence[bytes], clients: int) -> 
         connection.close()
 
     watcher = Connection(port)
-    before = await metric(watcher, "process_cpu_seconds_total")
+    names = ("process_cpu_seconds_total", "patchkern_batch_users_count")
+    before = [await metric(watcher, name) for name in names]
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     total = time.perf_counter() - start
     watcher.close()  # the server may have
-    cpu = await metric(watcher, "process_cpu_seconds_total") - before
+    cpu, batches = [await metric(watcher, name) - was for name, was in zip(names, before, strict=True)]
     watcher.close()
-    return Load(seconds, answers, total, cpu)
+    return Load(seconds, answers, total, cpu, int(batches))
 
 
 async def metric(connection: Connection, name: str) -> float:

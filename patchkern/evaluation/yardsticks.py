@@ -143,6 +143,18 @@ class Follows:
         self.weights = times / np.sqrt(count[before] * count[self.columns])
         self.offsets = np.searchsorted(before, np.arange(self.num_items + 1))
 
+    @classmethod
+    def of(cls, columns: NDArray[np.int64], weights: NDArray[np.float64], offsets: NDArray[np.int64]) -> Follows:
+        """Of what was found before."""
+        follows = cls.__new__(cls)
+        follows.num_items, follows.columns, follows.weights, follows.offsets = (
+            offsets.size - 1,
+            columns,
+            weights,
+            offsets,
+        )
+        return follows
+
     def score(self, items: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
         """``(S, num_items)`` scores, see `transitions`, for ragged latest items, oldest first."""
         lengths = np.diff(offsets)

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A closed-form item-item model as a prior, and the file that it is kept in."""
+"""A closed-form item-item model as a prior."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.catalog_diff import SHARE_OF_RENAMED
 from patchkern.batch.histories import Histories
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.linear import ItemRegression
+from patchkern.search import prior_file
 from patchkern.search.prior import hash_of, log_mixture, share_of, trained_items
 
-FORMAT_VERSION = 1
+_KIND = "linear_prior"
+_SHAPES: prior_file.Shapes = {"weights": (np.float32, ("n", "n")), "count": (np.int64, ("n",))}
 
 
 @dataclass(frozen=True)
@@ -113,21 +111,8 @@ class LinearPrior:
             ImportError: safetensors is missing.
         """
         items = self._model.items
-        tensors = {"weights": self._model.weights, "count": self._count[items], "titles": _titles(self.catalog, items)}
-        description = {
-            "format_version": FORMAT_VERSION,
-            "settings": asdict(self.settings),
-            "catalog": self.catalog.fingerprint,
-            "titles": _kind(self.catalog),
-            "item_ids": self.catalog.item_ids[items].tolist(),
-        }
-        target = Path(path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            _safetensors().numpy.save_file(tensors, temporary, {"linear_prior": json.dumps(description)})
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors: dict[str, NDArray[Any]] = {"weights": self._model.weights, "count": self._count[items]}
+        prior_file.write(path, _KIND, asdict(self.settings), tensors, self.catalog, items)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], catalog: Catalog) -> LinearPrior:
@@ -141,79 +126,12 @@ class LinearPrior:
             TypeError, ValueError: not such a file, or a damaged one; a catalogue that shares no item with it, or in
                 which more than a tenth of those items have other titles.
         """
-        if not isinstance(catalog, Catalog):
-            raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
-        name = os.fspath(path)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: expected a file, got {name!r}")
-        description, weights, count, titles = _read(name)
-        ids = np.array(description["item_ids"], catalog.item_ids.dtype.kind if not description["item_ids"] else None)
-        same_kind = ids.dtype.kind == catalog.item_ids.dtype.kind
-        place = catalog.find(ids).astype(np.int64) if same_kind else np.full(ids.size, -1)
-        kept = np.flatnonzero(place >= 0)
-        if ids.size and not kept.size:
-            raise ValueError(f"catalog: expected items that {name!r} knows, such as {ids.item(0)!r}, got none")
-        place = place[kept]
-        if catalog.fingerprint != description["catalog"] and _kind(catalog) == description["titles"]:
-            other = np.flatnonzero(_titles(catalog, place) != titles[kept])
-            if other.size > SHARE_OF_RENAMED * kept.size:
-                raise ValueError(
-                    f"catalog: expected items with the titles that {name!r} was fitted on, got other titles for "
-                    f"{other.size} of {kept.size} item ids that are the same, such as {ids[kept].item(other[0])!r}"
-                )
-        settings = LinearSettings(**description["settings"])
-        if kept.size < ids.size:
-            weights = weights[np.ix_(kept, kept)]
-        counts = np.zeros(len(catalog), np.int64)
-        counts[place] = count[kept]
+        found = prior_file.read(path, _KIND, LinearSettings, _SHAPES, catalog)
+        settings, weights = LinearSettings(**found.settings), found.tensors["weights"]
+        if found.kept.size < len(weights):
+            weights = weights[np.ix_(found.kept, found.kept)]
+        count = np.zeros(len(catalog), np.int64)
+        count[found.place] = found.tensors["count"][found.kept]
         prior = cls.__new__(cls)
-        prior._set(catalog, settings, ItemRegression(place, weights, settings.half_life, settings.recent), counts)
+        prior._set(catalog, settings, ItemRegression(found.place, weights, settings.half_life, settings.recent), count)
         return prior
-
-
-def _read(name: str) -> tuple[dict[str, Any], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """What a file says and holds, checked."""
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(name, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in ("weights", "count", "titles")}
-        description = json.loads(metadata["linear_prior"])
-        if description["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {description['format_version']}")
-        n = len(description["item_ids"])
-        expected = {"weights": (np.float32, (n, n)), "count": (np.int64, (n,)), "titles": (np.int64, (n,))}
-        for key, (dtype, shape) in expected.items():
-            if tensors[key].dtype != dtype or tensors[key].shape != shape:
-                found = f"{tensors[key].dtype} {tensors[key].shape}"
-                raise ValueError(f"{key}: expected {np.dtype(dtype)} {shape}, got {found}")
-        LinearSettings(**description["settings"])
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: not a linear prior that this version reads: {error}") from error
-    return description, tensors["weights"], tensors["count"], tensors["titles"]
-
-
-def _kind(catalog: Catalog) -> str:
-    return "tokens" if catalog.titles is None else "text"
-
-
-def _titles(catalog: Catalog, items: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``(n,)`` a hash of each title: of its text, which no tokenizer changes, or of its tokens where there is none."""
-    texts = catalog.titles
-    encoded = (
-        catalog.tokens(item).tobytes() if texts is None else texts[item].encode("utf-8", "surrogatepass")
-        for item in items.tolist()
-    )
-    hashes = b"".join(hashlib.blake2b(title, digest_size=8).digest() for title in encoded)
-    return np.frombuffer(hashes, "<i8").astype(np.int64)
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            "a prior's file needs safetensors, which is not installed: pip install safetensors"
-        ) from error
-    return safetensors

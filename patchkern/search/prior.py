@@ -13,6 +13,8 @@ data: the model's probability of a title is multiplied by the prior's probabilit
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict, dataclass
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,23 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, check_count
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.yardsticks import Follows, in_training
+from patchkern.search import prior_file
+
+_KIND = "transition_prior"
+_SHAPES: prior_file.Shapes = {
+    "before": (np.int64, ("pairs",)),
+    "after": (np.int64, ("pairs",)),
+    "weights": (np.float64, ("pairs",)),
+    "count": (np.int64, ("n",)),
+}
+
+
+@dataclass(frozen=True)
+class TransitionSettings:
+    """How a `TransitionPrior` was fitted; its arguments."""
+
+    recent: int = 10
+    popularity: float = 0.2
 
 
 class PopularityPrior:
@@ -86,9 +105,12 @@ class TransitionPrior:
         check_count("recent", recent, minimum=1)
         if not 0 < popularity <= 1:
             raise ValueError(f"popularity: expected above 0 and at most 1, got {popularity}")
-        self.catalog, self.recent, self.popularity = catalog, recent, popularity
-        self.share = PopularityPrior(interactions, catalog).share
-        self._follows = Follows(*trained_items(interactions, catalog), recent)
+        users, items, count = trained_items(interactions, catalog)
+        self._set(catalog, TransitionSettings(recent, popularity), Follows(users, items, count, recent), count)
+
+    def _set(self, catalog: Catalog, settings: TransitionSettings, follows: Follows, count: NDArray[np.int64]) -> None:
+        self.catalog, self.recent, self.popularity = catalog, settings.recent, settings.popularity
+        self._follows, self._count, self.share = follows, count, share_of(count)
 
     def __call__(self, histories: Histories) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities."""
@@ -104,6 +126,52 @@ class TransitionPrior:
         return hash_of(
             self.catalog, own, self.share, self._follows.columns, self._follows.weights, self._follows.offsets
         )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as one safetensors file, with the ids of its items, hashes of their titles and the catalogue's.
+
+        Raises:
+            ImportError: safetensors is missing.
+        """
+        items, follows = np.flatnonzero(self._count), self._follows
+        before = np.repeat(np.arange(len(self.catalog)), np.diff(follows.offsets))
+        tensors = {
+            "before": np.searchsorted(items, before),
+            "after": np.searchsorted(items, follows.columns),
+            "weights": follows.weights,
+            "count": self._count[items],
+        }
+        settings = asdict(TransitionSettings(self.recent, self.popularity))
+        prior_file.write(path, _KIND, settings, tensors, self.catalog, items)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], catalog: Catalog) -> TransitionPrior:
+        """What `save` wrote, for the same catalogue or a later one; items are matched by their ids.
+
+        Items that are new have their popularity alone, one count; those that left the catalogue are forgotten.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ImportError: safetensors is missing.
+            TypeError, ValueError: not such a file, or a damaged one; a catalogue that shares no item with it, or in
+                which more than a tenth of those items have other titles.
+        """
+        found = prior_file.read(path, _KIND, TransitionSettings, _SHAPES, catalog)
+        places = np.full(found.tensors["count"].size, -1)
+        places[found.kept] = found.place
+        pairs = [found.tensors[name] for name in ("before", "after")]
+        if any(pair.size and not 0 <= pair.min() <= pair.max() < places.size for pair in pairs):
+            raise ValueError(f"{fspath(path)}: expected pairs of its {places.size} items, got others")
+        before, after = (places[pair] for pair in pairs)
+        both = np.flatnonzero((before >= 0) & (after >= 0))
+        order = both[np.lexsort((after[both], before[both]))]
+        offsets = np.searchsorted(before[order], np.arange(len(catalog) + 1))
+        count = np.zeros(len(catalog), np.int64)
+        count[found.place] = found.tensors["count"][found.kept]
+        prior = cls.__new__(cls)
+        follows = Follows.of(after[order], found.tensors["weights"][order], offsets)
+        prior._set(catalog, TransitionSettings(**found.settings), follows, count)
+        return prior
 
 
 def trained_items(

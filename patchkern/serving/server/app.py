@@ -18,9 +18,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 import patchkern
 from patchkern.serving.server.error_handlers import add_handlers
 from patchkern.serving.server.jobs import Loc
+from patchkern.serving.server.json_route import JsonRoute
 from patchkern.serving.server.middleware import BodyLimit, Measured
 from patchkern.serving.server.problems import Forbidden, Invalid
-from patchkern.serving.server.schema import About, Answer, Answers, Asked, AskedForSeveral, Item, Items
+from patchkern.serving.server.schema import About, Answer, Answers, Asked, AskedForSeveral, Item, Items, Weighted
 from patchkern.serving.server.service import Service
 
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
@@ -60,20 +61,21 @@ def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
 
 
 def _add_recommendations(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/recommend", response_model_exclude_none=True)
     async def recommend(asked: Asked) -> Answer:
         """Items for one user, best first."""
         (answer,) = await service.answers([asked], [("body",)])
         return answer
 
-    @app.post("/v1/recommend:batch", response_model_exclude_none=True)
     async def recommend_to_several(asked: AskedForSeveral) -> Answers:
         """Items for several users; if one request is wrong, all are refused."""
         most = service.limits.max_users
         if len(asked.users) > most:
             raise Invalid(f"expected at most {most}, got {len(asked.users)}", ("body", "users"))
         locs: list[Loc] = [("body", "users", place) for place in range(len(asked.users))]
-        return Answers(users=await service.answers(asked.users, locs))
+        return {"users": await service.answers(asked.users, locs)}
+
+    for path, endpoint in (("/v1/recommend", recommend), ("/v1/recommend:batch", recommend_to_several)):
+        app.router.add_api_route(path, endpoint, methods=["POST"], route_class_override=JsonRoute)
 
 
 def _add_catalog(app: FastAPI, service: Service) -> None:
@@ -105,6 +107,9 @@ def _add_catalog(app: FastAPI, service: Service) -> None:
             catalog=served.model.catalog.fingerprint,
             searches=list(served.searches),
             search=served.search,
+            priors=[
+                Weighted(kind=type(prior).__name__, weight=weight) for prior, weight in zip(*served.priors, strict=True)
+            ],
             max_history=limits.max_history,
             max_k=limits.max_k,
             max_beams=limits.max_beams,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import threading
@@ -14,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from patchkern.serving.server.computing import Batch, Computer
-from patchkern.serving.server.jobs import Job, Ranked
+from patchkern.serving.server.jobs import Job, Ranked, tell
 from patchkern.serving.server.limits import Limits
 from patchkern.serving.server.metrics import Metrics
 from patchkern.serving.server.problems import Closing, Overloaded, Problem
@@ -123,7 +122,7 @@ class Batcher:
             job = self._waiting.popleft()
             if jobs and job.group != jobs[0].group:
                 kept.append(job)
-            elif job.reply is None or not job.reply.cancelled():
+            elif job.reply is None or not job.reply.done():
                 jobs.append(job)
         self._waiting.extendleft(reversed(kept))
         return jobs
@@ -174,19 +173,9 @@ def _settle(outcomes: Sequence[tuple[Job, Ranked | Problem]]) -> None:
     for loop in {reply.get_loop() for reply, _ in waited_for}:
         of_loop = [(reply, outcome) for reply, outcome in waited_for if reply.get_loop() is loop]
         try:
-            loop.call_soon_threadsafe(_tell, of_loop)
+            loop.call_soon_threadsafe(tell, of_loop)
         except RuntimeError:  # it was closed: nobody waits any more
             log.warning("%d answers came too late", len(of_loop))
-
-
-def _tell(outcomes: list[tuple[asyncio.Future[Ranked], Ranked | Problem]]) -> None:
-    for reply, outcome in outcomes:
-        if reply.done():
-            continue
-        if isinstance(outcome, Problem):
-            reply.set_exception(outcome)
-        else:
-            reply.set_result(outcome)
 
 
 def _run_errand(errand: Callable[[], Any], done: Future[Any]) -> None:

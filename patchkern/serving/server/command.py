@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patchkern.budget.search import parse_bytes
 from patchkern.serving.server.limits import Limits
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from patchkern.serving.server.app import create_app
         from patchkern.serving.server.kept_users import KeptUsers
+        from patchkern.serving.server.priors import PriorFiles
         from patchkern.serving.server.served import Source
         from patchkern.serving.server.service import Service
     except ModuleNotFoundError as error:
@@ -55,24 +57,48 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"serve needs {error.name}, which is not installed: pip install 'patchkern[serving]'")
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    gc.freeze()  # what was imported: to look through it now and then would keep everybody waiting for 0.2 seconds
     try:
-        users = None if args.states is None else KeptUsers(args.states, states_bytes)
-        source = Source(args.run, args.catalog, args.renamed, args.device, args.dtype, args.search, cache_bytes, users)
-        service = Service(source.read, limits)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"serve: {error}")
-    config = uvicorn.Config(
-        create_app(service, token),
-        host=args.host,
-        port=args.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nobody asks where a request comes from
-        timeout_graceful_shutdown=int(limits.timeout) + 1,
-    )
-    asyncio.run(_serve(uvicorn.Server(config), service))
+        try:
+            users = None if args.states is None else KeptUsers(args.states, states_bytes)
+            source = Source(
+                args.run,
+                args.catalog,
+                args.renamed,
+                args.device,
+                args.dtype,
+                args.search,
+                cache_bytes,
+                users,
+                PriorFiles(args.prior, args.prior_weight),
+            )
+            service = Service(source.read, limits)
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+            sys.exit(f"serve: {error}")
+        config = uvicorn.Config(
+            create_app(service, token),
+            host=args.host,
+            port=args.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nobody asks where a request comes from
+            timeout_graceful_shutdown=int(limits.timeout) + 1,
+        )
+        _run(_serve(uvicorn.Server(config), service))
+    finally:
+        gc.unfreeze()
+
+
+def _run(serving: Coroutine[Any, Any, None]) -> None:
+    """On uvloop where it is installed: it spends less time on a request than asyncio does."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        asyncio.run(serving)
+    else:
+        uvloop.run(serving)
 
 
 async def _serve(server: object, service: Service) -> None:
@@ -129,6 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         "--search",
         choices=("items", "beam"),
         help="where a request does not say (default: items, if the model has an item head)",
+    )
+    parser.add_argument(
+        "--prior",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what else is known of items, of every list: as TransitionPrior.save and LinearPrior.save wrote it",
+    )
+    parser.add_argument(
+        "--prior_weight", nargs="+", type=float, default=[], metavar="WEIGHT", help="of each prior (default: 1)"
     )
     parser.add_argument("--device", help="as of torch (default: a GPU where there is one)")
     parser.add_argument(

@@ -56,9 +56,11 @@ class Computer:
     def warm_up(self) -> None:
         """Do once what is slow the first time, such as the tree of titles; here fails what cannot be searched."""
         catalog = self.served.model.catalog
-        one = Histories(catalog.item_ids[:1], [0, min(1, len(catalog))], np.zeros(min(1, len(catalog))))
+        one = catalog.item_ids[:1]
         for search in self.served.searches:
-            job = Job(self.served, Options(search, 1, 1, False, False, False, True), one, None, None, 0)
+            job = Job(
+                self.served, Options(search, 1, 1, False, False, False, True), one, np.zeros(one.size), None, None, 0
+            )
             for _, problem in self.refused([job]):
                 raise problem
             self.lists(Batch([job]))
@@ -78,7 +80,7 @@ class Computer:
     def _count(self, jobs: Sequence[Job]) -> list[tuple[Job, Invalid]]:
         """Note the rows of the jobs' prompts; those that have none, for policies that go by time or by rows."""
         try:
-            rows = self.served.rows(_together([job.history for job in jobs]), jobs[0].options.search)
+            rows = self.served.rows(together(jobs), jobs[0].options.search)
         except (TypeError, ValueError) as error:
             if len(jobs) > 1:
                 return [refused for job in jobs for refused in self._count([job])]
@@ -102,7 +104,7 @@ class Computer:
         cost = self._cost(job.options, prepared)
         names, policy, room = request.names, request.policy, self._room(job.options)
         try:
-            plan_users(request.model, job.history, policy, prepared.depth, names, cost, room, 1, prepared.head)
+            plan_users(request.model, request.histories, policy, prepared.depth, names, cost, room, 1, prepared.head)
         except ValueError as error:
             return Invalid(_without_name(error, names[0]), (*job.loc, "history"))
         self._taken[kind] = min(shortest, job.rows), max(longest, job.rows), max(most, job.compressed)
@@ -119,12 +121,14 @@ class Computer:
         return [Batch([jobs[user] for user in x.users.tolist()], x.chunk_rows is not None) for x in plan.batches]
 
     def lists(self, batch: Batch) -> list[Ranked]:
-        """What `recommend` gives each job, in one call."""
+        """What `recommend` gives each job, in one call, with titles."""
         request = self._request(batch.jobs, self._room(batch.jobs[0].options) if batch.chunked else None)
         if request.user_states is not None and not self._update(request):
             request.user_states = None
         found, _ = run(request, prepare(request))
-        return found
+        places = self.served.model.catalog.find([item for one in found for item, _ in one]).tolist()
+        titles = iter([self.served.titles[place] for place in places])
+        return [[{"item": item, "title": next(titles), "score": score} for item, score in one] for one in found]
 
     def _update(self, request: Request) -> bool:
         """Keep what is compressed of the users; whether that can be read. Without it lists are the same, and later."""
@@ -140,7 +144,7 @@ class Computer:
         options, served = jobs[0].options, self.served
         return Request(
             served.model,
-            _together([job.history for job in jobs]),
+            together(jobs),
             served.policy,
             options.k,
             options.num_beams,
@@ -151,8 +155,8 @@ class Computer:
             allowed_items=[job.allowed for job in jobs] if options.chooses else None,
             length_penalty=0.0,
             normalize=None,
-            prior=None,
-            prior_weight=1.0,
+            prior=served.priors.prior or None,
+            prior_weight=served.priors.weight or 1.0,
             max_expansions=None,
             user_cache=served.cache if options.named else None,
             user_states=served.states if options.named else None,
@@ -182,15 +186,11 @@ def _kind(options: Options) -> Options:
     return options._replace(k=0, timed=False)
 
 
-def _together(histories: Sequence[Histories]) -> Histories:
-    """One after the other."""
-    if len(histories) == 1:
-        return histories[0]
-    times = None
-    if histories[0].timestamps is not None:
-        times = np.concatenate([history.timestamps for history in histories])
-    offsets = np.cumsum([0, *(history.items.size for history in histories)])
-    return Histories(np.concatenate([history.items for history in histories]), offsets, times)
+def together(jobs: Sequence[Job]) -> Histories:
+    """Their histories, one after the other; all have timestamps or none has."""
+    times = [job.times for job in jobs if job.times is not None]
+    offsets = np.cumsum([0, *(job.items.size for job in jobs)])
+    return Histories(np.concatenate([job.items for job in jobs]), offsets, np.concatenate(times) if times else None)
 
 
 def _without_name(error: Exception, name: Hashable) -> str:

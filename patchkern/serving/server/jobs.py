@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories
 from patchkern.serving.identity import user_key
 from patchkern.serving.server.limits import Limits
-from patchkern.serving.server.problems import Invalid
-from patchkern.serving.server.schema import Asked
+from patchkern.serving.server.problems import Invalid, Problem
+from patchkern.serving.server.schema import Asked, Recommended
 from patchkern.serving.server.served import Served
 
-Ranked = list[tuple[Any, float]]
+Ranked = list[Recommended]
 Loc = tuple[str | int, ...]
 
 
@@ -44,7 +43,7 @@ class Job:
 
     Attributes:
         served: the model that the request was checked against, which is the one that answers.
-        history: of one user, without the items that the catalogue lacks.
+        items, times: of the history, without the items that the catalogue lacks; the latter if there are any.
         allowed: ids, or None for all.
         dropped: ids that the catalogue lacks.
         loc: of the user in the request.
@@ -56,7 +55,8 @@ class Job:
 
     served: Served
     options: Options
-    history: Histories
+    items: NDArray[Any]
+    times: NDArray[np.float64] | None
     allowed: NDArray[Any] | None
     user_id: Hashable
     dropped: int
@@ -80,7 +80,7 @@ def admitted(asked: Asked, served: Served, limits: Limits, loc: Loc = ("body",))
         Invalid: naming the field, below ``loc``.
     """
     check = _Check(asked, served, limits, loc)
-    history, times, dropped = check.history()
+    items, times, dropped = check.history()
     allowed, dropped_too = check.allowed()
     search = check.search()
     k = check.at_most("k", asked.k, limits.max_k)
@@ -89,9 +89,20 @@ def admitted(asked: Asked, served: Served, limits: Limits, loc: Loc = ("body",))
     options = Options(
         search, k, beams if search == "beam" else 1, asked.exclude_seen, allowed is not None, named, times is not None
     )
-    one = Histories(history, [0, history.size], times)
     reply = asyncio.get_running_loop().create_future()
-    return Job(served, options, one, allowed, asked.user_id, dropped + dropped_too, loc, reply)
+    return Job(served, options, items, times, allowed, asked.user_id, dropped + dropped_too, loc, reply)
+
+
+def tell(outcomes: Sequence[tuple[asyncio.Future[Ranked], Ranked | Problem]]) -> None:
+    """Give those who wait what they wait for, or why there is none, on their loop; who has something keeps it."""
+    for reply, outcome in outcomes:
+        if reply.done():
+            continue
+        if isinstance(outcome, Problem):
+            reply.set_exception(outcome)
+            reply.exception()  # seen, though another reply of its request may be the one that is raised
+        else:
+            reply.set_result(outcome)
 
 
 class _Check:
@@ -133,9 +144,12 @@ class _Check:
             if len(asked.timestamps) != places.size:
                 raise self._invalid(f"expected one per item ({places.size}), got {len(asked.timestamps)}", "timestamps")
             times = np.array(asked.timestamps, np.float64)
-        known = places >= 0
-        ids = self._catalog.item_ids[places[known]]
-        return ids, None if times is None else times[known], int(places.size - ids.size)
+        dropped = 0
+        if asked.unknown == "drop":
+            known = places >= 0
+            dropped = int(places.size - known.sum())
+            places, times = places[known], None if times is None else times[known]
+        return self._catalog.item_ids[places], times, dropped
 
     def allowed(self) -> tuple[NDArray[Any] | None, int]:
         """Ids, None for all, and how many were left out."""
@@ -159,11 +173,11 @@ class _Check:
     def _places(self, name: str, ids: list[Any]) -> NDArray[np.int32]:
         """Catalogue positions, -1 where an id is not in the catalogue and may be dropped."""
         kind, called = (str, "a string") if self._catalog.item_ids.dtype.kind == "U" else (int, "an integer")
-        for place, item in enumerate(ids):
-            if type(item) is not kind:
-                raise self._invalid(
-                    f"expected {called}, as the catalogue's item ids are, got {_short(item)}", name, place
-                )
+        if not set(map(type, ids)) <= {kind}:
+            place = [type(item) is kind for item in ids].index(False)
+            raise self._invalid(
+                f"expected {called}, as the catalogue's item ids are, got {_short(ids[place])}", name, place
+            )
         try:
             places = self._catalog.find(ids, name)
         except ValueError as error:  # what no id can be

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes over the wire."""
+"""What goes over the wire: what is asked is checked, what is answered is made here and only described."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from typing_extensions import NotRequired, TypedDict
 
 # Ids are checked against the catalogue, which alone knows of which kind they are.
 ItemId = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]})]
@@ -39,7 +40,7 @@ class AskedForSeveral(BaseModel):
     users: list[Asked] = Field(min_length=1)
 
 
-class Item(BaseModel):
+class Item(TypedDict):
     """An item of the catalogue."""
 
     item: int | str
@@ -47,7 +48,7 @@ class Item(BaseModel):
 
 
 class Recommended(Item):
-    """An item, and the log-probability that the model gives it."""
+    """An item, and the log-probability that the model gives it, with what priors add to it."""
 
     score: float
 
@@ -88,7 +89,7 @@ class Compressed(BaseModel):
     entries: list[Entry]
 
 
-class Answer(BaseModel):
+class Answer(TypedDict):
     """For one user.
 
     Attributes:
@@ -100,10 +101,10 @@ class Answer(BaseModel):
     items: list[Recommended]
     dropped: int
     model: int
-    history: Compressed | None = None
+    history: NotRequired[Compressed]
 
 
-class Answers(BaseModel):
+class Answers(TypedDict):
     """For several users, in their order."""
 
     users: list[Answer]
@@ -116,6 +117,13 @@ class Items(BaseModel):
     total: int
 
 
+class Weighted(BaseModel):
+    """A prior, and how much it counts."""
+
+    kind: str
+    weight: float
+
+
 class About(BaseModel):
     """What is served."""
 
@@ -126,6 +134,7 @@ class About(BaseModel):
     catalog: str
     searches: list[str]
     search: str
+    priors: list[Weighted]
     max_history: int
     max_k: int
     max_beams: int

@@ -26,6 +26,7 @@ from patchkern.search.protocol import SearchModel, policy_of
 from patchkern.search.user_cache import UserCache
 from patchkern.serving.server.catalog_source import read_catalog
 from patchkern.serving.server.kept_users import KeptUsers
+from patchkern.serving.server.priors import PriorFiles, Priors
 from patchkern.serving.server.titles import TitleIndex
 from patchkern.serving.user_states import UserStates
 from patchkern.training.checkpoints import find_model
@@ -43,6 +44,7 @@ class Served:
         cache_bytes: for the prompts of users who give their ``user_id``; 0: none are kept.
         search: where a request does not say; the item head where the model has one, else titles.
         states: the compressed users of a model with experts or a memory, by their ``user_id``; None: none are kept.
+        priors: what every list goes by beside the model.
 
     Attributes:
         number: 1, 2, ... in the order in which models were read.
@@ -58,6 +60,7 @@ class Served:
         cache_bytes: int = 0,
         search: str | None = None,
         states: UserStates | None = None,
+        priors: Priors | None = None,
     ) -> None:
         self.number = next(_numbers)
         self.model = model
@@ -68,11 +71,19 @@ class Served:
             raise ValueError(f"search: expected one of {', '.join(self.searches)} for this model, got {search!r}")
         self.search = search or self.searches[0]
         self.cache = UserCache(model, cache_bytes) if cache_bytes else None
-        self.states = states
+        self.states, self.priors = states, priors or Priors()
         catalog = model.catalog
         titles = catalog.item_ids.tolist() if catalog.titles is None else catalog.titles
         self.titles = tuple(str(title).encode("utf-8", "replace").decode() for title in titles)
         self.index = TitleIndex(self.titles)
+
+    def __repr__(self) -> str:
+        priors = "".join(f" + {weight:g} {type(prior).__name__}" for prior, weight in zip(*self.priors, strict=True))
+        able = " or ".join(self.searches)
+        return (
+            f"model {self.number}: {type(self.model).__name__}{priors} on {self.model.device}, {self.policy}, "
+            f"{len(self.titles):,} items, found by {able}"
+        )
 
     def rows(self, histories: Histories, search: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """``(B,)`` rows that every user's prompt keeps, and those that are computed for its learned rows and dropped.
@@ -99,6 +110,7 @@ class Source:
         device, dtype: as of torch; None: a GPU where there is one, and the dtype that was saved.
         search, cache_bytes: as of `Served`.
         users: where compressed users are kept; None: nowhere.
+        priors: files of them; None: there are none.
     """
 
     run: str
@@ -109,12 +121,14 @@ class Source:
     search: str | None = None
     cache_bytes: int = 0
     users: KeptUsers | None = None
+    priors: PriorFiles | None = None
 
     def read(self) -> Served:
         """The model as it is on disk now.
 
         Raises:
-            FileNotFoundError, ImportError, TypeError, ValueError: as of ``from_pretrained``; no policy was saved.
+            FileNotFoundError, ImportError, TypeError, ValueError: as of ``from_pretrained``; no policy was saved; a
+                prior of another catalogue.
         """
         folder = Path(current(find_model(self.run, "RUN")))
         description = read_description(folder)
@@ -125,4 +139,6 @@ class Source:
         model = kind.from_pretrained(folder, catalog, renamed=self.renamed, **options)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = model.to(device).eval()
-        return Served(model, self.cache_bytes, self.search, None if self.users is None else self.users.of(model))
+        states = None if self.users is None else self.users.of(model)
+        priors = None if self.priors is None else self.priors.of(model.catalog)
+        return Served(model, self.cache_bytes, self.search, states, priors)

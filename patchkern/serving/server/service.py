@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 from patchkern.serving.server.batcher import Batcher
 from patchkern.serving.server.compression import compressed
-from patchkern.serving.server.computing import Computer
-from patchkern.serving.server.jobs import Job, Loc, Ranked, admitted
+from patchkern.serving.server.computing import Computer, together
+from patchkern.serving.server.jobs import Job, Loc, Ranked, admitted, tell
 from patchkern.serving.server.limits import Limits
 from patchkern.serving.server.metrics import Metrics
 from patchkern.serving.server.problems import Busy, Closing, NotReloaded, TooSlow
-from patchkern.serving.server.schema import Answer, Asked, Recommended
+from patchkern.serving.server.schema import Answer, Asked
 from patchkern.serving.server.served import Served
 
 log = logging.getLogger(__name__)
@@ -76,14 +76,15 @@ class Service:
         jobs = [admitted(one, served, self.limits, loc) for one, loc in zip(asked, locs, strict=True)]
         self._batcher.submit(jobs)
         replies = [job.reply for job in jobs if job.reply is not None]
-        done, late = await asyncio.wait(replies, timeout=self.limits.timeout)
-        for reply in done:
-            reply.exception()  # seen, for only the first is raised
-        for reply in late:
-            reply.cancel()
-        if late:
-            raise TooSlow(f"no answer within {self.limits.timeout:g} seconds")
-        return [_answer(job, reply.result(), one.explain) for job, reply, one in zip(jobs, replies, asked, strict=True)]
+        late = TooSlow(f"no answer within {self.limits.timeout:g} seconds")
+        timer = asyncio.get_running_loop().call_later(self.limits.timeout, tell, [(reply, late) for reply in replies])
+        try:
+            lists = [await reply for reply in replies]
+        finally:
+            timer.cancel()
+            for reply in replies:  # of a request that failed
+                reply.cancel()
+        return [_answer(job, found, one.explain) for job, found, one in zip(jobs, lists, asked, strict=True)]
 
     async def reload(self) -> Served:
         """Read model and catalogue again, and answer what comes from now on by them.
@@ -99,7 +100,6 @@ class Service:
         if self._reloading:
             raise Busy("a reload is under way")
         self._reloading = True
-        start = time.perf_counter()
         try:
             self.served = await asyncio.wrap_future(self._batcher.call(self._ready))
         except Closing:
@@ -111,21 +111,18 @@ class Service:
         finally:
             self._reloading = False
         self.metrics.reloads.labels("done").inc()
-        log.info("model %d after %.1f seconds", self.served.number, time.perf_counter() - start)
         return self.served
 
     def _ready(self) -> Served:
+        start = time.perf_counter()
         served = self._read()
         Computer(served, self.limits.budget, self.limits.max_batch).warm_up()
+        log.info("%s, ready after %.1f seconds", served, time.perf_counter() - start)
         return served
 
 
 def _answer(job: Job, found: Ranked, explain: bool) -> Answer:
-    served = job.served
-    places = served.model.catalog.find([item for item, _ in found]).tolist()
-    items = [
-        Recommended(item=item, title=served.titles[place], score=score)
-        for (item, score), place in zip(found, places, strict=True)
-    ]
-    history = compressed(served, job.history) if explain else None
-    return Answer(items=items, dropped=job.dropped, model=served.number, history=history)
+    answer: Answer = {"items": found, "dropped": job.dropped, "model": job.served.number}
+    if explain:
+        answer["history"] = compressed(job.served, together([job]))
+    return answer

@@ -258,7 +258,13 @@ def test_a_malformed_body_is_refused(client: Any, case: str) -> None:
 
 
 def test_other_requests_are_refused(client: Any) -> None:
-    assert client.post("/v1/recommend", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 422
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        refused = client.post("/v1/recommend", content=b"{}", headers={"Content-Type": kind})
+        assert refused.status_code == 422 and refused.json()["detail"][0]["loc"] == ["header", "content-type"]
+    of_a_version = {"Content-Type": "Application/vnd.lists+json; charset=utf-8"}
+    assert client.post("/v1/recommend", content=json.dumps(body()), headers=of_a_version).status_code == 200
+    refused = client.post("/v1/recommend", content=b"[3, 6]", headers={"Content-Type": "application/json"})
+    assert refused.json()["detail"] == [{"loc": ["body"], "msg": "expected an object, got list", "type": "model_type"}]
     for method, path, status in (
         ("get", "/v1/recommend", 405),
         ("get", "/nothing", 404),

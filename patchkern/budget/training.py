@@ -241,7 +241,7 @@ def _check_memory(model: Any, memory: MemoryRows | None, rows: int) -> None:
     for name, count in memory._asdict().items():
         check_count(f"memory.{name}", count, minimum=0)
     if memory.reference >= rows:
-        raise ValueError(f"memory: expected less reference rows than rows_per_pass, {rows}, got {memory.reference}")
+        raise ValueError(f"memory: expected fewer reference rows than rows_per_pass, {rows}, got {memory.reference}")
 
 
 def _items_of(model: Any, given: int | None, head: str) -> int | None:

@@ -17,9 +17,9 @@ from patchkern.search.experts import compress
 from patchkern.search.protocol import SearchModel
 from patchkern.serving.compressor import Known, Tensors
 
-# of a policy, what does not change what old items are compressed to
 # of a pass: what a long past takes besides keys and values is then bounded, and no slower
 _CHUNK_ROWS = CHUNKS[0]
+# of a policy, what does not change what old items are compressed to
 _OF_NO_MATTER = {"recent", "boundaries", "seed"}
 
 

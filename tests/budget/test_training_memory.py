@@ -169,7 +169,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="memory: expected MemoryRows or None, got tuple"):
         pk.plan_training(memory, 100, head="items", memory=(1, 0, 0, 0, 0))
     for rows, message in (
-        (MemoryRows(100, 0, 4, 4, 4), "memory: expected less reference rows than rows_per_pass, 100, got 100"),
+        (MemoryRows(100, 0, 4, 4, 4), "memory: expected fewer reference rows than rows_per_pass, 100, got 100"),
         (MemoryRows(50, 0, -4, 4, 4), "memory.queries: expected an integer in 0"),
     ):
         with pytest.raises(ValueError, match=message):

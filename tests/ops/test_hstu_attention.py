@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +22,25 @@ from patchkern.ops.hstu_attention import hstu_attention
 NORMALIZER = 40.0
 EXACT = pytest.mark.parametrize("route", ["native", "tiles"], indirect=True)  # the Triton kernels have no float64
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDED = [(route, name, dtype) for route in ("native", "tiles") for name in SPANS for dtype in NARROW]
-ROUNDED += [("triton", "several ranges", dtype) for dtype in NARROW]
-ROUNDED += [  # what is cheap enough for the interpreter
-    ("triton", name, torch.float32)
-    for name in ("no rows", "empty spans", "one row each", "prefixes that cross", "ranges empty in every place")
+ON_GPU = torch.cuda.is_available()
+OF_GPU = [pytest.mark.gpu] if ON_GPU else []
+device = "cpu"  # of a test's route
+ROUNDED = [pytest.param(route, name, dtype) for route in ("native", "tiles") for name in SPANS for dtype in NARROW]
+ROUNDED += [
+    pytest.param("triton", name, dtype, marks=OF_GPU)
+    for name in SPANS
+    for dtype in NARROW
+    # what is cheap enough for the interpreter
+    if ON_GPU
+    or name == "several ranges"
+    or (
+        dtype == torch.float32
+        and name in ("no rows", "empty spans", "one row each", "prefixes that cross", "ranges empty in every place")
+    )
 ]
 
 
-@pytest.fixture(params=["native", "tiles", "triton"])
+@pytest.fixture(params=["native", "tiles", pytest.param("triton", marks=OF_GPU)])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name == "tiles":
@@ -37,6 +48,8 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     elif name == "native":
         if not pk.backends()["native"].usable:
             pytest.skip(f"the native backend is not usable: {pk.backends()['native'].reason}")
+    elif ON_GPU:
+        monkeypatch.setattr(sys.modules[__name__], "device", "cuda")
     elif not pytest.importorskip("triton").knobs.runtime.interpret:
         pytest.skip("triton was imported without TRITON_INTERPRET=1")
     else:
@@ -52,10 +65,11 @@ def rows_of(spans: Spans, heads: tuple[int, int], width: int, value_width: int |
 
 
 def attend(spans: Spans, tensors: Sequence[Tensor | None], scale: float = 0.3) -> Tensor:
-    query, key, value, prefix_key, prefix_value = tensors
-    cu_seqlens, prefix = spans.integers
+    query, key, value, prefix_key, prefix_value = (None if x is None else x.to(device) for x in tensors)
+    cu_seqlens, prefix = (x.to(device) for x in spans.integers)
     stored = {"prefix_key": prefix_key, "prefix_value": prefix_value}
-    return hstu_attention(query, key, value, cu_seqlens, normalizer=NORMALIZER, scale=scale, prefix=prefix, **stored)
+    made = hstu_attention(query, key, value, cu_seqlens, normalizer=NORMALIZER, scale=scale, prefix=prefix, **stored)
+    return made.cpu()
 
 
 def expected(spans: Spans, tensors: Sequence[Tensor | None], scale: float = 0.3) -> Tensor:

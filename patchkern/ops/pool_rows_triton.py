@@ -193,8 +193,8 @@ class _Blocks(NamedTuple):
 # flight per multiprocessor, and registers decide how many: each has 65,536 of them on sm_80, sm_90 and sm_100 alike,
 # which is why one table serves all. The bounds are those that ptxas meets without a spill.
 #
-# Forward: 4 slots of 2 x 16 bytes per thread hold an item patch's tokens (ml-1m: 4) in one round, and 72 registers let
-# 28 warps run. 8 slots would need 128: 16 warps, half of whose slots an item patch leaves empty. Two warps per program
+# Forward: 4 slots of 2 x 16 bytes per thread hold an item patch's tokens (ml-1m: 4) in one round, and 80 registers let
+# 24 warps run. 8 slots would need 128: 16 warps, half of whose slots an item patch leaves empty. Two warps per program
 # keep the barriers of a round cheap; 4 rows per program give short batches several waves.
 #
 # Backward: 8 slots of 16 bytes per thread, held in float32 while the runs among them are summed. At most 128 registers
@@ -204,7 +204,7 @@ _FORWARD_ROWS = 4
 
 def _forward_blocks(width: int, itemsize: int) -> _Blocks:
     columns = min(_power_of_two(width), 2048 // itemsize)
-    return _Blocks(4, columns, max(1, min(2, columns * itemsize // 512)), 72)
+    return _Blocks(4, columns, max(1, min(2, columns * itemsize // 512)), 80)
 
 
 def _gradient_blocks(width: int, itemsize: int) -> _Blocks:

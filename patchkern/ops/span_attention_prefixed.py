@@ -237,7 +237,7 @@ def dense(
     prefix_key = key if prefix_key is None else prefix_key
     prefix_value = value if prefix_value is None else prefix_value
     span = torch.repeat_interleave(cu_seqlens.diff().long())
-    row, place = torch.arange(len(query)), torch.arange(len(prefix_key))
+    row, place = (torch.arange(len(rows), device=rows.device) for rows in (query, prefix_key))
     own = (span[:, None] == span) & (row[:, None] >= row)
     begin, end = prefix[span, :, :, None].unbind(2)  # (T, R, 1)
     seen = ((place >= begin) & (place < end)).any(dim=1)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkern.ops import span_attention_native as native
 from patchkern.ops import span_attention_prefixed as prefixed
 from patchkern.ops.span_attention_flash import cuda_kernel
 from patchkern.ops.span_checks import check_spans
@@ -57,10 +56,10 @@ def span_attention(
 
         On the CPU this is one call of the native kernels, with prefixes or without, unless there is dropout or a window
         that hides something. On CUDA spans without prefixes take ``flash_attn`` or torch's ``varlen_attn`` in bfloat16
-        and float16, which wait for the device only where ``max_seqlen`` is missing, and those with prefixes kernels of
-        our own, which never wait and whose gradients are the same bit for bit from run to run. What none of these
-        takes goes over tiles of rows (`patchkern.ops.span_attention_prefixed`) where there are prefixes, else through
-        one `scaled_dot_product_attention` per span, which waits for ``cu_seqlens`` once a call.
+        and float16, which wait for the device only where ``max_seqlen`` is missing, and those with prefixes, or in
+        float32, kernels of our own, which never wait and whose gradients are the same bit for bit from run to run.
+        What none of these takes goes over tiles of rows (`patchkern.ops.span_attention_prefixed`) where there are
+        prefixes, else through one `scaled_dot_product_attention` per span, which waits for ``cu_seqlens`` once a call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -85,8 +84,8 @@ def span_attention(
     if prefix_key is not None or prefix_value is not None:
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     kernel = cuda_kernel(query, key, value, dropout)
-    if kernel is None and _native_serves(query, max_seqlen, dropout, sliding_window):
-        none = torch.zeros(cu_seqlens.shape[0] - 1, 1, 2, dtype=torch.int32)
+    if kernel is None and _prefixed_serves(query, value, max_seqlen, dropout, sliding_window):
+        none = cu_seqlens.new_zeros(cu_seqlens.shape[0] - 1, 1, 2)
         check_spans(query, key, value, cu_seqlens, none, None, None, packed=False)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = (_by_row(query), _by_row(key), _by_row(value))
@@ -100,11 +99,13 @@ def span_attention(
     return kernel(q, k, v, cu_seqlens, max_seqlen, scaling, dropout, window).unsqueeze(0)
 
 
-def _native_serves(query: Tensor, max_seqlen: int | None, dropout: float, sliding_window: int | None) -> bool:
-    """Whether spans without prefixes are attended in one call of the native kernels, which know no window."""
+def _prefixed_serves(
+    query: Tensor, value: Tensor, max_seqlen: int | None, dropout: float, sliding_window: int | None
+) -> bool:
+    """Whether spans without prefixes are attended in one call of the kernels for prefixes, which know no window."""
     if sliding_window is not None and (max_seqlen is None or max_seqlen > sliding_window):
         return False
-    return query.shape[0] == 1 and native.serves(query, dropout)
+    return query.shape[0] == 1 and prefixed.serves(_by_row(query), _by_row(value), dropout)
 
 
 def _by_row(heads: Tensor) -> Tensor:

@@ -85,6 +85,13 @@ def backward(
         return tiles.backward(*rows, scale, dropout, seed, normalizer)
 
 
+def serves(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether compiled kernels, of whichever kind, take these rows; else tiles would."""
+    if query.is_cuda:
+        return _unusable_reason(query, value, dropout) is None
+    return native.serves(query, dropout)
+
+
 def kernels(query: Tensor, value: Tensor, dropout: float) -> ModuleType | None:
     """The Triton kernels where they serve: on CUDA, all but float64, dropout and unequal or very wide heads.
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kept_builds import kept_build
 from span_cases import SPANS, Spans, expected, gradients, leaves, sdpa, visibility
 from torch import Tensor
 
+from patchkern.ops import span_attention as entry
 from patchkern.ops import span_attention_prefixed as op
 from patchkern.ops.span_attention import span_attention
 
@@ -41,6 +43,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if DEVICE == "cpu":
         monkeypatch.setattr(op, "kernels", lambda *arguments: span_attention_triton)
+        monkeypatch.setattr(op, "serves", lambda *arguments: True)
 
 
 def attend(spans: Spans, tensors: Any, scaling: float) -> Tensor:
@@ -50,14 +53,21 @@ def attend(spans: Spans, tensors: Any, scaling: float) -> Tensor:
     return span_attention(query, key, value, cu_seqlens, prefix=prefix, **stored, scaling=scaling).cpu()
 
 
-def check(spans: Spans, heads: tuple[int, int], width: int, dtype: torch.dtype, scaling: float = 0.2) -> None:
+def check(
+    spans: Spans,
+    heads: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    scaling: float = 0.2,
+    function: Callable[[Spans, Any, float], Tensor] = attend,
+) -> None:
     """Error against float64 at most twice that of masked SDPA in the same dtype."""
     exact = [None if x is None else x.to(dtype).double() for x in spans.tensors(heads, width)]
     weight = torch.randn(1, sum(spans.lengths), heads[0], width).to(dtype).double()
     results = []
-    for function, kind in ((expected, torch.float64), (sdpa, dtype), (attend, dtype)):
+    for attention, kind in ((expected, torch.float64), (sdpa, dtype), (function, dtype)):
         tensors = leaves(exact, kind)
-        out = function(spans, tensors, scaling)
+        out = attention(spans, tensors, scaling)
         assert out.dtype == kind
         results.append([out, *gradients(out, tensors, weight)])
     # the interpreter cuts digits off where a GPU rounds: one more unit in the last place
@@ -89,6 +99,22 @@ def test_head_widths(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["trunk and branches", "twelve share one"])
 def test_bfloat16(name: str) -> None:
     check(HARD[name], (4, 2), 64, torch.bfloat16, scaling=0.125)
+
+
+def test_float32_spans_without_prefixes_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no kernel of others takes: attended one by one, each would be launched, after waiting for where it is."""
+    monkeypatch.setattr(entry, "_span_sdpa", None)
+    spans = Spans([70, 1, 0, 33, 2], [(0, 0)] * 5)
+
+    def alone(spans: Spans, tensors: Any, scaling: float) -> Tensor:
+        query, key, value = (x.to(DEVICE) for x in tensors[:3])
+        return span_attention(query, key, value, spans.integers[0].to(DEVICE), scaling=scaling).cpu()
+
+    check(spans, (4, 2), 16, torch.float32, function=alone)
+    tensors = [None if x is None else x.float() for x in spans.tensors((4, 2), 16)]
+    query, key, value = (x.to(DEVICE) for x in tensors[:3])
+    unlimited = span_attention(query, key, value, spans.integers[0].to(DEVICE), 70, 0.3, sliding_window=70).cpu()
+    assert torch.equal(unlimited, attend(spans, tensors, 0.3))
 
 
 def test_rows_outside_the_visible_set_change_nothing() -> None:
@@ -150,12 +176,14 @@ def test_same_log_sum_exp_as_the_tiles() -> None:
 @pytest.mark.gpu
 def test_never_waits_for_the_device() -> None:
     spans = SPANS["trunk and branches"]
-    query, key, value = (x.to("cuda", torch.bfloat16).requires_grad_() for x in spans.tensors((4, 2), 64)[:3])
+    rows = [x.cuda() for x in spans.tensors((4, 2), 64)[:3]]
     cu_seqlens, prefix = (x.cuda() for x in spans.integers)
     for mode in ("default", "error"):  # the first round compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            span_attention(query, key, value, cu_seqlens, prefix=prefix).sum().backward()
+            for dtype, seen in ((torch.bfloat16, prefix), (torch.float32, prefix), (torch.float32, None)):
+                query, key, value = (x.to(dtype).requires_grad_() for x in rows)
+                span_attention(query, key, value, cu_seqlens, prefix=seen).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -123,6 +123,7 @@ def read(kernel: Any) -> dict[str, Any]:
         "memory": collections.Counter(name for name in instructions if memory.match(name)),
         "instructions": len(instructions),
         "int32_strides": narrow,
+        "zeros": re.findall(r"constant (?:dense<)?0\.0+e\+00>? : (\S+)", kernel.asm["ttir"]),
     }
 
 

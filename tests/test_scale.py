@@ -85,7 +85,8 @@ def test_operations_are_those_that_torch_counts(rows: int, model: pk.PatchedCaus
     plain.set_attn_implementation(kept)
     # torch also counts the scores that a causal mask hides
     hidden = 2 * rows**2 * TINY.heads * TINY.head_width * TINY.layers
-    assert counted.get_total_flops() == TINY.flops(rows) + hidden
+    turned = sum(counted.get_flop_counts().get("LlamaModel.rotary_emb", {}).values())  # of some versions: angles
+    assert counted.get_total_flops() - turned == TINY.flops(rows) + hidden
 
 
 def test_new_rows_see_the_stored_ones() -> None:

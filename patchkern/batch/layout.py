@@ -246,7 +246,7 @@ class PatchLayout:
         if self.device.type != "cpu":
             raise ValueError(
                 f"layout: expected one on the CPU to build its transpose, got {self.device}; "
-                "call build_layout(..., transpose=True)"
+                "call with_transpose() before it is moved, or build_layout(..., transpose=True)"
             )
         check_readable(self)
         plan = planner.active.transpose_rows(

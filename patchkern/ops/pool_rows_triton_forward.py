@@ -16,10 +16,17 @@ import triton.language as tl
 
 
 @triton.jit
+def negative_zero():
+    """-0.0, float32. Where a number is made a tensor, Triton 3.6 and 3.7 take the literal for 0.0."""
+    return tl.full([], -(2**31), tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def row_block(rows, b_row, row_stride, o_d, m_row, m_d, VEC: tl.constexpr):
     """Rows ``b_row`` of a matrix, as float32 ``[len(b_row), len(o_d)]``; -0.0 where masked."""
     b_at = b_row.to(tl.int64) * row_stride * VEC
-    return tl.load(rows + b_at[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=-0.0).to(tl.float32)
+    m_block = m_row[:, None] & m_d[None, :]
+    return tl.load(rows + b_at[:, None] + o_d[None, :], mask=m_block, other=negative_zero()).to(tl.float32)
 
 
 @triton.jit(
@@ -79,7 +86,7 @@ def pool_rows_kernel(
         if i_lo >= 0:
             i_hi = tl.load(hi + i)
             # [BLOCK_D]
-            b_sum = tl.full([BLOCK_D], -0.0, tl.float32)
+            b_sum = tl.full([BLOCK_D], negative_zero(), tl.float32)
             if table is not None:
                 for i_item in range(i_lo, i_hi, SLOTS):
                     o_item = i_item + tl.arange(0, SLOTS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from patchkern.ops.pool_rows_triton_forward import row_block
+from patchkern.ops.pool_rows_triton_forward import negative_zero, row_block
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _store_gradient(
     p_out = out + i_out.to(tl.int64) * out_stride * VEC + o_d
     b_out = b_sum * scale
     if ACCUMULATE:
-        b_out += tl.load(p_out, mask=m_d, other=-0.0).to(tl.float32)
+        b_out += tl.load(p_out, mask=m_d, other=negative_zero()).to(tl.float32)
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -110,23 +110,23 @@ def tile_sums_kernel(
         i_to = _run_end(token_offsets, i_token, n_tokens)
 
     # [BLOCK_D]: the run at work, as far as it has been read
-    b_sum = tl.full([BLOCK_D], -0.0, tl.float32)
+    b_sum = tl.full([BLOCK_D], negative_zero(), tl.float32)
     for i in range(tl.maximum(i_begin, i_from), i_end, SLOTS):
         # [SLOTS, BLOCK_D]
         o_c = i + tl.arange(0, SLOTS)
         b_x = _share_block(grad_rows, rows, divisors, o_c, o_c < i_end, grad_stride, o_d, m_d, VEC)
         while i_to <= tl.minimum(i + SLOTS, i_end):
             m_run = (o_c >= i_from) & (o_c < i_to)
-            b_sum += tl.sum(tl.where(m_run[:, None], b_x, -0.0), 0)
+            b_sum += tl.sum(tl.where(m_run[:, None], b_x, negative_zero()), 0)
             if i_from < i_begin:
                 tl.store(parts + 2 * i_tile * D + o_d, b_sum, mask=m_d)
             else:
                 _store_gradient(b_sum, i_token, tokens, out, scale, out_stride, o_d, m_d, VEC, SCATTER, ACCUMULATE)
-            b_sum = tl.full([BLOCK_D], -0.0, tl.float32)
+            b_sum = tl.full([BLOCK_D], negative_zero(), tl.float32)
             i_token += 1
             i_from = i_to
             i_to = _run_end(token_offsets, i_token, n_tokens)
-        b_sum += tl.sum(tl.where((o_c >= i_from)[:, None], b_x, -0.0), 0)
+        b_sum += tl.sum(tl.where((o_c >= i_from)[:, None], b_x, negative_zero()), 0)
 
     i_cut = tl.full([], -1, tl.int32)
     if i_from < i_end:
@@ -172,7 +172,7 @@ def cut_sums_kernel(
         o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < D
         i_last = (tl.load(token_offsets + i_token + 1).to(tl.int64) - 1) // TILE
-        b_sum = tl.full([BLOCK_D], -0.0, tl.float32)
+        b_sum = tl.full([BLOCK_D], negative_zero(), tl.float32)
         for i in range(i_tile, i_last + 1, SLOTS):
             # [SLOTS, BLOCK_D]
             o_tile = i + tl.arange(0, SLOTS)

@@ -488,7 +488,7 @@ def test_cuda_equals_masked_attention(dtype: torch.dtype, window: int | None) ->
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
     results = []
     for cast in (torch.float64, dtype):
-        query, key, value = (x.to(cast).requires_grad_() for x in exact)
+        query, key, value = (x.detach().to(cast).requires_grad_() for x in exact)
         out = span_attention(query, key, value, cu_seqlens, max(lengths), sliding_window=window)
         out.double().square().sum().backward()
         results.append([out, query.grad, key.grad, value.grad])

@@ -219,7 +219,7 @@ def test_item_models_under_experts(kind: str, block: str, dtype: torch.dtype, de
 def test_recurrent_memories(kind: str, mode: str, inner: str, device: torch.device) -> None:
     cases = memory_model_cases
     memory = cases.make_memory(kind, mode, inner)
-    batch = memory.planner.training(cases.HISTORIES, cases.RANGES, head="items")
+    batch = memory.planner.training(cases.HISTORIES, cases.RANGES, head="items").planned()
     check_training(memory, device, torch.float32, lambda of: batch.to(of.device))
     copied = on(memory, device, torch.float32)
     for one_time in (False, True):

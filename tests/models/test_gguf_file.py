@@ -41,6 +41,7 @@ def test_its_tokenizer_has_its_chat_template(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="the package gguf writes and reads GGUF files")
     assert is_gguf("x/y.GGUF") and not is_gguf("x/gguf")
     with pytest.raises(FileNotFoundError, match="path: expected a GGUF file, found none"):
         read_gguf(tmp_path / "none.gguf")

@@ -200,7 +200,11 @@ def test_out(backend: str, device: torch.device, dtype: torch.dtype, width: int,
     out = canvas[1:-1, slack // 2 : slack // 2 + width]
     got = pk.pool_rows(weight, layout, backend=backend, out=out)
     assert got is out
-    assert torch.equal(out, pk.pool_rows(weight, layout, backend=backend))
+    expected = pk.pool_rows(weight, layout, backend=backend)
+    if backend == "triton" and device.type == "cuda":  # rows of another alignment may be added up in another order
+        torch.testing.assert_close(out, expected)
+    else:
+        assert torch.equal(out, expected)
     out.fill_(777.0)
     assert (canvas == 777.0).all(), "something outside out was written"
 

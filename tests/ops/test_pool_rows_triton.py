@@ -69,6 +69,7 @@ def check(kernel: dict[str, Any]) -> None:
     assert not [name for name in memory if name.startswith(("LDL", "STL"))], f"local memory: {label}"
     assert not [name for name in memory if name.startswith(("RED", "ATOM"))], f"atomics: {label}"
     assert not kernel["int32_strides"], f"an address in 32 bits: {label}"
+    assert all(kind.endswith("x16xf32>") for kind in kernel["zeros"]), f"not -0.0, but for weights of slots: {label}"
     loads = {name: count for name, count in memory.items() if name.startswith("LDG")}
     stores = {name: count for name, count in memory.items() if name.startswith("STG")}
     if not case.startswith("vector"):

@@ -284,8 +284,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
     workload = workloads.ml1m()
     for width in arguments.widths:
         for dtype in (getattr(torch, name) for name in arguments.dtypes):
-            weight = torch.randn(workloads.VOCABULARY, width, generator=torch.Generator().manual_seed(0))
-            weight = weight.to(device, dtype)
+            generator = torch.Generator(device).manual_seed(0)
+            weight = torch.randn(workloads.VOCABULARY, width, generator=generator, device=device).to(dtype)
             item_patches = pk.item_table(workload.catalog, weight)
             for batch in arguments.batches:
                 histories, targets = workload.samples(batch)

@@ -68,17 +68,86 @@ STEPS = (
     ),
     Step(
         "bench-pool-rows",
-        8,
-        "{python} bench/bench_pool_rows.py --device cuda --dtypes bfloat16 float32 --output {out}/pool_rows_cuda.csv",
+        1.5,
+        "{python} bench/bench_pool_rows.py --device cuda --policies text items sessions long --seconds 0.2 "
+        "--compile off --no-loop --output {out}/pool_rows_cuda.csv",
         "{python} bench/bench_pool_rows.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
-        "--policies items --compile eager --loop --peak_mib 1 --output {out}/pool_rows_cuda.csv",
+        "--policies items --compile off --no-loop --peak_mib 1 --output {out}/pool_rows_cuda.csv",
+    ),
+    Step(
+        "bench-attention",
+        1.5,
+        "{python} bench/bench_attention.py --device cuda --dtype bfloat16 --heads 32 8 --seconds 0.5 "
+        "--cases '20 hypotheses of 3 rows' '50 branches of 40 rows' --output {out}/attention_cuda.csv",
+        "{python} bench/bench_attention.py --scale 20 --seconds 0 --heads 32 8 --providers patchkern 'sdpa per span' "
+        "--cases '20 hypotheses of 3 rows' '50 branches of 40 rows' --output {out}/attention_cuda.csv",
     ),
     Step(
         "bench-end-to-end",
-        5,
-        "{python} bench/bench_end_to_end.py --parts share inference training --output {out}/end_to_end.csv",
+        1.5,
+        "{python} bench/bench_end_to_end.py --parts share inference training --training_batches 16 --rounds 3 "
+        "--seconds 0.7 --output {out}/end_to_end.csv",
         "{python} bench/bench_end_to_end.py --parts share inference training --device cpu --shape small "
         "--policies items --batches 2 --training_batches 2 --seconds 0 --rounds 1 --output {out}/end_to_end.csv",
+    ),
+    Step(
+        "bench-search",
+        2,
+        "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies --long_batch 58 "
+        "--output {out}/search_cuda.csv",
+        "{python} bench/bench_search.py --shape tiny --parts policies --long_users 1 --long_rounds 1 "
+        "--output {out}/search_cuda.csv",
+    ),
+    Step(
+        "training-memory",
+        1.5,
+        "{python} bench/bench_memory.py --device cuda --parts training --output {out}/training_memory_cuda.csv",
+        "{python} bench/bench_memory.py --shape small --parts training --rows 1024 --workers 1 "
+        "--output {out}/training_memory_cuda.csv",
+    ),
+    Step(
+        "bench-pool-rows-peers",
+        1.5,
+        "{python} bench/bench_pool_rows.py --device cuda --batches 64 --policies items sessions --seconds 0.2 "
+        "--output {out}/pool_rows_peers_cuda.csv",
+        "{python} bench/bench_pool_rows.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
+        "--policies items --compile eager --loop --peak_mib 1 --output {out}/pool_rows_peers_cuda.csv",
+    ),
+    Step(
+        "search-memory",
+        1,
+        "{python} bench/bench_memory.py --device cuda --parts search --output {out}/search_memory_cuda.csv",
+        "{python} bench/bench_memory.py --shape small --parts search --users 4 --budgets 1GiB "
+        "--output {out}/search_memory_cuda.csv",
+    ),
+    Step(
+        "long-history",
+        1,
+        "{python} recipes/long_history.py {ml1m} --budget 40GiB --output {out}",
+        "{python} recipes/long_history.py {ml1m} --budget 1GiB --users 1 --shape tiny --device cpu --output {out}",
+    ),
+    Step(
+        "bench-dispatch",
+        1,
+        "{python} bench/bench_dispatch.py --batches 1 8 64 --widths 2048 --dtypes bfloat16 --seconds 0.05 "
+        "--output {out}/dispatch.csv",
+        "{python} bench/bench_dispatch.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
+        "--output {out}/dispatch.csv",
+    ),
+    Step(
+        "bench-passes",
+        1.5,
+        "{python} bench/bench_end_to_end.py --parts passes --policies text items --rounds 2 "
+        "--output {out}/end_to_end_passes.csv",
+        "{python} bench/bench_end_to_end.py --parts passes --rounds 1 --device cpu --shape small "
+        "--policies items --users 1 --output {out}/end_to_end_passes.csv",
+    ),
+    Step(
+        "bench-scaling",
+        2,
+        "{python} bench/bench_search.py --device cuda --shape 1b --parts scaling --output {out}/scaling_cuda.csv",
+        "{python} bench/bench_search.py --shape tiny --parts scaling --scaling_items 200 400 "
+        "--output {out}/scaling_cuda.csv",
     ),
     Step("memcheck", 4, f"{SANITIZER} memcheck {ON_GPU}", ON_CPU),
     Step(
@@ -86,41 +155,6 @@ STEPS = (
         6,
         PYTEST + " -n 4 -m gpu" + "".join(f" --ignore {file}" for file in POOL_ROWS),
         PYTEST + " -n 0 -m gpu",
-    ),
-    Step(
-        "bench-passes",
-        4,
-        "{python} bench/bench_end_to_end.py --parts passes --rounds 5 --output {out}/end_to_end_passes.csv",
-        "{python} bench/bench_end_to_end.py --parts passes --rounds 1 --device cpu --shape small "
-        "--policies items --users 1 --output {out}/end_to_end_passes.csv",
-    ),
-    Step(
-        "bench-attention",
-        2,
-        "{python} bench/bench_attention.py --device cuda --dtype bfloat16 --output {out}/attention_cuda.csv",
-        "{python} bench/bench_attention.py --scale 20 --seconds 0 --providers patchkern 'sdpa per span' "
-        "--output {out}/attention_cuda.csv",
-    ),
-    Step(
-        "bench-dispatch",
-        5,
-        "{python} bench/bench_dispatch.py --output {out}/dispatch.csv",
-        "{python} bench/bench_dispatch.py --device cpu --batches 1 --widths 64 --dtypes bfloat16 --seconds 0 "
-        "--output {out}/dispatch.csv",
-    ),
-    Step(
-        "bench-search",
-        6,
-        "{python} bench/bench_search.py --device cuda --shape 1b --budget 40GiB --parts policies peers scaling "
-        "--rounds 2 --long_batch 58 --output {out}/search_cuda.csv",
-        "{python} bench/bench_search.py --shape tiny --parts policies scaling --long_users 1 --long_rounds 1 "
-        "--scaling_items 200 400 --output {out}/search_cuda.csv",
-    ),
-    Step(
-        "long-history",
-        4,
-        "{python} recipes/long_history.py {ml1m} --budget 40GiB --repeats 3 --output {out}",
-        "{python} recipes/long_history.py {ml1m} --budget 1GiB --users 1 --shape tiny --device cpu --output {out}",
     ),
     Step("racecheck", 4, f"{SANITIZER} racecheck {ON_GPU}", ON_CPU),
     Step(
@@ -132,8 +166,8 @@ STEPS = (
     Step(
         "plot-scaling",
         1,
-        "{python} bench/plot_scaling.py {out}/search_cuda.csv --output {out}/search_cuda-scaling.png",
-        "{python} bench/plot_scaling.py {out}/search_cuda.csv --output {out}/search_cuda-scaling.png",
+        "{python} bench/plot_scaling.py {out}/scaling_cuda.csv --output {out}/scaling_cuda.png",
+        "{python} bench/plot_scaling.py {out}/scaling_cuda.csv --output {out}/scaling_cuda.png",
     ),
 )
 
@@ -155,12 +189,19 @@ TARGETS = (
     Target("pool_rows_cuda", "forward", "speed-up over embedding_bag", "", True, 3),
     Target("pool_rows_cuda", "forward", "speed-up over index_add", "", True, 3),
     Target("pool_rows_cuda", "forward", "speed-up over segment_reduce", "", True, 3),
-    Target("pool_rows_cuda", "forward", "speed-up over index_add compiled", "", True, 3),
-    Target("pool_rows_cuda", "forward", "speed-up over reference compiled", "", True, 3),
-    Target("pool_rows_cuda", "forward", "speed-up over loop", "", True, 200),
+    Target("pool_rows_peers_cuda", "forward", "speed-up over index_add compiled", "", True, 3),
+    Target("pool_rows_peers_cuda", "forward", "speed-up over reference compiled", "", True, 3),
+    Target("pool_rows_peers_cuda", "forward", "speed-up over loop", "", True, 200),
     Target("pool_rows_cuda", "backward", "speed-up over embedding_bag dense", " dense", True, 2),
     Target("pool_rows_cuda", "backward", "speed-up over embedding_bag sparse", " compact", True, 2),
     Target("pool_rows_cuda", "backward", "bitwise equal in 10 runs", "", True, 1),
+    Target("attention_cuda", "forward", "speed-up over sdpa per span", "", True, 1),
+    Target("attention_cuda", "forward", "speed-up over flex", "", True, 1),
+    Target("attention_cuda", "forward+backward", "speed-up over sdpa per span", "", True, 1),
+    Target("attention_cuda", "forward+backward", "speed-up over flex", "", True, 1),
+    Target("training_memory_cuda", "training", "predicted / measured", "", True, 1),
+    Target("training_memory_cuda", "training", "predicted / measured", "", False, 1.1),
+    Target("search_memory_cuda", "search", "measured / budget", "", False, 1),
     Target("search_cuda", "whole histories", "speed-up over text", "sessions", True, 13.09),
     Target("search_cuda", "whole histories", "speed-up over text", "items", True, 2.5),
     Target("end_to_end", "share", "fraction of forward", "compress_batch", False, 0.03),
@@ -240,6 +281,9 @@ def perform(step: Step, dry: bool, out: Path, seconds: float) -> tuple[str, floa
 # ------------------------------------------------------------------ the summary
 
 
+NAMING = ("policy", "case", "budget", "batch", "dtype")  # what tells a table's configurations apart
+
+
 def targets(out: Path) -> list[str]:
     """One line per measured target: met or missed, and on which configurations."""
     lines = []
@@ -263,8 +307,9 @@ def targets(out: Path) -> list[str]:
                         float({"True": 1, "False": 0}.get(row["p50"], row["p50"])),
                     )
                     met = value >= target.value if target.at_least else value <= target.value
-                    name = f"{config['policy']}/{config['batch']}/{config['dtype'].replace('float', '')}"
-                    results.append(f"{name} {value:.3g}{'' if met else ' MISSED'}")
+                    named = [str(config[key]) for key in NAMING if key in config]
+                    name = "/".join(named).replace("float", "")
+                    results.append(f"{name} {value:.3g}{'' if met else ' MISSED'}".strip())
             sign = ">=" if target.at_least else "<="
             lines.append(f"{provider}, {target.mode}, {target.metric} {sign} {target.value:g}: {', '.join(results)}")
     return lines

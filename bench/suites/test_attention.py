@@ -31,7 +31,7 @@ class Case:
 
     def checked(self, mode: str, provider: str) -> Callable[[], object]:
         if provider not in self._right:
-            bench_attention.check([provider], self.inputs, self.grad)
+            assert not bench_attention.check([provider], self.inputs, self.grad)
             self._right.add(provider)
         attend = bench_attention.PROVIDERS[provider]
         if mode == "forward":

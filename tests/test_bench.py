@@ -253,6 +253,44 @@ def test_attention(tmp_path: Path) -> None:
     assert [row["mode"] for row in rows] == 3 * ["forward", "forward+backward"]
 
 
+def test_attention_that_is_wrong_or_breaks_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import bench_attention
+
+    def breaks(inputs: Any) -> torch.Tensor:
+        raise RuntimeError("not on this device")
+
+    broken = {"sdpa per span": lambda inputs: 1.1 * bench_attention.per_span(inputs), "flex": breaks}
+    monkeypatch.setattr(bench_attention, "PROVIDERS", bench_attention.PROVIDERS | broken)
+    one = ["--cases", "20 hypotheses of 3 rows", "--scale", "100", "--seconds", "0", "--heads", "4", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        bench_attention.main(one)
+    assert "sdpa per span: off by 1.0e-01" in str(stopped.value) and "flex: RuntimeError: not on" in str(stopped.value)
+    timed = [row for row in table(tmp_path / "runs/bench/attention.csv") if row["mode"] != "mask"]
+    assert {row["provider"] for row in timed} == {"patchkern"}
+    assert {json.loads(row["config"])["heads"] for row in timed} == {4}
+
+
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    from bench import bench_memory
+
+    workload = workloads.stand_in()
+    short = np.flatnonzero(workload.histories.lengths < 30)[:100]
+    workload = workload._replace(histories=workload.histories.take(short))
+    monkeypatch.setattr(bench_memory, "ml1m", lambda: workload)
+    cases = (bench_memory.Case(head="items"), bench_memory.Case(0.5, True, lora=True, branches=False))
+    monkeypatch.setattr(bench_memory, "CASES", cases)
+    tiny = ["--shape", "small", "--rows", "600", "--users", "3", "--budgets", "1GiB", "--workers", "1"]
+    bench_memory.main(tiny)
+    found = {(row["mode"], row["metric"]): float(row["p50"]) for row in table(tmp_path / "runs/bench/memory.csv")}
+    assert found["training", "predicted / measured"] >= 1 and found["search", "predicted / measured"] >= 1
+    assert 0 < found["search", "measured / budget"] <= 1 and ("training", "reserved / measured") not in found
+    monkeypatch.setattr(bench_memory, "CASES", cases[:1])
+    monkeypatch.setattr(bench_memory, "predict", lambda *_, **__: 1 << 20)
+    with pytest.raises(SystemExit, match=r"predicted too low:\nall parameters, items, .* rows, training: 0.0"):
+        bench_memory.main([*tiny, "--parts", "training"])
+
+
 def test_item_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     from bench import bench_item_head
@@ -586,6 +624,13 @@ def test_targets_are_told_met_from_missed(tmp_path: Path, monkeypatch: pytest.Mo
     assert gpu.targets(tmp_path) == [
         "cuda, forward, fraction of peak >= 0.9: text/64/b16 0.95, items/64/b16 0.5 MISSED",
     ]
+
+
+def test_targets_of_tables_with_other_configurations(tmp_path: Path) -> None:
+    memory = timing.Table(tmp_path / "search_memory_cuda.csv")
+    memory.add("beam", "search", "measured / budget", "ratio", (1.2,) * 3, {"shape": "1b", "budget": "6GiB"})
+    memory.write()
+    assert gpu.targets(tmp_path) == ["beam, search, measured / budget <= 1: 6GiB 1.2 MISSED"]
 
 
 def test_steps_are_commands_that_exist() -> None:

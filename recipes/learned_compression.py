@@ -49,6 +49,7 @@ from recipes.tables import markdown_table
 from recipes.training_run import banner, read_arguments, write_arguments
 
 EVALUATIONS = 10  # of the validation split in a run
+EVALUATED_AT_ONCE = 256  # users
 SWEPT = (1, 16)
 WEIGHTS = (0.01, 0.1, 1.0)
 DEFAULTS = 4  # experts and slots
@@ -225,6 +226,8 @@ def trained(
         num_train_epochs=args.epochs,
         learning_rate=args.learning_rate,
         seed=seed,
+        bf16=False,  # everywhere alike; models so small gain nothing by it on a GPU
+        per_device_eval_batch_size=EVALUATED_AT_ONCE,
         eval_strategy="steps",
         eval_steps=1 / EVALUATIONS,
         save_strategy="steps",
@@ -246,7 +249,7 @@ def trained(
         jitter=settings.jitter,
         head_learning_rate=settings.head_learning_rate,
         eval_samples=data.samples("val"),
-        eval_options={"search": "items"},
+        eval_options={"search": "items", "batch_size": EVALUATED_AT_ONCE},
     )
     started = checkpoints(own)
     metrics = trainer.train(resume_from_checkpoint=str(started[-1]) if started else None).metrics
@@ -289,8 +292,8 @@ def make_model(row: Row, seed: int, args: argparse.Namespace, data: Interactions
 def stored_bytes(model: Any, policy: Any, histories: pk.Histories) -> NDArray[np.float64]:
     """``(B,)`` what is kept of each user so that a past is not read again: states, or keys and values of a prompt."""
     if isinstance(policy, pk.PreferenceMemory):
-        found = model.compress(histories)
-        return found.rows * float(found.vectors.shape[1] * found.vectors.element_size())
+        rows = policy.memory_rows(policy.absorbed(histories.lengths))
+        return rows * float(model.width * model.dtype.itemsize)
     if isinstance(policy, pk.Experts):
         rows = policy.count * policy.compressed_parts(policy.cuts(histories.lengths))
     else:

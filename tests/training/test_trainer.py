@@ -179,6 +179,8 @@ def test_memory_is_pinned_for_devices_only(tmp_path: Path) -> None:
     trainer.train()
     assert plain.dataloader_pin_memory
     assert trainer.args.dataloader_pin_memory == (plain.device.type != "cpu")
+    assert trainer.accelerator.non_blocking == trainer.args.dataloader_pin_memory
+    assert not plain.accelerator_config.non_blocking
 
 
 def _pieces(folder: Path) -> dict[str, Any]:

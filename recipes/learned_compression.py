@@ -293,7 +293,7 @@ def stored_bytes(model: Any, policy: Any, histories: pk.Histories) -> NDArray[np
     """``(B,)`` what is kept of each user so that a past is not read again: states, or keys and values of a prompt."""
     if isinstance(policy, pk.PreferenceMemory):
         rows = policy.memory_rows(policy.absorbed(histories.lengths))
-        return rows * float(model.width * model.dtype.itemsize)
+        return rows.astype(np.float64) * (model.width * model.dtype.itemsize)
     if isinstance(policy, pk.Experts):
         rows = policy.count * policy.compressed_parts(policy.cuts(histories.lengths))
     else:

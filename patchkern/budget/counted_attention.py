@@ -51,7 +51,7 @@ class CountedAttention:
                 groups = query.shape[1] != key.shape[1]
                 out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups)
                 return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-            on_cuda = _triton if self._prefixes else _varlen
+            on_cuda = _triton if self._prefixes or query.dtype == torch.float32 else _varlen
             scratch = on_cuda if self._on_cuda else _native if has_kernels else self._tiles
             rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
             packed: Tensor = _Kernel.apply(*rows, scratch, self._counter)

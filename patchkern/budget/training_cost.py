@@ -16,9 +16,8 @@ The peak of a step that computes T rows, K of them with logits::
 - ``workspace``: that hundredth, what cuBLAS has on CUDA, and the temporaries of the optimiser's own step.
 
 All of it is what `torch` allocates (``torch.cuda.max_memory_allocated``). What a CUDA context takes, about half a
-gibibyte, and what the allocator loses to fragmentation come on top: plan with nine tenths of a card. Not covered are
-attention dropout, and float32 without autocast on CUDA for spans without prefixes, whose attention PyTorch may compute
-with all scores written out.
+gibibyte, and what the allocator loses to fragmentation come on top: plan with nine tenths of a card. Not covered is
+attention dropout.
 """
 
 from __future__ import annotations

@@ -173,8 +173,9 @@ class PatchTrainer(SavingTrainer):
         args.dataloader_pin_memory &= args.device.type != "cpu"
         if args.dataloader_pin_memory:
             # else each of a batch's tensors would wait until the device has done all that it was given before
-            args.accelerator_config = copy.copy(args.accelerator_config)
-            args.accelerator_config.non_blocking = True
+            accelerator_config: Any = copy.copy(args.accelerator_config)
+            accelerator_config.non_blocking = True
+            args.accelerator_config = accelerator_config
         args.logging_nan_inf_filter = False  # it would wait for every loss, and log the average in its place
         if args.ddp_find_unused_parameters is None:
             # Trainer's own choice for a module it does not know is True, which is slow and breaks recomputation.

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compressed past is still worth when it has not been updated for a while: the lists behind old states.
+
+    python recipes/stale_states.py --data ml-1m --output_dir runs/learned     # after learned_compression.py there
+    python recipes/stale_states.py --data ml-1m --output_dir runs/learned --rows experts memory --lags 0 1 2 4
+
+Each test sample is read with the recent items that it is always read with, and with its past as that was compressed
+--lags blocks earlier: the items in between are neither in the state nor recent. The last column but one has no state at
+all. Counted are samples whose past has more blocks than the longest lag, the same in every column. Errors are over
+users; the second table is of differences from a state that is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
+
+import patchkern as pk
+from patchkern.data import Interactions, Samples
+from patchkern.data.preparation import add_arguments, load
+from patchkern.evaluation import estimate, paired_difference
+from patchkern.training import item_log_probs
+from recipes.commands import Parser
+from recipes.learned_compression import device_of_runs
+from recipes.ranking import ScoredItems
+from recipes.tables import markdown_table
+
+ROWS = ("experts", "experts-blocks", "memory", "memory-append")
+K = 20
+NOTHING = "no state"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    args = parse(argv)
+    data = load(args)
+    lags = [*map(str, args.lags), NOTHING]
+    tables: list[list[list[str]]] = [[["HR@20", *lags, "samples"]], [["difference", *lags[1:]]]]
+    numbers = {}
+    for row in args.rows:
+        found = []
+        for seed in args.seeds:
+            model = read_model(Path(args.output_dir) / f"{row}-{seed}" / "model")
+            samples = with_past(data, data.samples("test").spread(args.limit), model.policy, max(args.lags) + 1)
+            found.append([hits(model, data, samples, lag) for lag in (*args.lags, None)])
+        users = data.user_ids[samples.users].astype(str)
+        means = np.mean(found, axis=0)
+        tables[0].append([row, *(str(estimate(column, users)) for column in means), f"{users.size:,}"])
+        tables[1].append([row, *(str(paired_difference(column, means[0], users)) for column in means[1:])])
+        numbers[row] = dict(zip(lags, means.mean(axis=1).tolist(), strict=True))
+    for cells in tables:
+        print("\n".join(["", *markdown_table(cells)]), flush=True)
+    return numbers
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--output_dir", required=True, help="of recipes/learned_compression.py")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2, 4], help="blocks")
+    parser.add_argument("--limit", type=int, help="test samples, spread over all, before those with a past are taken")
+    args = parser.parse_args(argv)
+    if min(args.lags) < 0:
+        parser.error(f"--lags: expected numbers of at least 0, got {min(args.lags)}")
+    return args
+
+
+def read_model(folder: Path) -> Any:
+    """The best model of a run."""
+    kind: Any = pk.RecurrentMemory if folder.parent.name.startswith("memory") else pk.ItemModel
+    return kind.from_pretrained(folder).to(device_of_runs()).eval()
+
+
+def with_past(data: Interactions, samples: Samples, policy: Any, blocks: int) -> Samples:
+    """Those of whose past at least so many blocks are compressed."""
+    chosen = compressed(policy, data.before(samples).lengths) >= blocks * policy.block
+    if not chosen.any():
+        raise ValueError(f"--lags: expected some sample with {blocks} blocks of {policy.block} items, got none")
+    return samples.take(chosen)
+
+
+def compressed(policy: Any, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``(S,)`` how many items of histories of these lengths are in their users' states."""
+    found: NDArray[np.int64] = policy.cuts(lengths) if isinstance(policy, pk.Experts) else policy.absorbed(lengths)
+    return found
+
+
+def hits(model: Any, data: Interactions, samples: Samples, lag: int | None) -> NDArray[np.float64]:
+    """``(S,)`` whether each target is in the list behind a state of so many blocks ago, or behind none."""
+    histories = gapped(data.before(samples), model.policy, lag)
+    numbers, positions = np.arange(len(histories)), histories.lengths
+    items = np.insert(histories.items, histories.offsets[1:], data.targets(samples))
+    whole = pk.Histories(items, histories.offsets + np.arange(len(histories) + 1))
+    scored = ScoredItems(data, samples, model.catalog, K, unseen=True)
+    for chosen, scores in item_log_probs(model, whole, (numbers, positions), model.policy):
+        scored.add(chosen, scores)
+    lists = scored.ranking.items
+    found: NDArray[np.float64] = (lists == data.targets(samples)[:, None]).any(axis=1).astype(np.float64)
+    return found
+
+
+def gapped(histories: pk.Histories, policy: Any, lag: int | None) -> pk.Histories:
+    """Histories without the items that came after the state and are not recent.
+
+    What is compressed of such a history is what was compressed ``lag`` blocks earlier, as borders lie at multiples of a
+    block, and its recent items are the same.
+    """
+    until = compressed(policy, histories.lengths)
+    kept = np.zeros_like(until) if lag is None else np.maximum(until - lag * policy.block, 0)
+    place = np.arange(histories.items.size) - np.repeat(histories.offsets[:-1], histories.lengths)
+    chosen = (place < np.repeat(kept, histories.lengths)) | (place >= np.repeat(until, histories.lengths))
+    lengths = histories.lengths - until + kept
+    return pk.Histories(histories.items[chosen], np.append(0, np.cumsum(lengths)))
+
+
+if __name__ == "__main__":
+    main()

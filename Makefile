@@ -62,7 +62,9 @@ bench-quick: $(BUILT) ## run the small suites in two minutes; PYTEST_ARGS=--benc
 
 # ------------------------------------------------------------------ checks
 
-# Two worker processes of one thread each: tests that are about threads set the number themselves.
+# Two worker processes of one thread each: tests that are about threads set the number themselves. What a GPU computes
+# is tested by `make gpu`: here there is none, and Triton's kernels are interpreted, on any machine.
+test test-all: export CUDA_VISIBLE_DEVICES =
 test: export OMP_NUM_THREADS = 1
 test: $(BUILT) ## run the tests, but for the slow ones and those for a GPU
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(PYTEST_ARGS)

@@ -158,7 +158,7 @@ def test_equal_scores_are_in_catalogue_order() -> None:
     model = make_model(titles)
     with torch.no_grad():
         for weight in (model.hf_model.lm_head.weight, model.get_input_embeddings().weight):
-            weight[[5, 6, 7, 8, 9]] = weight[5].clone()
+            weight[[5, 6, 7, 8, 9]] = 0.0  # the same logits, to the bit, by any matrix product
     for k, expected in ((1, ["c"]), (2, ["c", "a"]), (4, ["c", "a", "a again", "d"]), (6, [*"ca", "a again", *"dbe"])):
         row = model.recommend([[]], POLICIES["text"], k, k, search="exact")[0]
         assert [item for item, _ in row] == expected

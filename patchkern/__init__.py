@@ -31,6 +31,7 @@ from patchkern.batch.expert_layout import expert_row_counts
 from patchkern.batch.experts import Experts
 from patchkern.batch.hashes import row_hashes
 from patchkern.batch.histories import Histories
+from patchkern.batch.joined_layout import join_layouts
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.mean_of_old import MeanOfOld
 from patchkern.batch.policies import (
@@ -48,7 +49,7 @@ from patchkern.batch.prompt import Prompt
 from patchkern.batch.prompt_words import PromptWords
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
-from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
+from patchkern.batch.training_layout import build_training_layout, training_rows
 from patchkern.ops.backends import backends
 from patchkern.ops.item_table import ItemTable, item_table
 from patchkern.ops.packed import PackedBatch, compress_batch

@@ -334,7 +334,7 @@ def key_gradient_kernel(
                 m_sees = (tl.maximum(b_lo, i_n) < tl.minimum(b_hi, i_end)) & (b_begin < b_until)
                 i_from = tl.minimum(i_from, tl.min(tl.where(m_sees, b_begin, FAR), axis=0))
                 i_until = tl.maximum(i_until, tl.max(tl.where(m_sees, b_until, 0), axis=0))
-            # where no span sees the block: a pipeline looks ahead from a loop's first row, and FAR plus a step is negative
+            # no span sees the block: a pipeline looks ahead from a loop's first row, and FAR plus a step is negative
             i_from = tl.minimum(i_from, i_until)
             b_dk, b_dv = _key_gradient(
                 b_dk,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
+from patchkern.batch.joined_layout import join_layouts
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryPlanner
 from patchkern.batch.policies import RandomItemPatches, TextOnly
@@ -19,7 +20,7 @@ from patchkern.batch.policy_kinds import AnyPolicy, Level, Levels, cut_every_of
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
 from patchkern.batch.sample_layout import build_layout
-from patchkern.batch.training_layout import build_training_layout, join_layouts, training_rows
+from patchkern.batch.training_layout import build_training_layout, training_rows
 from patchkern.training.passes import Pass, Slot
 from patchkern.training.protocol import TrainableModel
 

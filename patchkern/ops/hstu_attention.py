@@ -69,12 +69,13 @@ def hstu_attention(
     """
     if not normalizer > 0 or normalizer == float("inf"):
         raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
-    if prefix is None:
-        if prefix_key is not None or prefix_value is not None:
-            raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
-        prefix = cu_seqlens.new_zeros(cu_seqlens.shape[0] - 1, 1, 2)
+    if prefix is None and (prefix_key is not None or prefix_value is not None):
+        raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     check_spans(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, packed=True)
-    ranges = prefix if prefix.dim() == 3 else prefix[:, None]
+    if prefix is None:
+        ranges = cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, 0, 2)
+    else:
+        ranges = prefix if prefix.dim() == 3 else prefix[:, None]
     scale = query.shape[2] ** -0.5 if scale is None else scale
     floats = (query, key, value, prefix_key, prefix_value)
     arguments = (query, key, value, cu_seqlens, ranges, prefix_key, prefix_value, float(scale), float(normalizer))

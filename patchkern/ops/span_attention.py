@@ -74,28 +74,23 @@ def span_attention(
         if sliding_window is not None:
             raise ValueError(f"sliding_window: expected None with a prefix, which is seen fully, got {sliding_window}")
         check_spans(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, packed=False)
-        rows = (_by_row(query), _by_row(key), _by_row(value))
-        stored_key = None if prefix_key is None else _by_row(prefix_key)
-        stored_value = None if prefix_value is None else _by_row(prefix_value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         ranges = prefix if prefix.dim() == 3 else prefix[:, None]
-        out = prefixed.span_attention(*rows, cu_seqlens, ranges, stored_key, stored_value, scale, dropout)
-        return out.unsqueeze(0)
+        return prefixed.span_attention(query, key, value, cu_seqlens, ranges, prefix_key, prefix_value, scale, dropout)
     if prefix_key is not None or prefix_value is not None:
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     kernel = cuda_kernel(query, key, value, dropout)
     if kernel is None and _prefixed_serves(query, value, max_seqlen, dropout, sliding_window):
-        none = cu_seqlens.new_zeros(cu_seqlens.shape[0] - 1, 1, 2)
-        check_spans(query, key, value, cu_seqlens, none, None, None, packed=False)
+        check_spans(query, key, value, cu_seqlens, None, None, None, packed=False)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows = (_by_row(query), _by_row(key), _by_row(value))
-        return prefixed.span_attention(*rows, cu_seqlens, none, None, None, scale).unsqueeze(0)
+        none = cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, 0, 2)
+        return prefixed.span_attention(query, key, value, cu_seqlens, none, None, None, scale)
     if kernel is None:
         return _span_sdpa(query, key, value, cu_seqlens.tolist(), scaling, dropout, sliding_window)
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max())
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    q, k, v = _by_row(query), _by_row(key), _by_row(value)
+    q, k, v = prefixed.by_row(query), prefixed.by_row(key), prefixed.by_row(value)
     return kernel(q, k, v, cu_seqlens, max_seqlen, scaling, dropout, window).unsqueeze(0)
 
 
@@ -105,12 +100,7 @@ def _prefixed_serves(
     """Whether spans without prefixes are attended in one call of the kernels for prefixes, which know no window."""
     if sliding_window is not None and (max_seqlen is None or max_seqlen > sliding_window):
         return False
-    return query.shape[0] == 1 and prefixed.serves(_by_row(query), _by_row(value), dropout)
-
-
-def _by_row(heads: Tensor) -> Tensor:
-    """(1, H, T, d) as (T, H, d)."""
-    return heads.squeeze(0).transpose(0, 1)
+    return query.shape[0] == 1 and prefixed.serves(query, value, dropout)
 
 
 def _span_sdpa(

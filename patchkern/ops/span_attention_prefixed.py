@@ -100,26 +100,28 @@ def kernels(query: Tensor, value: Tensor, dropout: float) -> ModuleType | None:
     if not query.is_cuda:
         return None
     reason = _unusable_reason(query, value, dropout)
-    if reason is None:
-        return importlib.import_module("patchkern.ops.span_attention_triton")
-    _warn_once(reason)
-    return None
+    if reason is not None:
+        _warn_once(reason)
+        return None
+    from patchkern.ops import span_attention_triton
+
+    return span_attention_triton
 
 
 def _unusable_reason(query: Tensor, value: Tensor, dropout: float) -> str | None:
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels have no {query.dtype}"
-    if not query.shape[2] == value.shape[2] <= 256:
-        return f"the kernels have heads of at most 256, not {query.shape[2]} for keys and {value.shape[2]} for values"
+    if not query.shape[-1] == value.shape[-1] <= 256:
+        return f"the kernels have heads of at most 256, not {query.shape[-1]} for keys and {value.shape[-1]} for values"
     if dropout > 0:
         return "the kernels have no attention dropout; set the model's to 0"
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "the kernels need a device of compute capability 8.0"
-    return _triton_missing()
+    return _unusable_device(query.device)
 
 
 @functools.cache
-def _triton_missing() -> str | None:
+def _unusable_device(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need a device of compute capability 8.0"
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -172,6 +174,8 @@ def empty_gradients(
 
 
 class _SpanAttention(torch.autograd.Function):
+    """Of heads (1, H, T, d): were they made rows out here, autograd would follow each of those views."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -184,19 +188,30 @@ class _SpanAttention(torch.autograd.Function):
         prefix_value: Tensor | None,
         *options: Any,
     ) -> Tensor:
-        rows = (cu_seqlens, prefix, prefix_key, prefix_value)
-        out, lse = torch.ops.patchkern.span_attention(query, key, value, *rows, *options)
-        ctx.save_for_backward(query, key, value, out, lse, *rows)
+        own = (by_row(query), by_row(key), by_row(value))
+        seen = (cu_seqlens, prefix, *_by_row_if_given(prefix_key, prefix_value))
+        out, lse = torch.ops.patchkern.span_attention(*own, *seen, *options)
+        ctx.save_for_backward(*own, out, lse, *seen)
         ctx.options = options
-        result: Tensor = out
+        result: Tensor = out.unsqueeze(0)
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.patchkern.span_attention_grad(grad_out, *ctx.saved_tensors, *ctx.options)
-        stored = [x if needed else None for x, needed in zip(grads[3:], ctx.needs_input_grad[5:7], strict=True)]
-        return (*grads[:3], None, None, *stored, *[None] * len(ctx.options))
+        rows = torch.ops.patchkern.span_attention_grad(grad_out.squeeze(0), *ctx.saved_tensors, *ctx.options)
+        needed = (True, True, True, *ctx.needs_input_grad[5:7])
+        grads = [x.transpose(0, 1).unsqueeze(0) if wanted else None for x, wanted in zip(rows, needed, strict=True)]
+        return (*grads[:3], None, None, *grads[3:], *[None] * len(ctx.options))
+
+
+def by_row(heads: Tensor) -> Tensor:
+    """(1, H, T, d) as (T, H, d)."""
+    return heads.squeeze(0).transpose(0, 1)
+
+
+def _by_row_if_given(*heads: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else by_row(x) for x in heads]
 
 
 def span_attention(
@@ -210,24 +225,24 @@ def span_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Span attention in packed form; `patchkern.ops.span_attention` checks the arguments.
+    """Span attention of heads; `patchkern.ops.span_attention` checks the arguments.
 
     Args:
-        query: (T, H, d); key: (T, Hkv, d); value: (T, Hkv, dv).
-        cu_seqlens: (S + 1,) int32, and prefix: (S, R, 2) int32, ranges of rows of ``prefix_key`` (P, Hkv, d) and
-            ``prefix_value`` (P, Hkv, dv), or of ``key`` and ``value`` where those are None.
+        query: (1, H, T, d); key: (1, Hkv, T, d); value: (1, Hkv, T, dv).
+        cu_seqlens: (S + 1,) int32, and prefix: (S, R, 2) int32, ranges of rows of ``prefix_key`` (1, Hkv, P, d) and
+            ``prefix_value`` (1, Hkv, P, dv), or of ``key`` and ``value`` where those are None.
 
     Returns:
-        (T, H, dv), differentiable once.
+        (1, T, H, dv), differentiable once.
     """
     seed = int(torch.randint(1 << 62, ())) if dropout > 0 else 0
-    arguments = (query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, scale, dropout, seed)
-    floats = (query, key, value, prefix_key, prefix_value)
+    floats, options = (query, key, value, prefix_key, prefix_value), (scale, dropout, seed)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats):
-        out: Tensor = _SpanAttention.apply(*arguments)
+        out: Tensor = _SpanAttention.apply(*floats[:3], cu_seqlens, prefix, *floats[3:], *options)
         return out
-    out, _ = torch.ops.patchkern.span_attention(*arguments)
-    return out
+    own, stored = (by_row(query), by_row(key), by_row(value)), _by_row_if_given(prefix_key, prefix_value)
+    out, _ = torch.ops.patchkern.span_attention(*own, cu_seqlens, prefix, *stored, *options)
+    return out.unsqueeze(0)
 
 
 def dense(

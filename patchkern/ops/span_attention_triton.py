@@ -19,14 +19,15 @@ those who do not see them; a NaN in a row can, within its block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from patchkern.ops.span_attention_triton_forward import LOG2E, forward_kernel, rows_kernel
+from patchkern.ops.span_attention_triton_forward import LOG2E, forward_kernel
 from patchkern.ops.span_attention_triton_gradients import key_gradient_kernel, query_gradient_kernel
 
 
@@ -96,15 +97,15 @@ def forward(
         return out, lse
     stored = (key, value) if prefix_key is None or prefix_value is None else (prefix_key, prefix_value)
     groups = n_heads // key.shape[1]
-    constants = _constants(query, groups, prefix, normalizer, _forward_blocks)
+    constants = _constants(_forward_blocks, *_shape(query, key, prefix, normalizer))
     query, key, value = _readable(query), _readable(key), _readable(value)
     seen_key, seen_value = map(_readable, stored)
     with torch.cuda.device_of(query):
-        rows = _rows(cu_seqlens, prefix, n_rows)
         forward_kernel[_grid(n_rows, constants["BLOCK_M"] // groups, key)](
-            *(query, key, value, seen_key, seen_value, rows, out, lse),
-            *(x.stride(dim) for x in (query, key, value, seen_key, seen_value) for dim in (0, 1)),
+            *(query, key, value, seen_key, seen_value, cu_seqlens.contiguous(), prefix.contiguous(), out, lse),
+            *_strides(query, key, value, seen_key, seen_value),
             n_rows,
+            prefix.shape[0],
             *_numbers(scale, normalizer),
             **constants,
         )
@@ -146,14 +147,17 @@ def backward(
     if out is None or lse is None:
         out, lse = grad_out, grad_out.new_empty(0, dtype=torch.float32)  # nothing is read of them
     balance = torch.empty_like(lse)
+    seen = query.new_empty(n_rows, 2 + 2 * prefix.shape[1], dtype=torch.int32)
+    integers = (cu_seqlens.contiguous(), prefix.contiguous())
+    shape = _shape(query, key, prefix, normalizer)
     factor, divisor = _numbers(scale, normalizer)
     with torch.cuda.device_of(query):
-        rows = _rows(cu_seqlens, prefix, n_rows)
-        constants = _constants(query, groups, prefix, normalizer, _query_gradient_blocks)
+        constants = _constants(_query_gradient_blocks, *shape)
         query_gradient_kernel[_grid(n_rows, constants["BLOCK_M"] // groups, key)](
-            *(query, key, value, seen_key, seen_value, rows, out, lse, grad_out, balance, grad_query),
-            *(x.stride(dim) for x in (query, key, value, seen_key, seen_value) for dim in (0, 1)),
+            *(query, key, value, seen_key, seen_value, *integers, out, lse, grad_out, balance, seen, grad_query),
+            *_strides(query, key, value, seen_key, seen_value),
             n_rows,
+            prefix.shape[0],
             factor,
             scale / divisor,
             **constants,
@@ -161,11 +165,11 @@ def backward(
         sides = [(key, value, grad_key, grad_value, True, not separate)]
         if separate and seen_key.shape[0]:
             sides.append((seen_key, seen_value, grad_seen_key, grad_seen_value, False, True))
-        constants = _constants(query, groups, prefix, normalizer, _key_gradient_blocks)
+        constants = _constants(_key_gradient_blocks, *shape)
         for k, v, grad_k, grad_v, is_own, is_prefix in sides:
             key_gradient_kernel[_grid(k.shape[0], constants["BLOCK_N"], k)](
-                *(query, k, v, grad_out, lse, balance, rows, cu_seqlens, prefix, grad_k, grad_v),
-                *(x.stride(dim) for x in (query, k, v) for dim in (0, 1)),
+                *(query, k, v, grad_out, lse, balance, seen, *integers, grad_k, grad_v),
+                *_strides(query, k, v),
                 k.shape[0],
                 prefix.shape[0],
                 factor,
@@ -183,13 +187,8 @@ def _numbers(scale: float, normalizer: float | None) -> tuple[float, float]:
     return (scale * LOG2E.value, 1.0) if normalizer is None else (scale, normalizer)
 
 
-def _rows(cu_seqlens: Tensor, prefix: Tensor, n_rows: int) -> Tensor:
-    ranges = prefix.shape[1]
-    rows = cu_seqlens.new_empty(n_rows, 2 + 2 * ranges)
-    block = 256
-    grid = (triton.cdiv(n_rows, block),)
-    rows_kernel[grid](cu_seqlens, prefix.contiguous(), rows, n_rows, prefix.shape[0], ranges, block)
-    return rows
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -204,25 +203,39 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def _shape(
+    query: Tensor, key: Tensor, prefix: Tensor, normalizer: float | None
+) -> tuple[int, int, int, torch.dtype, int, bool]:
+    """What the kernels are compiled for."""
+    return query.shape[1], key.shape[1], query.shape[2], query.dtype, prefix.shape[1], normalizer is not None
+
+
+@functools.cache
 def _constants(
-    query: Tensor, groups: int, prefix: Tensor, normalizer: float | None, table: Callable[[int, int, int, bool], Blocks]
-) -> dict[str, Any]:
-    width = max(triton.next_power_of_2(query.shape[2]), 16)
-    blocks = table(width, query.itemsize, prefix.shape[1], normalizer is not None)
+    table: Callable[[int, int, int, bool], Blocks],
+    heads: int,
+    key_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    ranges: int,
+    silu: bool,
+) -> Mapping[str, Any]:
+    padded = max(triton.next_power_of_2(width), 16)
+    blocks = table(padded, dtype.itemsize, ranges, silu)
     return {
-        "RANGES": prefix.shape[1],
-        "HEADS": query.shape[1],
-        "GROUPS": groups,
-        "WIDTH": query.shape[2],
-        "BLOCK_M": max(blocks.queries, triton.next_power_of_2(groups)),
+        "RANGES": ranges,
+        "HEADS": heads,
+        "GROUPS": heads // key_heads,
+        "WIDTH": width,
+        "BLOCK_M": max(blocks.queries, triton.next_power_of_2(heads // key_heads)),
         "BLOCK_N": blocks.keys,
-        "BLOCK_D": width,
-        "PRECISION": _precision(query.dtype),
-        "ACTIVATION": "softmax" if normalizer is None else "silu",
+        "BLOCK_D": padded,
+        "PRECISION": _precision(dtype),
+        "ACTIVATION": "silu" if silu else "softmax",
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
 
 
 def _grid(n_rows: int, block: int, key: Tensor) -> tuple[int, int]:
-    return triton.cdiv(n_rows, block), key.shape[1]
+    return -(-n_rows // block), key.shape[1]

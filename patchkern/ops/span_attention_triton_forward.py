@@ -13,39 +13,23 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**31 - 1)
 SIZES = ["n_rows", "n_spans"]
+INTEGERS = ["p_cu_seqlens", "p_prefix"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["p_cu_seqlens", "p_prefix"])
-def rows_kernel(
-    p_cu_seqlens: tl.tensor,
-    p_prefix: tl.tensor,
-    p_rows: tl.tensor,
-    n_rows: tl.tensor,
-    n_spans: tl.tensor,
-    RANGES: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """What each row sees, (T, 2 + 2 RANGES) int32: begin and end of its span, then of each of its ranges."""
-    o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_row = o_row < n_rows
-    # the last span that begins at or before the row: an empty span begins where the next one does
-    b_low = tl.zeros([BLOCK], dtype=tl.int32)
+@triton.jit
+def span_of(p_cu_seqlens: tl.tensor, n_spans: tl.tensor, o_row: tl.tensor, m_row: tl.tensor) -> tl.tensor:
+    """The last span that begins at or before each row: an empty span begins where the next one does."""
+    b_low = tl.zeros_like(o_row)
     b_high = b_low + n_spans
     i_left = n_spans
     while i_left > 0:
         b_middle = (b_low + b_high) // 2
-        b_begin = tl.load(p_cu_seqlens + b_middle, mask=m_row, other=0)
-        m_after = b_begin <= o_row
+        m_after = tl.load(p_cu_seqlens + b_middle, mask=m_row, other=0) <= o_row
         m_open = b_high - b_low > 1
         b_low = tl.where(m_open & m_after, b_middle, b_low)
         b_high = tl.where(m_open & ~m_after, b_middle, b_high)
         i_left = i_left // 2
-    p_row = p_rows + o_row.to(tl.int64) * (2 + 2 * RANGES)
-    tl.store(p_row, tl.load(p_cu_seqlens + b_low, mask=m_row), mask=m_row)
-    tl.store(p_row + 1, tl.load(p_cu_seqlens + b_low + 1, mask=m_row), mask=m_row)
-    p_range = p_prefix + b_low.to(tl.int64) * (2 * RANGES)
-    for i_bound in range(2 * RANGES):
-        tl.store(p_row + 2 + i_bound, tl.load(p_range + i_bound, mask=m_row), mask=m_row)
+    return b_low
 
 
 @triton.jit
@@ -119,14 +103,15 @@ def _attend(
     return b_acc, b_peak, b_total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INTEGERS)
 def forward_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
     p_v: tl.tensor,
     p_prefix_k: tl.tensor,
     p_prefix_v: tl.tensor,
-    p_rows: tl.tensor,
+    p_cu_seqlens: tl.tensor,
+    p_prefix: tl.tensor,
     p_out: tl.tensor,
     p_lse: tl.tensor,
     s_q: tl.tensor,
@@ -140,6 +125,7 @@ def forward_kernel(
     s_prefix_v: tl.tensor,
     s_prefix_v_head: tl.tensor,
     n_rows: tl.tensor,
+    n_spans: tl.tensor,
     factor: tl.tensor,
     normalizer: tl.tensor,
     RANGES: tl.constexpr,
@@ -161,8 +147,9 @@ def forward_kernel(
     i_last = tl.minimum(i_first + BLOCK_M // GROUPS, n_rows)
 
     b_q = load_rows(p_q + o_head[:, None] * s_q_head, o_row, m_m, s_q, WIDTH, BLOCK_D)
-    p_row = p_rows + o_row.to(tl.int64) * (2 + 2 * RANGES)
-    b_begin = tl.load(p_row, mask=m_m, other=0)
+    b_span = span_of(p_cu_seqlens, n_spans, o_row, m_m)
+    b_begin = tl.load(p_cu_seqlens + b_span, mask=m_m, other=0)
+    p_range = p_prefix + b_span.to(tl.int64) * (2 * RANGES)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     b_total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -170,8 +157,8 @@ def forward_kernel(
     p_prefix_k += i_head * s_prefix_k_head
     p_prefix_v += i_head * s_prefix_v_head
     for i_range in range(RANGES):
-        b_lo = tl.load(p_row + 2 + 2 * i_range, mask=m_m, other=0)
-        b_hi = tl.load(p_row + 3 + 2 * i_range, mask=m_m, other=0)
+        b_lo = tl.load(p_range + 2 * i_range, mask=m_m, other=0)
+        b_hi = tl.load(p_range + 2 * i_range + 1, mask=m_m, other=0)
         b_todo = tl.where(b_hi > b_lo, b_lo, FAR)
         i_lo = tl.min(b_todo, axis=0)
         while i_lo < FAR:

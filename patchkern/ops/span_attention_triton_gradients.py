@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from patchkern.ops.span_attention_triton_forward import FAR, LOG2E, SIZES, dot, load_rows
+from patchkern.ops.span_attention_triton_forward import FAR, INTEGERS, LOG2E, SIZES, dot, load_rows, span_of
 
 _SPANS = tl.constexpr(128)  # spans that the key gradient's search for its rows reads at once
 
@@ -58,18 +58,20 @@ def _query_gradient(
     return b_acc
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INTEGERS)
 def query_gradient_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
     p_v: tl.tensor,
     p_prefix_k: tl.tensor,
     p_prefix_v: tl.tensor,
-    p_rows: tl.tensor,
+    p_cu_seqlens: tl.tensor,
+    p_prefix: tl.tensor,
     p_out: tl.tensor,
     p_lse: tl.tensor,
     p_do: tl.tensor,
     p_balance: tl.tensor,
+    p_rows: tl.tensor,
     p_dq: tl.tensor,
     s_q: tl.tensor,
     s_q_head: tl.tensor,
@@ -82,6 +84,7 @@ def query_gradient_kernel(
     s_prefix_v: tl.tensor,
     s_prefix_v_head: tl.tensor,
     n_rows: tl.tensor,
+    n_spans: tl.tensor,
     factor: tl.tensor,
     scale: tl.tensor,
     RANGES: tl.constexpr,
@@ -94,7 +97,10 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    """Of softmax, also writes every row's ``balance``, the product of output and its gradient, for the next kernel."""
+    """Writes for the next kernel too: what each row sees and, of softmax, its ``balance`` of output and its gradient.
+
+    The former is (T, 2 + 2 RANGES) int32: begin and end of the row's span, then of each of its ranges.
+    """
     i_head = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
     i_first = tl.program_id(0) * (BLOCK_M // GROUPS)
@@ -113,15 +119,22 @@ def query_gradient_kernel(
         b_balance = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
         tl.store(p_balance + o_out, b_balance, mask=m_m)
         b_lse = tl.load(p_lse + o_out, mask=m_m, other=0.0) * LOG2E
+    b_span = span_of(p_cu_seqlens, n_spans, o_row, m_m)
+    b_begin = tl.load(p_cu_seqlens + b_span, mask=m_m, other=0)
+    p_range = p_prefix + b_span.to(tl.int64) * (2 * RANGES)
     p_row = p_rows + o_row.to(tl.int64) * (2 + 2 * RANGES)
-    b_begin = tl.load(p_row, mask=m_m, other=0)
+    m_row = m_m & (o_head == 0)
+    tl.store(p_row, b_begin, mask=m_row)
+    tl.store(p_row + 1, tl.load(p_cu_seqlens + b_span + 1, mask=m_row), mask=m_row)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     p_prefix_k += i_head * s_prefix_k_head
     p_prefix_v += i_head * s_prefix_v_head
     for i_range in range(RANGES):
-        b_lo = tl.load(p_row + 2 + 2 * i_range, mask=m_m, other=0)
-        b_hi = tl.load(p_row + 3 + 2 * i_range, mask=m_m, other=0)
+        b_lo = tl.load(p_range + 2 * i_range, mask=m_m, other=0)
+        b_hi = tl.load(p_range + 2 * i_range + 1, mask=m_m, other=0)
+        tl.store(p_row + 2 + 2 * i_range, b_lo, mask=m_row)
+        tl.store(p_row + 3 + 2 * i_range, b_hi, mask=m_row)
         b_todo = tl.where(b_hi > b_lo, b_lo, FAR)
         i_lo = tl.min(b_todo, axis=0)
         while i_lo < FAR:
@@ -242,7 +255,7 @@ def _key_gradient(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["p_cu_seqlens", "p_prefix"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INTEGERS)
 def key_gradient_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
@@ -334,7 +347,7 @@ def key_gradient_kernel(
                 m_sees = (tl.maximum(b_lo, i_n) < tl.minimum(b_hi, i_end)) & (b_begin < b_until)
                 i_from = tl.minimum(i_from, tl.min(tl.where(m_sees, b_begin, FAR), axis=0))
                 i_until = tl.maximum(i_until, tl.max(tl.where(m_sees, b_until, 0), axis=0))
-            # no span sees the block: a pipeline looks ahead from a loop's first row, and FAR plus a step is negative
+            # where no span sees the block: a pipeline looks ahead from a loop's begin, and FAR plus a step is negative
             i_from = tl.minimum(i_from, i_until)
             b_dk, b_dv = _key_gradient(
                 b_dk,

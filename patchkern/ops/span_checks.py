@@ -12,7 +12,7 @@ def check_spans(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
-    prefix: Tensor,
+    prefix: Tensor | None,
     prefix_key: Tensor | None,
     prefix_value: Tensor | None,
     *,
@@ -32,13 +32,16 @@ def check_spans(
 
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key: expected prefix_key and prefix_value together or neither of them, got one")
-    if not isinstance(prefix, Tensor):
-        raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
-    for name, integers in (("cu_seqlens", cu_seqlens), ("prefix", prefix)):
-        if integers.dtype != torch.int32:
-            raise TypeError(f"{name}: expected dtype torch.int32, got {integers.dtype}")
+    integers = {"cu_seqlens": cu_seqlens}
+    if prefix is not None:
+        if not isinstance(prefix, Tensor):
+            raise TypeError(f"prefix: expected a tensor, got {type(prefix).__name__}")
+        integers["prefix"] = prefix
+    for name, tensor in integers.items():
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
     spans = cu_seqlens.shape[0] - 1
-    if not (prefix.shape == (spans, 2) or (prefix.dim() == 3 and prefix.shape == (spans, max(prefix.shape[1], 1), 2))):
+    if prefix is not None and not _one_or_several(prefix.shape, spans):
         raise ValueError(
             f"prefix: expected shape {(spans, 2)}, one range per span, or ({spans}, R, 2), got {tuple(prefix.shape)}"
         )
@@ -62,6 +65,13 @@ def check_spans(
             raise ValueError(f"{name}: expected shape {shown(wanted)}, got {tuple(tensor.shape)}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected query's dtype, {query.dtype}, got {tensor.dtype}")
-    for name, tensor in (("cu_seqlens", cu_seqlens), ("prefix", prefix), *((n, t) for n, (t, _) in expected.items())):
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected query's device, {query.device}, got {tensor.device}")
+    for name, tensor in integers.items():
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected query's device, {query.device}, got {tensor.device}")
+
+
+def _one_or_several(shape: torch.Size, spans: int) -> bool:
+    """Whether these are ranges of as many spans: (S, 2), or (S, R, 2) with at least one range each."""
+    return shape == (spans, 2) or (len(shape) == 3 and shape == (spans, max(shape[1], 1), 2))

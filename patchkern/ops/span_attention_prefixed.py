@@ -2,10 +2,10 @@
 """The op `span_attention`: causal attention inside each span, plus ranges of rows that it sees fully.
 
 Three routes give the same results: Triton kernels on CUDA, C++ kernels on the CPU, and, where neither serves, tiles of
-matrix products (see the modules beside this one); `_forward` decides which runs. Two calls of a variable-length kernel,
+matrix products (see the modules beside this one); `forward` decides which runs. Two calls of a variable-length kernel,
 merged by their log-sum-exps, would do too for a forward pass: they read a shared prefix once per span, and only newer
 versions of torch take ranges that overlap. FlexAttention expresses the mask, but wants it as blocks, built anew for
-every batch; on the CPU it has no backward pass (bench/bench_attention.py). On a GPU none of this has been measured.
+every batch; on the CPU it has no backward pass (bench/bench_attention.py, docs/benchmarks.md).
 """
 
 from __future__ import annotations

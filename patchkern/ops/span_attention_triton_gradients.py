@@ -99,7 +99,8 @@ def query_gradient_kernel(
 ) -> None:
     """Writes for the next kernel too: what each row sees and, of softmax, its ``balance`` of output and its gradient.
 
-    The former is (T, 2 + 2 RANGES) int32: begin and end of the row's span, then of each of its ranges.
+    The former is (T, 3 + 2 RANGES) int32: begin and end of the row's own keys, then of each of its ranges, and where
+    its span ends.
     """
     i_head = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BLOCK_M)
@@ -122,10 +123,11 @@ def query_gradient_kernel(
     b_span = span_of(p_cu_seqlens, n_spans, o_row, m_m)
     b_begin = tl.load(p_cu_seqlens + b_span, mask=m_m, other=0)
     p_range = p_prefix + b_span.to(tl.int64) * (2 * RANGES)
-    p_row = p_rows + o_row.to(tl.int64) * (2 + 2 * RANGES)
+    p_row = p_rows + o_row.to(tl.int64) * (3 + 2 * RANGES)
     m_row = m_m & (o_head == 0)
     tl.store(p_row, b_begin, mask=m_row)
-    tl.store(p_row + 1, tl.load(p_cu_seqlens + b_span + 1, mask=m_row), mask=m_row)
+    tl.store(p_row + 1, o_row + 1, mask=m_row)
+    tl.store(p_row + 2 + 2 * RANGES, tl.load(p_cu_seqlens + b_span + 1, mask=m_row), mask=m_row)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     p_prefix_k += i_head * s_prefix_k_head
@@ -209,7 +211,6 @@ def _key_gradient(
     s_q: tl.tensor,
     s_q_head: tl.tensor,
     factor: tl.tensor,
-    OWN: tl.constexpr,
     RANGES: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -221,20 +222,16 @@ def _key_gradient(
 ) -> tl.tensor:
     """What query rows ``i_begin..i_end - 1`` give to the gradients of a block of keys and values.
 
-    The keys are the rows' own (``OWN``) or those of their ranges ``i_range``.
+    The keys are the rows' own if ``i_range`` is 0, else those of their range ``i_range - 1``.
     """
     o_m = tl.arange(0, BLOCK_M)
     for i_first in range(i_begin, i_end, BLOCK_M // GROUPS):
         o_row = i_first + o_m // GROUPS
         o_head = i_head * GROUPS + o_m % GROUPS
         m_m = (o_m < BLOCK_M // GROUPS * GROUPS) & (o_row < i_end)
-        p_row = p_rows + o_row.to(tl.int64) * (2 + 2 * RANGES)
-        if OWN:
-            b_lo = tl.load(p_row, mask=m_m, other=0)
-            b_hi = tl.where(m_m, o_row + 1, 0)
-        else:
-            b_lo = tl.load(p_row + 2 + 2 * i_range, mask=m_m, other=0)
-            b_hi = tl.load(p_row + 3 + 2 * i_range, mask=m_m, other=0)
+        p_bounds = p_rows + o_row.to(tl.int64) * (3 + 2 * RANGES) + 2 * i_range
+        b_lo = tl.load(p_bounds, mask=m_m, other=0)
+        b_hi = tl.load(p_bounds + 1, mask=m_m, other=0)
         o_out = o_row.to(tl.int64) * HEADS + o_head
         b_q = load_rows(p_q + o_head[:, None] * s_q_head, o_row, m_m, s_q, WIDTH, BLOCK_D)
         b_do = load_rows(p_do, o_out, m_m, WIDTH, WIDTH, BLOCK_D)
@@ -301,40 +298,13 @@ def key_gradient_kernel(
     b_v = load_rows(p_v + i_head * s_v_head, o_n, m_n, s_v, WIDTH, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    if OWN:
-        # the last key's span ends after all rows that see any of the block
-        i_until = tl.load(p_rows + (i_end - 1).to(tl.int64) * (2 + 2 * RANGES) + 1)
-        b_dk, b_dv = _key_gradient(
-            b_dk,
-            b_dv,
-            b_k,
-            b_v,
-            o_n,
-            i_n,
-            i_until,
-            i_head,
-            0,
-            p_q,
-            p_do,
-            p_lse,
-            p_balance,
-            p_rows,
-            s_q,
-            s_q_head,
-            factor,
-            True,
-            RANGES,
-            HEADS,
-            GROUPS,
-            WIDTH,
-            BLOCK_M,
-            BLOCK_D,
-            PRECISION,
-            ACTIVATION,
-        )
-    if PREFIX:
-        for i_range in range(RANGES):
-            p_bounds = p_prefix + 2 * i_range
+    for i_range in range(0 if OWN else 1, RANGES + 1 if PREFIX else 1):
+        if i_range == 0:
+            # the last key's span ends after all rows that see any of the block
+            i_from = i_n
+            i_until = tl.load(p_rows + (i_end - 1).to(tl.int64) * (3 + 2 * RANGES) + 2 + 2 * RANGES)
+        else:
+            p_bounds = p_prefix + 2 * (i_range - 1)
             i_from = FAR + 0 * i_n
             i_until = 0 * i_n
             for i_span in range(0, n_spans, _SPANS):
@@ -349,34 +319,33 @@ def key_gradient_kernel(
                 i_until = tl.maximum(i_until, tl.max(tl.where(m_sees, b_until, 0), axis=0))
             # where no span sees the block: a pipeline looks ahead from a loop's begin, and FAR plus a step is negative
             i_from = tl.minimum(i_from, i_until)
-            b_dk, b_dv = _key_gradient(
-                b_dk,
-                b_dv,
-                b_k,
-                b_v,
-                o_n,
-                i_from,
-                i_until,
-                i_head,
-                i_range,
-                p_q,
-                p_do,
-                p_lse,
-                p_balance,
-                p_rows,
-                s_q,
-                s_q_head,
-                factor,
-                False,
-                RANGES,
-                HEADS,
-                GROUPS,
-                WIDTH,
-                BLOCK_M,
-                BLOCK_D,
-                PRECISION,
-                ACTIVATION,
-            )
+        b_dk, b_dv = _key_gradient(
+            b_dk,
+            b_dv,
+            b_k,
+            b_v,
+            o_n,
+            i_from,
+            i_until,
+            i_head,
+            i_range,
+            p_q,
+            p_do,
+            p_lse,
+            p_balance,
+            p_rows,
+            s_q,
+            s_q_head,
+            factor,
+            RANGES,
+            HEADS,
+            GROUPS,
+            WIDTH,
+            BLOCK_M,
+            BLOCK_D,
+            PRECISION,
+            ACTIVATION,
+        )
     o_out = o_n.to(tl.int64) * (HEADS // GROUPS) + i_head
     o_d = tl.arange(0, BLOCK_D)
     o_store = o_out[:, None] * WIDTH + o_d[None, :]

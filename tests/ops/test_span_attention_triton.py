@@ -160,6 +160,19 @@ def test_rows_in_any_memory_order() -> None:
     assert torch.equal(attend(spans, sparse, 0.3), wanted)
 
 
+def test_integers_in_any_memory_order() -> None:
+    spans = SPANS["several ranges"]
+    tensors = leaves(spans.tensors((4, 2), 8)[:3], torch.float32)
+    weight = torch.randn(1, sum(spans.lengths), 4, 8, device=DEVICE)
+    results = []
+    for sparse in (False, True):
+        integers = [torch.stack([x, x + 1], -1)[..., 0] if sparse else x for x in spans.integers]
+        cu_seqlens, prefix = (x.to(DEVICE) for x in integers)
+        out = span_attention(*(x.to(DEVICE) for x in tensors), cu_seqlens, prefix=prefix)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_same_log_sum_exp_as_the_tiles() -> None:
     """The backward pass of either can follow the forward pass of the other."""
     from patchkern.ops import span_attention_tiles as tiles
@@ -207,7 +220,7 @@ for (arch, width, ranges, activation), (kernel, table, flags) in itertools.produ
 )):
     arch, width, ranges = int(arch), int(width), int(ranges)
     constants = kernels._constants(table, 32, 8, width, torch.bfloat16, ranges, activation == "silu") | flags
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -216,7 +229,7 @@ for (arch, width, ranges, activation), (kernel, table, flags) in itertools.produ
             signature[name] = "*i32" if name in integers else "*fp32" if name in floats else "*bf16"
         else:
             signature[name] = "fp32" if name in ("factor", "scale", "normalizer") else "i32"
-        if name.startswith(("p_", "s_")):
+        if name.startswith(("p_", "s_")) and name not in ("p_cu_seqlens", "p_prefix"):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -12,21 +12,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from patchkern.ops.hstu_attention import hstu_attention
 from patchkern.ops.span_attention import span_attention
+from patchkern.ops.span_rows import attend_rows
 from patchkern.search.protocol import SpanCache
 
 
 class Spans(NamedTuple):
-    """Who sees whom in a packed batch, as `patchkern.ops.span_attention` takes it; or a search's cache, which knows."""
+    """Who sees whom in a packed batch, as `patchkern.ops.span_attention` takes it; or a search's cache, which knows.
+
+    ``wanted``, (M,) int64, are the rows that a layer gives, where they are not all.
+    """
 
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     prefix: Tensor | None = None
     max_prefix: int | None = None
     cache: SpanCache | None = None
+    wanted: Tensor | None = None
 
 
 class ItemBlock(GradientCheckpointingLayer):
-    """A layer: ``forward(rows, spans)`` takes and returns rows (1, T, D), or (N, 1, D) of a search's step."""
+    """A layer: ``forward(rows, spans)`` takes rows (1, T, D) and returns them, or those of `Spans.wanted` alone."""
 
     input_dropout: ClassVar[bool]
     """whether the network drops out of its input rows, too"""
@@ -44,14 +49,18 @@ class ItemBlock(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-        """Attention of rows (B, L, D); returns as many."""
+        """Attention of rows (1, M, D), all or those that are wanted, over all (1, T, D); returns as many."""
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         if spans.cache is not None:
-            return spans.cache.attend(self, query, key, value, None).flatten(2)
+            wanted = {} if spans.wanted is None else {"wanted": spans.wanted}
+            return spans.cache.attend(self, query, key, value, None, **wanted).flatten(2)
         if spans.cu_seqlens is None:
             raise ValueError("cu_seq_lens_q: expected where the spans of the batch begin, got None")
-        where = {"prefix": spans.prefix, "max_prefix": spans.max_prefix}
-        return self.span_attention(query, key, value, spans.cu_seqlens, spans.max_seqlen, **where).flatten(2)
+        if spans.wanted is not None:
+            where = (spans.wanted, spans.cu_seqlens, spans.prefix)
+            return attend_rows(self.span_attention, query, key, value, *where).flatten(2)
+        prefix = {"prefix": spans.prefix, "max_prefix": spans.max_prefix}
+        return self.span_attention(query, key, value, spans.cu_seqlens, spans.max_seqlen, **prefix).flatten(2)
 
 
 class SASRecBlock(ItemBlock):
@@ -74,7 +83,9 @@ class SASRecBlock(ItemBlock):
 
     def forward(self, rows: Tensor, spans: Spans) -> Tensor:
         """See `ItemBlock`."""
-        query, key, value = self.query_key_value(self.attention_norm(rows)).chunk(3, dim=-1)
+        normed = self.attention_norm(rows)
+        query, key, value = _projected(self.query_key_value, normed, spans.wanted, few=(True, False, False))
+        rows = _chosen(rows, spans.wanted)
         rows = rows + self.dropout(self.attention_output(self.attend(query, key, value, spans)))
         inner = self.dropout(F.gelu(self.inner(self.inner_norm(rows))))
         return rows + self.dropout(self.inner_output(inner))
@@ -108,9 +119,10 @@ class HSTUBlock(ItemBlock):
 
     def forward(self, rows: Tensor, spans: Spans) -> Tensor:
         """See `ItemBlock`."""
-        gate, value, query, key = F.silu(self.projection(self.norm(rows))).chunk(4, dim=-1)
+        parts = _projected(self.projection, self.norm(rows), spans.wanted, few=(True, False, True, False))
+        gate, value, query, key = map(F.silu, parts)
         seen = self.output_norm(self.attend(query, key, value, spans))
-        return rows + self.output(self.dropout(gate * seen))
+        return _chosen(rows, spans.wanted) + self.output(self.dropout(gate * seen))
 
     def span_attention(
         self,
@@ -140,6 +152,22 @@ class HSTUBlock(ItemBlock):
             prefix_value=None if prefix_value is None else _by_row(prefix_value),
         )
         return out[None]
+
+
+def _chosen(rows: Tensor, wanted: Tensor | None) -> Tensor:
+    """Of ``(1, T, D)``."""
+    return rows if wanted is None else rows[:, wanted]
+
+
+def _projected(linear: nn.Linear, rows: Tensor, wanted: Tensor | None, few: tuple[bool, ...]) -> list[Tensor]:
+    """The parts of a projection of rows ``(1, T, D)``; those that are ``few`` of the wanted rows alone."""
+    if wanted is None or type(linear) is not nn.Linear:  # an adapter around it is more than its weight
+        every = linear(rows).chunk(len(few), dim=-1)
+        return [_chosen(part, wanted) if is_few else part for part, is_few in zip(every, few, strict=True)]
+    chosen = _chosen(rows, wanted)
+    biases = [None] * len(few) if linear.bias is None else linear.bias.chunk(len(few))
+    parts = zip(linear.weight.chunk(len(few)), biases, few, strict=True)
+    return [F.linear(chosen if is_few else rows, weight, bias) for weight, bias, is_few in parts]
 
 
 def _by_row(heads: Tensor) -> Tensor:

@@ -229,21 +229,31 @@ class ItemModel(wrapped.WrappedLM):
 
     def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(M, D)`` hidden states of the rows that items are predicted from: each history's last."""
-        if isinstance(layout, PatchLayout) and layout.item_rows is None and bool((layout.prompts.diff() == 0).any()):
+        self._check(layout)
+        if layout.item_rows is not None:
+            return self.row_states(layout, vectors, layout.item_rows)
+        if bool((layout.prompts.diff() == 0).any()):
             raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
-        states = self.row_states(layout, vectors)
-        wanted = layout.prompts[1:].long() - 1 if layout.item_rows is None else layout.item_rows
-        return states[wanted.to(states.device, non_blocking=True)]
+        return self.row_states(layout, vectors, layout.prompts[1:].long() - 1)
 
-    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
-        """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
+    def row_states(self, layout: PatchLayout, vectors: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """``(T, D)`` the last hidden states of a layout's rows.
+
+        Args:
+            layout: as of `forward`.
+            vectors: as of `embed`.
+            rows: ``(M,)`` int64, of which rows alone, in any order; of all where not given.
+        """
         self._check(layout)
         with self._undisturbed():
-            rows = self.embed(layout, vectors)
+            embedded = self.embed(layout, vectors)
             if layout.num_rows == 0:
-                return rows
-            layout = layout.to(rows.device, non_blocking=True)
-            states: Tensor = self.hf_model(inputs_embeds=rows[None], **packed_kwargs(layout)).last_hidden_state[0]
+                return embedded
+            layout = layout.to(embedded.device, non_blocking=True)
+            wanted = None if rows is None else rows.to(embedded.device, non_blocking=True)
+            states: Tensor = self.hf_model(
+                inputs_embeds=embedded[None], wanted_rows=wanted, **packed_kwargs(layout)
+            ).last_hidden_state[0]
             return states
 
     def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
@@ -304,9 +314,11 @@ class ItemModel(wrapped.WrappedLM):
     ) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
         embedded = self.embed(layout, vectors)
-        positions = layout.position_ids.to(embedded.device, non_blocking=True)
-        states = self.hf_model(inputs_embeds=embedded[None], position_ids=positions[None], span_cache=cache)
-        return states.last_hidden_state[0][rows.to(embedded.device, non_blocking=True)]
+        positions, wanted = (x.to(embedded.device, non_blocking=True) for x in (layout.position_ids, rows))
+        states: Tensor = self.hf_model(
+            inputs_embeds=embedded[None], position_ids=positions[None], span_cache=cache, wanted_rows=wanted
+        ).last_hidden_state[0]
+        return states
 
     def item_scores(self, states: Tensor) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from patchkern.models import attention
 from patchkern.models.item_blocks import BLOCKS, ItemBlock, Spans
+from patchkern.ops.span_rows import worthwhile
 
 attention.register()
 
@@ -88,9 +89,14 @@ class ItemNetwork(PreTrainedModel):
         span_prefix: Tensor | None = None,
         max_span_prefix: int | None = None,
         span_cache: Any = None,
+        wanted_rows: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutput:
-        """Arguments of a transformers model for a packed batch, see `patchkern.ops.packed.packed_kwargs`."""
+        """Arguments of a transformers model for a packed batch, see `patchkern.ops.packed.packed_kwargs`.
+
+        ``wanted_rows``, (M,) int64, are the rows whose states are wanted, in any order; all where not given. Of the
+        others the last layer computes no more than keys and values, where that is less work.
+        """
         rows = self.items(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             raise ValueError("position_ids: expected one per row, -1 where a row has none, got None")
@@ -98,8 +104,15 @@ class ItemNetwork(PreTrainedModel):
         placed = (position_ids >= 0)[..., None]
         rows = self.dropout(rows + (self.positions(position_ids.clamp(min=0)) * placed).to(rows.dtype))
         spans = Spans(cu_seq_lens_q, max_length_q, span_prefix, max_span_prefix, span_cache)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             rows = layer(rows, spans)
+        if wanted_rows is None:
+            return BaseModelOutput(last_hidden_state=self.norm(last(rows, spans)))
+        if worthwhile(rows, wanted_rows.shape[0]):
+            rows = last(rows, spans._replace(wanted=wanted_rows))
+        else:
+            rows = last(rows, spans)[:, wanted_rows]
         return BaseModelOutput(last_hidden_state=self.norm(rows))
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchkern.ops.span_attention import span_attention
+from patchkern.ops.span_rows import attend_rows
 from patchkern.search.prefill import Pass
 from patchkern.search.suffixes import Partial, Suffixes
 
@@ -98,7 +99,15 @@ class PrefixCache:
         depth = self.suffixes.advance(parent, None if shape is None else shape.depth)
         return self.positions[user] + depth - 1
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Attention of the new rows; see `patchkern.search.protocol.SpanCache`."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         device = query.device.type
@@ -114,9 +123,23 @@ class PrefixCache:
             rows[:, spans.rows] = new[0]
             if spans.copied_to is not None:
                 rows[:, spans.copied_to] = rows[:, spans.copied_from][:, None]
+        keys, values = (rows[None] for rows in stored)
+        if wanted is not None:
+            return attend_rows(
+                over_spans,
+                query,
+                key,
+                value,
+                wanted,
+                spans.cu_seqlens,
+                spans.prefix,
+                scaling,
+                prefix_key=keys,
+                prefix_value=values,
+                places=torch.arange(self.num_rows, device=wanted.device)[spans.rows],
+            )
         if spans.prefix is None:
             return over_spans(query, key, value, spans.cu_seqlens, spans.max_seqlen, scaling)
-        keys, values = (rows[None] for rows in stored)
         return over_spans(
             query,
             key,

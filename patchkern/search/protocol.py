@@ -18,12 +18,22 @@ from patchkern.batch.prompt import Prompt
 class SpanCache(Protocol):
     """Key-value storage of a search; a model's attention hands every layer's new rows to it."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Attention of the new rows over what is stored and themselves.
 
         ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, L, d), heads not expanded; ``module.layer_idx`` is the
         layer. A module that does not attend by softmax has a ``span_attention`` of its own, with the arguments of
         `patchkern.ops.span_attention.span_attention`. Returns (B, L, H, d).
+
+        With ``wanted``, (M,) int64, in a pass over prompts, ``query`` (1, H, M, d) has those of its rows alone.
         """
 
 

@@ -251,10 +251,12 @@ class ItemModel(wrapped.WrappedLM):
                 return embedded
             layout = layout.to(embedded.device, non_blocking=True)
             wanted = None if rows is None else rows.to(embedded.device, non_blocking=True)
+            # who listens to the network, as a memory in training does, hears of all rows
+            asked = None if self.hf_model._forward_hooks else wanted
             states: Tensor = self.hf_model(
-                inputs_embeds=embedded[None], wanted_rows=wanted, **packed_kwargs(layout)
+                inputs_embeds=embedded[None], wanted_rows=asked, **packed_kwargs(layout)
             ).last_hidden_state[0]
-            return states
+            return states if asked is wanted else states[wanted]
 
     def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(T, D)`` the rows of a layout: items' vectors, and means of them; differentiable.

@@ -141,6 +141,13 @@ def test_behind_memories(block: str, mode: str, choose: Chooses) -> None:
     histories = [memories.HISTORIES[user] for user in range(len(memories.HISTORIES))]
     few, every = choose.both(lambda: memory.score_items(histories))
     np.testing.assert_allclose(few, every, rtol=0, atol=1e-12)
+    batch = memory.planner.training(memories.HISTORIES, memories.RANGES, head="items")
+
+    def gradients() -> list[Tensor]:
+        loss = memory(batch).loss
+        return [loss, *torch.autograd.grad(loss, list(memory.parameters()))]
+
+    close(*choose.both(gradients))
 
 
 @pytest.mark.parametrize("block", BLOCKS)

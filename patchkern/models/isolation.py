@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from patchkern.batch.layout import PatchLayout
 from patchkern.models import attention
+from patchkern.models.positions import TOO_MANY
 from patchkern.models.probe import NotYet, Refused, base_of, implementation_of, is_sharded, probe
 
 EVERYWHERE = (attention.NAME, "sdpa", "eager")
@@ -141,8 +142,7 @@ class Isolation:
         if limit is not None and positions > limit:
             raise ValueError(
                 f"histories: expected at most {limit} rows per user and title, the positions of {config.model_type}, "
-                f"got {layout.max_position + 1} rows and titles of up to {depth} tokens; keep fewer items (max_items) "
-                "or compress them more"
+                f"got {layout.max_position + 1} rows and titles of up to {depth} tokens; {TOO_MANY}"
             )
         kinds = _layer_types(config) or {"sliding_attention"}
         if unknown := kinds - _KNOWN_ATTENTION:

@@ -30,6 +30,7 @@ from patchkern.models.embedding import with_vectors
 from patchkern.models.item_blocks import BLOCKS
 from patchkern.models.item_head import CatalogHead
 from patchkern.models.item_network import ItemNetwork, ItemNetworkConfig
+from patchkern.models.positions import TOO_MANY
 from patchkern.models.saved_lm import open_saved
 from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
@@ -297,7 +298,7 @@ class ItemModel(wrapped.WrappedLM):
         if layout.max_position >= limit:
             raise ValueError(
                 f"layout: expected at most {limit} rows per user, the model's max_positions, got "
-                f"{layout.max_position + 1}; keep fewer items (max_items), compress them, or make the model with more"
+                f"{layout.max_position + 1}; {TOO_MANY}"
             )
 
     # ------------------------------------------------------------------ what a search asks of a model

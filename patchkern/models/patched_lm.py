@@ -24,6 +24,7 @@ from patchkern.models.embedding import with_vectors
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
 from patchkern.models.layout_embedder import LayoutEmbedder
+from patchkern.models.positions import TOO_MANY
 from patchkern.models.saved_lm import open_saved
 from patchkern.models.searching import lock_of
 from patchkern.ops.packed import packed_kwargs
@@ -237,7 +238,7 @@ class PatchedCausalLM(LayoutEmbedder):
         if limit is not None and longest > limit:
             raise ValueError(
                 f"layout: expected at most {limit} rows per user, the positions of {self.config.model_type}, got "
-                f"{longest}; keep fewer items (max_items) or compress them more"
+                f"{longest}; {TOO_MANY}"
             )
 
     # ------------------------------------------------------------------ recommending

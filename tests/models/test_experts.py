@@ -16,6 +16,7 @@ from item_model_cases import BLOCKS
 from torch import Tensor
 
 import patchkern as pk
+from patchkern.models.scratch import from_scratch
 
 
 def test_the_masked_networks_are_those_of_the_other_tests() -> None:
@@ -156,3 +157,55 @@ def test_experts_beside_an_item_head_are_learned() -> None:
         gradient = hf_model.get_input_embeddings().weight.grad
         assert gradient is not None and gradient[[83, 84, 85]].abs().sum(1).min() > 0
         assert gradient[86:].abs().sum() == 0
+
+
+# ------------------------------------------------------------------ positions
+
+
+def small_llama(positions: int) -> tuple[Any, pk.Catalog, pk.Prompt]:
+    titles = {item: f"film {item}" for item in range(30)}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    hf_model, catalog, prompt = from_scratch(titles, separator=False, max_position_embeddings=positions, **sizes)
+    return hf_model, catalog, prompt.with_special(experts=[200, 201])
+
+
+@pytest.mark.parametrize("items", [False, True])
+def test_what_to_do_where_positions_are_too_few(items: bool) -> None:
+    """Positions go on behind experts, who take no ``max_items``: each piece of the error's advice lets the user pass."""
+    history = np.random.default_rng(0).integers(0, 30, 120).tolist()
+    patches, sessions = pk.ItemPatches(0, None), pk.SessionPatches(5, None, align="start")
+
+    def model_of(inner: Any, positions: int = 64) -> Any:
+        policy = pk.Experts(inner, count=2, keep=5, block=10)
+        if not items:
+            return pk.PatchedCausalLM(*small_llama(positions), policy, item_head=True).eval()
+        catalog, prompt = pk.Catalog.from_token_ids(range(30), range(31)), pk.Prompt(prefix=[30], experts=[31, 32])
+        return pk.ItemModel(catalog, policy, width=8, max_positions=positions, prompt=prompt).eval()
+
+    model = model_of(patches)
+    advice = r"expected at most 64 rows per user.*Histories\.latest\), compress them more, or take a model with more"
+    with pytest.raises(ValueError, match=advice):
+        model.recommend([history], k=2, search="items")
+    with pytest.raises(ValueError, match=advice):
+        pk.UserStates(model).update([7], [history])
+    with pytest.raises(ValueError, match=advice):
+        ranges = np.array([[100, 119]])
+        model(pk.build_training_layout(model.catalog, [history], model.policy, model.prompt, ranges, head="items"))
+    with pytest.raises(ValueError, match="max_items=None, as the borders of a history that is cut off move"):
+        model_of(pk.ItemPatches(0, 40))
+
+    latest = pk.Histories.from_sequences([history]).latest(50, cut_every=20)
+    assert latest.items.tolist() == history[60:]
+    for able, given in ((model, latest), (model_of(sessions), [history]), (model_of(patches, 200), [history])):
+        lists = able.recommend(given, k=2, search="items")
+        states = pk.UserStates(able)
+        states.update([7], given)
+        kept = able.recommend(given, k=2, search="items", user_states=states, user_ids=[7])
+        assert [item for item, _ in kept[0]] == [item for item, _ in lists[0]]
+    states = pk.UserStates(model)
+    made_anew = []
+    for length in range(100, 121):
+        grown = pk.Histories.from_sequences([history[:length]]).latest(50, cut_every=20)
+        if states.update([7], grown).compressed:
+            made_anew.append(length)
+    assert made_anew == [100, 105, 110, 115], "at first, where a border moves, and where the cut does"

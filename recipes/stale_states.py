@@ -2,12 +2,12 @@
 """What a compressed past is still worth when it has not been updated for a while: the lists behind old states.
 
     python recipes/stale_states.py --data ml-1m --output_dir runs/learned     # after learned_compression.py there
-    python recipes/stale_states.py --data ml-1m --output_dir runs/learned --rows experts memory --lags 0 1 2 4
+    python recipes/stale_states.py --data ml-1m --output_dir runs/learned --rows experts memory --lags 1 2 4
 
-Each test sample is read with the recent items that it is always read with, and with its past as that was compressed
---lags blocks earlier: the items in between are neither in the state nor recent. The last column but one has no state at
-all. Counted are samples whose past has more blocks than the longest lag, the same in every column. Errors are over
-users; the second table is of differences from a state that is up to date.
+Each test sample is read with the recent items that it is always read with, and with its past as that was compressed so
+many blocks of items earlier: the items in between are neither in the state nor recent, and nowhere else. "no state" has
+the recent items alone. All rows and columns are of the same samples: those whose past has more blocks than the longest
+lag. Errors are over users; the second table is of differences from the state that is up to date, 0 blocks old.
 """
 
 from __future__ import annotations
@@ -41,20 +41,23 @@ NOTHING = "no state"
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     args = parse(argv)
     data = load(args)
+    models = {row: [read_model(folder) for folder in own] for row, own in args.runs.items()}
+    policies = [own[0].policy for own in models.values()]
+    samples = with_past(data, data.samples("test").spread(args.limit), policies, args.lags[-1] + 1)
+    users = data.user_ids[samples.users].astype(str)
     lags = [*map(str, args.lags), NOTHING]
-    tables: list[list[list[str]]] = [[["HR@20", *lags, "samples"]], [["difference", *lags[1:]]]]
+    tables: list[list[list[str]]] = [[["HR@20", *lags]], [["difference", *lags[1:]]]]
     numbers = {}
-    for row in args.rows:
-        found = []
-        for seed in args.seeds:
-            model = read_model(Path(args.output_dir) / f"{row}-{seed}" / "model")
-            samples = with_past(data, data.samples("test").spread(args.limit), model.policy, max(args.lags) + 1)
-            found.append([hits(model, data, samples, lag) for lag in (*args.lags, None)])
-        users = data.user_ids[samples.users].astype(str)
+    for row, own in models.items():
+        found = [[hits(model, data, samples, lag) for lag in (*args.lags, None)] for model in own]
         means = np.mean(found, axis=0)
-        tables[0].append([row, *(str(estimate(column, users)) for column in means), f"{users.size:,}"])
+        tables[0].append([row, *(str(estimate(column, users)) for column in means)])
         tables[1].append([row, *(str(paired_difference(column, means[0], users)) for column in means[1:])])
         numbers[row] = dict(zip(lags, means.mean(axis=1).tolist(), strict=True))
+    print(
+        f"{data.name}, seeds {' '.join(map(str, args.seeds))}, {users.size:,} samples; columns: how many blocks of "
+        f"{policies[0].block} items ago the state was made; ± one standard error over users"
+    )
     for cells in tables:
         print("\n".join(["", *markdown_table(cells)]), flush=True)
     return numbers
@@ -63,14 +66,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--output_dir", required=True, help="of recipes/learned_compression.py")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--output_dir", required=True, type=Path, help="of recipes/learned_compression.py")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="all that were trained, where not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2, 4], help="blocks")
+    parser.add_argument("--lags", type=int, nargs="+", default=[1, 2, 4], help="blocks; 0 is always there")
     parser.add_argument("--limit", type=int, help="test samples, spread over all, before those with a past are taken")
     args = parser.parse_args(argv)
     if min(args.lags) < 0:
         parser.error(f"--lags: expected numbers of at least 0, got {min(args.lags)}")
+    args.lags = sorted({0, *args.lags})
+    runs = {row: [args.output_dir / f"{row}-{seed}" / "model" for seed in args.seeds] for row in args.rows or ROWS}
+    args.runs = runs if args.rows else {row: own for row, own in runs.items() if all(map(Path.exists, own))}
+    missing = [folder for own in (args.runs or runs).values() for folder in own if not folder.exists()]
+    if missing:
+        parser.error(f"--output_dir: expected runs of recipes/learned_compression.py, got no {missing[0]}")
     return args
 
 
@@ -80,11 +89,12 @@ def read_model(folder: Path) -> Any:
     return kind.from_pretrained(folder).to(device_of_runs()).eval()
 
 
-def with_past(data: Interactions, samples: Samples, policy: Any, blocks: int) -> Samples:
-    """Those of whose past at least so many blocks are compressed."""
-    chosen = compressed(policy, data.before(samples).lengths) >= blocks * policy.block
+def with_past(data: Interactions, samples: Samples, policies: Sequence[Any], blocks: int) -> Samples:
+    """Those of whose past at least so many blocks are compressed under each of the policies."""
+    lengths = data.before(samples).lengths
+    chosen = np.all([compressed(policy, lengths) >= blocks * policy.block for policy in policies], axis=0)
     if not chosen.any():
-        raise ValueError(f"--lags: expected some sample with {blocks} blocks of {policy.block} items, got none")
+        raise ValueError(f"--lags: expected some sample with {blocks} blocks of {policies[0].block} items, got none")
     return samples.take(chosen)
 
 

@@ -171,7 +171,7 @@ def small_llama(positions: int) -> tuple[Any, pk.Catalog, pk.Prompt]:
 
 @pytest.mark.parametrize("items", [False, True])
 def test_what_to_do_where_positions_are_too_few(items: bool) -> None:
-    """Positions go on behind experts, who take no ``max_items``: each piece of the error's advice lets the user pass."""
+    """Positions go on behind experts, who take no ``max_items``: all that the error advises lets the user pass."""
     history = np.random.default_rng(0).integers(0, 30, 120).tolist()
     patches, sessions = pk.ItemPatches(0, None), pk.SessionPatches(5, None, align="start")
 

@@ -36,16 +36,17 @@ def test_columns(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     rows = ["experts", "memory"]
     learned_compression.main([*flags, *rows])
     capsys.readouterr()
-    chosen = ["--data", folder, "--output_dir", str(tmp_path), "--lags", "0", "1", "--rows", *rows]
+    chosen = ["--data", folder, "--output_dir", str(tmp_path), "--lags", "1"]  # all rows that are there
     numbers = stale_states.main(chosen)
     assert [list(numbers[row]) for row in rows] == [["0", "1", "no state"]] * 2
     printed = capsys.readouterr().out
     assert all(f"| {row} " in printed for row in rows)
 
     data = open_dataset(folder)
-    for row in rows:
-        model = stale_states.read_model(tmp_path / f"{row}-0" / "model")
-        samples = stale_states.with_past(data, data.samples("test"), model.policy, 2)
+    models = {row: stale_states.read_model(tmp_path / f"{row}-0" / "model") for row in rows}
+    samples = stale_states.with_past(data, data.samples("test"), [model.policy for model in models.values()], 2)
+    assert f", {samples.users.size} samples; columns: how many blocks of 4 items ago" in printed
+    for row, model in models.items():
         lists = model.recommend(data.before(samples), k=20, exclude_seen=True)
         found = [target in dict(items) for target, items in zip(data.targets(samples), lists, strict=True)]
         assert numbers[row]["0"] == pytest.approx(np.mean(found)), "behind a new state, what is always recommended"
@@ -61,3 +62,8 @@ def test_columns(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         stale_states.main([*chosen, "--lags", "-1"])
     assert "--lags: expected numbers of at least 0, got -1" in capsys.readouterr().err
+    for lacking, run in ((["--rows", "memory-append"], "memory-append-0"), (["--seeds", "3"], "experts-3")):
+        with pytest.raises(SystemExit):
+            stale_states.main([*chosen, *lacking])
+        told = f"--output_dir: expected runs of recipes/learned_compression.py, got no {tmp_path / run / 'model'}"
+        assert told in capsys.readouterr().err

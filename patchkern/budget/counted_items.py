@@ -81,7 +81,8 @@ class PooledRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.shape), None
+        # a view: autograd makes a new tensor to add to it, as to that of `pool_rows`, whose storage was looked at
+        return grad.new_zeros(ctx.shape).view(ctx.shape), None
 
 
 class _Softmax(torch.autograd.Function):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from patchkern.budget.counted_attention import CountedAttention
 from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
 from patchkern.budget.counted_memory import CountedMap, CountedMemory, MemoryRows
 from patchkern.budget.counted_pass import on_meta, without_memory
+from patchkern.budget.counted_sums import is_in_place, sole_references
 from patchkern.budget.live_bytes import LiveBytes
 from patchkern.ops.vector_dropout import drop_vectors
 
@@ -106,6 +108,14 @@ class _Timeline(LiveBytes):
         super().__init__()
         self.part = "activations"
         self.held: list[tuple[int, ...]] = []
+        self._sole = sole_references()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if is_in_place(func, args, self._sole):
+            func = torch.ops.aten.add_.Tensor
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def after_operator(self) -> None:
         self.held.append(tuple(self.live_of.get(part, 0) for part in HeldBytes._fields))

@@ -31,6 +31,7 @@ from patchkern.budget.live_bytes import LiveBytes
 from patchkern.ops.vector_dropout import drop_vectors
 
 _ROW_INTEGERS = 64  # bytes of a row of the layout, of its transpose, of positions and masks of integers
+_TITLE_INTEGERS = 12  # bytes of a token of the titles that a layout has as patches, and of its transpose
 
 
 class Lora(NamedTuple):
@@ -170,6 +171,8 @@ class FakeModel:
         if embedding is not None:
             self.item_embedding = nn.Parameter(self._fake(embedding.shape, embedding.dtype))
         self._vector_dropout: float = getattr(model, "vector_dropout", 0.0)
+        catalog = getattr(model, "catalog", None)
+        self._titles = (0, 1) if catalog is None else (int(catalog.inputs.offsets[-1]), len(catalog))
         self.item_head: CountedItems | None = None
         of_map = None
         with self._mode:
@@ -251,7 +254,9 @@ class FakeModel:
                     with counter.within("gradients"):
                         for parameter in trainable:
                             parameter.grad = torch.empty_like(parameter)
+                layout = torch.empty(self._layout_bytes(shape), dtype=torch.uint8)
                 self._loss(shape, kind, counter, states).backward()
+                del layout  # which the backward pass of the rows needs last
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ValueError(
                 f"model: expected one whose training step runs on fake tensors, to count its memory; "
@@ -271,7 +276,6 @@ class FakeModel:
 
     def _loss(self, shape: PassShape, kind: StepKind, counter: LiveBytes, states: list[Tensor]) -> Tensor:
         """``states`` is where the decoder's hidden states (1, T, D) come."""
-        layout = torch.empty(shape.rows * _ROW_INTEGERS, dtype=torch.uint8)
         autocast: Any = contextlib.nullcontext()
         if kind.autocast is not None:
             autocast = torch.autocast("cpu", kind.autocast)
@@ -281,8 +285,16 @@ class FakeModel:
             else:
                 losses = self._memory_losses(shape, shape.memory, kind, counter, states)
         states.clear()
-        del layout
         return sum(losses[1:], start=losses[0])
+
+    def _layout_bytes(self, shape: PassShape) -> int:
+        """Integers of a pass: of its rows, and of the titles of items that stand as one row."""
+        count = shape.rows * _ROW_INTEGERS
+        if shape.item_rows or shape.memory is not None:
+            tokens, items = self._titles
+            layouts = 1 if shape.memory is None else 2
+            count += layouts * _TITLE_INTEGERS * -(-tokens * min(shape.rows, items) // items)
+        return count
 
     def _memory_losses(
         self, shape: PassShape, memory: MemoryRows, kind: StepKind, counter: LiveBytes, states: list[Tensor]

@@ -2,8 +2,8 @@
 """Sums of gradients in a training step that is counted: where autograd adds one to another in its place.
 
 A gradient that comes in parts is summed by autograd as the parts arrive. It adds to the first, unless that is a view or
-someone else still needs it, and then makes a third tensor for the sum. While a `TorchDispatchMode` is active, though, it
-always does the latter: a count has to decide by itself.
+someone else still needs it; then it makes a third tensor for the sum. While a `TorchDispatchMode` is active, though, it
+always makes one: a count has to decide by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
 
 References = tuple[int, int]
 """To a tensor and to its storage."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import weakref
@@ -108,6 +109,7 @@ def peak_memory(device: torch.device | str) -> Iterator[Peak]:
     its profiler, which slows small operators down: do not time the same run. Records are added up every few
     hundred calls of modules, so that a long search takes no more memory for them than a short one.
     """
+    gc.collect()  # or what was left before, a model for instance, might be collected in the block and taken off
     device = torch.device(device)
     peak = Peak()
     if device.type == "cuda":

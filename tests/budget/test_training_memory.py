@@ -99,8 +99,10 @@ def check(case: Memory) -> None:
         Memory(head="both", users=3, item_embeddings=True, reference_loss=0.5),
         Memory("sasrec", mode="append", block=4, step=Step(autocast=True, accumulates=True)),
         Memory("sasrec", block=100),
+        Memory(mode="append", users=2, items=60, lora=True, step=Step(checkpointing=True)),
+        Memory(mode="append", users=2, items=60, step=Step(checkpointing=True)),
     ],
-    ids=["titles", "an adapter", "both, and references", "item ids", "nobody has a past"],
+    ids=["titles", "an adapter", "both, and references", "item ids", "no past", "titles' integers", "sums in place"],
 )
 def test_the_prediction_is_close_and_never_low(case: Memory) -> None:
     check(case)

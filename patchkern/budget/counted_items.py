@@ -71,8 +71,8 @@ class CountedItems(nn.Module):
         return labels + _NUM_SAMPLED
 
 
-class PooledRows(torch.autograd.Function):
-    """Rows of a table and its dense gradient, as of `patchkern.ops.pool_rows` and of indexing, without the integers."""
+class IndexedRows(torch.autograd.Function):
+    """Rows of a table and its dense gradient, as of indexing and of an embedding, without the integers."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: int) -> Tensor:
@@ -81,8 +81,15 @@ class PooledRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # a view: autograd makes a new tensor to add to it, as to that of `pool_rows`, whose storage was looked at
-        return grad.new_zeros(ctx.shape).view(ctx.shape), None
+        return grad.new_zeros(ctx.shape), None
+
+
+class PooledRows(IndexedRows):
+    """As of `patchkern.ops.pool_rows`, to whose gradient autograd adds nothing: its storage was looked at."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape).view(ctx.shape), None  # nor to a view
 
 
 class _Softmax(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchkern.batch.memory_layout import MemoryBatch
-from patchkern.budget.counted_items import PooledRows
+from patchkern.budget.counted_items import IndexedRows
 
 
 class MemoryRows(NamedTuple):
@@ -69,11 +69,11 @@ class CountedMemory:
 
     def references(self, states: Tensor, rows: MemoryRows) -> Tensor:
         """The query rows' states, of ``states`` (T, D)."""
-        return PooledRows.apply(states, rows.queries)
+        return IndexedRows.apply(states, rows.queries)
 
     def read(self, references: Tensor, rows: MemoryRows) -> Tensor:
         """The memories that the second pass reads."""
-        memories: Tensor = PooledRows.apply(references, rows.memories)
+        memories: Tensor = IndexedRows.apply(references, rows.memories)
         return memories if self.map is None else self.map(memories)
 
     def placed(self, rows: Tensor, memories: Tensor) -> Tensor:
@@ -83,6 +83,6 @@ class CountedMemory:
 
     def distance(self, states: Tensor, references: Tensor, rows: MemoryRows) -> Tensor:
         """Between updates and references, which are constants."""
-        updates, wanted = PooledRows.apply(states, rows.updates), PooledRows.apply(references.detach(), rows.updates)
+        updates, wanted = IndexedRows.apply(states, rows.updates), IndexedRows.apply(references.detach(), rows.updates)
         wide = torch.promote_types(updates.dtype, torch.float32)
         return (updates.to(wide) - wanted.to(wide)).square().sum()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkern.budget.counted_attention import CountedAttention
-from patchkern.budget.counted_items import Chunks, CountedItems, PooledRows
+from patchkern.budget.counted_items import Chunks, CountedItems, IndexedRows, PooledRows
 from patchkern.budget.counted_memory import CountedMap, CountedMemory, MemoryRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.counted_sums import is_in_place, sole_references
@@ -340,7 +340,7 @@ class FakeModel:
         elif shape.logit_rows:
             losses.append(output.loss)
         if shape.item_rows and kind.chunks is not None and self.item_head is not None:
-            of_items = PooledRows.apply(states[-1][0], shape.item_rows)
+            of_items = IndexedRows.apply(states[-1][0], shape.item_rows)
             losses.append(self.item_head.loss(of_items, self._output_weight, own, kind.chunks))
         return losses
 
@@ -360,7 +360,7 @@ class FakeModel:
         else:  # called on the batch's distinct tokens
             tokens = torch.empty(1, count, dtype=torch.int64)
             if is_weight:
-                table: Tensor = PooledRows.apply(embedding.weight, tokens.shape[1])
+                table: Tensor = IndexedRows.apply(embedding.weight, tokens.shape[1])
                 for hook in embedding._forward_hooks.values():
                     hook(embedding, (tokens,), table)
             else:

@@ -32,6 +32,7 @@ from patchkern.search.experts import ExpertPrompts, UserStates
 from patchkern.search.item_search import size_of_items
 from patchkern.search.prompts import MemoryPrompts, SearchPrompts, layout_of
 from patchkern.search.protocol import SearchModel
+from patchkern.search.search_cost import search_cost
 from patchkern.search.trie import Trie
 from patchkern.search.trie_cache import catalog_trie
 
@@ -77,7 +78,7 @@ def in_batches(
     """
     names = range(len(histories)) if names is None else names
     budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-    cost = None if budget is None else SearchCost(model, size)
+    cost = None if budget is None else search_cost(model, size)
     plan = partial(plan_users, model, histories, policy, depth, names, cost, budget, batch_size, head)
     if budget is None and len(histories) <= batch_size:
         everybody = np.argsort(-histories.lengths, kind="stable")  # one batch, unless memory is too small for it

@@ -35,13 +35,17 @@ def model_state(model: SearchModel) -> Any:
     """Something that is equal for equal states. Reads from each device of the model once."""
     reader = _Reader()
     tensors = [reader.identity(tensor) for tensor in (*model.parameters(), *model.buffers())]
-    attributes = [
-        (name, type(module), [(key, reader.plain(value)) for key, value in _own_attributes(module)])
-        for name, module in model.hf_model.named_modules()
-    ]
+    attributes = reader.attributes(model.hf_model)
     device = model.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return tensors, attributes, reader.plain(model.config), autocast, reader.samples()
+
+
+def model_form(model: SearchModel) -> Any:
+    """Something that is equal where the same operators run on tensors of the same sizes, whatever the weights are."""
+    reader = _Reader()
+    tensors = [(type(x), x.dtype, x.device, x.shape) for x in (*model.parameters(), *model.buffers())]
+    return tensors, reader.attributes(model.hf_model), reader.plain(model.config)
 
 
 def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -52,6 +56,13 @@ class _Reader:
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
         self._configs: set[int] = set()
+
+    def attributes(self, module: nn.Module) -> Any:
+        """Of a module and all its parts, their kinds and plain data."""
+        return [
+            (name, type(part), [(key, self.plain(value)) for key, value in _own_attributes(part)])
+            for name, part in module.named_modules()
+        ]
 
     def plain(self, value: Any) -> Any:
         """Plain data in a form that can be compared; other objects as their type."""

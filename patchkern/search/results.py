@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.policy_kinds import AnyPolicy
-from patchkern.budget.search import SearchCost
 from patchkern.data.parquet import import_pyarrow
 from patchkern.search.batching import plan_users
 from patchkern.search.bulk_run import COLUMNS, BulkRun, check_shard, names_of
 from patchkern.search.fingerprints import described
 from patchkern.search.protocol import SearchModel
 from patchkern.search.run_folder import Part, Stamp, hash_of, parts_of, read_run, read_stamp
+from patchkern.search.search_cost import search_cost
 from patchkern.search.summary import Summary
 
 
@@ -107,7 +107,7 @@ def recommend_to_disk(
     )
     nobody, prepared = bulk.nobody, bulk.prepared
     budget, batch_size = nobody.memory_budget, nobody.batch_size
-    cost = None if budget is None else SearchCost(model, prepared.size)
+    cost = None if budget is None else search_cost(model, prepared.size)
     for part in bulk.parts:
         asked = bulk.request(part, histories.take(part.users), names[part.users])
         plan_users(

@@ -14,9 +14,8 @@ The peak of a batch of B users with T prompt rows, the longest with L, in which 
   written down per architecture but counted, in a pass of the very model on the meta device, which takes no memory and
   next to no time; attention, which runs no operators there, adds its own workspace.
 - ``decode``: keys and values of the tokens that the hypotheses stand on, and the same as before for one more token of
-  N hypotheses.
-- ``logits``: ``(2 * B + 3 * N) * vocabulary`` numbers in float32: those of the prompts, diversity's counts, the
-  log-probabilities of the step before, the logits of this step and their log-probabilities.
+  N hypotheses; or their logits, and the log-probabilities of those that are looked at together, in float32.
+- ``logits``: ``2 * B * vocabulary`` numbers in float32: those of the prompts, and diversity's counts.
 
 How many tokens the hypotheses hold depends on the search; the tree of titles bounds it, and the bound is predicted.
 Where titles are long, prompts short and the vocabulary small, that can be a third more than is taken; else a few
@@ -51,6 +50,10 @@ _USUAL_CHUNK = 2048  # smaller ones are slow: only to make room for a user who w
 ASIDE_ROWS = 4096
 """Rows of old items whose keys and values stand beside a batch's prompts while experts are made of them; more where a
 single user has more."""
+
+LOG_PROBS_AT_ONCE = 1 << 24
+"""Log-probabilities over the vocabulary that a search has at once, of all tokens that it fed: those of the choices are
+kept of them."""
 
 _CUBLAS_WORKSPACE = 32 << 20  # what PyTorch gives to cuBLAS on Hopper, from the memory that it counts; less before
 _ROW_INTEGERS = 32  # bytes of a row of the layout and of where it belongs
@@ -249,14 +252,15 @@ class SearchCost:
         prefill += rows * _ROW_INTEGERS
         if has_prefix:  # the logits of the users whose prompts ended in earlier chunks
             prefill += n_users * logits
+        at_once = min(hypotheses, max(LOG_PROBS_AT_ONCE // self._vocabulary, width))
         in_step = max(
             hypotheses * self._step.peak,
             hypotheses * (self._step.at_attention + self._step_attention()),
-            2 * hypotheses * logits,
+            hypotheses * self._vocabulary * self._item + at_once * (last - self._vocabulary * self._item + logits),
         )
         # the pool of suffixes grows layer by layer, and only in one layer stand its old and new rows side by side
-        decode = in_step - 2 * hypotheses * logits + (self.row_bytes + one_layer) * suffix_rows
-        return SearchBytes(self.weights, store, prefill, decode, (2 * n_users + 3 * hypotheses) * logits)
+        decode = in_step + (self.row_bytes + one_layer) * suffix_rows
+        return SearchBytes(self.weights, store, prefill, decode, 2 * n_users * logits)
 
     def plan(
         self,

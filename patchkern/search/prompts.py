@@ -177,7 +177,7 @@ class Prompts:
             )
 
     def step(self, parent: Tensor, user: Tensor, token: Tensor, shape: StepShape | None = None) -> Tensor:
-        """``(N, V)`` logits after one more token of N hypotheses.
+        """``(N, V)`` logits after one more token of N hypotheses, in the model's dtype.
 
         Args:
             parent: ``(N,)`` the row that each token continues, -1 the prompt. Rows are numbered over all steps, in the
@@ -187,7 +187,12 @@ class Prompts:
             shape: of this step; computed, with host synchronisations, where not given.
         """
         position = self._cache.advance(parent, user, shape)
-        return _wide(self._model.token_logits(token, position, self._cache))
+        return self._model.token_logits(token, position, self._cache)
+
+    @property
+    def max_rows(self) -> int:
+        """Tokens that there is room for."""
+        return self._cache.suffixes.max_rows
 
     @property
     def num_rows(self) -> int:

@@ -4,8 +4,8 @@
 A hypothesis is a user and a node of the trie, the tokens on the way to it generated. Everything about a batch lives in
 tensors with one row per user, padded; the model alone gets hypotheses without padding, user by user. Three things of a
 step depend on data and have to be sizes of tensors: how many hypotheses go on, how many children the busiest user has,
-and how many prefixes are set aside. They are read together, so a step waits for the device once, and that is also where
-the loop learns that it is done. Nothing loops over users or beams. `diverse_search` loops over groups, because each
+and how many prefixes are set aside. They are read together (`follow`), so a step waits for the device once, and that is
+also where the loop learns that it is done. Nothing loops over users or beams. `diverse_search` loops over groups, because each
 group's choice depends on those of the groups before it: that is its definition.
 """
 
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from patchkern.budget.search import LOG_PROBS_AT_ONCE
+from patchkern.search.frontier import Choices, Hypotheses, at_the_prompts, check_finite, follow
 from patchkern.search.prefix_cache import StepShape
 from patchkern.search.prompts import Prompts
 from patchkern.search.trie import BestValues, TreePass, Trie
@@ -31,26 +33,6 @@ class Found(NamedTuple):
 
     node: Tensor  # (B, M) where in the trie the title ends
     score: Tensor  # (B, M) what the model gives it, without a prior; -inf where there is no title
-
-
-class _Hypotheses(NamedTuple):
-    """N of them, users ascending."""
-
-    user: Tensor  # (N,)
-    node: Tensor  # (N,)
-    score: Tensor  # (N,) log-probability so far
-    row: Tensor  # (N,) of `Prompts`, where the last token was fed; -1 for the prompt
-    log_probs: Tensor  # (N, V) of what comes next
-    most_children: int  # of one hypothesis
-    most_choices: int  # children of all hypotheses of one user
-
-
-class _Choices(NamedTuple):
-    """Prefixes of every user, (B, C), in no particular order; score -inf where there is none."""
-
-    node: Tensor
-    score: Tensor  # log-probability so far
-    row: Tensor  # of `Prompts`, where the token before the last was fed; -1 for the prompt
 
 
 class Ranking:
@@ -140,10 +122,10 @@ def search_titles(
         beam's.
     """
     n_users, device = prompts.num_users, running.device
-    hypotheses = _at_the_prompts(prompts, trie)
+    hypotheses = at_the_prompts(prompts, trie)
     rank = Ranking(trie, length_penalty, hypotheses.score.dtype, prior)
     pool = _nothing(n_users, k, hypotheses.score)
-    aside = _Choices(*(pool.node[:, :0], pool.score[:, :0], pool.node[:, :0]))
+    aside = Choices(*(pool.node[:, :0], pool.score[:, :0], pool.node[:, :0]))
     in_beam = torch.ones(n_users, 1, dtype=torch.bool, device=device)
     expanded = torch.zeros(n_users, 1, dtype=torch.int64, device=device)
     for step in itertools.count():
@@ -156,7 +138,7 @@ def search_titles(
         n_made = made.node.shape[1]
         if max_expansions is not None:
             in_beam &= is_open.any(dim=1, keepdim=True)
-            made = _Choices(*(torch.cat(pair, dim=1) for pair in zip(made, aside, strict=True)))
+            made = Choices(*(torch.cat(pair, dim=1) for pair in zip(made, aside, strict=True)))
             is_open = torch.cat([is_open, _is_open(aside, rank, worst)], dim=1)
         may_follow = is_open.clone()
         may_follow[:, n_made:] &= ~in_beam
@@ -168,14 +150,16 @@ def search_titles(
             expanded += goes.sum(dim=1, keepdim=True)
             is_open.scatter_(1, followed, is_open.gather(1, followed) & ~goes)
         left = is_open.sum(dim=1)
-        chosen = _Choices(*(x.gather(1, followed) for x in made))
-        following, n_left = _follow(prompts, trie, chosen, goes, left, is_bad, step if max_expansions is None else None)
+        chosen = Choices(*(x.gather(1, followed) for x in made))
+        following, n_left = follow(
+            prompts, trie, hypotheses, chosen, goes, left, is_bad, step if max_expansions is None else None
+        )
         if following is None:
             break
         hypotheses = following
         if max_expansions is not None:
             kept = _first_true(is_open, n_left)
-            aside = _Choices(*(x.gather(1, kept.clamp(min=0)) for x in made))
+            aside = Choices(*(x.gather(1, kept.clamp(min=0)) for x in made))
             aside = aside._replace(score=aside.score.masked_fill(kept < 0, float("-inf")))
     return pool, left > 0 if max_expansions is not None else torch.zeros_like(left, dtype=torch.bool)
 
@@ -191,7 +175,7 @@ def diverse_search(prompts: Prompts, trie: Trie, running: Tensor, num_groups: in
         num_groups: groups per user.
     """
     n_users, device = prompts.num_users, running.device
-    hypotheses = _at_the_prompts(prompts, trie)
+    hypotheses = at_the_prompts(prompts, trie)
     node = torch.zeros(n_users, num_groups, dtype=torch.int64, device=device)
     row = torch.full_like(node, -1)
     length = torch.zeros_like(node)
@@ -199,7 +183,7 @@ def diverse_search(prompts: Prompts, trie: Trie, running: Tensor, num_groups: in
     log_prob = hypotheses.score.new_zeros(n_users, num_groups)
     penalised = log_prob.masked_fill(~goes, float("-inf"))
     log_prob = penalised.clone()
-    times_chosen = log_prob.new_zeros(n_users, hypotheses.log_probs.shape[1])
+    times_chosen = log_prob.new_zeros(n_users, prompts.logits.shape[1])
     users = torch.arange(n_users, device=device)
     source = users[:, None].expand_as(node)  # which hypothesis each group is
     for step in itertools.count():
@@ -209,7 +193,7 @@ def diverse_search(prompts: Prompts, trie: Trie, running: Tensor, num_groups: in
         child = torch.where(exists, child, 1)
         reached, ends_at, _ = _reach(hypotheses.user[:, None], child, trie, running)
         tokens = trie.tokens[child]
-        gains = hypotheses.log_probs.gather(1, tokens)
+        gains = hypotheses.gains[hypotheses.source, : hypotheses.most_children]
         is_bad = (reached & exists & ~gains.isfinite()).any()
         gains.masked_fill_(~(reached & exists), float("-inf"))
         times_chosen.zero_()
@@ -229,8 +213,8 @@ def diverse_search(prompts: Prompts, trie: Trie, running: Tensor, num_groups: in
             # the token that closes a response counts for nobody, as the end token in transformers 4
             counts = chooses & ~ends if trie.end_length else chooses
             times_chosen[users, token] += counts.to(times_chosen.dtype)
-        prefixes = _Choices(node, log_prob, row)
-        following, _ = _follow(prompts, trie, prefixes, goes, goes.sum(dim=1), is_bad, step)
+        prefixes = Choices(node, log_prob, row)
+        following, _ = follow(prompts, trie, hypotheses, prefixes, goes, goes.sum(dim=1), is_bad, step)
         if following is None:
             break
         hypotheses = following
@@ -268,26 +252,20 @@ def score_titles(prompts: Prompts, trie: Trie, passes: Sequence[TreePass]) -> Te
             shape = StepShape(n_users, n_fed, len(tree.level_ends) - 1)
             logits = prompts.step(row.flatten(), user, tree.fed.repeat(n_users), shape)
             prompts.forget()
-            log_probs = logits.log_softmax(dim=-1).view(n_users, n_fed, -1)
-            score[:, n_first:] = log_probs[:, tree.source, tree.tokens[n_first:]]
+            at_once = max(LOG_PROBS_AT_ONCE // (n_fed * logits.shape[1]), 1)
+            later = score[:, n_first:].split(at_once)
+            for own, part in zip(later, logits.view(n_users, n_fed, -1).split(at_once), strict=True):
+                own[:] = part.log_softmax(dim=-1, dtype=score.dtype)[:, tree.source, tree.tokens[n_first:]]
         # level by level, so that a title's sum is rounded as it is when a search adds it up token by token
         for begin, end in itertools.pairwise(tree.level_ends):
             score[:, begin:end] += score[:, tree.parent[begin - n_first : end - n_first]]
         scores.append(score[:, tree.ends])
     result = torch.cat(scores, dim=1)
-    _check_finite(not bool(result.isfinite().all()))
+    check_finite(not bool(result.isfinite().all()))
     return result
 
 
 # ------------------------------------------------------------------ steps
-
-
-def _at_the_prompts(prompts: Prompts, trie: Trie) -> _Hypotheses:
-    user = torch.arange(prompts.num_users, device=trie.tokens.device)
-    root = torch.zeros_like(user)
-    most = trie.num_first_tokens
-    score = prompts.logits.new_zeros(len(user))
-    return _Hypotheses(user, root, score, root - 1, prompts.logits.log_softmax(dim=-1), most, most)
 
 
 def _nothing(n_users: int, count: int, like: Tensor) -> Found:
@@ -301,7 +279,7 @@ def _reach(user: Tensor, child: Tensor, trie: Trie, running: Tensor) -> tuple[Te
     return end > begin, own_end > begin, end > own_end
 
 
-def _children(hypotheses: _Hypotheses, trie: Trie, running: Tensor) -> tuple[_Choices, Tensor, Tensor, Tensor]:
+def _children(hypotheses: Hypotheses, trie: Trie, running: Tensor) -> tuple[Choices, Tensor, Tensor, Tensor]:
     """What can follow the hypotheses, what of it ends a title, what goes on; and whether a logit was not finite."""
     user, node = hypotheses.user, hypotheses.node
     device = running.device
@@ -315,51 +293,15 @@ def _children(hypotheses: _Hypotheses, trie: Trie, running: Tensor) -> tuple[_Ch
     parent = torch.searchsorted(ends_at, number, right=True).clamp_(max=len(user) - 1)
     child = torch.where(exists, (first - starts_at[:-1])[parent] + number, 1)
     reached, ends, goes_on = (x & exists for x in _reach(users[:, None], child, trie, running))
-    gained = hypotheses.log_probs[parent, trie.tokens[child]]
+    gained = hypotheses.gains[hypotheses.source[parent], torch.where(exists, number - starts_at[parent], 0)]
     score = (hypotheses.score[parent] + gained).masked_fill(~reached, float("-inf"))
     is_bad = (reached & ~gained.isfinite()).any()
-    return _Choices(child, score, hypotheses.row[parent]), ends, goes_on, is_bad
+    return Choices(child, score, hypotheses.row[parent]), ends, goes_on, is_bad
 
 
-def _is_open(prefixes: _Choices, rank: Ranking, worst: Tensor) -> Tensor:
+def _is_open(prefixes: Choices, rank: Ranking, worst: Tensor) -> Tensor:
     """Which prefixes may lead to a title as good as ``worst``."""
     return (prefixes.score > float("-inf")) & (rank.bound(prefixes.score, prefixes.node) >= worst)
-
-
-def _follow(
-    prompts: Prompts, trie: Trie, chosen: _Choices, goes: Tensor, left: Tensor, is_bad: Tensor, depth: int | None
-) -> tuple[_Hypotheses | None, int]:
-    """Feed the last tokens of those of the ``(B, W)`` prefixes that go on; None where there are none.
-
-    With ``depth``, that of the tokens before them, rows that lead to none of them are dropped. Also returns
-    ``left.max()``. Everything that the host has to know about the step is read here, at once.
-    """
-    n_children = (trie.children[chosen.node + 1] - trie.children[chosen.node]) * goes
-    per_user = goes.sum(dim=1)
-    deepest = (trie.level[chosen.node] * goes).max()
-    is_live = None if depth is None else prompts.live(torch.where(goes, chosen.row, -1), depth)
-    n_live = torch.zeros_like(deepest) if is_live is None else is_live.sum()
-    numbers = (per_user.sum(), (per_user > 0).sum(), per_user.max(), deepest, n_children.max())
-    sizes = torch.stack([*numbers, n_children.sum(dim=1).max(), left.max(), n_live, is_bad.long()])
-    n, n_users, width, deepest, most_children, most_choices, most_left, n_live, found_bad = sizes.tolist()
-    _check_finite(bool(found_bad))
-    if n == 0:
-        return None, most_left
-    at = (~goes).flatten().to(torch.int8).argsort(stable=True)[:n]
-    user = torch.div(at, goes.shape[1], rounding_mode="floor")
-    node, score, row = (x.flatten()[at] for x in chosen)
-    if is_live is not None:
-        row = prompts.keep(is_live, n_live)[row]
-    first_row = prompts.num_rows
-    logits = prompts.step(row, user, trie.tokens[node], StepShape(n_users, width, deepest))
-    row = torch.arange(first_row, first_row + n, device=at.device)
-    log_probs = logits.log_softmax(dim=-1)
-    return _Hypotheses(user, node, score, row, log_probs, most_children, most_choices), most_left
-
-
-def _check_finite(is_bad: bool) -> None:
-    if is_bad:
-        raise ValueError("model: expected finite logits, got NaN or infinity")
 
 
 # ------------------------------------------------------------------ order

@@ -129,14 +129,33 @@ class Trie:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, and of the `subtrees` at most."""
         values = [getattr(self, field.name) for field in fields(self)]
-        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+        return sum(value.nbytes for value in values if isinstance(value, Tensor)) + 16 * self.num_nodes
 
     @functools.cached_property
     def num_first_tokens(self) -> int:
         """Distinct tokens that titles begin with."""
         return int(self.children[1]) - 1
+
+    @functools.cached_property
+    def subtrees(self) -> Subtrees:
+        """The inner nodes subtree by subtree."""
+        n_children = self.children.diff()
+        inner = n_children.nonzero()[:, 0]
+        # a node has a first item below it, which it shares with those on its way to the root alone
+        key = self.begin[inner] * (self.depth + 1) + self.level[inner]
+        key, order = key.sort()
+        nodes = inner[order]
+        place = torch.zeros_like(self.tokens)
+        place[nodes] = torch.arange(len(nodes), device=nodes.device)
+        count = torch.searchsorted(key, self.end * (self.depth + 1)) - place
+        count.masked_fill_(n_children == 0, 0)
+        parent = torch.arange(self.num_nodes, device=nodes.device).repeat_interleave(n_children)
+        above = place[nodes] - place[torch.cat([parent[:1], parent])[nodes]]
+        most = n_children.new_zeros(self.depth + 1).scatter_reduce_(0, self.level, n_children, "amax")
+        most = most.flip(0).cummax(0).values.flip(0)
+        return Subtrees(nodes.int(), place.int(), count.int(), above.int(), most.tolist())
 
     @functools.cached_property
     def titles(self) -> Tensor:
@@ -274,6 +293,16 @@ class BestValues(NamedTuple):
     def expand(self, n_users: int) -> BestValues:
         """The same, of one user for all, or as it is."""
         return BestValues(*(x.expand(n_users, -1) for x in self))
+
+
+class Subtrees(NamedTuple):
+    """The n inner nodes, those that something follows, in depth-first order: a node, then all below it. int32."""
+
+    nodes: Tensor  # (n,)
+    place: Tensor  # (n_nodes,) of the inner nodes, among them
+    count: Tensor  # (n_nodes,) inner nodes at and below each node
+    above: Tensor  # (n,) how many places before a node its parent stands; 0 for the root
+    most_children: list[int]  # (depth + 1,) of a node of each level or a later one
 
 
 class TreePass(NamedTuple):

@@ -436,7 +436,7 @@ class StubPrompts:
     """Random logits in place of a model."""
 
     def __init__(self, n_users: int, max_rows: int) -> None:
-        self.num_users, self.steps = n_users, 0
+        self.num_users, self.max_rows, self.steps = n_users, max_rows, 0
         self.logits = torch.randn(n_users, 101, dtype=torch.float64)
         self._suffixes = Suffixes(max_rows, torch.device("cpu"))
         self.live, self.keep = self._suffixes.live, self._suffixes.keep
@@ -471,7 +471,7 @@ class NoWaiting(TorchDispatchMode):
 def test_a_step_waits_for_the_device_once(search: str, has_prior: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     titles = make_titles(60)
     trie = Trie.from_catalog(make_model(titles).catalog, [96])
-    assert trie.num_first_tokens > 1  # read once per trie
+    assert trie.num_first_tokens > 1 and trie.subtrees.most_children[1] > 1  # read once per trie
     allowed = torch.rand(5, 60) < 0.8
     running = trie.running_count(allowed)
     prior = trie.best_of(torch.where(allowed, torch.randn(5, 60).double(), -math.inf)) if has_prior else None
@@ -484,5 +484,6 @@ def test_a_step_waits_for_the_device_once(search: str, has_prior: bool, monkeypa
             diverse_search(prompts, trie, running, 6)
         else:
             search_titles(prompts, trie, running, 3, 3, 0.0, 200 if search == "exact" else None, prior)
-    assert len(reads) == prompts.steps + 1 > 3  # the last one says that nothing is left
+    # the last one says that nothing is left; the levels before it may have been fed at once
+    assert 3 < len(reads) == prompts.steps + 1 or (search != "exact" and prompts.steps < len(reads) <= trie.depth)
     assert all(math.prod(shape) < 20 for shape in reads)

@@ -74,12 +74,11 @@ def follow(
     of_user = (torch.stack([torch.ones_like(node), n_children, below]) * goes).sum(dim=2)  # (3, B)
     highest = (torch.stack([trie.level[node], n_children, trie.longest[node] - 1]) * goes).amax(dim=(1, 2))
     n_live = torch.zeros_like(left[0]) if is_live is None else is_live.sum()
-    others = torch.stack([(of_user[0] > 0).sum(), left.max(), n_live, is_bad.long()])
-    sizes = torch.cat([of_user.sum(dim=1), of_user.amax(dim=1), highest, others]).tolist()
-    n, _, n_below, width, most_choices, width_below, deepest, most_children, last, n_users, most_left, n_kept, bad = (
-        sizes
-    )
-    check_finite(bool(bad))
+    rest = torch.stack([(of_user[0] > 0).sum(), left.max(), n_live, is_bad.long()])
+    sizes = torch.cat([of_user.sum(dim=1), of_user.amax(dim=1), highest, rest]).tolist()
+    n, _, n_below, width, most_choices, width_below, *others = sizes
+    deepest, most_children, last, n_users, most_left, n_kept, found_bad = others
+    check_finite(bool(found_bad))
     if n == 0:
         return None, most_left
     at = (~goes).flatten().to(torch.int8).argsort(stable=True)[:n]
@@ -101,7 +100,7 @@ def follow(
 
 
 def _all_below(prompts: Prompts, trie: Trie, found: Hypotheses, count: int, level: int, shape: StepShape) -> Hypotheses:
-    """Feed the ``count`` tokens that something follows, at and below hypotheses of one level; ``row`` is before them."""
+    """Feed the ``count`` inner nodes at and below hypotheses of one level, whose ``row`` is the one before them."""
     trees = trie.subtrees
     device = found.node.device
     counts = trees.count[found.node].long()

@@ -64,6 +64,7 @@ class PrefixCache:
         self._ranges = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)  # (B, 2)
         self._spans: _Spans | None = None
         self._user = self.positions[:0]
+        self._alone: tuple[Tensor, Tensor] | None = None  # spans of one row each and their prompts, for one pass
 
     def prefill(self, spans: Pass) -> None:
         """Announce the next pass: rows of the prompts."""
@@ -95,7 +96,7 @@ class PrefixCache:
             ``(N,)`` int64, position of each new row.
         """
         self._spans = None
-        self._user = user
+        self._user, self._alone = user, None
         depth = self.suffixes.advance(parent, None if shape is None else shape.depth)
         return self.positions[user] + depth - 1
 
@@ -168,30 +169,29 @@ class PrefixCache:
         parts = self._over_prompts(layer, grouped, key, value, scaling)
         before = self.suffixes.partial(layer, grouped * scaling, key, value)
         merged = _merged([*parts, before] if before is not None else parts)
-        return merged.to(value.dtype).view(n_rows, 1, n_heads, -1)
+        return merged.to(value.dtype).reshape(n_rows, 1, n_heads, -1)
 
     def _over_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> list[Partial]:
         """Attention of (N, Hkv, G, d) queries over their users' prompts and themselves; prompts are read once."""
         keys, values = self.layers[layer]
         if self._has_flash(keys, values):
             own = (query * key).sum(dim=-1, keepdim=True).to(_wide(query.dtype)) * scaling
-            return [self._flash(query, keys, values, scaling), (value.to(own.dtype), own, torch.ones_like(own))]
-        n_rows = query.shape[0]
-        each = torch.arange(n_rows + 1, dtype=torch.int32, device=query.device)
+            return [self._flash(query, keys, values, scaling), (value.to(own.dtype), own, None)]
+        if self._alone is None:
+            each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+            self._alone = each, self._ranges[self._user][:, None]
         out, lse = torch.ops.patchkern.span_attention(
             query.flatten(1, 2),
             key[:, :, 0],
             value[:, :, 0],
-            each,
-            self._ranges[self._user][:, None],
+            *self._alone,
             keys.transpose(0, 1),
             values.transpose(0, 1),
             scaling,
             0.0,
             0,
         )
-        lse = lse.view(*query.shape[:3], 1)
-        return [(out.view(*query.shape[:3], -1).to(lse.dtype), lse, torch.ones_like(lse))]
+        return [(out.view(*query.shape[:3], -1), lse.view(*query.shape[:3], 1), None)]
 
     @staticmethod
     def _has_flash(keys: Tensor, values: Tensor) -> bool:
@@ -215,7 +215,7 @@ class PrefixCache:
             )
             first += count
         out, lse = (x.view(n_heads, n_rows, groups, -1).transpose(0, 1) for x in (out, lse))
-        return out.to(lse.dtype), lse, torch.ones_like(lse)
+        return out, lse, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -224,10 +224,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _merged(parts: list[Partial]) -> Tensor:
     """Attention over the keys of all parts, from that over each; see `patchkern.search.suffixes.partial_softmax`."""
-    highest = torch.stack([peak for _, peak, _ in parts]).amax(dim=0)
-    out, total = highest.new_zeros(parts[0][0].shape), torch.zeros_like(highest)
-    for part, peak, share in parts:
+    (first, highest, of_first), *others = parts
+    if not others and of_first is None:
+        return first
+    for _, peak, _ in others:
+        highest = torch.maximum(highest, peak)
+    total = (parts[0][1] - highest).exp_()
+    out = first * total  # in the wider dtype
+    if of_first is not None:
+        total = total * of_first
+    for part, peak, share in others:
         weight = (peak - highest).exp_()
         out.addcmul_(part, weight)
-        total.addcmul_(share, weight)
+        total = total.add_(weight) if share is None else total.addcmul_(share, weight)
     return out.div_(total)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Partial = tuple[Tensor, Tensor, Tensor]
+Partial = tuple[Tensor, Tensor, "Tensor | None"]
+"""Unnormalised attention, its largest score, and the sum of exponentials; None where that is 1."""
 
 
 class Suffixes:
@@ -25,7 +26,8 @@ class Suffixes:
         self.num_rows = 0
         self.max_rows = max_rows
         self._parent = torch.full((0,), -1, dtype=torch.int64, device=device)  # (num_rows,)
-        self._chain = torch.zeros(0, 0, dtype=torch.int64, device=device)  # (N, depth) rows seen, own first; -1: none
+        self._before = torch.zeros(0, 0, dtype=torch.int64, device=device)  # (N, depth - 1) rows seen, any for none
+        self._hidden = self._before.new_zeros(0, 1, 0, dtype=torch.bool)  # (N, 1, depth - 1) where there is none
         self._pool: dict[int, tuple[Tensor, Tensor]] = {}  # per layer (Hkv, capacity, d)
         self._capacity = 0
         self._kept: Tensor | None = None  # rows of the last pass that are still there, by new number; None: all
@@ -52,8 +54,10 @@ class Suffixes:
         elif self.num_rows > self._capacity:
             self._capacity = min(max(self.num_rows, 2 * self._capacity), self.max_rows)
         self._parent = torch.cat([self._parent, parent])
-        self._chain = self._ancestors(torch.arange(first, self.num_rows, device=parent.device), depth)
-        return (self._chain >= 0).sum(dim=1)
+        chain = self._ancestors(torch.arange(first, self.num_rows, device=parent.device), depth)
+        self._before, is_row = chain[:, 1:].clamp(min=0), chain >= 0
+        self._hidden = is_row[:, None, 1:].logical_not()
+        return is_row.sum(dim=1)
 
     def live(self, rows: Tensor, depth: int) -> Tensor:
         """``(num_rows,)`` bool: the given rows and all on their way to the prompt.
@@ -113,30 +117,31 @@ class Suffixes:
         )
         self._pool[layer] = keys, values
         # heads outermost: what is gathered is then one batch of matrices, without another copy
-        before = self._chain[:, 1:]
-        shape = (len(keys), *before.shape, -1)
-        if before.shape[1] == 0:
+        shape = (len(keys), *self._before.shape, -1)
+        if self._before.shape[1] == 0:
             return None
-        keys, values = (x.index_select(1, before.clamp(min=0).flatten()).view(shape) for x in (keys, values))
-        hidden = (before < 0)[:, None]
-        out = partial_softmax(query.transpose(0, 1), keys, values, hidden)
-        return tuple(x.transpose(0, 1) for x in out)  # type: ignore[return-value]
+        rows = self._before.flatten()
+        keys, values = (x.index_select(1, rows).view(shape) for x in (keys, values))
+        out, peak, total = partial_softmax(query.transpose(0, 1), keys, values, self._hidden)
+        return out.transpose(0, 1), peak.transpose(0, 1), total.transpose(0, 1)
 
     def _stored(self, pool: Tensor | None, new: Tensor) -> Tensor:
         """The pool, larger if need be, with the pass' rows (Hkv, N, d) at its end."""
         n_old = self.num_rows - new.shape[1]
-        if pool is None or self._kept is not None or pool.shape[1] < self._capacity:
+        if pool is not None and self._kept is not None:
+            return torch.cat([pool.index_select(1, self._kept), new], dim=1)
+        if pool is None or pool.shape[1] < self._capacity:
             larger = new.new_empty(len(new), self._capacity, new.shape[2])
-            if pool is not None and self._kept is None:
+            if pool is not None:
                 larger[:, :n_old] = pool[:, :n_old]
-            elif pool is not None and self._kept is not None:
-                larger[:, :n_old] = pool.index_select(1, self._kept)
             pool = larger
         pool[:, n_old : self.num_rows] = new
         return pool
 
 
-def partial_softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Partial:
+def partial_softmax(
+    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Unnormalised attention (..., R, d), with the largest score and the sum of exponentials (..., R, 1) beside it.
 
     At least float32. A row that has all its keys hidden gets zeros, and a peak below all others.

@@ -5,8 +5,8 @@ A hypothesis is a user and a node of the trie, the tokens on the way to it gener
 tensors with one row per user, padded; the model alone gets hypotheses without padding, user by user. Three things of a
 step depend on data and have to be sizes of tensors: how many hypotheses go on, how many children the busiest user has,
 and how many prefixes are set aside. They are read together (`follow`), so a step waits for the device once, and that is
-also where the loop learns that it is done. Nothing loops over users or beams. `diverse_search` loops over groups, because each
-group's choice depends on those of the groups before it: that is its definition.
+also where the loop learns that it is done. Nothing loops over users or beams. `diverse_search` loops over groups,
+because each group's choice depends on those of the groups before it: that is its definition.
 """
 
 from __future__ import annotations

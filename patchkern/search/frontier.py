@@ -60,16 +60,18 @@ def follow(
     left: Tensor,
     is_bad: Tensor,
     depth: int | None,
+    num_beams: int,
 ) -> tuple[Hypotheses | None, int]:
     """The hypotheses of those of the ``(B, W)`` prefixes that go on, whose last tokens are fed; None where none does.
 
-    With ``depth``, that of the tokens before them, rows that lead to none of them are dropped, and all below them may
-    be fed. Also returns ``left.max()``. Everything that the host has to know about the step is read here, at once.
+    With ``depth``, that of the tokens before them, rows that lead to none of them are dropped, and all below them is
+    fed where that is no more than ``num_beams`` tokens of every user. Also returns ``left.max()``. Everything that the
+    host has to know about the step is read here, at once.
     """
     node = chosen.node
     is_open = depth is not None and not before.is_complete
     is_live = prompts.live(torch.where(goes, chosen.row, -1), depth) if is_open and depth is not None else None
-    below = trie.subtrees.count[node].long() if is_open else torch.ones_like(node)
+    below = trie.subtrees.sizes[node].long() if is_open else torch.ones_like(node)
     n_children = trie.children[node + 1] - trie.children[node]
     of_user = (torch.stack([torch.ones_like(node), n_children, below]) * goes).sum(dim=2)  # (3, B)
     highest = (torch.stack([trie.level[node], n_children, trie.longest[node] - 1]) * goes).amax(dim=(1, 2))
@@ -89,7 +91,9 @@ def follow(
         return found._replace(row=row, source=row + trie.subtrees.place[node]), most_left
     if is_live is not None:
         row = prompts.keep(is_live, n_kept)[row]
-    if is_live is not None and n_below <= goes.numel() and max(n_kept + n_below, n_below * last) <= prompts.max_rows:
+    # no more tokens, nor of those before them, than a search of single steps may have
+    fits = n_below <= num_beams * len(goes) and max(n_kept + n_below, n_below * (last - 1)) <= prompts.max_rows
+    if is_live is not None and fits:
         shape = StepShape(n_users, width_below, last)
         return _all_below(prompts, trie, found._replace(row=row), n_below, deepest, shape), most_left
     first = prompts.num_rows
@@ -103,7 +107,7 @@ def _all_below(prompts: Prompts, trie: Trie, found: Hypotheses, count: int, leve
     """Feed the ``count`` inner nodes at and below hypotheses of one level, whose ``row`` is the one before them."""
     trees = trie.subtrees
     device = found.node.device
-    counts = trees.count[found.node].long()
+    counts = trees.sizes[found.node].long()
     starts = counts.cumsum(0) - counts
     number = torch.arange(count, device=device)
     of = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=count)

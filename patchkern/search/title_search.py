@@ -152,7 +152,9 @@ def search_titles(
         left = is_open.sum(dim=1)
         chosen = Choices(*(x.gather(1, followed) for x in made))
         following, n_left = follow(
-            prompts, trie, hypotheses, chosen, goes, left, is_bad, step if max_expansions is None else None
+            *(prompts, trie, hypotheses, chosen, goes, left, is_bad),
+            step if max_expansions is None else None,
+            num_beams,
         )
         if following is None:
             break
@@ -214,7 +216,7 @@ def diverse_search(prompts: Prompts, trie: Trie, running: Tensor, num_groups: in
             counts = chooses & ~ends if trie.end_length else chooses
             times_chosen[users, token] += counts.to(times_chosen.dtype)
         prefixes = Choices(node, log_prob, row)
-        following, _ = follow(prompts, trie, hypotheses, prefixes, goes, goes.sum(dim=1), is_bad, step)
+        following, _ = follow(prompts, trie, hypotheses, prefixes, goes, goes.sum(dim=1), is_bad, step, num_groups)
         if following is None:
             break
         hypotheses = following

@@ -300,7 +300,7 @@ class Subtrees(NamedTuple):
 
     nodes: Tensor  # (n,)
     place: Tensor  # (n_nodes,) of the inner nodes, among them
-    count: Tensor  # (n_nodes,) inner nodes at and below each node
+    sizes: Tensor  # (n_nodes,) inner nodes at and below each node
     above: Tensor  # (n,) how many places before a node its parent stands; 0 for the root
     most_children: list[int]  # (depth + 1,) of a node of each level or a later one
 

@@ -15,7 +15,8 @@ The peak of a batch of B users with T prompt rows, the longest with L, in which 
   next to no time; attention, which runs no operators there, adds its own workspace.
 - ``decode``: keys and values of the tokens that the hypotheses stand on, and the same as before for one more token of
   N hypotheses; or their logits, and the log-probabilities of those that are looked at together, in float32.
-- ``logits``: ``2 * B * vocabulary`` numbers in float32: those of the prompts, and diversity's counts.
+- ``logits``: ``B * vocabulary`` numbers in float32, those of the prompts; as many more for diversity's counts and for
+  scores of whole trees; none where items are scored.
 
 How many tokens the hypotheses hold depends on the search; the tree of titles bounds it, and the bound is predicted.
 Where titles are long, prompts short and the vocabulary small, that can be a third more than is taken; else a few
@@ -111,6 +112,8 @@ class SearchSize(NamedTuple):
     """of everything else that it holds per user"""
     fixed_bytes: int = 0
     """of everything that it holds whatever the number of users, such as the tree of titles"""
+    user_logits: int = 2
+    """rows of logits that it holds of each user; 0: it scores items, and takes no steps"""
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ class SearchCost:
 
     def needed(self, n_users: int, n_rows: int, longest: int, chunk_rows: int | None = None) -> SearchBytes:
         """Of a batch of ``n_users`` with ``n_rows`` rows in all, ``longest`` of one user."""
-        width, kept_rows, user_bytes, fixed_bytes = self._size
+        width, kept_rows, user_bytes, fixed_bytes, user_logits = self._size
         hypotheses, suffix_rows = n_users * width, n_users * kept_rows
         one_layer = self.row_bytes // self._layers
         store = self.row_bytes * n_rows + n_users * user_bytes + fixed_bytes
@@ -247,9 +250,11 @@ class SearchCost:
         prefill = max(
             rows * self._prompt.peak,
             rows * self._prompt.at_attention + self._prefill_attention(rows, longest, has_prefix),
-            rows * self._prompt.at_attention + n_users * last,
+            rows * self._prompt.at_attention + (n_users * last if user_logits else 0),
         )
         prefill += rows * _ROW_INTEGERS
+        if not user_logits:
+            return SearchBytes(self.weights, store, prefill, 0, 0)
         if has_prefix:  # the logits of the users whose prompts ended in earlier chunks
             prefill += n_users * logits
         at_once = min(hypotheses, max(LOG_PROBS_AT_ONCE // self._vocabulary, width))
@@ -260,7 +265,7 @@ class SearchCost:
         )
         # the pool of suffixes grows layer by layer, and only in one layer stand its old and new rows side by side
         decode = in_step + (self.row_bytes + one_layer) * suffix_rows
-        return SearchBytes(self.weights, store, prefill, decode, 2 * n_users * logits)
+        return SearchBytes(self.weights, store, prefill, decode, user_logits * n_users * logits)
 
     def plan(
         self,

@@ -329,12 +329,12 @@ def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:
         return size_of_beams(catalog_trie(model.catalog, model.prompt.response_end, model.device), num_beams)
     title_tokens = 32 if title_tokens is None else title_tokens
     check_count("title_tokens", title_tokens, minimum=1)
-    return SearchSize(num_beams, num_beams * (title_tokens - 1))
+    return SearchSize(num_beams, num_beams * (title_tokens - 1), user_logits=1)
 
 
 def size_of_beams(trie: Trie, num_beams: int) -> SearchSize:
     """Of a beam search in a tree of titles, over the whole catalogue."""
-    return SearchSize(num_beams, trie.live_rows(num_beams), 0, trie.num_bytes)
+    return SearchSize(num_beams, trie.live_rows(num_beams), 0, trie.num_bytes, user_logits=1)
 
 
 def _counts(name: str, values: Any) -> NDArray[np.int64]:

@@ -73,7 +73,7 @@ def size_of_items(model: SearchModel, known: ItemPrior | None, user_cache: UserC
     cache_bytes = 0 if user_cache is None else user_cache.max_bytes
     # the items' vectors, with their text on the way, and the titles
     fixed = n_items * width * 3 * itemsize + 12 * int(model.catalog.inputs.offsets[-1]) + 24 * n_items + cache_bytes
-    return SearchSize(1, 1, user_bytes, fixed)
+    return SearchSize(1, 1, user_bytes, fixed, user_logits=0)
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,8 @@ def prepare(request: Request) -> Prepared:
     if known is not None:
         user_bytes += known.user_bytes + 3 * trie.num_nodes * request.dtype.itemsize
         fixed_bytes += 8 * (2 * trie.num_nodes + len(model.catalog))
-    return Prepared(trie, passes, SearchSize(step_rows, kept_rows, user_bytes, fixed_bytes))
+    user_logits = 1 if request.search != "diverse" and request.normalize is None else 2
+    return Prepared(trie, passes, SearchSize(step_rows, kept_rows, user_bytes, fixed_bytes, user_logits))
 
 
 def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import POLICIES, make_prompt
+from cases import POLICIES, make_catalog, make_prompt, make_titles
 from cases import batches as random_batches
 from hypothesis import given, settings
 from memory_cases import PROMPT, hf_model, make_model, measured, users
@@ -22,6 +23,7 @@ from patchkern.budget.live_bytes import LiveBytes, peak_memory
 from patchkern.budget.search import SearchBytes, SearchCost, SearchSize, UserTooLarge, parse_bytes
 from patchkern.search import batching
 from patchkern.search.batching import is_out_of_memory, size_of_beams
+from patchkern.search.item_search import size_of_items
 from patchkern.search.prompts import Prompts
 from patchkern.search.recommend import generate_titles
 from patchkern.search.scoring import score_items
@@ -78,6 +80,17 @@ def test_chunks_are_predicted_too(
     assert plans[-1].chunk_rows == chunk
     assert found <= plans[-1].peak <= 1.1 * found
     assert found < 0.7 * whole
+
+
+def test_items_are_scored_without_logits() -> None:
+    model = pk.PatchedCausalLM(hf_model("llama", torch.float32), make_catalog(make_titles(60)), PROMPT, item_head=True)
+    size = size_of_items(model, None, None)
+    assert SearchCost(model, size).needed(8, 100, 20).logits == 0
+    histories, policy = users(*[6] * 64), pk.ItemPatches(0, None)
+    counts = pk.row_counts(model.catalog, histories, policy, model.prompt) - len(PROMPT.suffix)
+    found = measured(model, histories, policy, 5, search="items")
+    # more than a tenth: the items' vectors and their text at once are a bound
+    assert found <= SearchCost(model, size).plan(counts, None, 64).peak <= 1.15 * found
 
 
 @pytest.mark.parametrize("search", ["exact", "diverse"])
@@ -175,6 +188,17 @@ def test_peak_memory_is_exact() -> None:
         torch.zeros(1000)
         del second
     assert peak.bytes == 44_000
+
+
+def test_garbage_of_before_is_not_taken_off_a_peak() -> None:
+    cycle: list[Any] = []
+    with peak_memory("cpu"):
+        cycle += [torch.zeros(1000), cycle]
+    del cycle
+    with peak_memory("cpu") as peak:
+        gc.collect()
+        torch.zeros(100)
+    assert peak.bytes == 400
 
 
 def test_a_measurement_in_parts_finds_the_same_peak(monkeypatch: pytest.MonkeyPatch) -> None:

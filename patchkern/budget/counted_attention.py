@@ -80,12 +80,12 @@ def _native(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def _triton(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """The output's gradient by row, every row's balance and four integers of where its prefix and span lie."""
+    """The output's gradient by row, every row's balance and what it sees, of two ranges at most, as experts have."""
     n_rows, n_heads = query.shape[:2]
     return [
         query.new_empty(n_rows, n_heads, value.shape[2]),
         query.new_empty(n_rows, n_heads, dtype=torch.float32),
-        query.new_empty(n_rows, 4, dtype=torch.int32),
+        query.new_empty(n_rows, 3 + 2 * 2, dtype=torch.int32),
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from patchkern.budget.live_bytes import LiveBytes
 from patchkern.ops import native
+from patchkern.ops.span_attention_flash import repeats_keys
 from patchkern.ops.span_attention_native import forward_scratch
 
 PART = "attention"
@@ -53,6 +54,8 @@ class CountedAttention:
                 return out.transpose(1, 2).clone(memory_format=torch.contiguous_format)
             on_cuda = _triton if self._prefixes or query.dtype == torch.float32 else _varlen
             scratch = on_cuda if self._on_cuda else _native if has_kernels else self._tiles
+            if scratch is _varlen and query.shape[1] != key.shape[1] and repeats_keys():
+                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
             rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
             packed: Tensor = _Kernel.apply(*rows, scratch, self._counter)
             return packed.unsqueeze(0)

@@ -40,6 +40,12 @@ def cuda_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Ke
     return kernel
 
 
+def repeats_keys() -> bool:
+    """Whether `cuda_kernel` copies keys and values for every query head, since torch 2.11 does not group them."""
+    varlen_attn = _torch_varlen() if _flash_attn_kernel() is None else None
+    return varlen_attn is not None and not _takes_groups(varlen_attn)
+
+
 @functools.cache
 def _flash_attn_kernel() -> Kernel | None:
     try:
@@ -68,16 +74,25 @@ def _flash_attn_kernel() -> Kernel | None:
     return kernel
 
 
-@functools.cache
-def _torch_varlen_kernel() -> Kernel | None:
+def _torch_varlen() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ModuleNotFoundError:
         return None
     parameters = inspect.signature(varlen_attn).parameters
-    if not {"scale", "window_size"} <= parameters.keys():  # torch 2.10: neither scale nor window
+    return varlen_attn if {"scale", "window_size"} <= parameters.keys() else None  # torch 2.10 has neither
+
+
+def _takes_groups(varlen_attn: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
+
+
+@functools.cache
+def _torch_varlen_kernel() -> Kernel | None:
+    varlen_attn = _torch_varlen()
+    if varlen_attn is None:
         return None
-    takes_gqa = "enable_gqa" in parameters  # not yet in torch 2.11
+    takes_groups = _takes_groups(varlen_attn)
 
     def kernel(
         q: Tensor,
@@ -91,7 +106,7 @@ def _torch_varlen_kernel() -> Kernel | None:
     ) -> Tensor:
         options: dict[str, Any] = {"scale": scaling, "window_size": window}
         groups = q.shape[1] // k.shape[1]
-        if takes_gqa:
+        if takes_groups:
             options["enable_gqa"] = groups > 1
         else:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))

@@ -11,6 +11,7 @@ from memory_cases import hf_model
 from step_cases import Step, layout_of, measured_step, model_of, planned_step
 from transformers import LlamaConfig
 
+from patchkern.budget import counted_attention
 from patchkern.budget.counted_step import FakeModel, PassShape, StepKind
 from patchkern.budget.training import plan_training
 
@@ -119,6 +120,18 @@ def test_a_billion_parameters_on_cuda_are_what_a_formula_says() -> None:
     assert 2 * 4 * hidden <= recomputed.kept_per_row <= 2 * 4 * hidden + 6 * 4 * hidden
     many = fake.count_step(PassShape(4000, 4000, 0, 4000), StepKind(torch.bfloat16, True, on_cuda=True))
     assert 3 * 4 * 4000 * 128256 <= many.peak(4000).logits <= 4 * 4 * 4000 * 128256
+
+
+def test_keys_that_torch_repeats_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100, torch 2.11, 16 layers, 8,134 rows: 33.78 GiB, of which 33.13 were predicted without them."""
+    fake = FakeModel(LlamaConfig(**TWO_LAYERS), torch.float32, None, None)
+    for prefixes, extra in ((False, 2 * 2 * 2 * (2048 - 512)), (True, 0)):
+        shape, kind = PassShape(1000, 100, 0, 1000), StepKind(torch.bfloat16, on_cuda=True, prefixes=prefixes)
+        kept = []
+        for repeated in (False, True):
+            monkeypatch.setattr(counted_attention, "repeats_keys", lambda repeated=repeated: repeated)
+            kept.append(fake.count_step(shape, kind).kept_per_row)
+        assert kept[1] - kept[0] == pytest.approx(extra, abs=64)
 
 
 def test_eight_bits_and_shards() -> None:

@@ -31,7 +31,7 @@ from bench import output, timing, workloads
 from bench import pool_rows_providers as providers
 from bench.pool_rows_providers import index_bytes, transpose_of
 
-POLICIES = ("text", "sessions")
+POLICIES = ("text", "items", "sessions", "long")
 
 
 def compare_backends(
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = timing.Table(output.prepare(args.output, "dispatch.csv"))
     workload = workloads.ml1m()
     for batch in args.batches:
-        for policy in POLICIES:
+        for policy in ("text", "sessions"):
             transfer(table, workload, device, batch, policy, 3 * args.seconds)
     table.write()
     compare_backends(table, workload, device, args)

@@ -127,7 +127,7 @@ def pool_by_reference(layout: pk.PatchLayout, weight: Tensor) -> Tensor:
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends with kernels for tensors of this kind, fastest first."""
+    """The backends with kernels for tensors of this kind."""
 
     def fits(name: str) -> bool:
         try:

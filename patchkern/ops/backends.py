@@ -12,7 +12,7 @@ import sys
 import warnings
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,15 +21,21 @@ from patchkern.ops import native
 
 ENVIRONMENT = "PATCHKERN_BACKEND"
 
-# Fastest first. Imported when they are asked for: Triton takes a second.
+Op = Literal["pool_rows", "pool_rows_grad"]
+
+# Imported when they are asked for: Triton takes a second.
 _MODULES = {
     "cuda": "patchkern.ops.cuda",
     "triton": "patchkern.ops.pool_rows_triton",
     "native": "patchkern.ops.native",
     "reference": "patchkern.ops.reference",
 }
-# What "auto" tries on a kind of device, before it falls back on the reference.
-_KERNELS = {"cpu": ("native",), "cuda": ("cuda", "triton")}
+# What "auto" tries on a kind of device, before it falls back on the reference: fastest first, as measured on an H100
+# (docs/benchmarks.md). It depends on nothing in a batch, so that a row's bits do not either.
+_KERNELS: dict[Op, dict[str, tuple[str, ...]]] = {
+    "pool_rows": {"cpu": ("native",), "cuda": ("triton", "cuda")},
+    "pool_rows_grad": {"cpu": ("native",), "cuda": ("cuda", "triton")},
+}
 
 
 class BackendStatus(NamedTuple):
@@ -40,7 +46,7 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Each backend by name, fastest first: usable or not, and why.
+    """Each backend by name: usable or not, and why.
 
     Examples:
         >>> import patchkern as pk
@@ -50,8 +56,8 @@ def backends() -> dict[str, BackendStatus]:
     return {name: _status(name) for name in _MODULES}
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend to run on tensors of ``device`` and ``dtype``.
+def choose(backend: str, device: torch.device, dtype: torch.dtype, op: Op = "pool_rows") -> str:
+    """The name of the backend to run ``op`` on tensors of ``device`` and ``dtype``.
 
     Args:
         backend: a name, or "auto" for the ``PATCHKERN_BACKEND`` environment variable, else the fastest that fits.
@@ -63,7 +69,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "auto":
         backend, argument = os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT
     if backend == "auto":
-        return _fastest(device, dtype)
+        return _fastest(device, dtype, op)
     if backend not in _MODULES:
         raise ValueError(f"{argument}: expected auto, {' or '.join(_MODULES)}, got {backend!r}")
     reason = _unusable_reason(backend)
@@ -76,11 +82,12 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that "auto" stands for on ``device`` and the copy of patchkern that it is from, for the line that a
-    program prints when it starts."""
-    name = choose("auto", device, dtype)
+    """The backends that "auto" stands for on ``device`` and the copy of patchkern that they are from, for the line that
+    a program prints when it starts."""
+    name, gradients = choose("auto", device, dtype), choose("auto", device, dtype, "pool_rows_grad")
+    other = f", gradients by {gradients} ({_status(gradients).reason})" if gradients != name else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{name} ({_status(name).reason}) on {device}{threads}, {origin()}"
+    return f"{name} ({_status(name).reason}){other} on {device}{threads}, {origin()}"
 
 
 def module(name: str) -> ModuleType:
@@ -92,11 +99,11 @@ def module(name: str) -> ModuleType:
     return sys.modules.get(_MODULES[name]) or import_module(_MODULES[name])
 
 
-def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+def _fastest(device: torch.device, dtype: torch.dtype, op: Op) -> str:
     if device.type == "cpu" and _unusable_reason("native") is None:
         return "native"  # takes every dtype
     reasons = []
-    for name in _KERNELS.get(device.type, ()):
+    for name in _KERNELS[op].get(device.type, ()):
         if device.type == "cuda" and dtype == torch.float64:
             continue
         reason = _unusable_reason(name) or _unfit_reason(name, device, dtype)

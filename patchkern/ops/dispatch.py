@@ -57,7 +57,7 @@ def _pool_rows_grad(
     backend: str,
 ) -> None:
     check_backward(grad_rows, tokens, token_offsets, rows, divisors, out, scatter)
-    kernels = backends.module(backends.choose(backend, grad_rows.device, grad_rows.dtype))
+    kernels = backends.module(backends.choose(backend, grad_rows.device, grad_rows.dtype, "pool_rows_grad"))
     kernels.pool_rows_grad(grad_rows, tokens, token_offsets, rows, divisors, scale, out, scatter, accumulate)
 
 

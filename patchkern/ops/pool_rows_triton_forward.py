@@ -30,7 +30,7 @@ def row_block(rows, b_row, row_stride, o_d, m_row, m_d, VEC: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "scale", "weight_stride", "table_stride", "out_stride"],
+    do_not_specialize=["n_rows", "rows", "scale", "weight_stride", "table_stride", "out_stride"],
     do_not_specialize_on_alignment=["lo", "hi", "items", "token_ids", "offsets", "title_index"],
 )
 def pool_rows_kernel(
@@ -44,6 +44,7 @@ def pool_rows_kernel(
     title_index,
     out,
     n_rows,
+    rows,
     scale,
     weight_stride,
     table_stride,
@@ -56,7 +57,7 @@ def pool_rows_kernel(
     TITLES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``ROWS`` rows x ``BLOCK_D`` columns: first all literals at once, then patch by patch.
+    """``rows`` rows, at most ``ROWS``, x ``BLOCK_D`` columns: first all literals at once, then patch by patch.
 
     A patch's tokens, those of up to ``TITLES`` items in a row, are dealt out to ``SLOTS`` slots that are loaded
     together: short titles fill them up as well as long ones do, and a session of hundreds of items keeps as many loads
@@ -66,13 +67,14 @@ def pool_rows_kernel(
     they occur, from the second-level cache for the most part: in the budget's batch with item patches 62 MB beside the
     52 MB that are written, so there the cache and its latency set the pace rather than memory.
     """
-    i_row = tl.program_id(0).to(tl.int64) * ROWS
+    i_row = tl.program_id(0).to(tl.int64) * rows
+    i_end = tl.minimum(i_row + rows, n_rows)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
 
     # [ROWS, BLOCK_D]; unscaled, a literal is never converted: that would lose the sign of -0.0 and a NaN's payload
     o_row = i_row + tl.arange(0, ROWS)
-    b_lo = tl.load(lo + o_row, mask=o_row < n_rows, other=0)
+    b_lo = tl.load(lo + o_row, mask=o_row < i_end, other=0)
     m_literal = (b_lo < 0)[:, None] & m_d[None, :]
     b_from = (-1 - b_lo).to(tl.int64) * weight_stride * VEC
     b_to = o_row * out_stride * VEC
@@ -81,7 +83,7 @@ def pool_rows_kernel(
         b_literal = (b_literal.to(tl.float32) * scale).to(out.dtype.element_ty)
     tl.store(out + b_to[:, None] + o_d[None, :], b_literal, mask=m_literal, cache_modifier=".cs")
 
-    for i in range(i_row, tl.minimum(i_row + ROWS, n_rows)):
+    for i in range(i_row, i_end):
         i_lo = tl.load(lo + i)
         if i_lo >= 0:
             i_hi = tl.load(hi + i)

@@ -120,26 +120,42 @@ def test_the_cpu_gets_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("cuda", "triton", "expected"),
+    ("cuda", "triton", "forward", "gradient"),
     [
-        (None, None, "cuda"),
-        (None, "broken", "cuda"),
-        ("not built", None, "triton"),
-        ("not built", "not installed", "reference"),
+        (None, None, "triton", "cuda"),
+        (None, "broken", "cuda", "cuda"),
+        ("not built", None, "triton", "triton"),
+        ("not built", "not installed", "reference", "reference"),
     ],
 )
 def test_a_gpu_gets_the_fastest_kernels(
-    monkeypatch: pytest.MonkeyPatch, cuda: str | None, triton: str | None, expected: str
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, triton: str | None, forward: str, gradient: str
 ) -> None:
     pretend(monkeypatch, cuda=cuda, triton=triton)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = {choose("auto", CUDA, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-        assert chosen == {expected}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert choose("auto", CUDA, dtype) == forward
+            assert choose("auto", CUDA, dtype, "pool_rows_grad") == gradient
         assert choose("auto", CUDA, torch.float64) == "reference"  # no kernel has it, which is no reason to warn
     messages = [str(warning.message) for warning in caught]
-    wanted = "patchkern runs on the slow reference backend: cuda: not built; triton: not installed"
-    assert messages == ([wanted] if expected == "reference" else [])
+    wanted = "patchkern runs on the slow reference backend: triton: not installed; cuda: not built"
+    assert messages == ([wanted] if forward == "reference" else [])
+
+
+def test_each_op_asks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass and the gradient have their own order of preference."""
+    asked = []
+
+    def chosen(backend: str, device: torch.device, dtype: torch.dtype, op: str = "pool_rows") -> str:
+        asked.append((backend, op))
+        return "reference"
+
+    monkeypatch.setattr(backends, "choose", chosen)
+    layout = cases.make_batch(pk.ItemPatches(2), [9]).layout(transpose=True)
+    weight = cases.make_weight(cases.VOCABULARY, 8, torch.float32).requires_grad_()
+    pk.pool_rows(weight, layout).sum().backward()
+    assert asked == [("auto", "pool_rows"), ("auto", "pool_rows_grad")]
 
 
 def test_other_devices_get_the_reference() -> None:
@@ -210,8 +226,9 @@ def test_a_name_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHKERN_BACKEND", "reference")
     assert choose("auto", CUDA, torch.float32) == "reference"
     assert choose("cuda", CUDA, torch.float32) == "cuda"  # the argument wins
+    assert choose("auto", CUDA, torch.float32, "pool_rows_grad") == "reference"
     monkeypatch.setenv("PATCHKERN_BACKEND", "auto")
-    assert choose("auto", CUDA, torch.float32) == "cuda"
+    assert choose("auto", CUDA, torch.float32) == "triton"
 
 
 def test_the_gradient_is_as_particular(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +257,9 @@ def test_the_gradient_is_as_particular(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_announce_what_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=None, triton=None, native=None)
     monkeypatch.setattr(backends, "origin", lambda: "from /copy")
-    assert describe(CUDA) == "cuda (CUDA C++ kernels, on NVIDIA GPUs) on cuda:0, from /copy"
+    assert describe(CUDA) == (
+        "triton (Triton kernels, on GPUs), gradients by cuda (CUDA C++ kernels, on NVIDIA GPUs) on cuda:0, from /copy"
+    )
     assert describe(CUDA, torch.float64) == "reference (PyTorch, on any device) on cuda:0, from /copy"
     said = describe(CPU)
     assert said.startswith("native (C++ kernels for the CPU") and said.endswith("on cpu, 1 threads, from /copy")

@@ -191,6 +191,19 @@ def test_session_of_hundreds_of_items() -> None:
     oracle.assert_pooled(out, weight, rows)
 
 
+@interpreted
+def test_rows_of_a_program_are_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs take half the rows each, and every row has the same bits."""
+    most = 4 * tk._MANY_PROGRAMS
+    assert [tk._rows_per_program(n, 1) for n in (1, most, most + 1)] == [2, 2, 4]
+    assert [tk._rows_per_program(n, 2) for n in (1, most // 2, most // 2 + 1)] == [2, 2, 4]
+    layout = cases.make_batch(pk.SessionPatches(group_size=5, max_items=None), [5, 23, 61]).layout()
+    weight = cases.make_weight(cases.VOCABULARY, 12)
+    few = pk.pool_rows(weight, layout, backend="triton")
+    monkeypatch.setattr(tk, "_MANY_PROGRAMS", 0)
+    assert torch.equal(pk.pool_rows(weight, layout, backend="triton"), few)
+
+
 def check_runs(lengths: list[int], width: int, scale: float = 1.0, compact_only: bool = False) -> None:
     """Gradients of tokens with so many contributions each, scattered, compact and added, against float64 sums."""
     generator = torch.Generator().manual_seed(sum(lengths))

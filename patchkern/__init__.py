@@ -34,6 +34,7 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.joined_layout import join_layouts
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.mean_of_old import MeanOfOld
+from patchkern.batch.memory_layout import memory_row_counts
 from patchkern.batch.policies import (
     FitRows,
     ItemDropout,
@@ -129,6 +130,7 @@ __all__ = [
     "fit_prior_weight",
     "item_table",
     "join_layouts",
+    "memory_row_counts",
     "plan_memory",
     "plan_training",
     "pool_rows",

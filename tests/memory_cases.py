@@ -55,5 +55,5 @@ def measured(model: pk.PatchedCausalLM, histories: Any, policy: Any, width: int,
     """Bytes that a search takes at most, the weights included."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     with peak_memory("cpu") as peak:
-        model.recommend(histories, policy, width, width, memory_budget="1GiB", **options)
+        model.recommend(histories, policy, width, num_beams=width, memory_budget="1GiB", **options)
     return weights + peak.bytes

@@ -101,8 +101,9 @@ def test_bytes_of_a_row(model: pk.PatchedCausalLM) -> None:
 def test_bytes_of_a_search_of_items(model: pk.PatchedCausalLM) -> None:
     size = size_of_items(model, None, None)
     tokens = int(model.catalog.offsets[-1])
-    assert size.user_bytes == 22 * len(TITLES)
-    assert size.fixed_bytes == (12 * TINY.hidden + 24) * len(TITLES) + 12 * tokens
+    assert size.user_scores == (8 + 48) * len(TITLES)  # of so few items all are put in order
+    assert size.fixed_bytes == (2 * TINY.hidden + 24) * len(TITLES) + 12 * tokens
+    assert size.fixed_scores == max(2 * TINY.hidden, 24) * len(TITLES)
 
 
 def test_recent_items_behind_experts_and_memories() -> None:

@@ -20,12 +20,15 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from patchkern.batch.histories import Histories
+from patchkern.batch.catalog import Catalog
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_pieces import MemoryPieces, Rows, Runs, Spliced, starts_of
+from patchkern.batch.memory_pieces import MemoryPieces, Rows, Runs, Spliced, each_of, starts_of
 from patchkern.batch.memory_stages import References, Training
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.planning import Int64
+from patchkern.batch.preference_memory import PreferenceMemory
+from patchkern.batch.prompt import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,19 @@ class MemoryBatch:
     def compression_ratio(self) -> float:
         """As of `PatchLayout`, of stage 2."""
         return self.stage2.compression_ratio
+
+
+class MemoryRowCounts(NamedTuple):
+    """Of users behind a memory, what their prompts and the passes before them take."""
+
+    read: Int64
+    """``(B,)`` rows of every user's prompt"""
+    absorbed: Int64
+    """``(B,)`` rows of the largest pass that absorbs items of each; 0: there is none"""
+    vectors: Int64
+    """``(B,)`` rows of the prompt that are the memory's vectors"""
+    one_time: bool
+    """whether all items of a user are absorbed in one pass, which cannot be cut"""
 
 
 class Queries(NamedTuple):
@@ -165,3 +181,66 @@ class MemoryPlanner(MemoryPieces):
         begin = np.zeros_like(count) if self.policy.mode == "append" else np.maximum(count - 1, 0)
         references = References(self, histories, begin, count)
         return Queries(references.layout(), torch.from_numpy(references.rows()))
+
+    def update_rows(self, segments: Histories, absorbed: Int64) -> Int64:
+        """``(B,)`` rows that each user takes in `update`."""
+        return self._item_rows(segments) + self.policy.memory_rows(absorbed) + self.policy.slots
+
+    def once_rows(self, histories: Histories) -> Int64:
+        """``(B,)`` rows that each user takes in `once`; 0 of those without items."""
+        rows = self._item_rows(histories) + self.policy.memory_rows(histories.lengths)
+        return np.where(histories.lengths > 0, rows, 0)
+
+    def _item_rows(self, items: Histories) -> Int64:
+        """``(B,)`` rows of the prompt's beginning and the items."""
+        runs = Runs.of(self.catalog, items, self.policy.settled(items))
+        of_items = runs.before(np.arange(len(items)), items.lengths, len(self.prompt.separator))
+        return len(self.prompt.prefix) + of_items
+
+
+def memory_row_counts(
+    catalog: Catalog,
+    histories: HistoriesLike,
+    policy: PreferenceMemory,
+    prompt: Prompt,
+    head: str = "titles",
+    *,
+    one_time: bool = False,
+) -> MemoryRowCounts:
+    """How many rows users behind a memory take, without building a layout: what `patchkern.plan_memory` asks for.
+
+    Args:
+        catalog, histories, policy, prompt, head: as in `patchkern.build_layout`.
+        one_time: as of the `patchkern.RecurrentMemory` that makes the memories.
+
+    Returns:
+        ``read`` is what `patchkern.row_counts` says, for the head. Of a user whose memory is kept, in a
+        `patchkern.UserStates`, nothing is absorbed: put 0 in the place of that.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Examples:
+        >>> import patchkern as pk
+        >>> catalog = pk.Catalog.from_token_ids(range(9), range(10))
+        >>> prompt = pk.Prompt(prefix=[9], experts=[10, 11])
+        >>> policy = pk.PreferenceMemory(pk.ItemPatches(keep_text=0, max_items=None), slots=2, block=3)
+        >>> rows = pk.memory_row_counts(catalog, [range(8), range(3)], policy, prompt)
+        >>> rows.read.tolist(), rows.absorbed.tolist(), rows.vectors.tolist()
+        ([5, 4], [8, 0], [2, 0])
+        >>> pk.memory_row_counts(catalog, [range(8), range(3)], policy, prompt, one_time=True).absorbed.tolist()
+        [9, 0]
+    """
+    check_head(head)
+    planner, histories = MemoryPlanner(catalog, policy, prompt), Histories.coerce(histories)
+    users, wanted = np.arange(len(histories)), policy.absorbed(histories.lengths)
+    read = policy.count_rows(catalog, histories, prompt) - (len(prompt.suffix) if head == "items" else 0)
+    if one_time:
+        absorbed = planner.once_rows(histories.between(users, np.zeros_like(wanted), wanted))
+    else:
+        owner, nth = each_of(wanted // policy.block)
+        begin = nth * policy.block
+        absorbed = np.zeros_like(wanted)
+        segments = histories.between(owner, begin, begin + policy.block)
+        np.maximum.at(absorbed, owner, planner.update_rows(segments, begin))
+    return MemoryRowCounts(read, absorbed, policy.memory_rows(wanted), one_time)

@@ -3,7 +3,7 @@
 
 The peak of a batch of B users with T prompt rows, the longest with L, in which no step has more than N hypotheses::
 
-    peak = weights + store + max(prefill, decode + logits)
+    peak = weights + max(store + max(prefill, decode + logits), absorbing)
 
 - ``weights``: parameters and buffers.
 - ``store``: keys and values, ``2 * layers * kv_heads * head_dim`` numbers a row, of T prompt rows; the items that each
@@ -13,10 +13,15 @@ The peak of a batch of B users with T prompt rows, the longest with L, in which 
   the residual stream, its normalised copy and the sum), three of the intermediate size, and sine and cosine. It is not
   written down per architecture but counted, in a pass of the very model on the meta device, which takes no memory and
   next to no time; attention, which runs no operators there, adds its own workspace.
-- ``decode``: keys and values of the tokens that the hypotheses stand on, and the same as before for one more token of
+- ``decode``: where items are scored, their vectors as they are made, and what is made of their scores. Else keys and
+  values of the tokens that the hypotheses stand on, and the same as before for one more token of
   N hypotheses; or their logits, and the log-probabilities of those that are looked at together, in float32.
 - ``logits``: ``B * vocabulary`` numbers in float32, those of the prompts; as many more for diversity's counts and for
   scores of whole trees; none where items are scored.
+- ``absorbing``: of users behind a `PreferenceMemory`, the passes that write their memories, before anything of the
+  prompts is there: ``a * forward`` for a rows at once, ``chunk_rows`` unless a segment has more, or, with ``one_time``,
+  all items of a user; twice the vectors of all users; and what `store` holds beside keys and values. `store` and
+  `prefill` have these vectors too.
 
 How many tokens the hypotheses hold depends on the search; the tree of titles bounds it, and the bound is predicted.
 Where titles are long, prompts short and the vocabulary small, that can be a third more than is taken; else a few
@@ -30,8 +35,6 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,18 +42,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from patchkern.batch.policy_kinds import AnyPolicy
+from patchkern.batch.memory_layout import MemoryRowCounts
+from patchkern.budget.batch_rows import Absorbed, BatchRows, OrderedRows, taken
 from patchkern.budget.counted_pass import count_pass, on_meta, without_memory
+from patchkern.budget.search_plan import MicroBatch, SearchBytes, SearchPlan
 from patchkern.ops import native
 from patchkern.ops.span_attention_native import forward_scratch
 
 CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256)
 """Rows of a prefill chunk that are considered. Beyond the first, larger chunks are no faster."""
 _USUAL_CHUNK = 2048  # smaller ones are slow: only to make room for a user who would not fit otherwise
-
-ASIDE_ROWS = 4096
-"""Rows of old items whose keys and values stand beside a batch's prompts while experts are made of them; more where a
-single user has more."""
 
 LOG_PROBS_AT_ONCE = 1 << 24
 """Log-probabilities over the vocabulary that a search has at once, of all tokens that it fed: those of the choices are
@@ -59,6 +60,8 @@ kept of them."""
 _CUBLAS_WORKSPACE = 32 << 20  # what PyTorch gives to cuBLAS on Hopper, from the memory that it counts; less before
 _ROW_INTEGERS = 32  # bytes of a row of the layout and of where it belongs
 _TILE_ROWS, _TILE_SCORES = 128, 1 << 18  # of `patchkern.ops.span_attention_tiles`
+
+_NOTHING = Absorbed()
 
 _DECIMAL = {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
 _UNITS = {"B": 1, **_DECIMAL, **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}}
@@ -82,23 +85,19 @@ def parse_bytes(name: str, value: int | str) -> int:
     return int(value)
 
 
-def in_units(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 class UserTooLarge(ValueError):
     """One user alone needs more than the budget.
 
     Attributes:
         user: its number.
         needed: bytes for this user.
-        max_rows: what a prompt may have to fit.
+        max_rows: what a prompt may have to fit; or the pass before it, where that is too large.
+        absorbing: whether it is too large to be absorbed, in the pass that writes its memory.
     """
 
-    def __init__(self, message: str, user: int, needed: int, max_rows: int) -> None:
+    def __init__(self, message: str, user: int, needed: int, max_rows: int, absorbing: bool = False) -> None:
         super().__init__(message)
-        self.user, self.needed, self.max_rows = user, needed, max_rows
+        self.user, self.needed, self.max_rows, self.absorbing = user, needed, max_rows, absorbing
 
 
 class SearchSize(NamedTuple):
@@ -114,83 +113,10 @@ class SearchSize(NamedTuple):
     """of everything that it holds whatever the number of users, such as the tree of titles"""
     user_logits: int = 2
     """rows of logits that it holds of each user; 0: it scores items, and takes no steps"""
-
-
-@dataclass(frozen=True)
-class SearchBytes:
-    """Predicted bytes of one batch, see this module."""
-
-    weights: int
-    store: int
-    prefill: int
-    decode: int
-    logits: int
-
-    @property
-    def peak(self) -> int:
-        """The most that is allocated at once."""
-        return self.weights + self.store + max(self.prefill, self.decode + self.logits)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Users to compute together.
-
-    Attributes:
-        users: ``(n,)`` their numbers.
-        chunk_rows: rows of their prompts to compute at once; None for all.
-        needed: predicted bytes.
-    """
-
-    users: NDArray[np.int64]
-    chunk_rows: int | None
-    needed: SearchBytes
-
-    def __repr__(self) -> str:
-        chunks = "" if self.chunk_rows is None else f" in chunks of {self.chunk_rows:,} rows"
-        return f"MicroBatch({self.users.size:,} users{chunks}, peak {in_units(self.needed.peak)})"
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """How to stay within a budget.
-
-    Attributes:
-        batches: every user in one of them, users of about equal length together, the longest first.
-        budget: bytes; None: no limit.
-        policy: the one chosen, where several were given.
-    """
-
-    batches: tuple[MicroBatch, ...]
-    budget: int | None
-    policy: AnyPolicy | None = None
-
-    def __repr__(self) -> str:
-        facts = [f"{len(self.batches):,} batches of up to {self.users_per_batch:,} users"]
-        facts.append(f"peak {in_units(self.peak)}")
-        facts.append("no budget" if self.budget is None else f"budget {in_units(self.budget)}")
-        return f"SearchPlan({', '.join(facts if self.policy is None else [*facts, repr(self.policy)])})"
-
-    @property
-    def users_per_batch(self) -> int:
-        """Users of the largest batch."""
-        return max((batch.users.size for batch in self.batches), default=0)
-
-    @property
-    def chunk_rows(self) -> int | None:
-        """The smallest chunk of any batch; None where none is cut."""
-        return min((batch.chunk_rows for batch in self.batches if batch.chunk_rows is not None), default=None)
-
-    @property
-    def needed(self) -> SearchBytes:
-        """Predicted bytes of the batch with the highest peak."""
-        nothing = SearchBytes(0, 0, 0, 0, 0)
-        return max((batch.needed for batch in self.batches), key=lambda needed: needed.peak, default=nothing)
-
-    @property
-    def peak(self) -> int:
-        """The most that is allocated at once, in bytes."""
-        return self.needed.peak
+    user_scores: int = 0
+    """bytes per user that it holds while it scores items, behind the prompts"""
+    fixed_scores: int = 0
+    """bytes that it holds meanwhile, whatever the number of users"""
 
 
 class SearchCost:
@@ -221,8 +147,11 @@ class SearchCost:
         copied = without_memory(hf_model, dtype, on_meta).requires_grad_(False).eval()
         config = copied.config.get_text_config()
         tensors = {id(t): t.nbytes for t in (*copied.parameters(), *copied.buffers())}
-        item_embedding = getattr(model, "item_embedding", None)
-        self.weights = sum(tensors.values()) + (0 if item_embedding is None else item_embedding.nbytes)
+        self.weights = sum(tensors.values())
+        if (item_embedding := getattr(model, "item_embedding", None)) is not None:
+            self.weights += item_embedding.nbytes
+        if (item_head := getattr(model, "item_head", None)) is not None:
+            self.weights += sum(parameter.nbytes for parameter in item_head.parameters())
         self._heads = config.num_attention_heads
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
@@ -234,15 +163,24 @@ class SearchCost:
         self._step = count_pass(copied, packed=False)
         self.row_bytes = 2 * self._layers * self._kv_heads * self._head_dim * self._item
         """keys and values of one row"""
+        self._vector = config.hidden_size * self._item
 
-    def needed(self, n_users: int, n_rows: int, longest: int, chunk_rows: int | None = None) -> SearchBytes:
+    def needed(
+        self,
+        n_users: int,
+        n_rows: int,
+        longest: int,
+        chunk_rows: int | None = None,
+        absorbed: Absorbed = _NOTHING,
+    ) -> SearchBytes:
         """Of a batch of ``n_users`` with ``n_rows`` rows in all, ``longest`` of one user."""
-        width, kept_rows, user_bytes, fixed_bytes, user_logits = self._size
+        width, kept_rows, user_bytes, fixed_bytes, user_logits, user_scores, fixed_scores = self._size
         hypotheses, suffix_rows = n_users * width, n_users * kept_rows
         one_layer = self.row_bytes // self._layers
-        store = self.row_bytes * n_rows + n_users * user_bytes + fixed_bytes
-        if self._on_cuda:
-            store += _CUBLAS_WORKSPACE
+        held = n_users * user_bytes + fixed_bytes + (_CUBLAS_WORKSPACE if self._on_cuda else 0)
+        held += absorbed.vectors * self._vector
+        store = self.row_bytes * n_rows + held
+        absorbing = held + self._absorbing(absorbed) if absorbed.rows else 0
         rows = n_rows if chunk_rows is None else min(chunk_rows, n_rows)
         has_prefix = rows < n_rows
         logits = self._vocabulary * self._wide
@@ -252,9 +190,10 @@ class SearchCost:
             rows * self._prompt.at_attention + self._prefill_attention(rows, longest, has_prefix),
             rows * self._prompt.at_attention + (n_users * last if user_logits else 0),
         )
-        prefill += rows * _ROW_INTEGERS
+        prefill += rows * _ROW_INTEGERS + absorbed.vectors * self._vector
         if not user_logits:
-            return SearchBytes(self.weights, store, prefill, 0, 0)
+            scores = n_users * (self._vector + user_scores) + fixed_scores
+            return SearchBytes(self.weights, store, prefill, scores, 0, absorbing)
         if has_prefix:  # the logits of the users whose prompts ended in earlier chunks
             prefill += n_users * logits
         at_once = min(hypotheses, max(LOG_PROBS_AT_ONCE // self._vocabulary, width))
@@ -265,11 +204,18 @@ class SearchCost:
         )
         # the pool of suffixes grows layer by layer, and only in one layer stand its old and new rows side by side
         decode = in_step + (self.row_bytes + one_layer) * suffix_rows
-        return SearchBytes(self.weights, store, prefill, decode, user_logits * n_users * logits)
+        return SearchBytes(self.weights, store, prefill, decode, user_logits * n_users * logits, absorbing)
+
+    def _absorbing(self, absorbed: Absorbed) -> int:
+        """A pass without a search's store, beside the vectors that it reads, joined from those that are kept."""
+        rows = absorbed.rows
+        attention = self._prefill_attention(rows, rows, absorbed.one_time)
+        pass_bytes = max(rows * self._prompt.peak, rows * self._prompt.at_attention + attention)
+        return pass_bytes + rows * _ROW_INTEGERS + absorbed.vectors * self._vector
 
     def plan(
         self,
-        row_counts: NDArray[np.int64],
+        row_counts: NDArray[np.int64] | MemoryRowCounts,
         budget: int | None,
         batch_size: int | None = None,
         aside: NDArray[np.int64] | None = None,
@@ -282,53 +228,98 @@ class SearchCost:
         Raises:
             UserTooLarge: a user who does not fit alone.
         """
-        order = np.argsort(-row_counts, kind="stable")
+        read = row_counts.read if isinstance(row_counts, MemoryRowCounts) else row_counts
+        order = np.argsort(-read, kind="stable")
         batches = []
         start = 0
         while start < order.size:
             most = order.size if batch_size is None else min(start + batch_size, order.size)
             users = order[start:most]
-            ends = _stored_rows(row_counts[users], None if aside is None else aside[users])
+            rows = OrderedRows(taken(row_counts, users), None if aside is None else aside[users])
             count, chunk = most - start, None
             if budget is not None:
-                count, chunk = self._most_users(ends, budget)
+                count, chunk = self._most_users(rows, budget)
                 if count == 0:
-                    raise self._too_large(int(order[start]), int(ends[1]), budget)
-            batches.append(MicroBatch(order[start : start + count], chunk, self._of(ends, count, chunk)))
+                    raise self._too_large(int(order[start]), rows.first(1, CHUNKS[-1]), budget)
+            batches.append(MicroBatch(order[start : start + count], chunk, self._of(rows.first(count, chunk), chunk)))
             start += count
         return SearchPlan(tuple(batches), budget)
 
-    def _of(self, ends: NDArray[np.int64], count: int, chunk_rows: int | None) -> SearchBytes:
-        """`needed` of the first users of those whose rows end there."""
-        return self.needed(count, int(ends[count] - ends[0]), int(ends[1] - ends[0]), chunk_rows)
+    def _of(self, rows: BatchRows, chunk_rows: int | None) -> SearchBytes:
+        """`needed` of a batch."""
+        return self.needed(rows.users, rows.stored, rows.longest, chunk_rows, rows.absorbed)
 
-    def _most_users(self, ends: NDArray[np.int64], budget: int) -> tuple[int, int | None]:
+    def _most_users(self, rows: OrderedRows, budget: int) -> tuple[int, int | None]:
         """How many of the first users fit together, and in which chunks."""
         best: tuple[int, int | None] = (0, None)
         for chunk in CHUNKS:
-            if best[0] == ends.size - 1 or (best[0] and chunk < _USUAL_CHUNK):
+            if best[0] == rows.num_users or (best[0] and chunk < _USUAL_CHUNK):
                 break
-            peak = partial(self._peak, ends, chunk)
-            count = bisect_right(range(1, ends.size), budget, key=peak)
+
+            def peak(count: int, chunk: int = chunk) -> int:
+                return self._of(rows.first(count, chunk), chunk).peak
+
+            count = bisect_right(range(1, rows.num_users + 1), budget, key=peak)
             if count > best[0]:
-                best = count, chunk if chunk < ends[count] - ends[0] else None
+                best = count, chunk if rows.is_cut(count, chunk) else None
         return best
 
-    def _peak(self, ends: NDArray[np.int64], chunk_rows: int, count: int) -> int:
-        return self._of(ends, count, chunk_rows).peak
+    def max_rows(self, budget: int, vectors: int = 0) -> int:
+        """Rows of the longest prompt that fits, alone, so many of them a memory's vectors; 0: none."""
+        memory = Absorbed(0, vectors)
+        return bisect_right(
+            range(1, 2**31), budget, key=lambda rows: self.needed(1, rows, rows, CHUNKS[-1], memory).peak
+        )
 
-    def max_rows(self, budget: int) -> int:
-        """Rows of the longest prompt that fits, alone; 0: none."""
-        return bisect_right(range(1, 2**31), budget, key=lambda rows: self.needed(1, rows, rows, CHUNKS[-1]).peak)
+    def rows_absorbed(self, rows: MemoryRowCounts, budget: int, most: int) -> int:
+        """How many rows to absorb together, at most ``most``, where all users' memories are made and nothing is read.
 
-    def _too_large(self, user: int, rows: int, budget: int) -> UserTooLarge:
-        needed, max_rows = self.needed(1, rows, rows, CHUNKS[-1]).peak, self.max_rows(budget)
+        Raises:
+            UserTooLarge: as `plan`.
+        """
+        vectors, total = int(rows.vectors.sum()), int(rows.absorbed.sum())
+        largest = int(rows.absorbed.max(initial=0))
+
+        def absorbed(count: int) -> Absorbed:
+            return Absorbed(max(min(count, total), largest), vectors, rows.one_time)
+
+        def peak(count: int) -> int:
+            needed = self.needed(1, 1, 1, 1, absorbed(count))
+            return needed.weights + needed.absorbing
+
+        fitting = bisect_right(range(1, most + 1), budget, key=peak)
+        if fitting == 0:
+            raise self._too_large_to_absorb(int(rows.absorbed.argmax()), absorbed(1), peak(1), budget)
+        return fitting
+
+    def _too_large(self, user: int, rows: BatchRows, budget: int) -> UserTooLarge:
+        needed = self._of(rows, CHUNKS[-1])
+        if needed.absorbing and needed.weights + needed.absorbing > budget:
+            return self._too_large_to_absorb(user, rows.absorbed, needed.weights + needed.absorbing, budget)
+        max_rows = self.max_rows(budget, rows.absorbed.vectors)
         return UserTooLarge(
-            f"memory_budget: expected at least {needed} bytes for {self._size.width} beams of user {user}, whose "
-            f"prompt has {rows} rows, got {budget}, enough for {max_rows} rows",
+            f"memory_budget: expected at least {needed.peak} bytes for {self._size.width} beams of user {user}, whose "
+            f"prompt has {rows.longest} rows, got {budget}, enough for {max_rows} rows",
+            user,
+            needed.peak,
+            max_rows,
+        )
+
+    def _too_large_to_absorb(self, user: int, absorbed: Absorbed, needed: int, budget: int) -> UserTooLarge:
+        def peak(rows: int) -> int:
+            return self.needed(1, 1, 1, 1, absorbed._replace(rows=rows)).absorbing
+
+        max_rows = bisect_right(range(1, absorbed.rows), budget - self.weights, key=peak)
+        items, instead = "a segment of items", "a memory of smaller segments (block) takes less"
+        if absorbed.one_time:
+            items, instead = "all old items at once (one_time)", "one_time=False takes them segment by segment"
+        return UserTooLarge(
+            f"memory_budget: expected at least {needed} bytes for the memory of user {user}, which reads {items} in "
+            f"{absorbed.rows} rows, got {budget}, enough for {max_rows} rows; {instead}",
             user,
             needed,
             max_rows,
+            absorbing=True,
         )
 
     def _prefill_attention(self, rows: int, longest: int, has_prefix: bool) -> int:
@@ -352,12 +343,3 @@ class SearchCost:
         own_rows = self._size.kept_rows // self._size.width
         gathered = own_rows * (2 * self._kv_heads * self._head_dim * self._item + self._heads * self._wide)
         return query * (3 * self._item + 4 * self._wide) + gathered
-
-
-def _stored_rows(row_counts: NDArray[np.int64], aside: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """``(n + 1,)`` rows whose keys and values the first 0..n users have in memory at once."""
-    rows = np.append(0, np.cumsum(row_counts))
-    if aside is None:
-        return rows
-    largest = np.append(0, np.maximum.accumulate(aside))
-    return rows + np.where(largest > 0, np.maximum(largest, np.minimum(rows, ASIDE_ROWS)), 0)

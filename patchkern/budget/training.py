@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 from patchkern.batch.histories import check_count
 from patchkern.budget.counted_memory import MemoryRows
 from patchkern.budget.counted_step import Lora, PassShape
-from patchkern.budget.search import in_units, parse_bytes
+from patchkern.budget.search import parse_bytes
+from patchkern.budget.search_plan import in_units
 from patchkern.budget.training_cost import OPTIMIZERS, Choice, TrainingBytes, TrainingCost
 
 

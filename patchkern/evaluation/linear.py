@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from patchkern.batch.histories import check_count
-from patchkern.budget.search import in_units, parse_bytes
+from patchkern.budget.search import parse_bytes
+from patchkern.budget.search_plan import in_units
 from patchkern.data.interactions import Interactions, Samples, positions_of
 from patchkern.evaluation.yardsticks import Ranking, by_popularity, in_training, rank
 

@@ -15,7 +15,6 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.memory_layout import MemoryPlanner, Queries
 from patchkern.batch.planning import Int64
 from patchkern.batch.preference_memory import PreferenceMemory
-from patchkern.batch.row_counts import row_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ class Writer:
         """The next segment of some users, in their memories."""
         policy = self.planner.policy
         segments = histories.between(users, absorbed[users], absorbed[users] + policy.block)
-        rows = self._rows(segments, absorbed[users])
+        rows = self.planner.update_rows(segments, absorbed[users])
         for part in _within(rows, self.rows_per_pass):
             asked = self.planner.update(segments.take(part), absorbed[users[part]])
             vectors = torch.cat([kept[user] for user in users[part]])
@@ -82,19 +81,12 @@ class Writer:
         """All segments of all users at once."""
         policy, users = self.planner.policy, np.flatnonzero(wanted)
         items = histories.between(users, np.zeros_like(users), wanted[users])
-        rows = self._rows(items, wanted[users])
+        rows = self.planner.once_rows(items)
         for part in _within(rows, self.rows_per_pass):
             new = self._written(self.planner.once(items.take(part)), None).flatten(0, 1)
             counts = policy.memory_rows(wanted[users[part]])
             for user, own in zip(users[part].tolist(), new.split(counts.tolist()), strict=True):
                 kept[user] = own
-
-    def _rows(self, items: Histories, absorbed: Int64) -> Int64:
-        """``(B,)`` rows of each user's pass, about."""
-        planner = self.planner
-        return row_counts(planner.catalog, items, planner.policy.policy, planner.prompt) + planner.policy.memory_rows(
-            absorbed
-        )
 
     def _written(self, asked: Queries, vectors: Tensor | None) -> Tensor:
         """``(G, C, D)`` the memories that a pass writes."""

@@ -25,9 +25,11 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner
+from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner, memory_row_counts
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
+from patchkern.budget.batch_rows import ABSORBED_ROWS
+from patchkern.budget.search import SearchSize, parse_bytes
 from patchkern.models import files, wrapped
 from patchkern.models.item_model import ItemModel
 from patchkern.models.memories import Memories, Writer, check_memories
@@ -35,9 +37,7 @@ from patchkern.models.memory_loss import MemoryMap, MemoryOptions, MemoryOutput,
 from patchkern.models.memory_wrapper import MemoryWrapper
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.models.saved_lm import open_saved
-
-ROWS_PER_PASS = 16384
-"""Rows that are absorbed together, at most, where not said."""
+from patchkern.search.search_cost import search_cost
 
 
 class RecurrentMemory(MemoryWrapper):
@@ -208,7 +208,8 @@ class RecurrentMemory(MemoryWrapper):
         policy: PreferenceMemory | None = None,
         *,
         one_time: bool | None = None,
-        rows_per_pass: int = ROWS_PER_PASS,
+        rows_per_pass: int = ABSORBED_ROWS,
+        memory_budget: int | str | None = None,
     ) -> Memories:
         """The memories of users, as far as whole segments were followed by another item.
 
@@ -218,9 +219,12 @@ class RecurrentMemory(MemoryWrapper):
             policy: the model's own where not given.
             one_time: in one pass over all items; the model's own choice where not given. ``memories`` are not used.
             rows_per_pass: of users computed together; a user alone may have more.
+            memory_budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights and memories
+                included: fewer users are computed together where need be.
 
         Raises:
-            ValueError: ``memories`` of another number of users, or that hold more items than a history has.
+            ValueError: ``memories`` of another number of users, or that hold more items than a history has; a user who
+                needs more than the budget, with what would be needed.
         """
         planner = self.planner_of(self.policy if policy is None else policy)
         histories = Histories.coerce(histories)
@@ -233,6 +237,11 @@ class RecurrentMemory(MemoryWrapper):
             check_memories(memories, planner.policy, wanted)
             kept = list(memories.vectors.to(self.device, self.dtype).split(memories.rows.tolist()))
             absorbed = memories.absorbed.copy()
+        if memory_budget is not None:
+            rows = memory_row_counts(self.catalog, histories, planner.policy, self.prompt, one_time=once)
+            rows = rows._replace(absorbed=np.where(absorbed < wanted, rows.absorbed, 0))
+            cost = search_cost(self, SearchSize(1, 1, user_logits=0))
+            rows_per_pass = cost.rows_absorbed(rows, parse_bytes("memory_budget", memory_budget), rows_per_pass)
         searching = self.searching()
         try:
             with searching:
@@ -255,7 +264,7 @@ class RecurrentMemory(MemoryWrapper):
         pasts = [items[:count].tobytes() for items, count in zip(histories, absorbed, strict=True)]
         first = {past: user for user, past in reversed(list(enumerate(pasts)))}
         chosen = sorted(first.values())
-        most = ROWS_PER_PASS if rows_per_pass is None else rows_per_pass
+        most = ABSORBED_ROWS if rows_per_pass is None else rows_per_pass
         found = self.compress(histories.take(chosen), policy=policy, rows_per_pass=most)  # type: ignore[arg-type]
         own = dict(zip(chosen, found.vectors.split(found.rows.tolist()), strict=True))
         return torch.cat([own[first[past]] for past in pasts]) if pasts else found.vectors

@@ -23,11 +23,14 @@ from patchkern.batch.expert_layout import expert_row_counts, without_old
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.layout import PatchLayout
+from patchkern.batch.memory_layout import MemoryRowCounts, memory_row_counts
 from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
+from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.row_counts import longest_history, row_counts
 from patchkern.batch.sample_layout import build_layout
-from patchkern.budget.search import SearchCost, SearchPlan, SearchSize, UserTooLarge, parse_bytes
+from patchkern.budget.search import SearchCost, SearchSize, UserTooLarge, parse_bytes
+from patchkern.budget.search_plan import SearchPlan
 from patchkern.search.experts import ExpertPrompts, UserStates
 from patchkern.search.item_search import size_of_items
 from patchkern.search.prompts import MemoryPrompts, SearchPrompts, layout_of
@@ -97,7 +100,8 @@ def in_batches(
             with _naming(plan):
                 prompts = _prompts_of(model, own, policy, head, user_states, of_own)
                 layout = layout_of(prompts)
-                if cost is not None and budget is not None and users.size > 1 and not isinstance(policy, Experts):
+                has_drawn = users.size > 1 and not isinstance(policy, (Experts, PreferenceMemory))
+                if cost is not None and budget is not None and has_drawn:
                     # a policy that draws at random may have drawn other rows than were planned for
                     needed = cost.needed(layout.num_users, layout.num_rows, layout.max_seqlen, chunk_rows)
                     if needed.peak > budget:
@@ -140,10 +144,13 @@ def plan_users(
     Raises:
         ValueError: naming the user whose prompt the model does not take, or who does not fit into the budget.
     """
-    compressed = None
+    compressed = memory = None
     if isinstance(policy, Experts):
         rows = expert_row_counts(model.catalog, histories, policy, model.prompt, head)
         counts, compressed = rows.read, rows.compressed
+    elif isinstance(policy, PreferenceMemory):
+        memory = _memory_rows(model, histories, policy, head)
+        counts = memory.read
     else:
         counts = row_counts(model.catalog, histories, policy, model.prompt)
         if head == "items":
@@ -159,10 +166,17 @@ def plan_users(
         order = np.argsort(-counts, kind="stable")
         return [(order[i : i + batch_size], None) for i in range(0, order.size, batch_size)]
     try:
-        plan = cost.plan(counts, parse_bytes("memory_budget", memory_budget), batch_size, compressed)
+        plan = cost.plan(
+            counts if memory is None else memory, parse_bytes("memory_budget", memory_budget), batch_size, compressed
+        )
     except UserTooLarge as error:
-        raise _with_advice(error, model, histories, names) from None
+        raise _with_advice(error, model, histories, policy, names) from None
     return [(batch.users, batch.chunk_rows) for batch in plan.batches]
+
+
+def _memory_rows(model: Any, histories: Histories, policy: PreferenceMemory, head: str) -> MemoryRowCounts:
+    one_time = getattr(model, "one_time", False)
+    return memory_row_counts(model.catalog, histories, policy, model.prompt, head, one_time=one_time)
 
 
 @contextmanager
@@ -232,18 +246,21 @@ def _alone(error: Exception, name: Hashable, layout: PatchLayout, chunk_rows: in
 
 
 def _with_advice(
-    error: UserTooLarge, model: SearchModel, histories: Histories, names: Sequence[Hashable]
+    error: UserTooLarge, model: SearchModel, histories: Histories, policy: AnyPolicy, names: Sequence[Hashable]
 ) -> UserTooLarge:
-    """Say what this user could have instead."""
+    """Name the user, and say what this user could have instead."""
+    needs = str(error).replace(f"of user {error.user},", f"of user {names[error.user]!r},", 1)
+    if isinstance(policy, PreferenceMemory):
+        needs += "" if error.absorbing else "; behind a memory of smaller segments (block) prompts are shorter"
+        return UserTooLarge(needs, error.user, error.needed, error.max_rows, error.absorbing)
     history = histories[error.user]
     policies: dict[str, AnyPolicy] = {"as text": TextOnly(None), "under ItemPatches(20)": ItemPatches(20, None)}
     policies["under SessionPatches(20)"] = SessionPatches(20, None)
     fitting = {
-        name: longest_history(model.catalog, history, policy, model.prompt, error.max_rows)
-        for name, policy in policies.items()
+        name: longest_history(model.catalog, history, other, model.prompt, error.max_rows)
+        for name, other in policies.items()
     }
     counts = ", ".join(f"{count} {name}" for name, count in fitting.items())
-    needs = str(error).replace(f"of user {error.user},", f"of user {names[error.user]!r},", 1)
     message = f"{needs}. Of this user's {len(history)} items the latest {counts} would fit (max_items)"
     return UserTooLarge(message, error.user, error.needed, error.max_rows)
 
@@ -253,7 +270,7 @@ def _with_advice(
 
 def plan_memory(
     model_config: SearchModel | nn.Module | PretrainedConfig,
-    row_counts: ArrayLike | Sequence[ArrayLike],
+    row_counts: ArrayLike | MemoryRowCounts | Sequence[ArrayLike],
     budget: int | str | None,
     num_beams: int = 20,
     dtype: torch.dtype | None = None,
@@ -270,7 +287,7 @@ def plan_memory(
         model_config: a `PatchedCausalLM`, whose catalogue bounds what hypotheses hold; an `ItemModel`, which has no
             hypotheses; or a transformers causal LM, or its configuration.
         row_counts: ``(B,)`` rows of every user's prompt, from `patchkern.row_counts`; with ``policies`` one such array
-            for each.
+            for each. Of users behind a memory, which is made before it is read, `patchkern.memory_row_counts`.
         budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. None: no limit.
         num_beams: hypotheses per user.
         dtype: of weights and activations; the configuration's where not given.
@@ -283,7 +300,8 @@ def plan_memory(
             `patchkern.UserStates` has none of them.
 
     Raises:
-        TypeError, ValueError: naming the argument; a user who does not fit alone, with what would be needed.
+        TypeError, ValueError: naming the argument; a `RecurrentMemory` and rows of prompts alone; a user who does not
+            fit alone, with what would be needed.
 
     Examples:
         A model in the shape of Llama-7B, on a card of 80 GB, and 500 users whose prompts take 900 rows each.
@@ -299,6 +317,13 @@ def plan_memory(
     check_count("num_beams", num_beams, minimum=1)
     cost = SearchCost(model_config, _size(model_config, num_beams, title_tokens), dtype, device)
     if policies is None:
+        if isinstance(row_counts, MemoryRowCounts):
+            return cost.plan(_checked_memory(row_counts, compressed), budget, batch_size)
+        if hasattr(model_config, "prompt_vectors"):
+            raise ValueError(
+                f"row_counts: expected those of memory_row_counts for {type(model_config).__name__}, which absorbs "
+                f"items before it reads a prompt, got {type(row_counts).__name__}"
+            )
         every = _counts("row_counts", row_counts)
         aside = None if compressed is None else _counts("compressed", compressed)
         if aside is not None and aside.size != every.size:
@@ -318,6 +343,15 @@ def plan_memory(
         else:
             return replace(plan, policy=policy)
     raise too_large
+
+
+def _checked_memory(rows: MemoryRowCounts, compressed: Any) -> MemoryRowCounts:
+    if compressed is not None:
+        raise ValueError("compressed: expected None with the rows of a memory, which have what is absorbed")
+    parts = [_counts(f"row_counts.{name}", getattr(rows, name)) for name in ("read", "absorbed", "vectors")]
+    if len({part.size for part in parts}) > 1:
+        raise ValueError(f"row_counts: expected as many of each kind, got {', '.join(str(x.size) for x in parts)}")
+    return MemoryRowCounts(parts[0], parts[1], parts[2], bool(rows.one_time))
 
 
 def _size(model: Any, num_beams: int, title_tokens: int | None) -> SearchSize:

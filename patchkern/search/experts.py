@@ -28,7 +28,7 @@ from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planning import Int64
 from patchkern.batch.policy_kinds import AnyPolicy
-from patchkern.budget.search import ASIDE_ROWS
+from patchkern.budget.batch_rows import ASIDE_ROWS
 from patchkern.search.prefill import Pass, packed, plan_spans, with_beginnings
 from patchkern.search.prefix_cache import Layers, PrefixCache
 from patchkern.search.protocol import SearchModel

@@ -17,6 +17,7 @@ from patchkern.search.protocol import SearchModel
 from patchkern.search.user_cache import UserCache
 
 _SLACK = 16  # items beyond the k-th that are looked at for equal scores
+_LISTED = 100  # items of a list, for which its memory is planned
 
 
 def item_log_probs(
@@ -66,23 +67,36 @@ def best_items(
 
 def size_of_items(model: SearchModel, known: ItemPrior | None, user_cache: UserCache | None) -> SearchSize:
     """What scoring all items asks of the memory, beside the prompts."""
-    n_items, itemsize = len(model.catalog), torch.promote_types(model.dtype, torch.float32).itemsize
-    width = 0 if model.item_embedding is None else model.item_embedding.shape[1]
-    width = width or int(model.config.get_text_config().hidden_size)
-    user_bytes = n_items * (5 * itemsize + 2) + (0 if known is None else known.user_bytes)
-    cache_bytes = 0 if user_cache is None else user_cache.max_bytes
-    # the items' vectors, with their text on the way, and the titles
-    fixed = n_items * width * 3 * itemsize + 12 * int(model.catalog.inputs.offsets[-1]) + 24 * n_items + cache_bytes
-    return SearchSize(1, 1, user_bytes, fixed, user_logits=0)
+    n_items, itemsize = len(model.catalog), model.dtype.itemsize
+    own = model.item_embedding
+    vectors = n_items * itemsize * int(model.config.get_text_config().hidden_size)
+    # kept from call to call: the items' vectors, and the titles that they are made of
+    fixed = vectors + 12 * int(model.catalog.inputs.offsets[-1]) + 24 * n_items
+    # rows of a table are copied once, others made first, and their own vectors added
+    made = 0 if getattr(model.item_head, "scores_by", None) == "dot" else 1 if own is None else 2
+    wide = torch.promote_types(model.dtype, torch.float32).itemsize
+    # scores twice; or with what is known of the items, which takes more; and the best of them, put in order
+    scores = n_items * wide + max(n_items * wide, 0 if known is None else known.user_bytes)
+    scores += min(_LISTED + _SLACK, n_items) * (4 * wide + 4 * 8)
+    return SearchSize(
+        width=1,
+        kept_rows=1,
+        fixed_bytes=fixed + (0 if user_cache is None else user_cache.max_bytes),
+        user_logits=0,
+        user_scores=scores,
+        fixed_scores=max(made * vectors, 2 * n_items * (wide + 8)),
+    )
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``(B, k)`` the highest and where they are; of equal ones the first. `torch.topk` takes any of them."""
     looked_at = min(k + _SLACK, scores.shape[1])
     best, place = scores.topk(looked_at, dim=1)
-    if looked_at < scores.shape[1] and bool((best[:, -1] == best[:, k - 1]).any()):
-        best, place = scores.sort(dim=1, descending=True, stable=True)
-        return best[:, :k], place[:, :k]
+    if looked_at < scores.shape[1]:
+        # one user at a time: sorting takes several times the memory of the scores
+        for user in (best[:, -1] == best[:, k - 1]).nonzero()[:, 0].tolist():
+            in_order = scores[user].sort(descending=True, stable=True)
+            best[user], place[user] = (part[:looked_at] for part in in_order)
     place, order = place.sort(dim=1)
     best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
     return best[:, :k], place.gather(1, order)[:, :k]

@@ -20,7 +20,8 @@ from patchkern.batch.row_counts import longest_history
 from patchkern.budget import live_bytes
 from patchkern.budget import search as memory
 from patchkern.budget.live_bytes import LiveBytes, peak_memory
-from patchkern.budget.search import SearchBytes, SearchCost, SearchSize, UserTooLarge, parse_bytes
+from patchkern.budget.search import SearchCost, SearchSize, UserTooLarge, parse_bytes
+from patchkern.budget.search_plan import SearchBytes, SearchPlan
 from patchkern.search import batching
 from patchkern.search.batching import is_out_of_memory, size_of_beams
 from patchkern.search.item_search import size_of_items
@@ -31,12 +32,12 @@ from patchkern.search.trie import Trie
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[memory.SearchPlan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[SearchPlan]:
     """The plans that searches make."""
-    made: list[memory.SearchPlan] = []
+    made: list[SearchPlan] = []
     original = SearchCost.plan
 
-    def plan(self: SearchCost, *arguments: Any) -> memory.SearchPlan:
+    def plan(self: SearchCost, *arguments: Any) -> SearchPlan:
         made.append(original(self, *arguments))
         return made[-1]
 
@@ -62,7 +63,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[memory.SearchPlan]:
     ids=["llama", "qwen3", "gpt2", "phi3", "llama-bfloat16"],
 )
 def test_the_prediction_is_close_and_never_low(
-    family: str, dtype: torch.dtype, policy: str, lengths: tuple[int, ...], width: int, plans: list[memory.SearchPlan]
+    family: str, dtype: torch.dtype, policy: str, lengths: tuple[int, ...], width: int, plans: list[SearchPlan]
 ) -> None:
     found = measured(make_model(family, dtype), users(*lengths), POLICIES[policy], width)
     assert found <= plans[0].peak <= 1.1 * found
@@ -71,7 +72,7 @@ def test_the_prediction_is_close_and_never_low(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [512, 2048])
 def test_chunks_are_predicted_too(
-    dtype: torch.dtype, chunk: int, plans: list[memory.SearchPlan], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, chunk: int, plans: list[SearchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, histories = make_model(dtype=dtype), users(900, 700, 800)
     whole = measured(model, histories, POLICIES["text"], 5)
@@ -94,13 +95,13 @@ def test_items_are_scored_without_logits() -> None:
 
 
 @pytest.mark.parametrize("search", ["exact", "diverse"])
-def test_no_search_needs_more_than_predicted(search: str, plans: list[memory.SearchPlan]) -> None:
+def test_no_search_needs_more_than_predicted(search: str, plans: list[SearchPlan]) -> None:
     found = measured(make_model(), users(40, 30, 20, 10), POLICIES["items"], 10, search=search, exclude_seen=True)
     assert found <= plans[0].peak <= 2 * found
 
 
 @pytest.mark.parametrize("search", [generate_titles, score_items])
-def test_other_searches_are_planned(search: Any, plans: list[memory.SearchPlan]) -> None:
+def test_other_searches_are_planned(search: Any, plans: list[SearchPlan]) -> None:
     model, histories = make_model(), users(40, 30, 20, 10)
     whole = search(model, histories, POLICIES["items"])
     with peak_memory("cpu") as peak:
@@ -340,9 +341,9 @@ def test_a_line_says_what_is_planned() -> None:
         "MicroBatch(2 users, peak 1.50 GiB)",
         "MicroBatch(3 users in chunks of 256 rows, peak 1.50 GiB)",
     ]
-    plan = memory.SearchPlan(tuple(batches), 3 << 30)
+    plan = SearchPlan(tuple(batches), 3 << 30)
     assert repr(plan) == "SearchPlan(2 batches of up to 3 users, peak 1.50 GiB, budget 3.00 GiB)"
-    nothing = memory.SearchPlan((), None, pk.TextOnly(5))
+    nothing = SearchPlan((), None, pk.TextOnly(5))
     assert repr(nothing) == "SearchPlan(0 batches of up to 0 users, peak 0.0 MiB, no budget, TextOnly(max_items=5))"
 
 
@@ -359,7 +360,7 @@ def ids(results: list[list[tuple[Any, float]]]) -> list[list[Any]]:
     return [[item for item, _ in ranked] for ranked in results]
 
 
-def test_a_budget_is_kept_and_changes_nothing(plans: list[memory.SearchPlan]) -> None:
+def test_a_budget_is_kept_and_changes_nothing(plans: list[SearchPlan]) -> None:
     model, histories = make_model(dtype=torch.float64), users(300, 3, 250, 4, 200, 6, 2, 1, 0, 150)
     whole = model.recommend(histories, POLICIES["text"], 5, 5)
     weights = sum(parameter.nbytes for parameter in model.parameters())

@@ -134,7 +134,9 @@ def test_budgets_count_what_is_read(mode: str) -> None:
     whole = pk.row_counts(memory.catalog, HISTORIES, INNER["patches and text"], memory.prompt)
     long = HISTORIES.lengths > BLOCK + SLOTS * 3
     assert long.any() and (counts[long] < whole[long]).all()
-    plan = pk.plan_memory(memory, counts, "64MiB")
+    rows = pk.memory_row_counts(memory.catalog, HISTORIES, memory.policy, memory.prompt)
+    assert rows.read.tolist() == counts.tolist()
+    plan = pk.plan_memory(memory, rows, "64MiB")
     assert sum(batch.users.size for batch in plan.batches) == len(HISTORIES)
     free = memory.recommend(HISTORIES, k=3, search="items")
     bound = memory.recommend(HISTORIES, k=3, search="items", memory_budget="64MiB")

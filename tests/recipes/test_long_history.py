@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("matplotlib", reason="the recipe draws with matplotlib")
 
 import patchkern as pk
-from patchkern.budget.search import SearchCost, SearchPlan, UserTooLarge
+from patchkern.budget.search import SearchCost, UserTooLarge
+from patchkern.budget.search_plan import SearchPlan
 from patchkern.data import Interactions, leave_one_out, open_dataset, synthetic, write_parquet
 from patchkern.evaluation.metrics import evaluate
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt

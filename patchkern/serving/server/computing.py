@@ -117,7 +117,9 @@ class Computer:
             return [Batch(list(jobs[i : i + self._max_batch])) for i in range(0, len(jobs), self._max_batch)]
         cost = self._costs[_kind(jobs[0].options)]
         rows, compressed = np.array([(job.rows, job.compressed) for job in jobs]).T
-        plan = cost.plan(rows, room, self._max_batch, compressed if compressed.any() else None)
+        items = np.array([job.items.size for job in jobs])
+        counts, aside = self.served.planned(rows, compressed, items)
+        plan = cost.plan(counts, room, self._max_batch, aside)
         return [Batch([jobs[user] for user in x.users.tolist()], x.chunk_rows is not None) for x in plan.batches]
 
     def lists(self, batch: Batch) -> list[Ranked]:

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from patchkern.batch.expert_layout import expert_row_counts
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
+from patchkern.batch.memory_layout import MemoryRowCounts, memory_row_counts
 from patchkern.batch.policy_kinds import AnyPolicy
+from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.row_counts import row_counts
 from patchkern.models.files import read_description
 from patchkern.models.folders import current
@@ -95,8 +97,31 @@ class Served:
         if isinstance(self.policy, Experts):
             counts = expert_row_counts(model.catalog, histories, self.policy, model.prompt, head)
             return counts.read, counts.compressed
+        if isinstance(self.policy, PreferenceMemory):
+            memory = memory_row_counts(
+                model.catalog, histories, self.policy, model.prompt, head, one_time=self._one_time
+            )
+            return memory.read, memory.absorbed
         rows = row_counts(model.catalog, histories, self.policy, model.prompt)
         return rows - (len(model.prompt.suffix) if head == "items" else 0), np.zeros_like(rows)
+
+    def planned(
+        self, rows: NDArray[np.int64], compressed: NDArray[np.int64], items: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64] | MemoryRowCounts, NDArray[np.int64] | None]:
+        """What `SearchCost.plan` takes as rows, and beside them.
+
+        Args:
+            rows, compressed: ``(B,)`` of `rows`.
+            items: ``(B,)`` how many every history has.
+        """
+        if isinstance(self.policy, PreferenceMemory):
+            vectors = self.policy.memory_rows(self.policy.absorbed(items))
+            return MemoryRowCounts(rows, compressed, vectors, self._one_time), None
+        return rows, compressed if compressed.any() else None
+
+    @property
+    def _one_time(self) -> bool:
+        return isinstance(self.model, RecurrentMemory) and self.model.one_time
 
 
 @dataclass(frozen=True)

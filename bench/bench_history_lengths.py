@@ -18,7 +18,7 @@ one with an item head, "item ids" a SASRec, both with random weights. Seconds of
 
 "kept": bytes of the user in the cache, or in the store; "kept, formula" is what they should be. "peak" is the most that
 torch allocates while all but the last 50 items are computed, weights and what a cache reserves aside; "peak, planned"
-what `plan_memory` says of a read, which for a memory is that of the prompt alone.
+what `plan_memory` says of a read, with the passes before it that compress.
 
 With one thread seconds are those that it ran for, whatever else the machine does; with more they are the clock's.
 
@@ -207,6 +207,10 @@ def fits(model: Any, items: Any, memory: str) -> tuple[int, str | None, str]:
     if isinstance(model.policy, pk.Experts):
         rows = pk.expert_row_counts(model.catalog, [items], model.policy, model.prompt, "items")
         counts, compressed = rows.read, rows.compressed
+    elif isinstance(model.policy, pk.PreferenceMemory):
+        counts = pk.memory_row_counts(
+            model.catalog, [items], model.policy, model.prompt, "items", one_time=model.one_time
+        )
     plan = pk.plan_memory(model, counts, None, 1, compressed=compressed)
     if plan.peak <= parse_bytes("memory", memory):
         return plan.peak - plan.needed.weights, None, ""

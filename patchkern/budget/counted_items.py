@@ -52,10 +52,10 @@ class CountedItems(nn.Module):
         count = self.n_items
         if count > _SAMPLED_ABOVE:
             count = self._draw(len(states))
-            bias = PooledRows.apply(bias[:, None], count)[:, 0]
-            own = None if own is None else PooledRows.apply(own, count)
+            bias = IndexedRows.apply(bias[:, None], count)[:, 0]
+            own = None if own is None else IndexedRows.apply(own, count)
         in_place = self.by_id is not None and count == self.n_items
-        vectors: Tensor = weight[:count] if in_place else PooledRows.apply(weight, count)
+        vectors: Tensor = weight[:count] if in_place else IndexedRows.apply(weight, count)
         if self.by_id == "cosine":
             queries, vectors = 20 * F.normalize(queries, dim=1), F.normalize(vectors, dim=1)
         if own is not None:
@@ -72,7 +72,7 @@ class CountedItems(nn.Module):
 
 
 class IndexedRows(torch.autograd.Function):
-    """Rows of a table and its dense gradient, as of indexing and of an embedding, without the integers."""
+    """Rows of a table and its dense gradient, as of indexing, an embedding and `pool_rows`, without the integers."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: int) -> Tensor:
@@ -82,14 +82,6 @@ class IndexedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.new_zeros(ctx.shape), None
-
-
-class PooledRows(IndexedRows):
-    """As of `patchkern.ops.pool_rows`, to whose gradient autograd adds nothing: its storage was looked at."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.shape).view(ctx.shape), None  # nor to a view
 
 
 class _Softmax(torch.autograd.Function):

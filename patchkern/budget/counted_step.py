@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkern.budget.counted_attention import CountedAttention
-from patchkern.budget.counted_items import Chunks, CountedItems, IndexedRows, PooledRows
+from patchkern.budget.counted_items import Chunks, CountedItems, IndexedRows
 from patchkern.budget.counted_memory import CountedMap, CountedMemory, MemoryRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.counted_sums import is_in_place, sole_references
@@ -356,7 +356,7 @@ class FakeModel:
         embedding = self.hf_model.get_input_embeddings()
         is_weight = isinstance(embedding, nn.Embedding)
         if is_weight and not embedding._forward_hooks:
-            rows: Tensor = PooledRows.apply(embedding.weight, count)
+            rows: Tensor = IndexedRows.apply(embedding.weight, count)
         else:  # called on the batch's distinct tokens
             tokens = torch.empty(1, count, dtype=torch.int64)
             if is_weight:
@@ -365,9 +365,9 @@ class FakeModel:
                     hook(embedding, (tokens,), table)
             else:
                 table = embedding(tokens)[0]
-            rows = PooledRows.apply(table, count)
+            rows = IndexedRows.apply(table, count)
         if own is not None:
-            rows = rows.add_(PooledRows.apply(own, count).to(rows.dtype))
+            rows = rows.add_(IndexedRows.apply(own, count).to(rows.dtype))
         return rows
 
 

@@ -70,8 +70,7 @@ def _check(names: Sequence[str], vectors: Sequence[Tensor], name: str, matrix: T
     if matrix.dtype is not out.dtype or matrix.get_device() != device or width != out_width:
         raise ValueError(f"{name}: expected {out.dtype} on {out.device} with {out_width} columns, as out")
     for which, tensor, first, last in (("out", out, begin, end), (name, matrix, at, until)):
-        storage = tensor.untyped_storage()
-        if first != last and (first % item or last > storage.data_ptr() + storage.nbytes()):
+        if first != last and (first % item or not _has_memory(tensor, (last - first) // item)):
             check_memory(which, tensor, (last - first) // item)
     if at < end and begin < until:
         raise ValueError(f"out: expected memory of its own, got {name}'s")
@@ -89,3 +88,16 @@ def _check(names: Sequence[str], vectors: Sequence[Tensor], name: str, matrix: T
             check_vector(names[number], vector, torch.int32, out.device)
             if size:
                 raise ValueError(f"out: expected memory of its own, got {names[number]}'s")
+
+
+def _has_memory(tensor: Tensor, elements: int) -> bool:
+    """Whether there is memory behind so many elements from the tensor's first one.
+
+    A storage that Python has looked at, by `Tensor.untyped_storage`, keeps that in mind, and autograd takes it for one
+    that somebody else needs: a gradient would then be summed with another of its parameter in a third tensor.
+    """
+    try:
+        tensor.as_strided((elements,), (1,))
+    except RuntimeError:
+        return False
+    return True

@@ -36,6 +36,8 @@ def check(step: Step) -> None:
         Step(head="items", users=6, n_items=2000, item_embeddings=True, vector_dropout=0.3),
         Step(head="both", targets=2, users=10, dtype=torch.bfloat16),
         Step("qwen3", users=1, targets=1, autocast=True),  # one gradient of the tied weights is added to the other
+        Step("qwen3", users=1, targets=1, head="items"),  # as are those of an item head and of its rows
+        Step("qwen3", users=1, targets=1, head="both"),
     ],
     ids=str,
 )

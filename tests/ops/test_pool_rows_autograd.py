@@ -12,8 +12,18 @@ import torch
 from pool_cases import HARD_LENGTHS, gradient, in_double
 
 import patchkern as pk
+from patchkern.budget.live_bytes import peak_memory
 
 # ------------------------------------------------------------------ autograd's corners
+
+
+def test_the_gradients_of_a_weight_are_added_up_in_the_first() -> None:
+    """Two of them are there at once, as many as any two parts of a gradient need, and no third one for their sum."""
+    layout = cases.make_batch(pk.SessionPatches(3), [17, 2]).layout()
+    weight = cases.make_weight(5000, 8).requires_grad_()
+    with peak_memory("cpu") as peak:
+        sum(pk.pool_rows(weight, layout).sum() for _ in range(3)).backward()
+    assert 2 * weight.nbytes < peak.bytes < 2.5 * weight.nbytes
 
 
 def test_expanded_and_transposed_gradients(backend: str, device: torch.device) -> None:

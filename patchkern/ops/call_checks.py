@@ -57,10 +57,12 @@ def check_backward(
         raise ValueError(f"divisors: expected one per contribution ({rows.numel()}), got {divisors.numel()}")
     if not scatter and out.shape[0] != count:
         raise ValueError(f"out: expected one row per token ({count}), got {out.shape[0]}")
-    _check(_TRANSPOSE, (tokens, token_offsets, rows, divisors), "grad_rows", grad_rows, out)
+    _check(_TRANSPOSE, (tokens, token_offsets, rows, divisors), "grad_rows", grad_rows, out, of_gradients=True)
 
 
-def _check(names: Sequence[str], vectors: Sequence[Tensor], name: str, matrix: Tensor, out: Tensor) -> None:
+def _check(
+    names: Sequence[str], vectors: Sequence[Tensor], name: str, matrix: Tensor, out: Tensor, of_gradients: bool = False
+) -> None:
     # a call of the op takes the host about 12 us: written to be 2 of them, it finds out what is wrong in a second look
     device, item, int32 = out.get_device(), out.itemsize, torch.int32
     (rows, width), (out_rows, out_width) = matrix.shape, out.shape
@@ -70,7 +72,14 @@ def _check(names: Sequence[str], vectors: Sequence[Tensor], name: str, matrix: T
     if matrix.dtype is not out.dtype or matrix.get_device() != device or width != out_width:
         raise ValueError(f"{name}: expected {out.dtype} on {out.device} with {out_width} columns, as out")
     for which, tensor, first, last in (("out", out, begin, end), (name, matrix, at, until)):
-        if first != last and (first % item or not _has_memory(tensor, (last - first) // item)):
+        if first == last:
+            continue
+        if of_gradients:
+            there = _has_memory(tensor, (last - first) // item)
+        else:
+            storage = tensor.untyped_storage()
+            there = last <= storage.data_ptr() + storage.nbytes()
+        if first % item or not there:
             check_memory(which, tensor, (last - first) // item)
     if at < end and begin < until:
         raise ValueError(f"out: expected memory of its own, got {name}'s")
@@ -91,10 +100,10 @@ def _check(names: Sequence[str], vectors: Sequence[Tensor], name: str, matrix: T
 
 
 def _has_memory(tensor: Tensor, elements: int) -> bool:
-    """Whether there is memory behind so many elements from the tensor's first one.
+    """Whether there is memory behind so many elements from a gradient's first one.
 
-    A storage that Python has looked at, by `Tensor.untyped_storage`, keeps that in mind, and autograd takes it for one
-    that somebody else needs: a gradient would then be summed with another of its parameter in a third tensor.
+    What `Tensor.untyped_storage` returns lives on with the storage, and autograd takes that for one that somebody else
+    needs: the gradient would then be summed with another of its parameter in a third tensor.
     """
     try:
         tensor.as_strided((elements,), (1,))

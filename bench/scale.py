@@ -245,7 +245,7 @@ def limits(rates: Rates, plan: Plan) -> Table:
     text, sessions = (policy_rows(rates, plan, name) for name in ("text", "sessions of 20"))
     pairs = rates("transitions", f"{rates.sizes('transitions', 'peak')[-1]} events", "peak")
     in_host, in_gpu = f" in {plan.host_gib:g} GiB", f" in {plan.gpu_gib:g} GiB"
-    search = {width: 4 * width + 8 * TOGETHER for width in (LARGE.hidden, NARROW)}
+    search = {width: 2 * width + max(2 * width, 8 * TOGETHER) for width in (LARGE.hidden, NARROW)}
     cached = gpu / 2 / LARGE.row_bytes() / sessions
     return [
         ["part", "law", "stops at"],
@@ -265,7 +265,7 @@ def limits(rates: Rates, plan: Plan) -> Table:
         *(
             [
                 f'`search="items"`, {width:,} wide',
-                f"4 x {width:,} bytes an item planned, and 8 for every user at once",
+                f"4 x {width:,} bytes an item planned, or 2 x {width:,} and 8 for every user at once",
                 f"{count(gpu / each)} items and {TOGETHER} users{in_gpu}",
             ]
             for width, each in search.items()

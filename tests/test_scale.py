@@ -103,7 +103,8 @@ def test_bytes_of_a_search_of_items(model: pk.PatchedCausalLM) -> None:
     tokens = int(model.catalog.offsets[-1])
     assert size.user_scores == (8 + 48) * len(TITLES)  # of so few items all are put in order
     assert size.fixed_bytes == (2 * TINY.hidden + 24) * len(TITLES) + 12 * tokens
-    assert size.fixed_scores == max(2 * TINY.hidden, 24) * len(TITLES)
+    assert size.fixed_scores == 24 * len(TITLES)
+    assert size.made_vectors == 2 * TINY.hidden * len(TITLES) + 2 * 60 * 60
 
 
 def test_recent_items_behind_experts_and_memories() -> None:

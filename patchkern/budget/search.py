@@ -117,6 +117,8 @@ class SearchSize(NamedTuple):
     """bytes per user that it holds while it scores items, behind the prompts"""
     fixed_scores: int = 0
     """bytes that it holds meanwhile, whatever the number of users"""
+    made_vectors: int = 0
+    """bytes that it holds while it makes the items' vectors, before it scores them"""
 
 
 class SearchCost:
@@ -174,10 +176,11 @@ class SearchCost:
         absorbed: Absorbed = _NOTHING,
     ) -> SearchBytes:
         """Of a batch of ``n_users`` with ``n_rows`` rows in all, ``longest`` of one user."""
-        width, kept_rows, user_bytes, fixed_bytes, user_logits, user_scores, fixed_scores = self._size
+        size = self._size
+        width, kept_rows, user_logits = size.width, size.kept_rows, size.user_logits
         hypotheses, suffix_rows = n_users * width, n_users * kept_rows
         one_layer = self.row_bytes // self._layers
-        held = n_users * user_bytes + fixed_bytes + (_CUBLAS_WORKSPACE if self._on_cuda else 0)
+        held = n_users * size.user_bytes + size.fixed_bytes + (_CUBLAS_WORKSPACE if self._on_cuda else 0)
         held += absorbed.vectors * self._vector
         store = self.row_bytes * n_rows + held
         absorbing = held + self._absorbing(absorbed) if absorbed.rows else 0
@@ -192,7 +195,8 @@ class SearchCost:
         )
         prefill += rows * _ROW_INTEGERS + absorbed.vectors * self._vector
         if not user_logits:
-            scores = n_users * (self._vector + user_scores) + fixed_scores
+            scores = max(n_users * size.user_scores + size.fixed_scores, size.made_vectors)
+            scores += n_users * (self._vector + _ROW_INTEGERS)
             return SearchBytes(self.weights, store, prefill, scores, 0, absorbing)
         if has_prefix:  # the logits of the users whose prompts ended in earlier chunks
             prefill += n_users * logits

@@ -17,6 +17,7 @@ from patchkern.search.protocol import SearchModel
 from patchkern.search.user_cache import UserCache
 
 _SLACK = 16  # items beyond the k-th that are looked at for equal scores
+_TRANSPOSED = 60 * 60  # numbers that torch has aside while it copies a transposed matrix, on the CPU
 _LISTED = 100  # items of a list, for which its memory is planned
 
 
@@ -70,10 +71,11 @@ def size_of_items(model: SearchModel, known: ItemPrior | None, user_cache: UserC
     n_items, itemsize = len(model.catalog), model.dtype.itemsize
     own = model.item_embedding
     vectors = n_items * itemsize * int(model.config.get_text_config().hidden_size)
+    by_id = getattr(model.item_head, "scores_by", None)
     # kept from call to call: the items' vectors, and the titles that they are made of
-    fixed = vectors + 12 * int(model.catalog.inputs.offsets[-1]) + 24 * n_items
+    fixed = vectors if by_id else vectors + 12 * int(model.catalog.inputs.offsets[-1]) + 24 * n_items
     # rows of a table are copied once, others made first, and their own vectors added
-    made = 0 if getattr(model.item_head, "scores_by", None) == "dot" else 1 if own is None else 2
+    made = 0 if by_id == "dot" else 1 if own is None else 2
     wide = torch.promote_types(model.dtype, torch.float32).itemsize
     # scores twice; or with what is known of the items, which takes more; and the best of them, put in order
     scores = n_items * wide + max(n_items * wide, 0 if known is None else known.user_bytes)
@@ -84,7 +86,8 @@ def size_of_items(model: SearchModel, known: ItemPrior | None, user_cache: UserC
         fixed_bytes=fixed + (0 if user_cache is None else user_cache.max_bytes),
         user_logits=0,
         user_scores=scores,
-        fixed_scores=max(made * vectors, 2 * n_items * (wide + 8)),
+        fixed_scores=2 * n_items * (wide + 8),  # of one user at a time
+        made_vectors=made * vectors + _TRANSPOSED * itemsize,
     )
 
 

@@ -135,29 +135,60 @@ def _passes(
     """Layouts of some samples each, which those are, in the order of their labels, and the layouts' vectors."""
     check_count("rows_per_pass", rows_per_pass, minimum=1)
     policy = policy_of(model, policy)
-    catalog, prompt = model.catalog, model.prompt
     if isinstance(policy, Experts):
         policy = replace(policy, boundaries=None)  # every sample as it is served
-    if users.size and _share_trunks(model, policy, positions, head):
+    sharing = _share_trunks(model, policy, positions, head)
+    together, apart = np.flatnonzero(sharing), np.flatnonzero(~sharing)
+    if together.size:
+        passes = _trunk_passes(model, histories, users[together], positions[together], policy, rows_per_pass, head)
+        yield from ((together[chosen], layout, None) for chosen, layout in passes)
+    if apart.size:
+        single = _single_passes(model, histories, users[apart], positions[apart], policy, rows_per_pass, head)
+        yield from ((apart[chosen], layout, vectors) for chosen, layout, vectors in single)
 
-        def count_rows(users: Int64, ranges: Int64) -> Int64:
-            counts = training_rows(catalog, histories.take(users), policy, prompt, ranges, head=head)
-            # a sample alone is a pass, however long
-            return np.where(ranges[:, 0] == ranges[:, 1], np.minimum(counts, rows_per_pass), counts)
 
-        order = np.lexsort((positions, users))
-        runs = cut_to_passes(users, positions, count_rows, rows_per_pass)
-        of, first, last, run_rows = np.array(runs, np.int64).T
-        ends = np.cumsum(last - first + 1)
-        done = 0
-        for places in _filled(run_rows, rows_per_pass):
-            ranges = np.stack([first[places], last[places]], axis=1)
-            layout = build_training_layout(
-                catalog, histories.take(of[places]), policy, prompt, ranges, transpose=False, head=head
-            )
-            yield order[done : ends[places[-1]]], layout, None
-            done = int(ends[places[-1]])
-        return
+def _trunk_passes(
+    model: TrainableModel,
+    histories: Histories,
+    users: Int64,
+    positions: Int64,
+    policy: AnyPolicy,
+    rows_per_pass: int,
+    head: str,
+) -> Iterator[tuple[Int64, PatchLayout]]:
+    """Each history once for all of its samples, as in training."""
+    catalog, prompt = model.catalog, model.prompt
+
+    def count_rows(users: Int64, ranges: Int64) -> Int64:
+        counts = training_rows(catalog, histories.take(users), policy, prompt, ranges, head=head)
+        # a sample alone is a pass, however long
+        return np.where(ranges[:, 0] == ranges[:, 1], np.minimum(counts, rows_per_pass), counts)
+
+    order = np.lexsort((positions, users))
+    runs = cut_to_passes(users, positions, count_rows, rows_per_pass)
+    of, first, last, run_rows = np.array(runs, np.int64).T
+    ends = np.cumsum(last - first + 1)
+    done = 0
+    for places in _filled(run_rows, rows_per_pass):
+        ranges = np.stack([first[places], last[places]], axis=1)
+        layout = build_training_layout(
+            catalog, histories.take(of[places]), policy, prompt, ranges, transpose=False, head=head
+        )
+        yield order[done : ends[places[-1]]], layout
+        done = int(ends[places[-1]])
+
+
+def _single_passes(
+    model: TrainableModel,
+    histories: Histories,
+    users: Int64,
+    positions: Int64,
+    policy: AnyPolicy,
+    rows_per_pass: int,
+    head: str,
+) -> Iterator[tuple[Int64, PatchLayout, Tensor | None]]:
+    """Every sample with a history of its own."""
+    catalog, prompt = model.catalog, model.prompt
     every = histories.before(users, positions)
     rows = row_counts(catalog, every, policy, prompt)
     order = np.argsort(-rows, kind="stable")
@@ -168,13 +199,19 @@ def _passes(
         yield chosen, layout, vectors_of(model, layout, every.take(chosen), policy)
 
 
-def _share_trunks(model: TrainableModel, policy: AnyPolicy, positions: Int64, head: str = "titles") -> bool:
-    """Are passes of many targets exactly their samples?"""
-    uncut = policy.max_items is None or int(positions.max()) <= policy.max_items
-    whole = uncut or cut_every_of(policy) > 1  # else histories of a layout begin elsewhere
+def _share_trunks(
+    model: TrainableModel, policy: AnyPolicy, positions: Int64, head: str = "titles"
+) -> NDArray[np.bool_]:
+    """``(S,)`` of which samples are passes of many targets exactly what they are alone?
+
+    Not of those whose history is cut one item at a time: each begins elsewhere.
+    """
     drawn = isinstance(policy, (RandomItemPatches, ItemDropout))  # for every prompt anew
     begun = bool(model.prompt.suffix) or head == "items"  # a branch for a title begins with a row of its own
-    return isinstance(policy, (TrunkPolicy, Experts)) and whole and not drawn and begun and model.takes_branches
+    if drawn or not begun or not isinstance(policy, (TrunkPolicy, Experts)) or not model.takes_branches:
+        return np.zeros(positions.shape, bool)
+    whole = policy.max_items is None or cut_every_of(policy) > 1
+    return np.ones(positions.shape, bool) if whole else positions <= policy.max_items
 
 
 def _filled(rows: Int64, most: int) -> Iterator[Int64]:

@@ -44,7 +44,7 @@ def test_every_family(family: str) -> None:
 
 
 def test_histories_are_computed_once_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of trunks and branches, or, where the model cannot take them or items are cut off, of samples."""
+    """Rows of trunks and branches, or, where the model cannot take them, of samples."""
     model = make_model(TITLES)
     rows: list[int] = []
     forward = pk.PatchedCausalLM.forward
@@ -58,23 +58,50 @@ def test_histories_are_computed_once_where_they_can(monkeypatch: pytest.MonkeyPa
     together = target_nll(model, WHOLE, samples, POLICIES["items"])
     shared = sum(rows)
     rows.clear()
-    monkeypatch.setattr(likelihood, "_share_trunks", lambda *_: False)
+    monkeypatch.setattr(likelihood, "_share_trunks", lambda *_: np.zeros(30, bool))
     apart = target_nll(model, WHOLE, samples, POLICIES["items"])
     assert shared < sum(rows) / 2
     np.testing.assert_allclose(together, apart, rtol=0, atol=1e-10)
 
 
+def test_long_histories_take_nothing_from_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples within ``max_items`` are computed together, whatever else is asked for; rows by hand."""
+    model, policy = with_head(), pk.ItemPatches(0, 20)
+    rows: list[int] = []
+    of_items = pk.PatchedCausalLM.item_states
+
+    def counted(self: pk.PatchedCausalLM, layout: pk.PatchLayout, *rest: Any) -> Any:
+        rows.append(layout.num_rows)
+        return of_items(self, layout, *rest)
+
+    monkeypatch.setattr(pk.PatchedCausalLM, "item_states", counted)
+    samples = (np.zeros(15, np.int64), np.arange(10, 25))
+    expected = model.score_items([WHOLE[0][:position] for position in samples[1]], policy, head="items")
+    rows.clear()
+    got = np.full_like(expected, np.nan)
+    for chosen, scores in item_log_probs(model, WHOLE, samples, policy):
+        got[chosen] = scores
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+    # those after 10..20 items are one history; those after 21..24 each have their own latest 20
+    alone = pk.build_layout(model.catalog, [WHOLE[0][:20]], policy, model.prompt, head="items").num_rows
+    assert rows == [alone, 4 * alone]
+
+
 def test_models_and_policies_without_trunks() -> None:
     model, positions = make_model(TITLES), SAMPLES[1]
 
-    def share(model: pk.PatchedCausalLM, policy: Any, positions: Any) -> bool:
-        return likelihood._share_trunks(model, policy, positions, "titles")
+    def share(model: pk.PatchedCausalLM, policy: Any) -> list[bool]:
+        return likelihood._share_trunks(model, policy, positions, "titles").tolist()
 
-    assert share(model, pk.TextOnly(None), positions) and share(model, pk.TextOnly(39), positions)
-    assert not share(model, pk.TextOnly(38), positions)
-    assert not share(model, pk.FitRows(50), positions) and not share(model, pk.RandomItemPatches(0.5, None), positions)
+    every = [True] * positions.size
+    none = [False] * positions.size
+    assert share(model, pk.TextOnly(None)) == share(model, pk.TextOnly(39)) == every
+    assert share(model, pk.TextOnly(12)) == (positions <= 12).tolist() and share(model, pk.TextOnly(4)) != every
+    assert share(model, pk.TextOnly(12, cut_every=2)) == every
+    assert share(model, pk.FitRows(50)) == share(model, pk.RandomItemPatches(0.5, None)) == none
     model.hf_model.set_attn_implementation("sdpa")
-    assert not model.takes_branches and not share(model, pk.TextOnly(None), positions)
+    assert not model.takes_branches and share(model, pk.TextOnly(None)) == none
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -8,6 +8,7 @@
     python recipes/evaluate.py runs/sessions --data ml-1m --exclude_seen --prior transitions
     python recipes/evaluate.py runs/text --data ml-1m --exclude_seen --max_items 20     # what do fewer rows cost?
     python recipes/evaluate.py runs/head --data ml-1m --exclude_seen --search items --prior transitions linear
+    python recipes/evaluate.py runs/head --data ml-1m --exclude_seen --prior linear runs/other-seed runs/hstu
     python recipes/evaluate.py Llama-3.2-1B-Instruct --data ml-1m --policy text --limit 500     # zero-shot
     python recipes/evaluate.py runs/head --data ml-1m --split_by leave_two_out --targets all --ks 5 10 50 200
 
@@ -56,10 +57,10 @@ from patchkern.training import TrainableModel, find_model, target_nll
 from recipes import models
 from recipes.commands import Parser
 from recipes.prior_weights import fitted_weights, together, weights_beside_head, with_priors
-from recipes.ranking import Lists, by_item_head, by_prior, recommend
+from recipes.priors import ABOUT, check_prior, make_priors
+from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
 from recipes.results import KS, Result, Results
 
-PRIORS = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
 POLICIES = ("text", "items", "sessions")
 
 
@@ -104,14 +105,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     print(f" of {results.num_users:,} users")
     print(f"{rows.mean():.1f} rows a prompt, compression {first.compression_ratio:.2f}", flush=True)
 
-    priors = {name: PRIORS[name](data, model.catalog) for name in args.prior}
+    options: dict[str, Any] = {"batch_size": args.batch_size, "memory_budget": args.memory_budget}
+    priors = make_priors(args.prior, data, model.catalog, dtype=model.dtype, device=device, **options)
     if args.search == "items" and args.metric == "strict":
         seconds = ranked_by_head(results, model, policy, priors, args, path)
     else:
         seconds = searched(results, model, policy, priors, args, path)
-    for name, prior in priors.items():
-        scored = by_prior(data, model.catalog, samples, prior, args.k, unseen=args.exclude_seen)
-        results[f"{name} prior alone"] = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
     yardsticks(results, None if args.exclude_seen else 100)
 
     print(f"{samples.users.size / seconds:.2f} users/s, metric {args.metric}; yardsticks and priors alone by item")
@@ -200,7 +199,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, help="items of a session patch")
     parser.add_argument("--one_time", action="store_true", help="make memories in one pass over all old items")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
-    parser.add_argument("--prior", nargs="+", choices=PRIORS, default=[], help="another row, with these priors")
+    parser.add_argument("--prior", nargs="+", default=[], help=f"another row, with these priors: {ABOUT}")
     parser.add_argument(
         "--prior_weight", nargs="+", type=float, help="of each prior (default: fitted on the validation split)"
     )
@@ -246,28 +245,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.fit_limit < 1:
-        parser.error(f"--fit_limit: expected at least 1, got {args.fit_limit}")
-    if not args.prior:
-        if args.prior_weight is not None:
-            parser.error("--prior_weight: expected a --prior that it weighs")
-        return
-    if len(set(args.prior)) < len(args.prior):
-        parser.error(f"--prior: expected each once, got {' '.join(args.prior)}")
-    if args.metric == "paper" or args.search == "diverse":
-        parser.error("--prior: expected none with --metric paper or --search diverse, whose protocol has none")
-    if args.prior_weight is None and args.split == "val":
-        parser.error("--prior_weight: expected with --split val, or it would be fitted to the samples it is shown on")
-    if args.prior_weight is None:
-        return
-    if len(args.prior_weight) != len(args.prior):
-        parser.error(f"--prior_weight: expected one for each --prior ({len(args.prior)}), got {len(args.prior_weight)}")
-    wrong = [weight for weight in args.prior_weight if not 0 <= weight < float("inf")]
-    if wrong:
-        parser.error(f"--prior_weight: expected at least 0, got {wrong[0]}")
-
-
 def chosen_policy(model: TrainableModel, args: argparse.Namespace) -> AnyPolicy:
     """--policy, else the model's; with what is asked for of it."""
     given = {name: getattr(args, name) for name in ("max_items", "cut_every", "keep_text", "group_size")}
@@ -296,7 +273,7 @@ def searched(
     args: argparse.Namespace,
     path: Path,
 ) -> float:
-    """The model alone, and with all priors together, by searches for titles; the seconds of the first."""
+    """The model alone and with all priors together, by searches for titles, and each prior; seconds of the first."""
     data, samples = results.data, results.samples
     started = time.perf_counter()
     alone = recommended(results, model, policy, args)
@@ -311,6 +288,9 @@ def searched(
         prior = together(priors, weights)
         found = recommended(results, model, policy, args, prior=prior, prior_weight=1.0)
         keep(results, with_priors(weights), found, beside(path, priors))
+    for name, prior in priors.items():
+        scored = by_prior(data, model.catalog, samples, prior, args.k, unseen=args.exclude_seen)
+        results[prior_alone(name)] = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
     return seconds
 
 
@@ -322,21 +302,22 @@ def ranked_by_head(
     args: argparse.Namespace,
     path: Path,
 ) -> float:
-    """The model alone, with each prior and with all of them, from one pass over the histories; its seconds."""
+    """The model alone, with each prior and with all of them, and each prior, from one pass; its seconds."""
     data, samples = results.data, results.samples
     sets = [{name: priors[name]} for name in priors]
     if len(priors) > 1:
         sets.append(dict(priors))
-    rows: dict[str, Any] = {"this model": None}
-    files = {"this model": path}
-    for chosen, weights in zip(sets, weights_beside_head(model, data, policy, sets, args), strict=True):
-        rows[with_priors(weights)] = together(chosen, weights)
-        files[with_priors(weights)] = beside(path, chosen)
+    rows: dict[str, dict[str, float]] = {"this model": {}}
+    rows |= {with_priors(weights): weights for weights in weights_beside_head(model, data, policy, sets, args)}
     started = time.perf_counter()
-    found = by_item_head(model, data, samples, policy, rows, args.k, unseen=args.exclude_seen)
+    found = by_item_head(model, data, samples, policy, args.k, rows, priors, unseen=args.exclude_seen)
     seconds = time.perf_counter() - started
     for name, scored in found.items():
-        keep(results, name, counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll}), files[name])
+        result = counted(results, scored.ranking.as_lists(), {"NLL item": scored.nll})
+        if name in rows:
+            keep(results, name, result, beside(path, rows[name]) if rows[name] else path)
+        else:
+            results[name] = result
     return seconds
 
 

@@ -193,7 +193,7 @@ def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Inte
         model.one_time = True
     samples = data.samples(row.split).spread(args.limit)
     started = time.perf_counter()
-    scored = by_item_head(model, data, samples, row.policy, {"": None}, max(KS), unseen=True)[""]
+    scored = by_item_head(model, data, samples, row.policy, max(KS), {"": {}}, {}, unseen=True)[""]
     known["evaluation seconds"] = time.perf_counter() - started
     results = Results(data, samples, model.catalog)
     lists = scored.ranking.as_lists()

@@ -87,12 +87,9 @@ def load_model(
         raise ValueError(f"--prompt: expected none with {argument} {name}, which has its prompt")
     if is_saved(name):
         folder = find_model(name, argument)
-        description = read_description(current(folder))
-        kind: Any = pk.RecurrentMemory
-        if "titles" not in description.learns:
-            kind = pk.ItemModel if description.memory is None else kind
+        kind, reads_titles = _kind_of(folder)
+        if not reads_titles:
             return kind.from_pretrained(folder, catalog_of_ids(titles), dtype=dtype, **hf_kwargs), None
-        kind = pk.PatchedCausalLM if description.memory is None else kind
         tokenizer = read_tokenizer(folder)
         catalog = _catalog_for(folder, titles, texts, tokenizer)
         if trainable and (current(folder) / ADAPTER).is_file():
@@ -139,6 +136,22 @@ def load_model(
     if name in SIZES:
         hf_model.to(dtype)
     return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, vector_dropout=vector_dropout or 0.0), tokenizer
+
+
+def load_saved(folder: Path, dtype: torch.dtype) -> pk.PatchedCausalLM | pk.ItemModel | pk.RecurrentMemory:
+    """A model that patchkern saved, with the catalogue that it was saved with."""
+    kind, _ = _kind_of(folder)
+    model: pk.PatchedCausalLM | pk.ItemModel | pk.RecurrentMemory = kind.from_pretrained(folder, dtype=dtype)
+    return model
+
+
+def _kind_of(folder: Path) -> tuple[Any, bool]:
+    """What is saved there, and whether it reads titles."""
+    description = read_description(current(folder))
+    reads_titles = "titles" in description.learns
+    if description.memory is not None:
+        return pk.RecurrentMemory, reads_titles
+    return (pk.PatchedCausalLM if reads_titles else pk.ItemModel), reads_titles
 
 
 def is_saved(name: str) -> bool:

@@ -15,7 +15,8 @@ from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data import Interactions, Samples
 from patchkern.search.weights import fit_weights
 from patchkern.training import TrainableModel
-from recipes.ranking import cache_of, head_scores
+from recipes.priors import names_of
+from recipes.ranking import cache_of, head_scores, prior_scores
 
 K = 20
 """of the NDCG that weights are fitted by"""
@@ -44,9 +45,10 @@ def weights_beside_scores(
     sets: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, float]]:
     """The best weights of several sets of priors beside a model's ``(S, n_items)`` scores of validation samples."""
-    past, targets = data.before(samples), catalog.index_of(data.targets(samples))
-    scores = {"": own}
-    scores |= {name: np.asarray(prior(past), np.float32) for priors in sets for name, prior in priors.items()}
+    targets = catalog.index_of(data.targets(samples))
+    every = {name: prior for priors in sets for name, prior in priors.items()}
+    scores = {name: prior_scores(prior, data, samples).astype(np.float32) for name, prior in every.items()}
+    scores[""] = own
     found = []
     for priors in sets:
         weights = fit_weights(np.stack([scores[name] for name in ("", *priors)], axis=2), targets, k=K).tolist()
@@ -57,7 +59,7 @@ def weights_beside_scores(
 
 
 def given_weights(priors: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    given = dict(zip(args.prior, args.prior_weight, strict=True))
+    given = dict(zip(names_of(args.prior), args.prior_weight, strict=True))
     return {name: given[name] for name in priors}
 
 

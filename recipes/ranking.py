@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import patchkern as pk
@@ -20,6 +21,7 @@ from patchkern.training import TrainableModel, item_log_probs
 SHARED_ENOUGH = 0.5  # of a prompt's rows; with fewer in common there was no gain to be measured
 CACHE_BYTES = 2 << 30  # at most, where no budget is given; of a budget a quarter
 USERS_AT_ONCE = 256
+SCORES_AT_ONCE = 1 << 24
 
 Lists = list[list[tuple[Any, float]]]
 
@@ -151,9 +153,8 @@ def by_prior(
 ) -> ScoredItems:
     """What a prior finds likeliest, without those of the whole history if ``unseen``."""
     scored = ScoredItems(data, samples, catalog, k, unseen)
-    for begin in range(0, samples.users.size, USERS_AT_ONCE):
-        chosen = np.arange(begin, min(begin + USERS_AT_ONCE, samples.users.size))
-        scored.add(chosen, prior(data.before(samples.take(chosen))))
+    for chosen in parts_of(samples, catalog):
+        scored.add(chosen, prior_scores(prior, data, samples.take(chosen)))
     return scored
 
 
@@ -162,28 +163,57 @@ def by_item_head(
     data: Interactions,
     samples: Samples,
     policy: AnyPolicy,
-    priors: Mapping[str, Any],
     k: int,
+    rows: Mapping[str, Mapping[str, float]],
+    priors: Mapping[str, Any],
     *,
     unseen: bool,
 ) -> dict[str, ScoredItems]:
-    """What the model's item head ranks first, with each of the priors (None: alone), from one pass over the histories.
+    """What the model's item head ranks first in every row: alone, or with some priors by their weights.
 
-    A prior is added as it is, its weight included.
+    After the rows, each prior on its own (`prior_alone`). Model and priors are asked once about every sample.
     """
-    found = {name: ScoredItems(data, samples, model.catalog, k, unseen) for name in priors}
-    for chosen, log_probs in item_log_probs(model, data.histories, samples, policy):
-        past = data.before(samples.take(chosen))
-        for name, prior in priors.items():
-            found[name].add(chosen, log_probs if prior is None else log_probs + prior(past))
+    names = [*rows, *map(prior_alone, priors)]
+    found = {name: ScoredItems(data, samples, model.catalog, k, unseen) for name in names}
+    for chosen in parts_of(samples, model.catalog):
+        part = samples.take(chosen)
+        own = head_scores(model, data, part, policy, unseen=False)
+        tables = {name: prior_scores(prior, data, part) for name, prior in priors.items()}
+        for row, weights in rows.items():
+            found[row].add(chosen, own + sum(weight * tables[name] for name, weight in weights.items()))
+        for name, table in tables.items():
+            found[prior_alone(name)].add(chosen, table)
     return found
+
+
+def prior_alone(name: str) -> str:
+    """What a prior on its own is called."""
+    return f"{name} prior alone"
+
+
+def parts_of(samples: Samples, catalog: pk.Catalog) -> Iterator[NDArray[np.int64]]:
+    """Consecutive samples, as many at once as there is room for scores of all items."""
+    step = max(SCORES_AT_ONCE // max(len(catalog), 1), 1)
+    for begin in range(0, samples.users.size, step):
+        yield np.arange(begin, min(begin + step, samples.users.size))
+
+
+def prior_scores(prior: Any, data: Interactions, samples: Samples) -> NDArray[np.floating[Any]]:
+    """``(S, n_items)`` what a prior says; a model's item head computes a user's history once where it can."""
+    if isinstance(prior, pk.ItemHeadPrior):
+        model: Any = prior.model
+        return head_scores(model, data, samples, prior.policy, unseen=False)
+    begins = range(0, samples.users.size, USERS_AT_ONCE)
+    parts = (samples.take(np.arange(begin, min(begin + USERS_AT_ONCE, samples.users.size))) for begin in begins)
+    return np.concatenate([prior(data.before(part)) for part in parts])
 
 
 def head_scores(
     model: TrainableModel, data: Interactions, samples: Samples, policy: AnyPolicy, *, unseen: bool
 ) -> NDArray[np.floating[Any]]:
     """``(S, n_items)`` log-probabilities of the item head; -inf for items of the whole history if ``unseen``."""
-    scores = np.zeros((samples.users.size, len(model.catalog)), np.float32)
+    dtype = np.float64 if model.dtype == torch.float64 else np.float32
+    scores = np.zeros((samples.users.size, len(model.catalog)), dtype)
     for chosen, log_probs in item_log_probs(model, data.histories, samples, policy):
         scores[chosen] = log_probs
     if unseen:

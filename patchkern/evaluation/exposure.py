@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import check_count
+from patchkern.evaluation.lists import listed_items
 
 
 def coverage(recommendations: Sequence[Sequence[Any]], k: int, *, catalog: Catalog) -> float:
@@ -24,9 +25,9 @@ def coverage(recommendations: Sequence[Sequence[Any]], k: int, *, catalog: Catal
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    check_count("k", k, minimum=1)
     shown = np.zeros(len(catalog), np.bool_)
-    for items in _firsts(recommendations, k, catalog):
-        shown[items] = True
+    shown[listed_items(recommendations, catalog, k)[0]] = True
     return float(shown.mean()) if shown.size else float("nan")
 
 
@@ -48,12 +49,8 @@ def log_popularity(
     each = np.log1p(np.asarray(counts, np.float64))
     if each.shape != (len(catalog),):
         raise ValueError(f"counts: expected one per item ({len(catalog)}), got shape {each.shape}")
-    firsts = _firsts(recommendations, k, catalog)
-    return np.array([each[items].mean() if items.size else np.nan for items in firsts], np.float64)
-
-
-def _firsts(recommendations: Sequence[Sequence[Any]], k: int, catalog: Catalog) -> Iterator[NDArray[np.integer[Any]]]:
     check_count("k", k, minimum=1)
-    for user, row in enumerate(recommendations):
-        ids = [entry[0] if isinstance(entry, tuple) else entry for entry in row[:k]]
-        yield catalog.index_of(np.asarray(ids), f"recommendations[{user}]")
+    items, offsets = listed_items(recommendations, catalog, k)
+    lengths = np.diff(offsets)
+    sums = np.bincount(np.repeat(np.arange(lengths.size), lengths), each[items], lengths.size)
+    return np.divide(sums, lengths, out=np.full(lengths.size, np.nan), where=lengths > 0)

@@ -14,6 +14,7 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import is_sequence
 from patchkern.batch.histories import Histories
 from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
+from patchkern.evaluation.lists import listed_items
 
 METRICS = ("strict", "paper")
 
@@ -236,13 +237,15 @@ def evaluate(
     if len(recommendations) != target_index.size:
         raise ValueError(f"targets: expected one per list ({len(recommendations)}), got {target_index.size}")
     title = _title_numbers(catalog)
-    ranks = np.zeros(target_index.size, np.int64)
-    for user, (row, target) in enumerate(zip(recommendations, target_index.tolist(), strict=True)):
-        listed = _listed(row, user, catalog)
-        if metric == "strict":
-            ranks[user] = _strict_rank(title[listed].tolist(), int(title[target]))
-        else:
-            ranks[user] = _paper_rank([texts[item] for item in listed], texts[target])
+    listed, offsets = listed_items(recommendations, catalog)
+    if metric == "strict":
+        ranks = _strict_ranks(title[listed], offsets, title[target_index])
+    else:
+        titles = [texts[item] for item in listed.tolist()]
+        ends = zip(
+            *(offsets[part].tolist() for part in (slice(-1), slice(1, None))), target_index.tolist(), strict=True
+        )
+        ranks = np.array([_paper_rank(titles[begin:end], texts[target]) for begin, end, target in ends], np.int64)
     ambiguous = np.bincount(title)[title[target_index]] > 1
     numbers = None if users is None else user_numbers(users, target_index.size)
     return Evaluation(metric, ks, ranks, ambiguous, numbers)
@@ -265,9 +268,10 @@ def _with_several(
     shared = np.bincount(title)[wanted] > 1
     ranks: list[int] = []
     offsets = [0]
-    for user, row in enumerate(recommendations):
+    items, begins = listed_items(recommendations, catalog)
+    for user in range(len(targets)):
         own = dict.fromkeys(wanted[targets.offsets[user] : targets.offsets[user + 1]].tolist())
-        listed = title[_listed(row, user, catalog)].tolist()
+        listed = title[items[begins[user] : begins[user + 1]]].tolist()
         ranks += [_strict_rank(listed, one) for one in own]
         offsets.append(len(ranks))
     ambiguous = np.logical_or.reduceat(shared, targets.offsets[:-1]) if len(targets) else np.zeros(0, bool)
@@ -279,13 +283,6 @@ def _are_lists(targets: Any) -> bool:
     if isinstance(targets, Histories) or getattr(targets, "ndim", 1) > 1:
         return True
     return is_sequence(targets) and len(targets) > 0 and is_sequence(next(iter(targets)))
-
-
-def _listed(row: Sequence[Any], user: int, catalog: Catalog) -> list[int]:
-    """Catalogue positions of a list's items."""
-    ids = [entry[0] if isinstance(entry, tuple) else entry for entry in row]
-    positions: list[int] = catalog.index_of(np.asarray(ids), f"recommendations[{user}]").tolist()
-    return positions
 
 
 def _users(found: Evaluation) -> NDArray[np.int64]:
@@ -308,6 +305,21 @@ def _title_numbers(catalog: Catalog) -> NDArray[np.int64]:
     numbers: dict[bytes, int] = {}
     titles = (catalog.tokens(item).tobytes() for item in range(len(catalog)))
     return np.fromiter((numbers.setdefault(title, len(numbers)) for title in titles), np.int64, len(catalog))
+
+
+def _strict_ranks(
+    listed: NDArray[np.int64], offsets: NDArray[np.int64], wanted: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """``(B,)`` of `_strict_rank` for lists one after the other, list ``b`` at ``offsets[b]:offsets[b + 1]``."""
+    row = np.repeat(np.arange(wanted.size), np.diff(offsets))
+    order = np.lexsort((listed, row))
+    again = np.zeros(listed.size, np.bool_)
+    again[order[1:]] = (np.diff(row[order]) == 0) & (np.diff(listed[order]) == 0)
+    distinct = np.append(0, np.cumsum(~again))
+    at = np.flatnonzero(~again & (listed == wanted[row]))
+    ranks = np.zeros(wanted.size, np.int64)
+    ranks[row[at]] = distinct[at + 1] - distinct[offsets[row[at]]]
+    return ranks
 
 
 def _strict_rank(listed: list[int], target: int) -> int:

@@ -157,16 +157,12 @@ class Follows:
 
     def score(self, items: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
         """``(S, num_items)`` scores, see `transitions`, for ragged latest items, oldest first."""
-        lengths = np.diff(offsets)
-        sample = np.repeat(np.arange(lengths.size), lengths)
-        age = np.repeat(offsets[1:], lengths) - np.arange(items.size)
-        followers = self.offsets[items + 1] - self.offsets[items]
-        skipped = np.cumsum(followers) - followers
-        at = np.arange(int(followers.sum())) + np.repeat(self.offsets[items] - skipped, followers)
-        cell = np.repeat(sample * self.num_items, followers) + self.columns[at]
-        weight = self.weights[at] / np.repeat(age, followers)
-        table = np.bincount(cell, weight, lengths.size * self.num_items).astype(np.float64, copy=False)
-        return table.reshape(lengths.size, self.num_items)
+        table = np.zeros((offsets.size - 1, self.num_items))
+        for row, begin, end in zip(table, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            for age, item in zip(range(end - begin, 0, -1), items[begin:end].tolist(), strict=True):
+                followers = slice(self.offsets[item], self.offsets[item + 1])
+                row[self.columns[followers]] += self.weights[followers] / age
+        return table
 
 
 def by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -210,8 +210,9 @@ def _share_trunks(
     begun = bool(model.prompt.suffix) or head == "items"  # a branch for a title begins with a row of its own
     if drawn or not begun or not isinstance(policy, (TrunkPolicy, Experts)) or not model.takes_branches:
         return np.zeros(positions.shape, bool)
-    whole = policy.max_items is None or cut_every_of(policy) > 1
-    return np.ones(positions.shape, bool) if whole else positions <= policy.max_items
+    if policy.max_items is None or cut_every_of(policy) > 1:
+        return np.ones(positions.shape, bool)
+    return positions <= policy.max_items
 
 
 def _filled(rows: Int64, most: int) -> Iterator[Int64]:

@@ -13,9 +13,10 @@ from patchkern.data import samples_of
 from patchkern.evaluation import Evaluation
 from recipes.baselines.networks import Recommender
 from recipes.baselines.scoring import Ranker
-from recipes.evaluate import PRIORS, beside, counted, keep
+from recipes.evaluate import beside, counted, keep
 from recipes.prior_weights import given_weights, validation_samples, weights_beside_scores, with_priors
-from recipes.ranking import ScoredItems
+from recipes.priors import make_priors
+from recipes.ranking import ScoredItems, parts_of, prior_alone, prior_scores
 from recipes.results import KS, Results
 
 SEEN = ("left_out", "allowed")
@@ -33,30 +34,30 @@ def rank(
     """
     data, catalog = ranker.data, ranker.catalog
     samples = samples_of(data, args.split).spread(args.limit)
-    priors = {name: PRIORS[name](data, catalog) for name in args.prior}
+    priors = make_priors(args.prior, data, catalog, device=model.bias.device)
     rows: dict[str, dict[str, Weights]] = {}
     found: dict[str, dict[str, ScoredItems]] = {}
     for seen in args.seen_items:
         unseen = seen == "left_out"
         beside_it = weights_of(priors, model, ranker, args, unseen=unseen)
         rows[seen] = {ALONE: {}} | {with_priors(weights): weights for weights in beside_it}
-        names = [*rows[seen], *(_by_itself(name) for name in priors)]
+        names = [*rows[seen], *(prior_alone(name) for name in priors)]
         found[seen] = {name: ScoredItems(data, samples, catalog, max(KS), unseen) for name in names}
     wall = cpu = 0.0
-    begin = time.perf_counter(), time.process_time()
-    for numbers, scores in ranker.scores(model, samples):
+    for numbers in parts_of(samples, catalog):
+        part = samples.take(numbers)
+        begin = time.perf_counter(), time.process_time()
+        scores = ranker.table(model, part, unseen=False)
         found[args.seen_items[0]][ALONE].add(numbers, scores)
         wall += time.perf_counter() - begin[0]
         cpu += time.process_time() - begin[1]
-        past = data.before(samples.take(numbers))
-        tables = {name: prior(past) for name, prior in priors.items()}
+        tables = {name: prior_scores(prior, data, part) for name, prior in priors.items()}
         for seen, own in rows.items():
             for name, weights in own.items():
                 if name != ALONE or seen != args.seen_items[0]:
                     found[seen][name].add(numbers, sum((w * tables[p] for p, w in weights.items()), scores))
             for name, table in tables.items():
-                found[seen][_by_itself(name)].add(numbers, table)
-        begin = time.perf_counter(), time.process_time()
+                found[seen][prior_alone(name)].add(numbers, table)
     count = samples.users.size
     print(f"{count / wall:.1f} users/s, {count / cpu:.1f} in a second of a CPU", flush=True)
 
@@ -72,8 +73,8 @@ def rank(
             else:
                 results[name] = result
         print(f"± one standard error over {results.num_users:,} users\n")
-        for part in (results.table(), results.further()):
-            print("\n".join([*part, ""]))
+        for lines in (results.table(), results.further()):
+            print("\n".join([*lines, ""]))
         print(f"per sample: {path}", flush=True)
         every[seen] = {name: result.found for name, result in results.items()}
     return every
@@ -91,7 +92,3 @@ def weights_of(
     samples = validation_samples(ranker.data, args)
     own = ranker.table(model, samples, unseen=unseen)
     return weights_beside_scores(own, ranker.data, ranker.catalog, samples, sets)
-
-
-def _by_itself(name: str) -> str:
-    return f"{name} prior alone"

@@ -11,7 +11,7 @@ from patchkern.data.preparation import add_arguments
 from recipes.baselines.evaluation import SEEN
 from recipes.baselines.settings import SETTINGS, Settings, settings_of
 from recipes.commands import Parser
-from recipes.evaluate import PRIORS, check_prior
+from recipes.priors import ABOUT, check_prior
 
 CHANGE = {
     "num_train_epochs": "epochs",
@@ -48,7 +48,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     group.add_argument("--split", choices=["test", "val"], default="test")
     group.add_argument("--seen_items", nargs="+", choices=SEEN, default=["left_out"], help="default: left_out")
     group.add_argument("--limit", type=int, help="so many samples only, spread over all")
-    group.add_argument("--prior", nargs="+", choices=PRIORS, default=[], help="rows with these priors, and with all")
+    group.add_argument("--prior", nargs="+", default=[], help=f"rows with each and with all: {ABOUT}")
     group.add_argument("--prior_weight", nargs="+", type=float, help="of each (default: fitted on validation samples)")
     group.add_argument("--fit_limit", type=int, default=1000, help="of these, so many (default: %(default)s)")
     args = parser.parse_args(argv)

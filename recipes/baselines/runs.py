@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import patchkern as pk
+from recipes.baselines.networks import Recommender
+from recipes.baselines.settings import Settings
 
 ARGUMENTS, WEIGHTS, STATE = "arguments.json", "model.safetensors", "state.safetensors"
 _RECORD = "record"
@@ -54,10 +59,10 @@ class Run:
     def keep_best(self, model: nn.Module) -> None:
         self._write(WEIGHTS, model.state_dict(), {})
 
-    def load_best(self, model: nn.Module) -> None:
+    def load_best(self, model: nn.Module, argument: str = "--output_dir") -> None:
         """Raise a ValueError where the run has no weights yet."""
         if not (self.folder / WEIGHTS).is_file():
-            raise ValueError(f"--output_dir: expected a run that was trained, got {os.fspath(self.folder)!r}")
+            raise ValueError(f"{argument}: expected a run that was trained, got {os.fspath(self.folder)!r}")
         model.load_state_dict(self._read(WEIGHTS)[0])
 
     def keep_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
@@ -90,3 +95,35 @@ class Run:
         with safe_open(self.folder / name, framework="pt") as file:
             names = file.keys()
             return {key: file.get_tensor(key) for key in names}, file.metadata() or {}
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether it is the folder of a run of this recipe."""
+    arguments = Run(folder).arguments()
+    return arguments is not None and "items" in arguments and "setting" in arguments
+
+
+def load_run(run: Run, catalog: pk.Catalog, argument: str = "--output_dir") -> tuple[Recommender, Settings]:
+    """The best weights of a run; ``argument`` is what errors name.
+
+    Raises:
+        ValueError: there is none, or it is of another catalogue.
+    """
+    arguments = run.arguments()
+    if arguments is None or not is_run(run.folder):
+        raise ValueError(f"{argument}: expected a run of recipes/baselines, got {str(run.folder)!r}")
+    if arguments["items"] != fingerprint(catalog):
+        raise ValueError(
+            f"{argument}: expected a run over the {len(catalog):,} items of the data, in their order, got "
+            f"{str(run.folder)!r}, over others"
+        )
+    settings, width = Settings(**arguments["settings"]), arguments["title_width"]
+    titles = None if width is None else torch.zeros(len(catalog), width)
+    model = Recommender(arguments["model"], len(catalog), settings, titles)
+    run.load_best(model, argument)
+    return model, settings
+
+
+def fingerprint(catalog: pk.Catalog) -> str:
+    """Of the items and their order."""
+    return hashlib.sha256(json.dumps(catalog.item_ids.tolist()).encode()).hexdigest()[:16]

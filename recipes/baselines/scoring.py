@@ -12,12 +12,25 @@ from numpy.typing import NDArray
 import patchkern as pk
 from patchkern.data import Interactions, Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate
-from recipes.baselines.batches import Integers, item_positions, sample_windows
+from recipes.baselines.batches import Integers, Windows, item_positions, sample_windows
 from recipes.baselines.networks import Recommender
 from recipes.ranking import ScoredItems
 
 SAMPLES_AT_ONCE = 128
 KS = (10, 20)
+
+
+def window_scores(model: Recommender, windows: Windows) -> Iterator[tuple[Integers, NDArray[np.float32]]]:
+    """``(n,)`` numbers of windows, those of like length together, and their ``(n, n_items)``."""
+    device = model.bias.device
+    model.eval()
+    for chosen in windows.parts(SAMPLES_AT_ONCE):
+        batch = windows.batch(chosen)
+        with torch.inference_mode():
+            states, vectors = model(batch.histories.to(device))
+            last = states.flatten(0, 1)[batch.rows.to(device)]
+            scores = torch.addmm(model.bias, last, vectors.T).float().cpu().numpy()
+        yield chosen, scores
 
 
 class Ranker:
@@ -33,16 +46,7 @@ class Ranker:
 
     def scores(self, model: Recommender, samples: Samples) -> Iterator[tuple[Integers, NDArray[np.float32]]]:
         """``(n,)`` numbers of samples, those with histories of like length together, and their ``(n, n_items)``."""
-        windows = sample_windows(self.data, self._items, samples, self.window)
-        device = model.bias.device
-        model.eval()
-        for chosen in windows.parts(SAMPLES_AT_ONCE):
-            batch = windows.batch(chosen)
-            with torch.inference_mode():
-                states, vectors = model(batch.histories.to(device))
-                last = states.flatten(0, 1)[batch.rows.to(device)]
-                scores = torch.addmm(model.bias, last, vectors.T).float().cpu().numpy()
-            yield chosen, scores
+        return window_scores(model, sample_windows(self.data, self._items, samples, self.window))
 
     def table(self, model: Recommender, samples: Samples, *, unseen: bool) -> NDArray[np.float32]:
         """``(S, n_items)`` scores; -inf for items of the whole history if ``unseen``."""

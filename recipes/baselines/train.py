@@ -19,8 +19,6 @@ goes to a CSV beside the weights, of which recipes/compare.py compares any two, 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,9 +39,8 @@ from recipes.baselines.flags import chosen_settings, parse
 from recipes.baselines.losses import bf16_pays
 from recipes.baselines.morec import title_vectors
 from recipes.baselines.networks import Recommender
-from recipes.baselines.runs import Run
+from recipes.baselines.runs import Run, fingerprint, load_run
 from recipes.baselines.scoring import Ranker
-from recipes.baselines.settings import Settings
 from recipes.baselines.training import Training
 
 VALIDATION_SAMPLES = 2000
@@ -100,35 +97,12 @@ def train(run: Run, data: Interactions, catalog: pk.Catalog, args: argparse.Name
     )
 
 
-def load_run(run: Run, catalog: pk.Catalog) -> tuple[Recommender, Settings]:
-    """The best weights of a run.
-
-    Raises:
-        ValueError: there is none, or it is of another catalogue.
-    """
-    arguments = run.arguments()
-    if arguments is None or "items" not in arguments:
-        raise ValueError(f"--output_dir: expected a run of this recipe, got {str(run.folder)!r}")
-    if arguments["items"] != fingerprint(catalog):
-        raise ValueError(f"--data: expected the items that {str(run.folder)!r} was trained on, got others")
-    settings, width = Settings(**arguments["settings"]), arguments["title_width"]
-    titles = None if width is None else torch.zeros(len(catalog), width)
-    model = Recommender(arguments["model"], len(catalog), settings, titles)
-    run.load_best(model)
-    return model, settings
-
-
 def bf16(args: argparse.Namespace, run: Run, n_items: int, width: int, device: torch.device) -> bool:
     """As asked for, else as it was before the run was killed, else measured."""
     if args.bf16 is not None:
         return bool(args.bf16 == "true")
     before = run.arguments()
     return bf16_pays(n_items, width, device) if before is None else bool(before.get("bf16"))
-
-
-def fingerprint(catalog: pk.Catalog) -> str:
-    """Of the items and their order."""
-    return hashlib.sha256(json.dumps(catalog.item_ids.tolist()).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -348,16 +348,16 @@ def test_wrong_folders(source: str, tmp_path: Path, encoder: str) -> None:
     where = ["--data", source, "--output_dir", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="--encoder: expected a sentence encoder's folder or hub id, got '/nowhere'"):
         main(["--model", "morec", "--encoder", "/nowhere", *where])
-    with pytest.raises(ValueError, match="--output_dir: expected a run of this recipe"):
+    with pytest.raises(ValueError, match="--output_dir: expected a run of recipes/baselines"):
         main(["--evaluate_only", *where])
     assert not (tmp_path / "run").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "arguments.json").write_text('{"stage": "sft"}')
     other = ["--data", source, "--output_dir", str(tmp_path / "other")]
-    with pytest.raises(ValueError, match="--output_dir: expected a run of this recipe"):
+    with pytest.raises(ValueError, match="--output_dir: expected a run of recipes/baselines"):
         main(["--evaluate_only", *other])
     with pytest.raises(ValueError, match="--resume: expected the arguments of the run so far, got other model None"):
         main(["--model", "caser", "--resume", *other])
     main(["--model", "caser", *where, *FLAGS, "--num_train_epochs", "1", "--limit", "5"])
-    with pytest.raises(ValueError, match=r"--data: expected the items that .* was trained on, got others"):
+    with pytest.raises(ValueError, match=r"--output_dir: expected a run over the [\d,]+ items of the data, in their order, got .*, over others"):
         main(["--evaluate_only", "--data", "synthetic", "--output_dir", str(tmp_path / "run")])

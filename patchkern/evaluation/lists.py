@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommendation lists as catalogue positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchkern.batch.catalog import Catalog
+
+Int64 = NDArray[np.int64]
+
+
+def listed_items(
+    recommendations: Sequence[Sequence[Any]], catalog: Catalog, k: int | None = None
+) -> tuple[Int64, Int64]:
+    """The first ``k`` items (None: all) of each list, one list after the other.
+
+    Args:
+        recommendations: as in `patchkern.evaluation.evaluate`.
+
+    Returns:
+        ``(N,)`` int64 catalogue positions, ``(B + 1,)`` int64 where each list begins among them.
+
+    Raises:
+        TypeError, ValueError: what is no item of the catalogue; the message names the list.
+    """
+    rows = [[entry[0] if isinstance(entry, tuple) else entry for entry in row[:k]] for row in recommendations]
+    offsets = np.cumsum([0, *map(len, rows)])
+    ids = [item for row in rows for item in row]
+    if len({type(item) for item in ids}) == 1:
+        index = catalog.find(np.asarray(ids), "recommendations")
+        if index.min() >= 0:
+            return index.astype(np.int64), offsets
+    parts = [catalog.index_of(np.asarray(row), f"recommendations[{user}]") for user, row in enumerate(rows)]
+    return np.concatenate([np.zeros(0, np.int64), *parts]), offsets

@@ -359,5 +359,8 @@ def test_wrong_folders(source: str, tmp_path: Path, encoder: str) -> None:
     with pytest.raises(ValueError, match="--resume: expected the arguments of the run so far, got other model None"):
         main(["--model", "caser", "--resume", *other])
     main(["--model", "caser", *where, *FLAGS, "--num_train_epochs", "1", "--limit", "5"])
-    with pytest.raises(ValueError, match=r"--output_dir: expected a run over the [\d,]+ items of the data, in their order, got .*, over others"):
+    with pytest.raises(
+        ValueError,
+        match=r"--output_dir: expected a run over the [\d,]+ items of the data, in their order, got .*, over others",
+    ):
         main(["--evaluate_only", "--data", "synthetic", "--output_dir", str(tmp_path / "run")])

@@ -21,7 +21,13 @@ from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_promp
 from patchkern.search.weights import fit_weights
 from patchkern.training import target_nll
 from recipes import compare, evaluate, per_sample, ranking
+from recipes.baselines.runs import Run, load_run
+from recipes.baselines.scoring import Ranker
+from recipes.baselines.train import main as train_baseline
+from recipes.item_models import catalog_of_ids
+from recipes.priors import names_of
 
+BASELINE = ["--width", "8", "--layers", "1", "--window", "6", "--bf16", "false", "--num_train_epochs", "1"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
@@ -202,6 +208,7 @@ def test_another_policy_than_the_model_was_saved_with(data: Any, run: Any, tmp_p
         (["runs", "--policy", "text", "--memory_budget", "much"], "--memory_budget: expected"),
         (["runs", "--prior_weight", "1"], "--prior_weight: expected a --prior that it weighs"),
         (["runs", "--prior", "linear", "linear"], "--prior: expected each once, got linear linear"),
+        (["runs", "--prior", "liner"], "--prior: expected popularity, transitions, linear, or the folder of a run on"),
         (["runs", "--prior", "linear", "--prior_weight", "1", "2"], "expected one for each --prior (1), got 2"),
         (["runs", "--prior", "linear", "--prior_weight", "-1"], "--prior_weight: expected at least 0, got -1.0"),
         (["runs", "--prior", "linear", "--search", "diverse"], "--prior: expected none with --metric paper or"),
@@ -301,6 +308,125 @@ def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp
 def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: expected one with an item head"):
         evaluate.main([run[0], "--data", data[0], "--search", "items", "--output", str(tmp_path / "x.csv")])
+
+
+# ------------------------------------------------------------------ trained models as priors
+
+
+@pytest.fixture(scope="module")
+def hstu(data: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pk.ItemModel]:
+    """Reads ids, and histories in another way than the language model: cut, as training in passes cuts them."""
+    folder = tmp_path_factory.mktemp("runs") / "hstu" / "checkpoint-9"
+    policy = pk.ItemPatches(0, max_items=6, cut_every=6)
+    model = pk.ItemModel(
+        catalog_of_ids(data[1].titles), policy, block="hstu", width=8, heads=2, max_positions=13, seed=1
+    )
+    with torch.no_grad():
+        model.hf_model.items.weight.mul_(30)
+    model.eval().save_pretrained(folder)
+    return str(folder.parent), model
+
+
+def test_trained_models_of_several_kinds(
+    data: Any, head: Any, hstu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows against `recommend` with `ItemHeadPrior`, which computes every history anew."""
+    monkeypatch.setattr(ranking, "SCORES_AT_ONCE", 50 * 37)  # several parts
+    (source, interactions), (folder, model) = data, head
+    baseline = tmp_path / "caser"
+    train_baseline(["--model", "caser", "--data", source, "--output_dir", str(baseline), "--limit", "5", *BASELINE])
+    priors = ["--prior", "linear", hstu[0], str(baseline), "--prior_weight", "0.5", "2", "3"]
+    flags = ["--search", "items", "--exclude_seen", "--output", str(tmp_path / "out.csv")]
+    results = evaluate.main([folder, "--data", source, *flags, *priors])
+
+    samples = interactions.samples("test")
+    histories, targets = interactions.before(samples), interactions.targets(samples)
+    linear, other = pk.LinearPrior(interactions, model.catalog), pk.ItemHeadPrior(hstu[1])
+    assert not np.allclose(other(histories), model.score_items(histories, head="items"), atol=0.1)
+    network, settings = load_run(Run(baseline), model.catalog)
+    logits = np.zeros((samples.users.size, 50))
+    for chosen, scores in Ranker(interactions, model.catalog, settings.window).scores(network, samples):
+        logits[chosen] = scores
+    caser = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = {
+        "+ linear (weight 0.5)": 0.5 * linear(histories),
+        "+ hstu (weight 2)": 2 * other(histories),
+        "+ caser (weight 3)": 3 * caser,
+    }
+    expected["+ linear + hstu + caser (weight 0.5, 2, 3)"] = sum(expected.values())
+    alone = ["linear prior alone", "hstu prior alone", "caser prior alone"]
+    assert list(results)[:8] == ["this model", *expected, *alone]
+    files = ["out-linear", "out-hstu", "out-caser", "out-linear-hstu-caser"]
+    place = {tuple(items.tolist()): number for number, items in enumerate(histories)}
+    assert len(place) == len(histories), "each history once, or a prior could not be looked up by it"
+    for (name, table), file in zip(expected.items(), files, strict=True):
+        prior = lambda past, table=table: table[[place[tuple(items.tolist())] for items in past]]  # noqa: E731
+        lists = model.recommend(histories, search="items", exclude_seen=True, prior=prior)
+        found = count(lists, targets, catalog=model.catalog)
+        assert results[name][0].ranks.tolist() == found.ranks.tolist()
+        assert [int(row["rank"]) for row in rows_of(tmp_path / f"{file}.csv")] == found.ranks.tolist()
+    lists = hstu[1].recommend(histories, search="items", exclude_seen=True)
+    assert results["hstu prior alone"][0].ranks.tolist() == count(lists, targets, catalog=model.catalog).ranks.tolist()
+
+
+def test_the_weight_of_a_trained_model_is_fitted(data: Any, head: Any, hstu: Any, tmp_path: Path) -> None:
+    flags = ["--search", "items", "--prior", hstu[0], "--fit_limit", "12", "--limit", "5"]
+    name = list(evaluate.main([head[0], "--data", data[0], *flags, "--output", str(tmp_path / "fit.csv")]))[1]
+    val = data[1].samples("val").spread(12)
+    past, targets = data[1].before(val), head[1].catalog.index_of(data[1].targets(val))
+    scores = [head[1].score_items(past, head="items"), pk.ItemHeadPrior(hstu[1])(past)]
+    (weight,) = fit_weights(np.stack(scores, axis=2), targets)
+    assert name == f"+ hstu (weight {weight:g})"
+
+
+def test_a_search_for_titles_with_a_trained_model(data: Any, run: Any, head: Any, tmp_path: Path) -> None:
+    flags = ["--prior", head[0], "--prior_weight", "0.5", "--limit", "9", "--output", str(tmp_path / "x.csv")]
+    results = evaluate.main([run[0], "--data", data[0], *flags])
+    samples = data[1].samples("test").spread(9)
+    lists = run[1].recommend(data[1].before(samples), prior=pk.ItemHeadPrior(head[1]), prior_weight=0.5)
+    expected = count(lists, data[1].targets(samples), catalog=run[1].catalog)
+    assert results["+ head (weight 0.5)"][0].ranks.tolist() == expected.ranks.tolist()
+
+
+def test_runs_that_cannot_be_priors(data: Any, run: Any, head: Any, tmp_path: Path) -> None:
+    flags = ["--data", data[0], "--search", "items", "--prior_weight", "1", "--output", str(tmp_path / "x.csv")]
+    titles = data[1].titles
+    without, turned = (dict(list(titles.items())[:-1]), dict(reversed(titles.items())))
+    for name, other, message in (
+        (
+            "fewer",
+            without,
+            r"--prior: expected a run over the 50 items of synthetic, got '.*fewer', over 49, 49 of these",
+        ),
+        (
+            "turned",
+            turned,
+            "--prior: expected a run over the 50 items of synthetic, got '.*turned', over these in anoth",
+        ),
+    ):
+        pk.ItemModel(catalog_of_ids(other), pk.ItemPatches(0), width=8, max_positions=9).save_pretrained(
+            tmp_path / name
+        )
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([head[0], "--prior", str(tmp_path / name), *flags])
+    pk.ItemModel(catalog_of_ids(titles), width=8, max_positions=9).save_pretrained(tmp_path / "unread")
+    with pytest.raises(
+        ValueError, match=r"--prior: expected .* with the policy it was trained with, got '.*unread', wi"
+    ):
+        evaluate.main([head[0], "--prior", str(tmp_path / "unread"), *flags])
+    with pytest.raises(ValueError, match=f"--prior: expected .* with an item head .*, got '{run[0]}', without one"):
+        evaluate.main([head[0], "--prior", run[0], *flags])
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_names_of_priors() -> None:
+    assert names_of(["linear", "runs/hstu", "./runs/a/items", "runs/b/items/"]) == [
+        "linear",
+        "hstu",
+        "a-items",
+        "b-items",
+    ]
+    assert names_of(["runs/head/checkpoint-429", "runs/head"]) == ["head-checkpoint-429", "head"]
 
 
 # ------------------------------------------------------------------ several targets

@@ -157,19 +157,38 @@ def _best_on_grid(found: _Found, weights: Floats, prior: int, k: int) -> float:
     """Where the average of NDCG@k over factors of one weight is largest, the others being as they are."""
     others = np.append(1.0, weights)
     others[1 + prior] = 0
-    curve = np.zeros(1 + _GRID.size)
+    grid = np.append(0.0, _GRID)
+    curve = np.zeros(grid.size)
     for part in found.parts():
         base, slope = found.ahead[part] @ others, found.ahead[part, :, 1 + prior]
         base[~found.exists[part]] = -math.inf
-        for at, weight in enumerate([0.0, *_GRID.tolist()]):
-            total = base + weight * slope
-            places = 1 + ((total > 0) | ((total == 0) & found.first[part])).sum(axis=1)
-            curve[at] += (1 / np.log2(1 + places[places <= k])).sum()
+        places = 1 + _ahead_on_grid(base, slope, found.first[part], grid)
+        for at, place in enumerate(places.T):
+            curve[at] += (1 / np.log2(1 + place[place <= k])).sum()
     distance = (np.arange(_GRID.size)[:, None] - np.arange(_GRID.size)) / (_PER_OCTAVE * _SMOOTHING)
     kernel = np.exp(-(distance**2) / 2)
     smooth = kernel @ curve[1:] / kernel.sum(axis=1)
     best = int(np.flatnonzero(smooth >= smooth.max() * (1 - 1e-12))[0])
     return 0.0 if best == 0 and curve[0] >= curve[1] else float(_GRID[best])
+
+
+def _ahead_on_grid(base: Floats, slope: Floats, first: NDArray[np.bool_], grid: Floats) -> NDArray[np.int64]:
+    """``(B, G)`` how many candidates are ranked before the target at each weight, ``(B, C)`` being what they are ahead.
+
+    As the weight grows a candidate passes the target at most once, rounding included: where, is found by bisection.
+    """
+    users, size = len(base), grid.size
+    falls = slope < 0
+    low, passes = np.zeros(base.shape, np.int64), np.full(base.shape, size)
+    for _ in range(size.bit_length()):
+        middle = (low + passes) // 2
+        total = base + grid[np.minimum(middle, size - 1)] * slope
+        passed = (((total > 0) | ((total == 0) & first)) != falls) | (middle == size)
+        low, passes = np.where(passed, low, middle + 1), np.where(passed, middle, passes)
+    cell = np.arange(users)[:, None] * (size + 1) + passes
+    change = np.bincount(cell.ravel(), np.where(falls, -1, 1).ravel(), users * (size + 1)).astype(np.int64)
+    ahead: NDArray[np.int64] = falls.sum(axis=1)[:, None] + change.reshape(users, -1)[:, :size].cumsum(axis=1)
+    return ahead
 
 
 def _likeliest(found: _Found) -> Floats:

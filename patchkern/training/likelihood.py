@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -107,7 +107,9 @@ def item_log_probs(
     most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
     for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
         with torch.no_grad(), _evaluating(model):
-            states = model.item_states(layout, vectors)[: chosen.size]  # `Experts` have more labels, of no sample
+            states = model.item_states(layout, vectors)
+        wanted = np.flatnonzero(chosen >= 0)  # `Experts` have still more labels, of no sample
+        chosen, states = chosen[wanted], states[torch.from_numpy(wanted).to(states.device)]
         for begin in range(0, chosen.size, most):
             yield chosen[begin : begin + most], model.item_scores(states[begin : begin + most]).cpu().numpy()
 
@@ -132,7 +134,10 @@ def _passes(
     rows_per_pass: int,
     head: str,
 ) -> Iterator[tuple[Int64, PatchLayout, Tensor | None]]:
-    """Layouts of some samples each, which those are, in the order of their labels, and the layouts' vectors."""
+    """Layouts of some samples each, which those are, in the order of their labels, and the layouts' vectors.
+
+    Of a layout for items, -1 are labels of no sample.
+    """
     check_count("rows_per_pass", rows_per_pass, minimum=1)
     policy = policy_of(model, policy)
     if isinstance(policy, Experts):
@@ -141,7 +146,7 @@ def _passes(
     together, apart = np.flatnonzero(sharing), np.flatnonzero(~sharing)
     if together.size:
         passes = _trunk_passes(model, histories, users[together], positions[together], policy, rows_per_pass, head)
-        yield from ((together[chosen], layout, None) for chosen, layout in passes)
+        yield from ((np.where(chosen < 0, -1, together[chosen]), layout, None) for chosen, layout in passes)
     if apart.size:
         single = _single_passes(model, histories, users[apart], positions[apart], policy, rows_per_pass, head)
         yield from ((apart[chosen], layout, vectors) for chosen, layout, vectors in single)
@@ -156,7 +161,11 @@ def _trunk_passes(
     rows_per_pass: int,
     head: str,
 ) -> Iterator[tuple[Int64, PatchLayout]]:
-    """Each history once for all of its samples, as in training."""
+    """Each history once for all of its samples, as in training.
+
+    For items also for what lies between two samples, where these would else be two passes of more rows: those labels
+    are of no sample, and have -1.
+    """
     catalog, prompt = model.catalog, model.prompt
 
     def count_rows(users: Int64, ranges: Int64) -> Int64:
@@ -165,6 +174,8 @@ def _trunk_passes(
         return np.where(ranges[:, 0] == ranges[:, 1], np.minimum(counts, rows_per_pass), counts)
 
     order = np.lexsort((positions, users))
+    if head == "items":
+        users, positions, order = _with_between(users[order], positions[order], order, count_rows)
     runs = cut_to_passes(users, positions, count_rows, rows_per_pass)
     of, first, last, run_rows = np.array(runs, np.int64).T
     ends = np.cumsum(last - first + 1)
@@ -176,6 +187,28 @@ def _trunk_passes(
         )
         yield order[done : ends[places[-1]]], layout
         done = int(ends[places[-1]])
+
+
+def _with_between(
+    users: Int64, positions: Int64, order: Int64, count_rows: Callable[[Int64, Int64], Int64]
+) -> tuple[Int64, Int64, Int64]:
+    """Samples in order, with those between two of a user's where one pass over all has no more rows than two passes.
+
+    Returns:
+        ``(N,)`` users and positions, and of ``order``, with -1 for those that were not asked for.
+    """
+    gaps = np.diff(positions) - 1
+    at = np.flatnonzero((np.diff(users) == 0) & (gaps > 0))
+    first, last = positions[at], positions[at + 1]
+    apart = count_rows(users[at], np.stack([first, first], axis=1)) + count_rows(
+        users[at], np.stack([last, last], axis=1)
+    )
+    at = at[count_rows(users[at], np.stack([first, last], axis=1)) <= apart]
+    sizes = np.ones(users.size, np.int64)
+    sizes[at] += gaps[at]
+    place = np.repeat(np.arange(users.size), sizes)
+    step = np.arange(place.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return users[place], positions[place] + step, np.where(step == 0, order[place], -1)
 
 
 def _single_passes(

@@ -13,7 +13,7 @@ from cases import make_catalog, make_histories, make_titles
 from prior_cases import Lookup
 
 import patchkern as pk
-from patchkern.search.weights import MAX_WEIGHT, fit_weights, shortlist
+from patchkern.search.weights import _GRID, MAX_WEIGHT, _ahead_on_grid, fit_weights, shortlist
 
 
 def drawn(weights: list[float], n_users: int, n_candidates: int = 50, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -22,6 +22,18 @@ def drawn(weights: list[float], n_users: int, n_candidates: int = 50, seed: int 
     scores = rng.normal(size=(n_users, n_candidates, len(weights)))
     noise = rng.gumbel(size=(n_users, n_candidates))
     return scores, (scores @ np.array(weights) + noise).argmax(axis=1)
+
+
+def test_who_is_ahead_at_every_weight() -> None:
+    """Against each weight tried, with ties, candidates that never pass, and users with fewer."""
+    rng = np.random.default_rng(0)
+    base, slope = rng.integers(-4, 5, (2, 40, 30)) / 4.0
+    base[3:9, 20:] = -math.inf
+    first, grid = rng.random((40, 30)) < 0.5, np.append(0.0, _GRID)
+    assert ((base[:, :, None] + grid * slope[:, :, None] == 0).sum(axis=(0, 1)) > 0).sum() > 5
+    total = base[:, :, None] + grid * slope[:, :, None]
+    expected = ((total > 0) | ((total == 0) & first[:, :, None])).sum(axis=1)
+    assert np.array_equal(_ahead_on_grid(base, slope, first, grid), expected)
 
 
 @pytest.mark.parametrize("objective", ["ndcg", "nll"])

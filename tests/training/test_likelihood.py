@@ -88,6 +88,36 @@ def test_long_histories_take_nothing_from_short_ones(monkeypatch: pytest.MonkeyP
     assert rows == [alone, 4 * alone]
 
 
+@pytest.mark.parametrize("policy", [pk.ItemPatches(0, None), pk.ItemPatches(2, None), pk.TextOnly(20, cut_every=8)])
+def test_samples_apart_share_what_is_before_both(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third one, as a limit spreads them: nearly the rows of one history; far apart, those of each."""
+    model = with_head()
+    rows: list[int] = []
+    of_items = pk.PatchedCausalLM.item_states
+
+    def counted(self: pk.PatchedCausalLM, layout: pk.PatchLayout, *rest: Any) -> Any:
+        rows.append(layout.num_rows)
+        return of_items(self, layout, *rest)
+
+    def scored(positions: list[int]) -> int:
+        """Rows that it took."""
+        samples = (np.repeat([0, 2], [len(positions), 1]), np.array([*positions, 5]))
+        histories = [WHOLE[user][:position] for user, position in zip(*samples, strict=True)]
+        expected = model.score_items(histories, policy, head="items")
+        rows.clear()
+        got = np.full_like(expected, np.nan)
+        for chosen, scores in item_log_probs(model, WHOLE, samples, policy):
+            got[chosen] = scores
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+        return sum(rows)
+
+    monkeypatch.setattr(pk.PatchedCausalLM, "item_states", counted)
+    spread = list(range(9, 40, 3))
+    each = [scored([position]) for position in spread]
+    assert scored(spread[::-1]) < 0.7 * (sum(each) - (len(spread) - 1) * scored([]))
+    assert scored([1, 39]) <= scored([1]) + scored([39]) - scored([])
+
+
 def test_models_and_policies_without_trunks() -> None:
     model, positions = make_model(TITLES), SAMPLES[1]
 

@@ -120,11 +120,13 @@ def shortlist(scores: ArrayLike, targets: ArrayLike, depth: int) -> tuple[Floats
         keep &= exists
     users = np.arange(n_users)
     length = int(keep.sum(axis=1).max(initial=0))
-    order = np.argsort(~keep, axis=1, kind="stable")[:, :length]
+    order = np.argsort(~keep, axis=1, kind="stable")
+    within = (order == place[:, None]).argmax(axis=1)
+    order = order[:, :length]
     short = np.take_along_axis(given, order[:, :, None], axis=1).astype(np.float64)
     short[~np.take_along_axis(keep, order, axis=1)] = -math.inf
     among = (place >= 0) & keep[users, place]
-    return short, np.where(among, np.cumsum(keep, axis=1)[users, place] - 1, -1)
+    return short, np.where(among, within, -1)
 
 
 class _Found:

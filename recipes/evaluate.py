@@ -12,6 +12,9 @@
     python recipes/evaluate.py Llama-3.2-1B-Instruct --data ml-1m --policy text --limit 500     # zero-shot
     python recipes/evaluate.py runs/head --data ml-1m --split_by leave_two_out --targets all --ks 5 10 50 200
 
+--prior adds to the model's scores what else is known, by a weight that the validation split decides: fitted in seconds
+(popularity, transitions, linear), or another trained model, by the folder of its run, read as it was trained.
+
 Errors are over users, whose samples are not independent. The yardsticks, which any recommender should beat, are
 computed on the same samples; so is a prior alone. Each sample asks for one item, knowing those before it; with
 --targets all for all that the user takes in the split, knowing what came before, and Recall@k says which share of them
@@ -193,7 +196,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policy", choices=POLICIES, help="how histories are read (default: as trained)")
     parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
     parser.add_argument(
-        "--cut_every", type=int, help="items that longer histories lose at a time (default: as trained)"
+        "--cut_every",
+        type=int,
+        help="items that longer histories lose at a time, and a user's samples share the rest (default: as trained)",
     )
     parser.add_argument("--keep_text", type=int, help="latest items that stay text beside item patches")
     parser.add_argument("--group_size", type=int, help="items of a session patch")

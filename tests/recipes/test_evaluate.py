@@ -21,6 +21,7 @@ from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_promp
 from patchkern.search.weights import fit_weights
 from patchkern.training import target_nll
 from recipes import compare, evaluate, per_sample, ranking
+from recipes.baselines.prior import NetworkPrior
 from recipes.baselines.runs import Run, load_run
 from recipes.baselines.scoring import Ranker
 from recipes.baselines.train import main as train_baseline
@@ -367,6 +368,18 @@ def test_trained_models_of_several_kinds(
         assert [int(row["rank"]) for row in rows_of(tmp_path / f"{file}.csv")] == found.ranks.tolist()
     lists = hstu[1].recommend(histories, search="items", exclude_seen=True)
     assert results["hstu prior alone"][0].ranks.tolist() == count(lists, targets, catalog=model.catalog).ranks.tolist()
+
+    # the other way round: that model as a prior of the network
+    flags = ["--evaluate_only", "--data", source, "--output_dir", str(baseline)]
+    ranked = train_baseline([*flags, "--prior", hstu[0], "--prior_weight", "2"])["left_out"]["+ hstu (weight 2)"]
+    total = caser + 2 * other(histories)
+    total[np.repeat(np.arange(len(histories)), histories.lengths), model.catalog.index_of(histories.items)] = -np.inf
+    lists = model.catalog.item_ids[np.argsort(-total, axis=1, kind="stable")[:, :20]].tolist()
+    assert ranked[0].ranks.tolist() == count(lists, targets, catalog=model.catalog).ranks.tolist()
+    unknown = NetworkPrior(network, model.catalog, settings.window)(pk.Histories.coerce([[], histories.items[:2]]))
+    bias = network.bias.detach().double()
+    np.testing.assert_allclose(unknown[0], torch.log_softmax(bias, 0).numpy(), rtol=0, atol=1e-5)
+    assert unknown.shape == (2, 50) and not np.allclose(unknown[1], unknown[0])
 
 
 def test_the_weight_of_a_trained_model_is_fitted(data: Any, head: Any, hstu: Any, tmp_path: Path) -> None:

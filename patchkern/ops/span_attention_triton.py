@@ -50,9 +50,9 @@ class Blocks(NamedTuple):
 def _forward_blocks(width: int, itemsize: int, ranges: int, silu: bool) -> Blocks:
     """By padded head width, bytes per element, ranges and activation.
 
-    Of bfloat16's softmax over one range these are among the fastest on an H100, of a table of 174 tried on trunks of
-    1,000 rows with 50 branches of 40 (width 64 and 128). The others are the largest that were seen to compile without
-    spilling, as all of these do, by Triton 3.6 and 3.9 on sm_80, sm_90 and sm_100.
+    bfloat16's softmax over one range, at widths 64 and 128, has those that were within a few percent of the fastest on
+    an H100 (trunks of 1,000 rows with 50 branches of 40, each kernel varied alone); nothing else was timed. All compile
+    without spilling by Triton 3.6 and 3.9 for sm_80, sm_90 and sm_100.
     """
     if itemsize == 4:
         return Blocks(64, 32, 4, 1) if width <= 64 else Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 32, 8, 1)

@@ -78,18 +78,25 @@ def attention(
     span_prefix: Tensor | None = None,
     max_span_prefix: int | None = None,
     span_cache: SpanCache | None = None,
+    wanted_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for `patchkern_varlen`.
 
     ``query`` (B, H, L, d), ``key`` and ``value`` (B, Hkv, Lkv, d). Returns the output (B, L, H, d) and no weights.
     ``span_prefix``, of one range per span or several, and ``max_span_prefix`` are the ``prefix`` and ``max_prefix`` of
-    `span_attention`.
+    `span_attention`. With a ``span_cache``, ``wanted_rows`` (M,) are those whose output in the last layer is read: the
+    others have zeros there.
     """
     for name in _NOT_IMPLEMENTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{NAME} attention does not implement `{name}`, which {type(module).__name__} uses")
     if span_cache is not None:
+        if wanted_rows is not None and _is_last(module):
+            wanted_rows = wanted_rows.to(query.device)
+            found = span_cache.attend(module, query[:, :, wanted_rows], key, value, scaling, wanted_rows)
+            out = found.new_zeros(1, query.shape[2], *found.shape[2:])
+            return out.index_copy_(1, wanted_rows, found), None
         return span_cache.attend(module, query, key, value, scaling), None
     if cu_seq_lens_q is None:
         if span_prefix is not None:
@@ -114,6 +121,11 @@ def attention(
         max_prefix=max_span_prefix,
     )
     return out, None
+
+
+def _is_last(module: nn.Module) -> bool:
+    count: int = module.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+    return bool(module.layer_idx == count - 1)
 
 
 def _covers(sliding_window: int | None, max_seqlen: int | None, max_prefix: int | None) -> bool:

@@ -19,7 +19,7 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_titles
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
-from patchkern.models import attention, files, wrapped
+from patchkern.models import attention, files, wanted_rows, wrapped
 from patchkern.models.embedding import with_vectors
 from patchkern.models.isolation import Isolation
 from patchkern.models.item_head import ItemHead, output_weight
@@ -291,21 +291,31 @@ class PatchedCausalLM(LayoutEmbedder):
         self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
     ) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
-        embedded = self.embed(layout, vectors)
-        kwargs = {
-            name: value.to(embedded.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in {"logits_to_keep": rows, **packed_kwargs(layout)}.items()
-        }
-        return self.hf_model(inputs_embeds=embedded[None], span_cache=cache, **kwargs).logits[0]
+        return self._prompt_pass(layout, rows, cache, vectors, "titles")
 
     def prompt_states(
         self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None = None
     ) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
-        none = rows.new_zeros(0)
-        with wrapped.hidden_states(self.hf_model) as states:
-            self.prompt_logits(layout, none, cache, vectors)
-        return states[0][rows.to(states[0].device, non_blocking=True)]
+        return self._prompt_pass(layout, rows, cache, vectors, "items")
+
+    def _prompt_pass(
+        self, layout: PatchLayout, rows: Tensor, cache: SpanCache, vectors: Tensor | None, head: str
+    ) -> Tensor:
+        """Logits after the rows, or their hidden states for items."""
+        embedded, of_items = self.embed(layout, vectors), head == "items"
+        rows = rows.to(embedded.device, non_blocking=True)
+        kwargs = {
+            name: value.to(embedded.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in packed_kwargs(layout).items()
+        }
+        kwargs |= {"logits_to_keep": rows[:0] if of_items else rows, "span_cache": cache}
+        with (
+            wanted_rows.only(self.hf_model, rows, embedded) as of_rows,
+            wrapped.hidden_states(self.hf_model, of_items) as states,
+        ):
+            logits: Tensor = self.hf_model(inputs_embeds=embedded[None], **kwargs, **of_rows).logits[0]
+        return states[0][rows.to(states[0].device, non_blocking=True)] if of_items else logits
 
     def item_scores(self, states: Tensor) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""

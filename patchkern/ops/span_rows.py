@@ -20,16 +20,20 @@ _ROWS_PER_READ = 3
 _LEAST_PRODUCT = 1 << 21
 
 
+def are_few(rows: Tensor, count: int) -> bool:
+    """Whether choosing so few of the rows ``(..., T, D)`` costs less than a layer's products with all of them."""
+    total, width = rows.shape[-2:]
+    return _ROWS_PER_READ * count <= total and total * width * width >= _LEAST_PRODUCT
+
+
 def worthwhile(rows: Tensor, count: int) -> bool:
-    """Whether a layer that gives so few of the rows ``(..., T, D)`` alone takes less time than for all.
+    """Whether attention of so few of the rows ``(..., T, D)`` alone takes less time than of all.
 
     It does with the CPU's kernels, which take a user's rows together and those of others apart. Those of a GPU take so
     many rows together as there come, and go through what each user's see one after another: a row of each user alone
     would take longer than all rows of users side by side.
     """
-    total, width = rows.shape[-2:]
-    is_less = _ROWS_PER_READ * count <= total and total * width * width >= _LEAST_PRODUCT
-    return is_less and native.serves(rows, 0.0)
+    return are_few(rows, count) and native.serves(rows, 0.0)
 
 
 def attend_rows(

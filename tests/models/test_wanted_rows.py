@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts whose last layer computes little more than the rows that are read: what it gives for all, in every use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import model_families as families
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from model_families import CATALOG, PROMPT, TITLES
+from torch import Tensor, nn
+
+import patchkern as pk
+from patchkern.models import wanted_rows
+from patchkern.models.scratch import from_scratch
+
+NAMES = {item: f"Title {item} of {'ab' * (item % 3)}" for item in range(40)}
+POLICY = pk.ItemPatches(keep_text=2)
+HISTORIES = [[(7 * user + 5 * place) % 30 for place in range(n)] for user, n in enumerate([9, 1, 14, 3, 30])]
+# a feed-forward network by name in most, one of experts in some, none that takes rows alone in opt
+FAMILIES = ["llama", "gemma3_text", "qwen3", "qwen3_moe", "mixtral", "gpt2", "gpt_neox", "opt", "phi", "phi3", "olmo2"]
+FAMILIES += ["granite", "cohere2"]
+
+
+class Chooses:
+    """Whether the last layer computes wanted rows alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, chooses: bool) -> None:
+        for name in ("are_few", "worthwhile"):
+            self._monkeypatch.setattr(wanted_rows, name, lambda rows, count: chooses)
+
+    def both(self, function: Callable[[], Any]) -> tuple[Any, Any]:
+        """What it gives with wanted rows alone, and with all."""
+        self(True)
+        few = function()
+        self(False)
+        return few, function()
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Chooses:
+    return Chooses(monkeypatch)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def make_model(layers: int = 2, seed: int = 0) -> pk.PatchedCausalLM:
+    parts = from_scratch(
+        NAMES, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=layers, seed=seed
+    )
+    model = pk.PatchedCausalLM(*parts, POLICY, item_head=True).double().eval()
+    with torch.no_grad():
+        model.item_head.bias.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def scores(model: Any, search: str, histories: Any = HISTORIES, **options: Any) -> np.ndarray:
+    """Of all items in the order of their ids, by way of lists."""
+    k = len(model.catalog)
+    lists = model.recommend(histories, k=k, num_beams=k, search=search, **options)
+    return np.array([[score for _, score in sorted(user)] for user in lists])
+
+
+def close(few: np.ndarray, every: np.ndarray, tolerance: float = 1e-12) -> None:
+    np.testing.assert_allclose(few, every, rtol=0, atol=tolerance)
+
+
+def counted(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows it takes in every pass from now on; no hook, which would keep the rows whole."""
+    counts: list[int] = []
+    forward = module.forward
+
+    def count(rows: Tensor) -> Tensor:
+        counts.append(rows.shape[1])
+        return forward(rows)
+
+    monkeypatch.setattr(module, "forward", count)
+    return counts
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("search", ["beam", "exact", "items"])
+def test_searches(search: str, layers: int, choose: Chooses) -> None:
+    model = make_model(layers)
+    close(*choose.both(lambda: scores(model, search)))
+    close(*choose.both(lambda: scores(model, search, memory_budget="4MiB", batch_size=2)))
+    cache = pk.UserCache(model, 1 << 23)
+    for end in (1, 7, 30):
+        past = [history[:end] for history in HISTORIES]
+        choose(True)
+        cached = scores(model, search, past, user_cache=cache)
+        choose(False)
+        close(cached, scores(model, search, past))
+
+
+@pytest.mark.parametrize("search", ["beam", "items"])
+def test_the_rows_that_are_computed(search: str, choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(3)
+    first, last = (counted(model.hf_model.model.layers[at].mlp, monkeypatch) for at in (0, 2))
+    choose(True)
+    model.recommend(HISTORIES, k=1, search=search)
+    whole = pk.build_layout(model.catalog, HISTORIES, POLICY, model.prompt, head="items").num_rows
+    assert max(first) >= whole / 2, "all, but for what users share"
+    assert len(HISTORIES) in last
+    assert max(first) not in last
+
+
+def test_chunks_that_end_no_prompt(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their last layer gives is not read at all."""
+    model = make_model()
+    policy = pk.Experts(pk.ItemPatches(0, None), count=2, keep=2, block=3)
+    pk.add_experts(model, policy.count)
+    few, every = choose.both(lambda: scores(model, "items", policy=policy))
+    close(few, every)
+    last = counted(model.hf_model.model.layers[-1].mlp, monkeypatch)
+    choose(True)
+    pk.UserStates(model, policy=policy).update(range(2), HISTORIES[2:4])
+    assert set(last) <= {1, 4}, "one row for none, and what was tried: whether rows are taken one by one"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, choose: Chooses) -> None:
+    hf_model = families.tiny_model(name, reach=64)
+    model = pk.PatchedCausalLM(hf_model, CATALOG, PROMPT, pk.ItemPatches(keep_text=2), item_head=True).eval()
+    past = [history[:9] for history in HISTORIES]
+    for search in ("beam", "items"):
+        few, every = choose.both(lambda search=search: scores(model, search, past))
+        close(few, every, 2e-5 * float(np.abs(every).max()))
+        assert few.shape == (len(past), len(TITLES))
+
+
+def test_adapters(choose: Chooses) -> None:
+    model = make_model()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model.hf_model, config)
+    model = pk.PatchedCausalLM(adapted, model.catalog, model.prompt, POLICY, item_head=True).double()
+    close(*choose.both(lambda: scores(model, "items")))
+
+
+def test_who_listens_gets_whole_rows(choose: Chooses) -> None:
+    model = make_model()
+    heard: list[Tensor] = []
+    few, every = choose.both(lambda: scores(model, "items"))
+    layer = model.hf_model.model.layers[-1]
+    for module in (layer, layer.mlp, model.hf_model.model):
+        with module.register_forward_hook(lambda _, given, output: heard.append(output)):
+            few, every = choose.both(lambda: scores(model, "items"))
+        one, other = (x if isinstance(x, Tensor) else x[0] for x in heard)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        heard.clear()
+        close(few, every)
+
+
+def test_an_error_within_leaves_the_model_as_it_was(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    every = scores(model, "items")
+    network = model.hf_model.model.layers[-1].mlp
+    choose(True)
+    scores(model, "items")  # it has been tried
+    with monkeypatch.context() as patched:
+        patched.setattr(network, "forward", lambda rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.recommend(HISTORIES, k=1, search="items")
+    assert not network._forward_hooks and not network._forward_pre_hooks
+    close(scores(model, "items"), every)
+
+
+class OverRows(nn.Module):
+    """No network of rows one by one: each has something of all before it."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.cumsum(1)
+
+
+def test_networks_over_rows_are_left_alone(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(7, 16, dtype=torch.float64)
+    model = make_model()
+    choose(True)
+    model.hf_model.model.layers[-1].mlp = OverRows()
+    counts = counted(model.hf_model.model.layers[-1].mlp, monkeypatch)
+    with torch.no_grad(), wanted_rows.only(model.hf_model, torch.tensor([2, 6]), rows):
+        output = model.hf_model.model.layers[-1].mlp(rows[None])
+    assert counts == [4, 1, 7], "a try, and then all rows"
+    torch.testing.assert_close(output, rows[None].cumsum(1), rtol=0, atol=0)

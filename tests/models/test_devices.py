@@ -19,6 +19,7 @@ from torch import nn
 from training_cases import losses_of, make_trainer
 
 import patchkern as pk
+from patchkern.ops import span_rows
 from patchkern.serving.stores import MemoryStore
 from patchkern.serving.user_states import UserStates
 
@@ -135,8 +136,12 @@ def test_experts(parts: str, device: torch.device) -> None:
 
 
 @on_devices
+@pytest.mark.parametrize("least", [0, None])
 @pytest.mark.parametrize("search", ["items", "beam", "exact", "diverse"])
-def test_searches(search: str, device: torch.device) -> None:
+def test_searches(search: str, least: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a last layer that computes wanted rows alone, which it does not for a model as small as this."""
+    if least is not None:
+        monkeypatch.setattr(span_rows, "_LEAST_PRODUCT", least)
     model = language_model(item_embeddings=True)
     for policy in ("items", "sessions, start"):
         check_lists(

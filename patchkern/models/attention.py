@@ -124,8 +124,8 @@ def attention(
 
 
 def _is_last(module: nn.Module) -> bool:
-    count: int = module.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
-    return bool(module.layer_idx == count - 1)
+    config: Any = getattr(module, "config", None)  # which attention of other people's code need not have
+    return config is not None and bool(module.layer_idx == config.get_text_config().num_hidden_layers - 1)
 
 
 def _covers(sliding_window: int | None, max_seqlen: int | None, max_prefix: int | None) -> bool:

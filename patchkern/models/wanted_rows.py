@@ -66,22 +66,26 @@ def only(hf_model: Any, wanted: Tensor, rows: Tensor) -> Generator[Mapping[str, 
 
 
 def _last_layer(hf_model: Any) -> nn.Module | None:
-    """The decoder's; None where it is not known, or somebody listens to what the model or the layer gives."""
+    """The decoder's; None where it is not known, compiled, or somebody listens to what the model or the layer gives."""
     decoder = base_of(hf_model).get_decoder()
     count = decoder.config.get_text_config().num_hidden_layers
     stacks = [part for part in decoder.children() if isinstance(part, nn.ModuleList) and len(part) == count]
     if len(stacks) != 1:
         return None
     layer = stacks[0][-1]
-    if any(module._forward_hooks for module in (hf_model, decoder, *layer.modules())):
-        return None
-    return layer
+    around = (hf_model, base_of(hf_model), decoder, *layer.modules())
+    return None if any(module._forward_hooks or _is_compiled(module) for module in around) else layer
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """The compiler does not see that hooks come and go."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def _feed_forward(layer: nn.Module, rows: Tensor) -> nn.Module | None:
     """The layer's network of rows one by one, if it is one."""
     network = next((part for name in _FEED_FORWARD if (part := getattr(layer, name, None)) is not None), None)
-    if not isinstance(network, nn.Module) or network._forward_pre_hooks or network._compiled_call_impl is not None:
+    if not isinstance(network, nn.Module) or network._forward_pre_hooks:
         return None
     if network not in _row_by_row:
         _row_by_row[network] = _takes_rows_apart(network, rows)
@@ -91,7 +95,7 @@ def _feed_forward(layer: nn.Module, rows: Tensor) -> nn.Module | None:
 def _takes_rows_apart(network: nn.Module, rows: Tensor) -> bool:
     """By a try: the same of a row alone as among others."""
     try:
-        few = rows[None, : min(rows.shape[0], 4)]
+        few = rows[None, torch.arange(4, device=rows.device) % rows.shape[0]]
         together, alone = network(few), network(few[:, 1:2])
     except Exception:  # more arguments than rows, more results: another kind of network
         return False

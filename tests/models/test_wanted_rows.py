@@ -165,6 +165,23 @@ def test_who_listens_gets_whole_rows(choose: Chooses) -> None:
         close(few, every)
 
 
+def test_what_is_compiled_is_left_alone(choose: Chooses) -> None:
+    """A graph that was traced with hooks is run without them, and the other way around."""
+    choose(True)
+    rows = torch.randn(7, 16, dtype=torch.float64)
+    for compile_part in (
+        lambda model: model.hf_model.compile(backend="eager"),
+        lambda model: model.hf_model.model.layers[-1].compile(backend="eager"),
+        lambda model: setattr(
+            model.hf_model.model.layers[-1], "mlp", torch.compile(model.hf_model.model.layers[-1].mlp, backend="eager")
+        ),
+    ):
+        model = make_model()
+        compile_part(model)
+        with wanted_rows.only(model.hf_model, torch.tensor([2, 6]), rows) as arguments:
+            assert not arguments and not model.hf_model.model.layers[-1].mlp._forward_hooks
+
+
 def test_an_error_within_leaves_the_model_as_it_was(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     every = scores(model, "items")
@@ -186,13 +203,14 @@ class OverRows(nn.Module):
         return rows.cumsum(1)
 
 
-def test_networks_over_rows_are_left_alone(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.randn(7, 16, dtype=torch.float64)
+@pytest.mark.parametrize("count", [1, 7])
+def test_networks_over_rows_are_left_alone(count: int, choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(count, 16, dtype=torch.float64)
     model = make_model()
     choose(True)
     model.hf_model.model.layers[-1].mlp = OverRows()
     counts = counted(model.hf_model.model.layers[-1].mlp, monkeypatch)
-    with torch.no_grad(), wanted_rows.only(model.hf_model, torch.tensor([2, 6]), rows):
+    with torch.no_grad(), wanted_rows.only(model.hf_model, torch.tensor([count - 1]), rows):
         output = model.hf_model.model.layers[-1].mlp(rows[None])
-    assert counts == [4, 1, 7], "a try, and then all rows"
+    assert counts == [4, 1, count], "a try, and then all rows"
     torch.testing.assert_close(output, rows[None].cumsum(1), rtol=0, atol=0)

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ from patchkern.budget.counted_memory import CountedMap, CountedMemory, MemoryRow
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.counted_sums import is_in_place, sole_references
 from patchkern.budget.live_bytes import LiveBytes
+from patchkern.ops.last_layer import feed_forward, for_rows, last_layer, recomputes
+from patchkern.ops.span_rows import are_few
 from patchkern.ops.vector_dropout import drop_vectors
 
 _ROW_INTEGERS = 64  # bytes of a row of the layout, of its transpose, of positions and masks of integers
@@ -134,6 +136,8 @@ class StepKind:
         smoothing: whether labels are smoothed.
         on_cuda: whose kernels run.
         prefixes: whether spans have prefixes, as the branches of a trunk do.
+        fewest_rows: of the passes that are asked about: where labels are few in these, the last layer computes the
+            labelled rows alone. None: never.
         chunks: of the item head's loss; None where items are not learned.
     """
 
@@ -144,6 +148,7 @@ class StepKind:
     smoothing: bool = False
     on_cuda: bool = False
     prefixes: bool = True
+    fewest_rows: int | None = None
     chunks: Chunks | None = None
 
 
@@ -279,6 +284,8 @@ class FakeModel:
         autocast: Any = contextlib.nullcontext()
         if kind.autocast is not None:
             autocast = torch.autocast("cpu", kind.autocast)
+        if shape.memory is not None:  # whose references and updates are read as well
+            kind = replace(kind, fewest_rows=None)
         with autocast:
             if shape.memory is None or shape.memory.reference == 0:
                 losses = self._pass_losses(shape, kind, counter, states)
@@ -334,7 +341,8 @@ class FakeModel:
         rows = self._rows(shape.rows, own)
         if memories is not None:
             rows = self.memory.placed(rows, memories)
-        output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
+        with self._last_layer(shape, kind):
+            output = self.hf_model(inputs_embeds=rows[None], use_cache=False, span_cache=attention, **inputs)
         if shape.logit_rows and kind.smoothing:
             losses.append(F.cross_entropy(output.logits[0].float(), labels[0], label_smoothing=0.1))
         elif shape.logit_rows:
@@ -343,6 +351,17 @@ class FakeModel:
             of_items = IndexedRows.apply(states[-1][0], shape.item_rows)
             losses.append(self.item_head.loss(of_items, self._output_weight, own, kind.chunks))
         return losses
+
+    def _last_layer(self, shape: PassShape, kind: StepKind) -> contextlib.AbstractContextManager[None]:
+        """Where it is open, it computes what `patchkern.models.wanted_rows` lets it."""
+        decoder, read = self.hf_model.get_decoder(), shape.logit_rows + shape.item_rows
+        layer = None if kind.fewest_rows is None or kind.sharded else last_layer(decoder)
+        network = None if layer is None or recomputes(decoder, layer) else feed_forward(layer)
+        if network is not None and kind.fewest_rows is not None:
+            fewest = torch.empty(kind.fewest_rows, self._output_weight.shape[1], device="meta")
+            if are_few(fewest, -(-read * kind.fewest_rows // shape.rows)):
+                return for_rows(network, torch.empty(max(read, 1), dtype=torch.int64))
+        return contextlib.nullcontext()
 
     @property
     def _output_weight(self) -> Tensor:

@@ -190,6 +190,7 @@ def plan_training(
         smoothing=label_smoothing > 0,
         n_items=n_items,
         prefixes=prefixes,
+        least_rows=least_rows,
         world_size=world_size,
         sharded=sharded,
         on_cuda=torch.device(place).type == "cuda",

@@ -97,6 +97,7 @@ class TrainingCost:
         smoothing: bool = False,
         n_items: int | None = None,
         prefixes: bool = True,
+        least_rows: int = 2048,
         world_size: int = 1,
         sharded: bool = False,
         on_cuda: bool = False,
@@ -112,6 +113,7 @@ class TrainingCost:
             smoothing=smoothing,
             on_cuda=on_cuda,
             prefixes=prefixes,
+            fewest_rows=min(least_rows, shape.rows),
             chunks=Chunks.of(item_rows, n_items, on_cuda) if item_rows and n_items else None,
         )
         self._counted = lru_cache(maxsize=None)(self._count)

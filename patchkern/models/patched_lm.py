@@ -173,7 +173,12 @@ class PatchedCausalLM(LayoutEmbedder):
             del kwargs["labels"], kwargs["shift_labels"]  # the models' own loss does not smooth
         elif counts.titles is not None:
             kwargs["num_items_in_batch"] = counts.titles
-        with self._undisturbed(), wrapped.hidden_states(self.hf_model, has_items) as states:
+        read = [part for part in (layout.logit_rows, layout.item_rows, last) if part is not None]
+        with (
+            self._undisturbed(),
+            wanted_rows.only(self.hf_model, torch.cat(read), rows),
+            wrapped.hidden_states(self.hf_model, has_items) as states,
+        ):
             output = self.hf_model(inputs_embeds=rows[None], **kwargs)
         logits, loss = output.logits[0], output.loss if has_titles else None
         if smoothing and has_titles and layout.logit_labels is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from patchkern.models.scratch import from_scratch
 NAMES = {item: f"Title {item} of {'ab' * (item % 3)}" for item in range(40)}
 POLICY = pk.ItemPatches(keep_text=2)
 HISTORIES = [[(7 * user + 5 * place) % 30 for place in range(n)] for user, n in enumerate([9, 1, 14, 3, 30])]
+RANGES = [(len(history) // 2, len(history) - 1) for history in HISTORIES]
 # a feed-forward network by name in most, one of experts in some, none that takes rows alone in opt
 FAMILIES = ["llama", "gemma3_text", "qwen3", "qwen3_moe", "mixtral", "gpt2", "gpt_neox", "opt", "phi", "phi3", "olmo2"]
 FAMILIES += ["granite", "cohere2"]
@@ -130,6 +132,65 @@ def test_chunks_that_end_no_prompt(choose: Chooses, monkeypatch: pytest.MonkeyPa
     choose(True)
     pk.UserStates(model, policy=policy).update(range(2), HISTORIES[2:4])
     assert set(last) <= {1, 4}, "one row for none, and what was tried: whether rows are taken one by one"
+
+
+def gradients(model: Any, layout: pk.PatchLayout) -> list[Tensor]:
+    """The loss, and what it gives every parameter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(layout, title_weight=0.7).loss
+    return [loss.detach(), *torch.autograd.grad(loss, trained, materialize_grads=True)]
+
+
+def same(few: list[Tensor], every: list[Tensor], tolerance: float = 1e-12) -> None:
+    for one, other in zip(few, every, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("head", ["titles", "items", "both"])
+@pytest.mark.parametrize("policy", [pk.TextOnly(), pk.ItemPatches(2), pk.SessionPatches(3, align="start")], ids=str)
+def test_losses_and_gradients(policy: Any, head: Any, choose: Chooses) -> None:
+    model = make_model(3)
+    layout = pk.build_training_layout(model.catalog, HISTORIES, policy, model.prompt, RANGES, head=head)
+    same(*choose.both(lambda: gradients(model, layout)))
+    samples = pk.build_layout(model.catalog, HISTORIES, policy, model.prompt, [1, 2, 3, 4, 5], head=head)
+    same(*choose.both(lambda: gradients(model, samples)))
+
+
+def test_rows_with_two_labels(choose: Chooses) -> None:
+    """Each gives its row's gradient once."""
+    model = make_model()
+    layout = pk.build_training_layout(model.catalog, HISTORIES, POLICY, model.prompt, RANGES, head="items")
+    twice = torch.tensor([0, 1, 0, 2, 0])
+    layout = dataclasses.replace(layout, item_rows=layout.item_rows[twice], item_labels=layout.item_labels[:5])
+    same(*choose.both(lambda: gradients(model, layout)))
+
+
+def test_the_rows_of_a_step(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().train()
+    layout = pk.build_training_layout(model.catalog, HISTORIES[4:], POLICY, model.prompt, [(20, 29)])
+    first, last = (counted(layer.mlp, monkeypatch) for layer in model.hf_model.model.layers)
+    choose(True)
+    model(layout).loss.backward()
+    assert first[-1:] == [layout.num_rows] and last[-1:] == [len(layout.logit_labels)]
+    model.activation_checkpointing_enable()
+    model(layout).loss.backward()
+    assert last[-2:] == [layout.num_rows] * 2, "nobody chooses when activations are computed again"
+
+
+def test_networks_that_drop_out(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tried without, and nothing is drawn for it."""
+    model = pk.PatchedCausalLM(families.tiny_model("gpt2", reach=64), CATALOG, PROMPT).train()
+    network = model.hf_model.transformer.h[-1].mlp
+    network.dropout.p = 0.5
+    layout = pk.build_training_layout(CATALOG, HISTORIES[:1], pk.ItemPatches(0), PROMPT, [(8, 8)])
+    counts = counted(network, monkeypatch)
+    choose(True)
+    before = torch.get_rng_state()
+    with wanted_rows.only(model.hf_model, layout.logit_rows, model.embed(layout)):
+        assert counts == [4, 1] and network.training and network.dropout.training
+        torch.testing.assert_close(torch.get_rng_state(), before)
+    model(layout).loss.backward()
+    assert counts[2:] == [len(layout.logit_labels)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -66,6 +66,8 @@ def flat_array(name: str, values: ArrayLike) -> NDArray[Any]:
         raise ValueError(f"{name}: expected a 1-D array, got {type(values).__name__} that makes none") from error
     if array.ndim != 1:
         raise ValueError(f"{name}: expected a 1-D array, got {array.ndim} dimensions of shape {array.shape}")
+    if isinstance(values, (list, tuple)):
+        _check_converted(name, values, array)
     return array
 
 
@@ -121,15 +123,31 @@ def _ids_of_objects(ids: list[Any], name: str) -> NDArray[Any]:
         except OverflowError as error:
             raise ValueError(f"{name}: expected integers that fit in int64") from error
     if all(issubclass(kind, str) for kind in kinds):
-        longest = max(map(len, ids))
-        if longest > MAX_ID_LENGTH:
-            raise ValueError(f"{name}: expected ids of at most {MAX_ID_LENGTH} characters, got one of {longest}")
-        ending = next((i for i in ids if i.endswith("\0")), None)
-        if ending is not None:  # NumPy would cut it off
-            raise ValueError(f"{name}: expected ids that do not end in a NUL character, got {ending!r}")
+        _check_texts(name, ids)
         return np.array(ids, np.str_)
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise TypeError(f"{name}: expected all integers or all strings, got {names}")
+
+
+def _check_converted(name: str, values: Sequence[Any], array: NDArray[Any]) -> None:
+    """Raise where NumPy made text of what was none, or numbers of booleans."""
+    kinds = set(map(type, values))
+    is_text = array.dtype.kind == "U"
+    mixed = is_text or not kinds.isdisjoint((bool, np.bool_))
+    if len(kinds) > 1 and mixed and not all(issubclass(kind, str) for kind in kinds):
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"{name}: expected values of one kind, got {names}")
+    if is_text:
+        _check_texts(name, values)
+
+
+def _check_texts(name: str, texts: Sequence[str]) -> None:
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_ID_LENGTH:
+        raise ValueError(f"{name}: expected ids of at most {MAX_ID_LENGTH} characters, got one of {longest}")
+    ending = next((text for text in texts if text.endswith("\0")), None)
+    if ending is not None:  # NumPy would cut it off
+        raise ValueError(f"{name}: expected ids that do not end in a NUL character, got {ending!r}")
 
 
 def _of_arrow(name: str, column: Any) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Union
 
@@ -32,12 +33,6 @@ def _sequence_array(user: int, sequence: Any) -> NDArray[Any]:
     array = flat_array(name, sequence)
     if array.size and array.dtype.kind not in "iuUO":
         raise TypeError(f"{name}: expected integer or string item ids, got dtype {array.dtype}")
-    if isinstance(sequence, (list, tuple)):
-        # NumPy would turn numbers among strings into strings, and booleans among numbers into numbers.
-        kinds = set(map(type, sequence))
-        if len(kinds) > 1 and (array.dtype.kind == "U" or bool in kinds):
-            names = " and ".join(sorted((kind.__name__ for kind in kinds), key=lambda kind: kind != "str"))
-            raise TypeError(f"{name}: expected item ids of one kind, got {names}")
     return id_array(array, name) if array.dtype.kind == "O" else array
 
 
@@ -89,6 +84,20 @@ def check_count(name: str, value: int, minimum: int, maximum: int = 2**31 - 1) -
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if not minimum <= value <= maximum:
         raise ValueError(f"{name}: expected an integer in {minimum}..{maximum}, got {value}")
+
+
+def check_number(
+    name: str, value: float, *, minimum: float | None = None, above: float | None = None, below: float = math.inf
+) -> None:
+    """Raise unless ``value`` is a finite number in the range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    is_high_enough = (minimum is None or value >= minimum) and (above is None or value > above)
+    if not (math.isfinite(value) and is_high_enough and value < below):
+        limits = [] if minimum is None else [f"of at least {minimum:g}"]
+        limits += [] if above is None else [f"above {above:g}"]
+        limits += [] if below == math.inf else [f"and below {below:g}" if limits else f"below {below:g}"]
+        raise ValueError(f"{name}: expected {' '.join(['a finite number', *limits])}, got {value}")
 
 
 class Histories:
@@ -268,11 +277,10 @@ class Histories:
 
     def keep(self, mask: NDArray[np.bool_]) -> Histories:
         """The same users with those items alone for which ``mask``, ``(N,)`` in the order of ``items``, is true."""
-        kept = object.__new__(Histories)
-        kept.items = self.items[mask]
-        kept.offsets = np.append(0, np.cumsum(mask))[self.offsets]
-        kept.timestamps = None if self.timestamps is None else self.timestamps[mask]
-        return kept
+        if mask.dtype != np.bool_ or mask.shape != self.items.shape:
+            raise ValueError(f"mask: expected booleans of shape {self.items.shape}, got {mask.dtype} {mask.shape}")
+        times = None if self.timestamps is None else self.timestamps[mask]
+        return Histories._owned(self.items[mask], np.append(0, np.cumsum(mask))[self.offsets], times)
 
     def before(
         self, users: ArrayLike, positions: ArrayLike, max_items: int | None = None, cut_every: int = 1
@@ -302,8 +310,7 @@ class Histories:
         ``[0, width)``; so none comes to stand before one that was more than ``width`` positions ahead of it. Items from
         ``ends[b]`` on, and all timestamps, stay where they are.
         """
-        if not 0 <= width < np.inf:
-            raise ValueError(f"width: expected a finite number of at least 0, got {width}")
+        check_number("width", width, minimum=0)
         _, until = self._samples(np.arange(len(self)), ends)
         lengths = self.lengths
         user = np.repeat(np.arange(len(self)), lengths)

@@ -74,6 +74,9 @@ def instants(name: str, values: Any, unit: str | None = None) -> Instants:
         if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
             raise ValueError(f"{name}: expected integers that fit in int64, got {int(array.max())}")
         ticks = array.astype(np.int64, copy=False)
+        missing = np.flatnonzero(ticks == np.iinfo(np.int64).min)
+        if missing.size:  # what NaT is as a number
+            raise ValueError(f"{name}[{missing[0]}]: expected a time, got none")
     return Instants(ticks, UNITS[unit] if unit is not None else _guessed_unit(name, ticks))
 
 

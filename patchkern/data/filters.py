@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from patchkern.batch.histories import check_count, check_number
 from patchkern.data.interactions import Interactions, positions_of
 
 
@@ -16,6 +17,7 @@ def rating_above(interactions: Interactions, threshold: float) -> Interactions:
     Raises:
         ValueError: a data set without ratings.
     """
+    check_number("threshold", threshold)
     return interactions.keep(_ratings_of(interactions) > threshold)
 
 
@@ -25,11 +27,13 @@ def rating_at_least(interactions: Interactions, minimum: float) -> Interactions:
     Raises:
         ValueError: a data set without ratings.
     """
+    check_number("minimum", minimum)
     return interactions.keep(_ratings_of(interactions) >= minimum)
 
 
 def min_interactions(interactions: Interactions, count: int) -> Interactions:
     """Users with at least ``count`` interactions; the catalogue stays whole."""
+    check_count("count", count, minimum=0)
     lengths = interactions.histories.lengths
     return interactions.keep(np.repeat(lengths >= count, lengths))
 
@@ -41,6 +45,8 @@ def k_core(interactions: Interactions, k: int, *, item_k: int | None = None) -> 
     The catalogue loses the items that go.
     """
     item_k = k if item_k is None else item_k
+    check_count("k", k, minimum=0)
+    check_count("item_k", item_k, minimum=0)
     user, item = interactions.user_index, positions_of(interactions.item_ids, interactions.histories.items)
     chosen = np.ones(interactions.num_interactions, bool)
     while True:
@@ -55,6 +61,7 @@ def k_core(interactions: Interactions, k: int, *, item_k: int | None = None) -> 
 
 def most_frequent_items(interactions: Interactions, count: int) -> Interactions:
     """The ``count`` items with the most interactions (ties: catalogue order) and the interactions with them."""
+    check_count("count", count, minimum=0)
     item = positions_of(interactions.item_ids, interactions.histories.items)
     frequency = np.bincount(item, minlength=interactions.num_items)
     kept = np.zeros(interactions.num_items, bool)
@@ -64,6 +71,7 @@ def most_frequent_items(interactions: Interactions, count: int) -> Interactions:
 
 def latest(interactions: Interactions, max_items: int) -> Interactions:
     """Every history cut to its latest ``max_items`` interactions; the catalogue stays whole."""
+    check_count("max_items", max_items, minimum=0)
     first = interactions.histories.lengths - max_items
     return interactions.keep(interactions.positions >= first[interactions.user_index])
 
@@ -82,8 +90,7 @@ def hold_out_items(interactions: Interactions, share: float, *, seed: int = 0) -
     Raises:
         ValueError: another share.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"hold_out_items: expected a share of at least 0 and below 1, got {share}")
+    check_number("share", share, minimum=0, below=1)
     item = positions_of(interactions.item_ids, interactions.histories.items)
     training = interactions.in_split("train") if interactions.ranges else np.ones(item.size, bool)
     taken = np.unique(item[training])

@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 
     def take(self, samples: ArrayLike) -> Samples:
         """Some of them: their numbers, or ``(S,)`` bool."""
-        chosen = np.asarray(samples)
+        chosen = chosen_of(samples)
         return Samples(self.users[chosen], self.positions[chosen])
 
     def spread(self, limit: int | None) -> Samples:
@@ -51,6 +51,12 @@ class Samples(NamedTuple):
             return self
         check_count("limit", limit, minimum=1)
         return self.take(np.linspace(0, self.users.size - 1, limit).astype(np.int64))
+
+
+def chosen_of(samples: ArrayLike) -> NDArray[Any]:
+    """Numbers of samples, or ``(S,)`` bool, as an index; of none, too."""
+    chosen = np.asarray(samples)
+    return chosen if chosen.size else chosen.astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +240,7 @@ class Interactions:
         Raises:
             ValueError: an unknown split, or a negative ``min_history``.
         """
-        if min_history < 0:
-            raise ValueError(f"min_history: expected 0 or more, got {min_history}")
+        check_count("min_history", min_history, minimum=0)
         chosen = self.in_split(split) & (self.positions >= min_history)
         return Samples(self.user_index[chosen], self.positions[chosen])
 

@@ -9,7 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.columns import is_sequence
+from patchkern.batch.histories import check_count, check_number
 from patchkern.data.interactions import SPLITS, Interactions
 
 
@@ -28,6 +29,10 @@ def temporal_split(interactions: Interactions, ratio: Sequence[float] = (48, 1, 
     times = interactions.histories.timestamps
     if times is None:
         raise ValueError(f"interactions: expected timestamps for a split by time, got none in {interactions.name!r}")
+    if not is_sequence(ratio):
+        raise TypeError(f"ratio: expected three shares, got {type(ratio).__name__}")
+    for share in ratio:
+        check_number("ratio", share)
     shares = [Fraction(str(share)) for share in ratio]
     if len(shares) != len(SPLITS) or min(shares) < 0 or shares[0] == 0:
         raise ValueError(f"ratio: expected three shares >= 0 with a training share above 0, got {tuple(ratio)}")

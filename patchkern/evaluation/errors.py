@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.columns import id_array
+
 _SIGNS_AT_ONCE = 1 << 22
 
 
@@ -28,7 +30,7 @@ class Difference(NamedTuple):
     error: float
     """standard error over users: far smaller than that of either mean, as what the users have in common cancels"""
     p: float
-    """how often a difference as large, in either direction, would come about by chance"""
+    """how often a difference as large, in either direction, would come about by chance; NaN where the mean is"""
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.error:.4f} (p {self.p:.4f})"
@@ -105,7 +107,7 @@ def paired_difference(
         raise ValueError(f"draws: expected at least 1, got {draws}")
     mean, error = estimate(a - b, users)
     sums = _sums(a - b, users)
-    if not sums.size:
+    if not sums.size or np.isnan(mean):
         return Difference(mean, error, float("nan"))
     # what is equal but for the order of the additions counts as equal
     reached = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
@@ -120,9 +122,7 @@ def paired_difference(
 
 def user_numbers(users: ArrayLike, size: int) -> NDArray[np.int64]:
     """``(B,)`` users from 0, for one id per sample."""
-    ids = np.asarray(users)
-    if ids.dtype.kind not in "iuUO":
-        raise TypeError(f"users: expected integer or string ids, got dtype {ids.dtype}")
+    ids = id_array(users, "users")
     if ids.shape != (size,):
         raise ValueError(f"users: expected one per sample ({size}), got shape {ids.shape}")
     return np.unique(ids, return_inverse=True)[1].astype(np.int64, copy=False)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import number_array
 from patchkern.batch.histories import check_count
 from patchkern.evaluation.lists import listed_items
 
@@ -46,9 +47,12 @@ def log_popularity(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    each = np.log1p(np.asarray(counts, np.float64))
-    if each.shape != (len(catalog),):
-        raise ValueError(f"counts: expected one per item ({len(catalog)}), got shape {each.shape}")
+    numbers = number_array("counts", counts)
+    if numbers.shape != (len(catalog),):
+        raise ValueError(f"counts: expected one per item ({len(catalog)}), got shape {numbers.shape}")
+    if numbers.size and numbers.min() < 0:
+        raise ValueError(f"counts: expected numbers of at least 0, got {numbers.min():g}")
+    each = np.log1p(numbers)
     check_count("k", k, minimum=1)
     items, offsets = listed_items(recommendations, catalog, k)
     lengths = np.diff(offsets)

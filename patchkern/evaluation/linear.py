@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.histories import check_count, check_number
 from patchkern.budget.search import parse_bytes
 from patchkern.budget.search_plan import in_units
 from patchkern.data.interactions import Interactions, Samples, positions_of
@@ -112,8 +112,7 @@ class ItemRegression:
         if form not in FORMS:
             raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
         for name, value in (("penalty", penalty), ("half_life", half_life)):
-            if not 0 < value < np.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+            check_number(name, value, above=0)
         check_count("recent", recent, minimum=1)
         budget = parse_bytes("memory_budget", memory_budget)
         distinct, own = np.unique(items, return_inverse=True)

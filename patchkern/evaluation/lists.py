@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import is_sequence
 
 Int64 = NDArray[np.int64]
 
@@ -28,12 +29,19 @@ def listed_items(
     Raises:
         TypeError, ValueError: what is no item of the catalogue; the message names the list.
     """
-    rows = [[entry[0] if isinstance(entry, tuple) else entry for entry in row[:k]] for row in recommendations]
+    rows = [items_of(row, user)[:k] for user, row in enumerate(recommendations)]
     offsets = np.cumsum([0, *map(len, rows)])
     ids = [item for row in rows for item in row]
     if len({type(item) for item in ids}) == 1:
-        index = catalog.find(np.asarray(ids), "recommendations")
+        index = catalog.find(ids, "recommendations")
         if index.min() >= 0:
             return index.astype(np.int64), offsets
-    parts = [catalog.index_of(np.asarray(row), f"recommendations[{user}]") for user, row in enumerate(rows)]
+    parts = [catalog.index_of(row, f"recommendations[{user}]") for user, row in enumerate(rows)]
     return np.concatenate([np.zeros(0, np.int64), *parts]), offsets
+
+
+def items_of(row: Any, user: int) -> list[Any]:
+    """The items of one list, without their scores."""
+    if not is_sequence(row):
+        raise TypeError(f"recommendations[{user}]: expected a list of items, got {type(row).__name__}")
+    return [entry[0] if isinstance(entry, tuple) else entry for entry in row]

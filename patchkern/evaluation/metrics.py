@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import is_sequence
 from patchkern.batch.histories import Histories
+from patchkern.data.interactions import chosen_of
 from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
 from patchkern.evaluation.lists import listed_items
 
@@ -120,7 +121,7 @@ class Evaluation:
 
     def take(self, samples: ArrayLike) -> Evaluation:
         """Of some of the samples: their numbers, or ``(B,)`` bool."""
-        chosen = np.asarray(samples)
+        chosen = chosen_of(samples)
         users = None if self.users is None else self.users[chosen]
         if self.offsets is None:
             return replace(self, ranks=self.ranks[chosen], ambiguous=self.ambiguous[chosen], users=users)
@@ -233,7 +234,7 @@ def evaluate(
             raise ValueError('targets: expected one item id each with metric="paper", which knows no others, got lists')
         several: Any = targets
         return _with_several(recommendations, Histories.coerce(several), ks, catalog, users)
-    target_index = catalog.index_of(np.asarray(targets), "targets")
+    target_index = catalog.index_of(targets, "targets")
     if len(recommendations) != target_index.size:
         raise ValueError(f"targets: expected one per list ({len(recommendations)}), got {target_index.size}")
     title = _title_numbers(catalog)

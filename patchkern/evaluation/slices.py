@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import flat_array
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.yardsticks import in_training
 
@@ -34,7 +35,9 @@ def slices(values: ArrayLike, begins: Sequence[int]) -> dict[str, NDArray[np.boo
         >>> {name: chosen.tolist() for name, chosen in slices([0, 7, 300], TRAINING_COUNTS).items()}["5-19"]
         [False, True, False]
     """
-    array, borders = np.asarray(values), list(begins)
+    array, borders = flat_array("values", values), list(begins)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"values: expected integers, got dtype {array.dtype}")
     if not borders or borders != sorted(set(borders)):
         raise ValueError(f"begins: expected ascending numbers, at least one, got {borders}")
     if array.size and array.min() < borders[0]:

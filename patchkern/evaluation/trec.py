@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from patchkern.batch.columns import id_array
+from patchkern.evaluation.lists import items_of
 
 
 def write_run(
@@ -32,14 +33,15 @@ def write_run(
         tag: names the recommender.
 
     Raises:
-        TypeError, ValueError: ids or a tag with white space, which the format has no room for, or not one per list.
+        TypeError, ValueError: ids or a tag with white space, which the format has no room for, or not one per list; an
+            item twice in a list.
     """
     names = _names("queries", queries, len(recommendations))
     (label,) = check_words("tag", [tag])
     lines = (
         f"{name} Q0 {item} {rank} {1 / rank:.9f} {label}"
-        for name, row in zip(names, recommendations, strict=True)
-        for rank, item in enumerate(_items(row), 1)
+        for user, (name, row) in enumerate(zip(names, recommendations, strict=True))
+        for rank, item in enumerate(_distinct(items_of(row, user), user), 1)
     )
     _write(Path(path), lines)
 
@@ -58,7 +60,8 @@ def write_qrels(
     """
     lists = [row if isinstance(row, (list, tuple, np.ndarray)) else [row] for row in targets]  # type: ignore[union-attr]
     names = _names("queries", queries, len(lists))
-    _write(Path(path), (f"{name} 0 {item} 1" for name, row in zip(names, lists, strict=True) for item in _items(row)))
+    words = (check_words("items", row) for row in lists)
+    _write(Path(path), (f"{name} 0 {item} 1" for name, row in zip(names, words, strict=True) for item in row))
 
 
 def check_words(argument: str, ids: Iterable[Any]) -> list[str]:
@@ -81,8 +84,14 @@ def _names(argument: str, ids: ArrayLike | None, count: int) -> list[str]:
     return names
 
 
-def _items(row: Iterable[Any]) -> list[str]:
-    return check_words("items", (entry[0] if isinstance(entry, tuple) else entry for entry in row))
+def _distinct(items: Iterable[Any], user: int) -> list[str]:
+    words = check_words("items", items)
+    if len(set(words)) < len(words):
+        again = next(word for place, word in enumerate(words) if word in words[:place])
+        raise ValueError(
+            f"recommendations[{user}]: expected distinct items, as a run ranks each once, got {again!r} again"
+        )
+    return words
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

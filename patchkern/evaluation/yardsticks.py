@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.columns import id_array
+from patchkern.batch.histories import check_count
 from patchkern.data.interactions import Interactions, Samples, positions_of
 
 _SCORES_AT_ONCE = 1 << 22
@@ -39,8 +41,19 @@ class Ranking(NamedTuple):
         return [[pair for pair in zip(*row, strict=True) if pair[1] > -np.inf] for row in rows]
 
     def hit_rate(self, targets: ArrayLike, k: int) -> float:
-        """The share of samples whose target is among the first ``k``."""
-        hits = (self.items == np.asarray(targets)[:, None]) & (self.scores > -np.inf)
+        """The share of samples whose target is among the first ``k``.
+
+        Raises:
+            TypeError, ValueError: targets that are not one id per sample, of the items' kind; k longer than the lists.
+        """
+        samples, longest = self.items.shape
+        check_count("k", k, minimum=1, maximum=longest)
+        wanted = id_array(targets, "targets")
+        if wanted.shape != (samples,):
+            raise ValueError(f"targets: expected one per sample ({samples}), got shape {wanted.shape}")
+        if samples and wanted.dtype.kind != self.items.dtype.kind:
+            raise TypeError(f"targets: expected ids of dtype {self.items.dtype}, as the items, got {wanted.dtype}")
+        hits = (self.items == wanted[:, None]) & (self.scores > -np.inf)
         return float(hits[:, :k].any(axis=1).mean()) if len(hits) else 0.0
 
 
@@ -98,8 +111,7 @@ def transitions(
         >>> [round(find(data, test, k=5).hit_rate(data.targets(test), 5), 2) for find in (most_popular, transitions)]
         [0.12, 0.53]
     """
-    if recent < 1:
-        raise ValueError(f"recent: expected 1 or more, got {recent}")
+    check_count("recent", recent, minimum=1)
     item_ids, count = by_popularity(interactions, k)
     users, items = in_training(interactions)
     follows = Follows(users, positions_of(item_ids, items), count, recent)
@@ -168,8 +180,7 @@ class Follows:
 def by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Item ids and their training interactions, most popular first."""
     item_ids = interactions.item_ids
-    if not 1 <= k <= item_ids.size:
-        raise ValueError(f"k: expected 1..{item_ids.size} (items of the catalogue), got {k}")
+    check_count("k", k, minimum=1, maximum=item_ids.size)
     at = np.flatnonzero(interactions.in_split("train"))
     items = positions_of(item_ids, interactions.histories.items[at])
     count = np.bincount(items, minlength=item_ids.size)

@@ -7,8 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def records_gradient(**inputs: Tensor | None) -> bool:
+    """Whether a gradient is recorded of an op with these inputs.
+
+    Raises:
+        NotImplementedError: an input with a tangent. Ops know of none, and would give outputs that seem constant.
+    """
+    for name, tensor in inputs.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name}: expected no tangent, as there is no forward-mode derivative, got one")
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.values())
 
 
 def check_weight(weight: Any) -> None:

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkern.batch.histories import check_number
 from patchkern.ops import span_attention_prefixed as prefixed
+from patchkern.ops.checks import records_gradient
 from patchkern.ops.span_checks import check_spans
 
 _library = torch.library.Library("patchkern", "FRAGMENT")
@@ -67,8 +69,7 @@ def hstu_attention(
         >>> hstu_attention(rows, rows, rows, spans, normalizer=3.0)[:, 0, 0]  # silu(4 / 2) of one, two and three rows
         tensor([0.5872, 1.1744, 1.7616])
     """
-    if not normalizer > 0 or normalizer == float("inf"):
-        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
+    check_number("normalizer", normalizer, above=0)
     if prefix is None and (prefix_key is not None or prefix_value is not None):
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     check_spans(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, packed=True)
@@ -77,9 +78,8 @@ def hstu_attention(
     else:
         ranges = prefix if prefix.dim() == 3 else prefix[:, None]
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    floats = (query, key, value, prefix_key, prefix_value)
     arguments = (query, key, value, cu_seqlens, ranges, prefix_key, prefix_value, float(scale), float(normalizer))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats):
+    if records_gradient(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value):
         out: Tensor = _HstuAttention.apply(*arguments)
     else:
         out = torch.ops.patchkern.hstu_attention(*arguments)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from patchkern.batch.histories import check_number
+
 # A chunk's logits stay in the caches of a CPU, and fill a GPU.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26
 _LEAST_ROWS = 64  # below that, a product with the items is bound by reading them
@@ -32,7 +34,7 @@ def item_softmax(
 
     The score of item i for state m is ``<states[m], items[i]> + bias[i]``. Equivalent to
     ``torch.nn.functional.cross_entropy(states @ items.T + bias, labels, reduction="sum")``, and as exact: sums are in
-    float32 (float64 for float64), products in the dtype of ``states``, or of autocast.
+    float32 (float64 for float64), products in the dtype of ``states``, or of autocast. Differentiable once.
 
     Args:
         states: ``(M, D)`` floating-point.
@@ -58,9 +60,9 @@ def item_softmax(
     """
     states, items = (_autocast(tensor) for tensor in (states, items))
     _check(states, items, bias, labels, log_weights)
-    if not 0 <= smoothing < 1 or (smoothing and log_weights is not None):
-        expected = "0 with log_weights" if log_weights is not None else "a share of at least 0 and below 1"
-        raise ValueError(f"smoothing: expected {expected}, got {smoothing}")
+    check_number("smoothing", smoothing, minimum=0, below=1)
+    if smoothing and log_weights is not None:
+        raise ValueError(f"smoothing: expected 0 with log_weights, got {smoothing}")
     if chunk_rows is None:
         elements = _CPU_ELEMENTS if states.device.type == "cpu" else _GPU_ELEMENTS
         chunk_rows = max(elements // max(items.shape[0], 1), _LEAST_ROWS)
@@ -158,6 +160,7 @@ class _ItemSoftmax(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         found = [
@@ -197,3 +200,8 @@ def _check(states: Any, items: Any, bias: Any, labels: Any, log_weights: Any) ->
         raise TypeError(f"items: expected dtype {states.dtype}, as states, got {items.dtype}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
+    if labels.device.type == "cpu" and labels.numel():  # a GPU would have to be waited for
+        wrong = torch.nonzero((labels < 0) | (labels >= n_items))
+        if wrong.numel():
+            at = int(wrong[0])
+            raise ValueError(f"labels[{at}]: expected one of the {n_items} items, got {int(labels[at])}")

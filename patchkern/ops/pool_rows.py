@@ -10,7 +10,15 @@ from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout, Transpose
 from patchkern.ops import dispatch as _ops  # noqa: F401  (torch.ops.patchkern.pool_rows)
-from patchkern.ops.checks import check_backend, check_flag, check_matrix, check_out, check_scale, check_weight
+from patchkern.ops.checks import (
+    check_backend,
+    check_flag,
+    check_matrix,
+    check_out,
+    check_scale,
+    check_weight,
+    records_gradient,
+)
 from patchkern.ops.item_table import ItemTable
 
 
@@ -125,7 +133,7 @@ def pool_rows(
     if table is not None:
         _check_table(table, weight, layout)
     rows = (layout.lo, layout.hi, layout.items, layout.token_ids, layout.offsets)
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if records_gradient(weight=weight):
         if out is not None:
             raise ValueError("out: expected None where a gradient is recorded, got a tensor; use torch.no_grad()")
         columns = _columns(layout.with_transpose().transpose)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from patchkern.ops import span_attention_native as native
 from patchkern.ops import span_attention_tiles as tiles
+from patchkern.ops.checks import records_gradient
 
 _library = torch.library.Library("patchkern", "FRAGMENT")
 _library.define(
@@ -236,9 +237,10 @@ def span_attention(
         (1, T, H, dv), differentiable once.
     """
     seed = int(torch.randint(1 << 62, ())) if dropout > 0 else 0
-    floats, options = (query, key, value, prefix_key, prefix_value), (scale, dropout, seed)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats):
-        out: Tensor = _SpanAttention.apply(*floats[:3], cu_seqlens, prefix, *floats[3:], *options)
+    options = (scale, dropout, seed)
+    if records_gradient(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value):
+        seen = (cu_seqlens, prefix, prefix_key, prefix_value)
+        out: Tensor = _SpanAttention.apply(query, key, value, *seen, *options)
         return out
     own, stored = (by_row(query), by_row(key), by_row(value)), _by_row_if_given(prefix_key, prefix_value)
     out, _ = torch.ops.patchkern.span_attention(*own, cu_seqlens, prefix, *stored, *options)

@@ -58,6 +58,7 @@ class _SelectiveScan(torch.autograd.Function):
         return output
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         inputs, steps, rates, write, read, *kept = ctx.saved_tensors
         of_inputs, of_steps, of_write, of_read = map(torch.empty_like, (inputs, steps, write, read))

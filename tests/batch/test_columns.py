@@ -91,6 +91,8 @@ def test_numbers(values: Any) -> None:
         ([True, False], TypeError, "ratings: expected numbers, got dtype bool"),
         (np.array([1, True], object), TypeError, "ratings: expected numbers, got bool, int"),
         ([1, None], TypeError, "ratings: expected numbers, got NoneType, int"),
+        ([2.5, True], TypeError, "ratings: expected values of one kind, got bool and float"),
+        ([1, "2"], TypeError, "ratings: expected values of one kind, got int and str"),
         ([[1]], ValueError, r"ratings: expected a 1-D array, got 2 dimensions of shape \(1, 1\)"),
     ],
 )

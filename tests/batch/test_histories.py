@@ -200,10 +200,26 @@ def test_arrow_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("items", "error", "message"),
+    [
+        ([1, "a"], TypeError, "items: expected values of one kind, got int and str"),
+        ([1, True], TypeError, "items: expected values of one kind, got bool and int"),
+        ((np.str_("a"), b"b"), TypeError, "items: expected values of one kind, got bytes and str_"),
+        (["a", "a\0"], ValueError, r"items: expected ids that do not end in a NUL character, got 'a\\x00'"),
+    ],
+)
+def test_what_numpy_would_make_of_items(items: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pk.Histories(items, [0, 2])
+    with pytest.raises(error, match=message.replace("items", r"histories\[0\]")):
+        pk.Histories.from_sequences([items])
+
+
+@pytest.mark.parametrize(
     ("histories", "message"),
     [
         ([[True]], r"histories\[0\]: expected integer or string item ids, got dtype bool"),
-        ([[1, True]], r"histories\[0\]: expected item ids of one kind, got bool and int"),
+        ([[1, True]], r"histories\[0\]: expected values of one kind, got bool and int"),
         ([[1], [2, None]], r"histories\[1\]: expected all integers or all strings, got NoneType, int"),
         ({"u": [1], "v": {2}}, r"histories\[1\]: expected a sequence of item ids, got set"),
         (torch.tensor([[1.0]]), r"histories\[0\]: expected integer or string item ids, got dtype float32"),
@@ -249,5 +265,8 @@ def test_keep() -> None:
     kept = histories.keep(histories.items % 2 == 1)
     assert [user.tolist() for user in kept] == [[1], [], [3, 5]]
     assert kept.timestamps is not None and kept.timestamps.tolist() == [10, 30, 50]
+    assert not kept.items.flags.writeable
+    with pytest.raises(ValueError, match="mask: expected booleans of shape"):
+        histories.keep(histories.items % 2)
     nothing = pk.Histories([], [0, 0]).keep(np.zeros(0, bool))
     assert len(nothing) == 1 and nothing.offsets.dtype == np.int64

@@ -78,6 +78,7 @@ def test_nanoseconds_are_sorted_before_they_are_rounded() -> None:
         ([1.0, float("nan")], ValueError, r"timestamps\[1\]: expected a time, got nan"),
         ([float("inf")], ValueError, r"timestamps\[0\]: expected a time, got inf"),
         (np.array(["2020", "NaT"], "datetime64[s]"), ValueError, r"timestamps\[1\]: expected a time, got none"),
+        (np.array(["2020", "NaT"], "M8[s]").view(np.int64), ValueError, r"timestamps\[1\]: expected a time, got none"),
         (np.array([3], "datetime64[ps]"), ValueError, "timestamps: expected datetime64 of s, ms, us, ns or D, got"),
         (np.array([3], "timedelta64[s]"), TypeError, "got dtype timedelta64"),
         (np.array([2**63], np.uint64), ValueError, "timestamps: expected integers that fit in int64"),

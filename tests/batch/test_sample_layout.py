@@ -71,7 +71,7 @@ def test_target_not_in_the_catalog() -> None:
         ({"histories": [[10], "20"]}, TypeError, r"histories\[1\]: expected a sequence of item ids, got str"),
         ({"histories": [[10.5]]}, TypeError, r"histories.*float64"),
         ({"histories": [[10], ["a"]]}, TypeError, r"histories: expected item ids of one kind"),
-        ({"histories": [[10, "a"]]}, TypeError, r"histories\[0\]: expected item ids of one kind, got str and int"),
+        ({"histories": [[10, "a"]]}, TypeError, r"histories\[0\]: expected values of one kind, got int and str"),
         ({"histories": [[[10, 20]]]}, ValueError, r"histories\[0\]: .*\(1, 2\)"),
         ({"histories": [[None]]}, TypeError, r"histories\[0\]: .*NoneType"),
         ({"histories": {0: 10}}, TypeError, r"histories\[0\]: expected a sequence of item ids, got int"),

@@ -3,10 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
-from patchkern.data import Interactions, hold_out_items, leave_one_out, synthetic
+from patchkern.data import (
+    Interactions,
+    hold_out_items,
+    k_core,
+    latest,
+    leave_one_out,
+    min_interactions,
+    most_frequent_items,
+    rating_above,
+    rating_at_least,
+    synthetic,
+    temporal_split,
+)
 
 
 def make_data() -> Interactions:
@@ -56,5 +71,25 @@ def test_the_same_items_whatever_the_order() -> None:
 def test_shares(share: float) -> None:
     data = make_data()
     assert gone(data, hold_out_items(data, 0.0)) == set()
-    with pytest.raises(ValueError, match="hold_out_items: expected a share of at least 0 and below 1, got"):
+    with pytest.raises(ValueError, match="share: expected a finite number of at least 0 and below 1, got"):
         hold_out_items(data, share)
+
+
+@pytest.mark.parametrize(
+    ("apply", "error", "message"),
+    [
+        (lambda data: most_frequent_items(data, -1), ValueError, "count: expected an integer in 0"),
+        (lambda data: latest(data, -1), ValueError, "max_items: expected an integer in 0"),
+        (lambda data: k_core(data, 2.5), TypeError, "k: expected an integer, got float"),
+        (lambda data: k_core(data, 2, item_k="3"), TypeError, "item_k: expected an integer, got str"),
+        (lambda data: min_interactions(data, "3"), TypeError, "count: expected an integer, got str"),
+        (lambda data: hold_out_items(data, "0.1"), TypeError, "share: expected a number, got str"),
+        (lambda data: rating_above(data, float("nan")), ValueError, "threshold: expected a finite number, got nan"),
+        (lambda data: rating_at_least(data, "4"), TypeError, "minimum: expected a number, got str"),
+        (lambda data: temporal_split(data, "811"), TypeError, "ratio: expected three shares, got str"),
+        (lambda data: temporal_split(data, (float("nan"), 1, 1)), ValueError, "ratio: expected a finite number"),
+    ],
+)
+def test_wrong_arguments(apply: Callable[[Interactions], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        apply(make_data())

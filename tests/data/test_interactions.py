@@ -224,7 +224,7 @@ def test_unknown_split() -> None:
         interactions([(0, 1, 2)]).samples("train")
     with pytest.raises(ValueError, match=r"\(train, val, test\), got 'valid'"):
         leave_one_out(interactions([(0, 1, 2)])).samples("valid")
-    with pytest.raises(ValueError, match="min_history: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match="min_history: expected an integer in 0"):
         leave_one_out(interactions([(0, 1, 2)])).samples("train", min_history=-1)
 
 

@@ -74,13 +74,15 @@ def test_little_or_nothing() -> None:
     assert mean == 0.6 and math.isnan(error)
     assert str(estimate([1, 0], [3, 4])) == "0.5000 ± 0.5000"
     assert all(math.isnan(x) for x in paired_difference([], []))
+    assert all(math.isnan(x) for x in paired_difference([1.0, math.nan], [0.0, 1.0]))
 
 
 @pytest.mark.parametrize(
     ("users", "error", "message"),
     [
         ([1, 2], ValueError, r"users: expected one per sample \(3\), got shape \(2,\)"),
-        ([0.5, 1.0, 2.0], TypeError, "users: expected integer or string ids, got dtype float64"),
+        ([0.5, 1.0, 2.0], TypeError, "users: expected all integers or all strings, got float"),
+        (["a", 1, "1"], TypeError, "users: expected all integers or all strings, got int, str"),
     ],
 )
 def test_errors_name_the_argument(users: list[Any], error: type[Exception], message: str) -> None:

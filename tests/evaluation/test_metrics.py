@@ -130,11 +130,34 @@ def test_string_ids() -> None:
         ({"targets": [99]}, ValueError, "targets: .*99"),
         ({"users": [1, 2]}, ValueError, r"users: expected one per sample \(1\), got shape \(2,\)"),
         ({"recommendations": [[99]]}, ValueError, r"recommendations\[0\]: .*99"),
+        ({"recommendations": [{10: 0.5}]}, TypeError, r"recommendations\[0\]: expected a list of items, got dict"),
+        (
+            {"recommendations": [[10, True]]},
+            TypeError,
+            r"recommendations\[0\]: .* got bool, int",
+        ),
+        ({"targets": [True]}, TypeError, "targets: expected all integers or all strings, got bool"),
     ],
 )
 def test_errors_name_the_argument(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         evaluate(**{"recommendations": [[10]], "targets": [10], "catalog": CATALOG, **arguments})
+
+
+def test_ids_of_two_kinds_are_not_made_one() -> None:
+    """NumPy would make text of 1 beside "b", and find the item "1"."""
+    catalog = pk.Catalog.from_token_ids([5, 6], [0, 1, 2], item_ids=["1", "b"])
+    with pytest.raises(TypeError, match="targets: expected all integers or all strings, got int, str"):
+        evaluate([["1"], ["b"]], [1, "b"], catalog=catalog)
+    with pytest.raises(TypeError, match=r"recommendations\[1\]: expected all integers or all strings, got int, str"):
+        evaluate([["1"], [1, "b"]], ["1", "b"], catalog=catalog)
+    with pytest.raises(TypeError, match="users: expected all integers or all strings, got int, str"):
+        evaluate([["1"], ["b"]], ["1", "b"], catalog=catalog, users=[1, "1"])
+
+
+def test_none_of_the_samples() -> None:
+    found = evaluate([[10], [11]], [10, 11], catalog=CATALOG)
+    assert found.take([]).num_samples == 0 and math.isnan(found.take([]).hr(10))
 
 
 def test_paper_metric_needs_text() -> None:

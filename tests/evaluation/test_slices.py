@@ -55,6 +55,14 @@ def test_errors_name_the_argument(values: list[int], begins: tuple[int, ...], me
         slices(values, begins)
 
 
+def test_what_is_no_count() -> None:
+    with pytest.raises(TypeError, match="values: expected integers, got dtype float64"):
+        slices([0.5, math.nan], (0, 1))
+    for counts, message in (([-1, 0, 0, 0], "at least 0, got -1"), ([math.nan, 0, 0, 0], "a finite number, got nan")):
+        with pytest.raises(ValueError, match=f"counts.*: expected .*{message}"):
+            log_popularity([["a"]], 1, counts, catalog=CATALOG)
+
+
 def test_an_evaluation_by_slices() -> None:
     """Hit rates of slices, weighted, are that of all; errors are of the slice's own users."""
     lists, targets, users = [["a", "b"], ["b"], ["c"], ["d"]], ["a", "a", "c", "b"], [7, 7, 8, 9]

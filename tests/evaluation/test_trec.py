@@ -34,12 +34,21 @@ def test_lines(tmp_path: Path) -> None:
         (([["a"], ["b"]], ["u"]), "queries: expected 2 distinct ids, one per list, got 1"),
         (([["a"], ["b"]], ["u", "u"]), "queries: expected 2 distinct ids, one per list, got 1"),
         (([["a"]], ["u"], ""), "tag: expected ids without white space"),
+        (
+            ([["a", "b", "a"]],),
+            r"recommendations\[0\]: expected distinct items, as a run ranks each once, got 'a' again",
+        ),
     ],
 )
 def test_what_the_format_has_no_room_for(tmp_path: Path, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_run(tmp_path / "run", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_id_is_no_list_of_its_letters(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"recommendations\[1\]: expected a list of items, got str"):
+        write_run(tmp_path / "run", [["tt1"], "tt2"])
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchkern.data import Interactions, Samples, leave_one_out, synthetic
-from patchkern.evaluation import most_popular, transitions
+from patchkern.evaluation import Ranking, most_popular, transitions
 
 
 def toy(histories: list[list[int]]) -> Interactions:
@@ -97,10 +97,24 @@ def test_no_samples_and_bad_arguments() -> None:
         ranking = yardstick(data, nothing, k=3)
         assert ranking.items.shape == (0, 3) and ranking.as_lists() == [] and ranking.hit_rate([], 3) == 0.0
         for k in (0, 9):
-            with pytest.raises(ValueError, match=rf"k: expected 1\.\.8 \(items of the catalogue\), got {k}"):
+            with pytest.raises(ValueError, match=rf"k: expected an integer in 1\.\.8, got {k}"):
                 yardstick(data, data.samples("test"), k=k)
-    with pytest.raises(ValueError, match="recent: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="recent: expected an integer in 1"):
         transitions(data, data.samples("test"), k=3, recent=0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "k", "error", "message"),
+    [
+        ([2], 2, ValueError, r"targets: expected one per sample \(2\), got shape \(1,\)"),
+        (["2", "3"], 2, TypeError, "targets: expected ids of dtype int64, as the items, got"),
+        ([2, 3], 4, ValueError, r"k: expected an integer in 1\.\.3, got 4"),
+        ([2, 3], 0, ValueError, r"k: expected an integer in 1\.\.3, got 0"),
+    ],
+)
+def test_hit_rates_of_other_samples(targets: Any, k: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Ranking(np.array([[1, 2, 3], [3, 2, 1]]), np.zeros((2, 3))).hit_rate(targets, k)
 
 
 # ------------------------------------------------------------------ synthetic

@@ -51,6 +51,33 @@ AttentionMaskInterface.register(_Attention.NAME, _no_mask)
 _COUNTED_ROWS = 1024
 
 
+def place_of(model: Any, device: Any) -> torch.device:
+    """Where something runs: on ``device`` if there is one, else on the model's, and of a configuration on the CPU.
+
+    Raises:
+        TypeError, ValueError: neither a model nor a configuration, or no device; the message names the argument.
+    """
+    inner = getattr(model, "hf_model", model)
+    if not (isinstance(inner, PretrainedConfig) or hasattr(inner, "config")):
+        raise TypeError(f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}")
+    if device is None:
+        return torch.device("cpu" if isinstance(inner, PretrainedConfig) else inner.device)
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a torch.device or its name, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
+
+
+def check_weights_dtype(dtype: Any) -> None:
+    """Raise unless it is None or a dtype that weights can have."""
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected one of floating-point numbers, got {dtype}")
+
+
 def count_pass(model: Any, packed: bool) -> PassBytes:
     """Follow one forward pass: of packed prompts, or of one more token of hypotheses."""
 

@@ -44,7 +44,7 @@ from transformers import PretrainedConfig
 
 from patchkern.batch.memory_layout import MemoryRowCounts
 from patchkern.budget.batch_rows import Absorbed, BatchRows, OrderedRows, taken
-from patchkern.budget.counted_pass import count_pass, on_meta, without_memory
+from patchkern.budget.counted_pass import check_weights_dtype, count_pass, on_meta, place_of, without_memory
 from patchkern.budget.search_plan import MicroBatch, SearchBytes, SearchPlan
 from patchkern.ops import native
 from patchkern.ops.span_attention_native import forward_scratch
@@ -144,8 +144,8 @@ class SearchCost:
     ) -> None:
         self._size = size
         hf_model: Any = getattr(model, "hf_model", model)
-        place = device or ("cpu" if isinstance(hf_model, PretrainedConfig) else hf_model.device)
-        self._on_cuda = torch.device(place).type == "cuda"
+        check_weights_dtype(dtype)
+        self._on_cuda = place_of(model, device).type == "cuda"
         copied = without_memory(hf_model, dtype, on_meta).requires_grad_(False).eval()
         config = copied.config.get_text_config()
         tensors = {id(t): t.nbytes for t in (*copied.parameters(), *copied.buffers())}

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.histories import check_count, check_number
 from patchkern.budget.counted_memory import MemoryRows
+from patchkern.budget.counted_pass import check_weights_dtype, place_of
 from patchkern.budget.counted_step import Lora, PassShape
 from patchkern.budget.search import parse_bytes
 from patchkern.budget.search_plan import in_units
 from patchkern.budget.training_cost import OPTIMIZERS, Choice, TrainingBytes, TrainingCost
+from patchkern.ops.checks import check_flag
 
 
 @dataclass(frozen=True)
@@ -171,16 +173,28 @@ def plan_training(
         raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast}")
     if head not in ("titles", "items", "both"):
         raise ValueError(f"head: expected 'titles', 'items' or 'both', got {head!r}")
+    for name, flag in (
+        ("checkpointing", checkpointing),
+        ("accumulates", accumulates),
+        ("prefixes", prefixes),
+        ("sharded", sharded),
+    ):
+        check_flag(name, flag)
+    check_number("label_smoothing", label_smoothing, minimum=0, below=1)
+    check_weights_dtype(dtype)
+    place = place_of(model, device)
     logit_rows = _labelled("logit_rows", logit_rows, rows_per_pass, head != "items")
     item_rows = _labelled("item_rows", item_rows, rows_per_pass, head != "titles")
     _check_memory(model, memory, rows_per_pass)
     n_items = _items_of(model, n_items, head)
     longest = rows_per_pass if longest is None else longest
+    check_count("longest", longest, minimum=1)
     inner = getattr(model, "hf_model", model)
     if lora is not None and hasattr(inner, "peft_config"):
         raise ValueError(f"lora: expected None, as the model has adapters, got {lora!r}")
-    lora = Lora(lora) if isinstance(lora, int) else lora
-    place = device or ("cpu" if isinstance(inner, PretrainedConfig) else inner.device)
+    if lora is not None and not isinstance(lora, Lora):
+        check_count("lora", lora, minimum=1)
+        lora = Lora(lora)
     cost = TrainingCost(
         model,
         PassShape(rows_per_pass, logit_rows, item_rows, longest, memory),
@@ -193,7 +207,7 @@ def plan_training(
         least_rows=least_rows,
         world_size=world_size,
         sharded=sharded,
-        on_cuda=torch.device(place).type == "cuda",
+        on_cuda=place.type == "cuda",
     )
     asked = Choice(checkpointing, optimizer, lora)
 

@@ -212,7 +212,7 @@ class Interactions:
     @property
     def item_ids(self) -> NDArray[Any]:
         """``(num_items,)`` the catalogue's ids, in its order."""
-        return np.asarray(list(self.titles)) if self.titles else np.zeros(0, np.int64)
+        return id_array(list(self.titles), "titles")
 
     @property
     def user_index(self) -> NDArray[np.int64]:
@@ -331,6 +331,7 @@ def _check_titles(titles: Mapping[Any, str], argument: str = "titles") -> None:
     if len(kinds) > 1 or not kinds <= {int, str}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise TypeError(f"{argument}: expected keys that are all integers or all strings, got {names}")
+    id_array(list(titles), argument)
     for item, title in titles.items():
         if not isinstance(title, str):
             raise TypeError(f"{argument}[{item!r}]: expected a string, got {type(title).__name__}")

@@ -112,9 +112,39 @@ def test_the_catalogue_says_how_many_items() -> None:
         ({"item_rows": 5}, "item_rows: expected None with this head, got 5"),
         ({"budget": "40"}, "budget: expected bytes, such as"),
         ({"world_size": 0}, "world_size: expected an integer in 1..*, got 0"),
+        ({"longest": 0}, r"longest: expected an integer in 1\.\..*, got 0"),
+        ({"lora": 0}, r"lora: expected an integer in 1\.\..*, got 0"),
+        ({"label_smoothing": 1.5}, "label_smoothing: expected a finite number of at least 0 and below 1, got 1.5"),
+        ({"dtype": torch.int8}, "dtype: expected one of floating-point numbers, got torch.int8"),
+        ({"device": "gpu0"}, "device: expected one that torch knows, got 'gpu0'"),
     ],
     ids=str,
 )
 def test_arguments_that_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pk.plan_training(model, 100, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpointing": "no"}, "checkpointing: expected a bool, got str"),
+        ({"lora": True}, "lora: expected an integer, got bool"),
+        ({"label_smoothing": "0.1"}, "label_smoothing: expected a number, got str"),
+        ({"dtype": "float32"}, "dtype: expected a torch.dtype or None, got str"),
+        ({"device": 0}, "device: expected a torch.device or its name, got int"),
+    ],
+    ids=str,
+)
+def test_types_that_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        pk.plan_training(model, 100, **options)
+
+
+@pytest.mark.parametrize("model", ["Llama-3.2-1B", None])
+def test_what_is_no_model(model: Any) -> None:
+    message = f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}"
+    with pytest.raises(TypeError, match=message):
+        pk.plan_training(model)
+    with pytest.raises(TypeError, match=message):
+        pk.plan_memory(model, [10], "1GiB")

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -53,6 +56,17 @@ def data_flags(args: argparse.Namespace) -> list[str]:
     """Those of `patchkern.data.preparation.add_arguments`, as they were given."""
     names = ("data", "min_rating", "min_interactions", "k_core", "split_by")
     return as_flags({name: getattr(args, name) for name in names})
+
+
+def check_writable(path: Path, argument: str) -> None:
+    """Raise an OSError where the file could not be written, which is better known before the work."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        message = f"{argument}: expected a place for {path.name} that can be written, got {os.fspath(path.parent)!r}"
+        raise type(error)(error.errno, f"{message}: {error.strerror}") from error
 
 
 def nearest(flag: str, known: Iterable[str]) -> str | None:

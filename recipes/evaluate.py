@@ -30,10 +30,8 @@ are numbered from 0 as the lines of the CSV.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -58,7 +56,7 @@ from patchkern.search.arguments import SEARCHES
 from patchkern.search.recommend import generate_titles
 from patchkern.training import TrainableModel, find_model, target_nll
 from recipes import models
-from recipes.commands import Parser
+from recipes.commands import Parser, check_writable
 from recipes.prior_weights import fitted_weights, together, weights_beside_head, with_priors
 from recipes.priors import ABOUT, check_prior, make_priors
 from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
@@ -70,7 +68,7 @@ POLICIES = ("text", "items", "sessions")
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     args = parse(argv)
     path = output_path(args)
-    check_writable(path)
+    check_writable(path, "--output")
     if args.run:
         check_writable(Path(args.run), "--run")
     data = load(args)
@@ -162,17 +160,6 @@ def write_runs(results: Results, path: Path) -> None:
             tag = "model" if name == "this model" else re.sub(r"[^\w.]+", "-", name).strip("-")
             file = path if name == "this model" else path.with_name(f"{path.name}-{tag}")
             write_run(file, result.lists, tag=tag)
-
-
-def check_writable(path: Path, argument: str = "--output") -> None:
-    """Raise an OSError where the file could not be written, which is better known before the search."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        message = f"{argument}: expected a place for {path.name} that can be written, got {os.fspath(path.parent)!r}"
-        raise type(error)(error.errno, f"{message}: {error.strerror}") from error
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

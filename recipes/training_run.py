@@ -16,7 +16,9 @@ import transformers
 import patchkern as pk
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.training import PatchTrainer, checkpoints
+from patchkern.training.only_writer import only_writer
 from patchkern.training.passes import PassDataset
+from recipes.commands import check_writable
 
 ARGUMENTS = "arguments.json"
 
@@ -31,10 +33,11 @@ def read_arguments(folder: Path) -> dict[str, Any]:
 
 
 def write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
-    """Under a temporary name first."""
-    unfinished = (folder / ARGUMENTS).with_suffix(".part")
-    unfinished.write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / ARGUMENTS)
+    """Under a temporary name first, into a folder that no other process trains into."""
+    with only_writer(folder):
+        unfinished = (folder / ARGUMENTS).with_suffix(".part")
+        unfinished.write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / ARGUMENTS)
 
 
 def check_output(folder: Path, arguments: dict[str, Any], resume: bool) -> Path | None:
@@ -43,6 +46,7 @@ def check_output(folder: Path, arguments: dict[str, Any], resume: bool) -> Path 
     Args:
         arguments: what the run must share with the one it continues.
     """
+    check_writable(folder / ARGUMENTS, "--output_dir")
     found = checkpoints(folder)
     if not found:
         return None

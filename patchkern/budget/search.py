@@ -40,7 +40,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
 
 from patchkern.batch.memory_layout import MemoryRowCounts
 from patchkern.budget.batch_rows import Absorbed, BatchRows, OrderedRows, taken

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from patchkern.models.files import choose_catalog, is_model
 from patchkern.training.checkpoints import checkpoints, keep
+from patchkern.training.only_writer import only_writer
 from patchkern.training.processes import copy_into_shards, load_states, save_states
 
 _ASIDE = ".unfinished-checkpoint"
@@ -31,6 +32,12 @@ class SavingTrainer(Trainer):
 
     _saving = False
     _loaded: str | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a Trainer, into a folder that no other process trains into: the second of two is refused."""
+        alone = only_writer(str(self.args.output_dir)) if self.is_world_process_zero() else nullcontext()
+        with alone:
+            return super().train(*args, **kwargs)
 
     @contextmanager
     def whole_model(self) -> Generator[Any, None, None]:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from recipes.commands import Parser, nearest
+from recipes.commands import Parser, check_writable, nearest
 
 
 def parser() -> Parser:
@@ -73,3 +74,11 @@ def test_one_parser_with_those_of_transformers() -> None:
     assert both.parse_args(["--batch_size", "4", "--data", "x"]).batch_size == 4
     with pytest.raises(SystemExit):
         both.parse_args(["--batch-size", "4"])
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder" / "users.csv", "--output")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--output: expected a place for users\.csv that can be written, got '.*/file'"):
+        check_writable(tmp_path / "file" / "users.csv", "--output")

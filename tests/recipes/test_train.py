@@ -538,14 +538,6 @@ def test_flags_of_evaluation(flags: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_is_known_before_the_search(tmp_path: Path) -> None:
-    evaluate.check_writable(tmp_path / "new" / "folder" / "users.csv")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"--output: expected a place for users\.csv that can be written, got '.*/file'"):
-        evaluate.check_writable(tmp_path / "file" / "users.csv")
-
-
 @pytest.mark.parametrize(
     ("name", "expected"), [("ml-1m", "ml-1m"), ("ml-100k-raw", "ml-100k"), ("goodreads_interactions", "goodreads")]
 )

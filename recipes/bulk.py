@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 import patchkern as pk
+from patchkern.batch.columns import id_array
 from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.search.arguments import SEARCHES
@@ -31,7 +32,7 @@ class UserFile:
 
     Raises:
         FileNotFoundError: no such files.
-        ValueError: a file without the columns.
+        ValueError: no parquet, or a file without the columns.
     """
 
     def __init__(self, path: str, user_column: str = "user", items_column: str = "items") -> None:
@@ -44,7 +45,10 @@ class UserFile:
         counts: list[int] = []
         self._groups: list[tuple[Path, int]] = []
         for file in self.paths:
-            metadata = pq.read_metadata(file)
+            try:
+                metadata = pq.read_metadata(file)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"--users: expected a parquet file, got {str(file)!r}: {error}") from error
             missing = {*self.columns}.difference(metadata.schema.to_arrow_schema().names)
             if missing:
                 raise ValueError(f"--users: expected the column {sorted(missing)[0]!r} in {str(file)!r}, got none")
@@ -62,7 +66,11 @@ class UserFile:
         return int(self._first[-1])
 
     def read(self, users: slice) -> tuple[pk.Histories, NDArray[Any]]:
-        """The histories of a range of users, and their ids."""
+        """The histories of a range of users, and their ids.
+
+        Raises:
+            TypeError, ValueError: a user without an id or a list; the message names the rows.
+        """
         low = int(np.searchsorted(self._first, users.start, side="right")) - 1
         high = int(np.searchsorted(self._first, users.stop, side="left"))
         tables = [
@@ -70,7 +78,10 @@ class UserFile:
         ]
         table = pa.concat_tables(tables).slice(users.start - int(self._first[low]), users.stop - users.start)
         user, items = self.columns
-        return pk.Histories.from_arrow(table[items]), np.array(table[user].to_pylist())
+        try:
+            return pk.Histories.from_arrow(table[items]), id_array(table[user], f"column {user!r}")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"--users: in the rows from {users.start} to {users.stop - 1}, {error}") from error
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

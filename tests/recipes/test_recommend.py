@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bulk_cases import save_model, write_users
@@ -99,3 +101,25 @@ def test_a_shard_is_two_numbers(folder: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         recommend.main(_flags(folder, tmp_path / "lists", "--shard", "first"))
     assert "--shard: expected two numbers such as 0/8, got 'first'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "error", "message"),
+    [
+        ([1, None], [[1], [2]], ValueError, r"in the rows from 0 to 1, column 'user'\[1\]: expected no missing value"),
+        (["a", "a\0"], [[1], [2]], ValueError, r"column 'user': expected ids that do not end in a NUL character"),
+        ([1, 2], [[1], None], ValueError, r"in the rows from 0 to 1, histories\[1\]: expected a list, got none"),
+        ([1, 2], [[1], [None]], ValueError, r"in the rows from 0 to 1, histories\[1\]: expected no missing value"),
+        ([1, 2], [1, 2], TypeError, r"in the rows from 0 to 1, histories: expected a column of lists"),
+    ],
+)
+def test_users_that_are_refused(users: Any, items: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user": users, "items": items}), tmp_path / "users.parquet")
+    with pytest.raises(error, match=f"--users: .*{message}"):
+        UserFile(str(tmp_path / "users.parquet")).read(slice(0, 2))
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "users.parquet").write_text("user,items\n")
+    with pytest.raises(ValueError, match=r"--users: expected a parquet file, got '.*users\.parquet'"):
+        UserFile(str(tmp_path / "users.parquet"))

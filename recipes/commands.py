@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -61,6 +62,8 @@ def data_flags(args: argparse.Namespace) -> list[str]:
 def check_writable(path: Path, argument: str) -> None:
     """Raise an OSError where the file could not be written, which is better known before the work."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{argument}: expected a file, got a folder, {os.fspath(path)!r}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

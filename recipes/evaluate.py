@@ -55,6 +55,7 @@ from patchkern.ops.backends import describe as describe_backend
 from patchkern.search.arguments import SEARCHES
 from patchkern.search.recommend import generate_titles
 from patchkern.training import TrainableModel, find_model, target_nll
+from patchkern.training.likelihood import ROWS_PER_PASS
 from recipes import models
 from recipes.commands import Parser, check_writable
 from recipes.prior_weights import fitted_weights, together, weights_beside_head, with_priors
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
     check_writable(path, "--output")
     if args.run:
         check_writable(Path(args.run), "--run")
+        if Path(args.run).absolute() == path.absolute():
+            raise ValueError(f"--run: expected another file than the CSV's, got {args.run!r}")
     data = load(args)
     if args.run:
         check_words("--run", data.item_ids.tolist())
@@ -96,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         model.one_time = True
     if args.search is None:
         args.search = "beam" if "titles" in model.learns else "items"
+    if args.search == "items" and args.metric == "strict" and args.memory_budget is not None:
+        raise ValueError(
+            f"--memory_budget: expected none with --search items, which is of {ROWS_PER_PASS:,} rows at a time, got "
+            f"{args.memory_budget!r}"
+        )
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"BACKEND {describe_backend(model.device)}, {dtype}")
     policy = chosen_policy(model, args)

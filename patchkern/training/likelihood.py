@@ -29,6 +29,8 @@ from patchkern.training.protocol import TrainableModel
 Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
 Int64 = NDArray[np.int64]
 
+ROWS_PER_PASS = 4096
+
 _LABELS_AT_ONCE = 1024
 _SCORES_AT_ONCE = 1 << 24
 
@@ -39,7 +41,7 @@ def target_nll(
     samples: Samples,
     policy: AnyPolicy | None = None,
     *,
-    rows_per_pass: int = 4096,
+    rows_per_pass: int = ROWS_PER_PASS,
     head: str = "titles",
 ) -> NDArray[np.float64]:
     """Minus the log-probability of each target.
@@ -84,7 +86,7 @@ def item_log_probs(
     samples: Samples,
     policy: AnyPolicy | None = None,
     *,
-    rows_per_pass: int = 4096,
+    rows_per_pass: int = ROWS_PER_PASS,
 ) -> Iterator[tuple[Int64, NDArray[np.floating[Any]]]]:
     """What ``score_items(head="items")`` says of every sample, part by part: full rankings of any number of them.
 

@@ -79,6 +79,8 @@ def test_one_parser_with_those_of_transformers() -> None:
 def test_a_place_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
     check_writable(tmp_path / "new" / "folder" / "users.csv", "--output")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"--output: expected a file, got a folder, '.*'"):
+        check_writable(tmp_path, "--output")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"--output: expected a place for users\.csv that can be written, got '.*/file'"):
         check_writable(tmp_path / "file" / "users.csv", "--output")

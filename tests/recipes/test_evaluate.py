@@ -306,6 +306,15 @@ def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp
     assert names[3] == f"+ popularity + transitions (weight {', '.join(f'{weight:g}' for weight in weights)})"
 
 
+def test_flags_that_would_not_be_heeded(data: Any, head: Any, tmp_path: Path) -> None:
+    command = [head[0], "--data", data[0], "--search", "items", "--limit", "5", "--output", str(tmp_path / "a.csv")]
+    with pytest.raises(ValueError, match=r"--memory_budget: expected none with --search items, .* 4,096 rows"):
+        evaluate.main([*command, "--memory_budget", "1GiB"])
+    with pytest.raises(ValueError, match="--run: expected another file than the CSV's, got"):
+        evaluate.main([*command, "--run", str(tmp_path / "a.csv")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: expected one with an item head"):
         evaluate.main([run[0], "--data", data[0], "--search", "items", "--output", str(tmp_path / "x.csv")])

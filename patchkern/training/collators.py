@@ -15,7 +15,7 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.joined_layout import join_layouts
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryPlanner
-from patchkern.batch.policies import RandomItemPatches, TextOnly
+from patchkern.batch.policies import ItemDropout, RandomItemPatches, TextOnly
 from patchkern.batch.policy_kinds import AnyPolicy, Level, Levels, cut_every_of
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
@@ -49,7 +49,7 @@ class LayoutCollator:
     Attributes:
         pretrain_steps: feed each sample twice, as text and as patches with a probability that rises from 0 by
             1 / ``pretrain_steps`` a step; None: once, as ``policy`` says.
-        seed: of the draws.
+        seed: of the draws, the policy's too.
         supervise_history: label the history's text too, see `PatchLayout.supervise_literals`.
         item_embeddings: plan what a model with item embeddings needs, see `PatchLayout.with_identities`.
         head: of `build_layout`: with "items" ``labels`` are catalogue positions, with "both" those are ``item_labels``.
@@ -66,13 +66,12 @@ class LayoutCollator:
     head: str = "titles"
 
     def __call__(self, slots: list[Slot]) -> dict[str, Any]:
-        policy = self.policy
+        policy = _drawn_anew(self.policy, self.seed, slots[0].number)
         users, positions = (np.array([slot[field] for slot in slots]) for field in (2, 3))
         if self.pretrain_steps is not None:
             users, positions = np.tile(users, 2), np.tile(positions, 2)
-            draw = np.random.SeedSequence((self.seed, slots[0].number)).generate_state(1)
-            share = slots[0].step / self.pretrain_steps
-            policy = RawAndPatched(share, policy.max_items, int(draw[0]), cut_every_of(policy))
+            share, draw = slots[0].step / self.pretrain_steps, _draw(self.seed, slots[0].number)
+            policy = RawAndPatched(share, policy.max_items, draw, cut_every_of(policy))
         histories = self.histories.before(users, positions, policy.max_items, cut_every_of(policy))
         targets = self.histories.at(users, positions)
         layout = build_layout(self.catalog, histories, policy, self.prompt, targets, head=self.head)
@@ -90,7 +89,8 @@ class PassCollator:
     ``samples`` has the users and, ``(n, 2)``, from which to which positions their targets are.
 
     In patch pre-training every user has two trunks side by side, the text and one draw of patches, each with all the
-    user's targets. Under `Experts`, the borders at which histories are cut are drawn anew for every pass.
+    user's targets. What a policy draws, such as the borders at which `Experts` cut histories, is drawn anew for every
+    pass.
 
     An item is predicted from the row of the one before it, so that histories that are cut cost rows by themselves: for
     "items" they begin at multiples of ``max_items``, which reads at most two rows a target, and else of 50 items. Where
@@ -110,14 +110,10 @@ class PassCollator:
 
     def __call__(self, passes: list[Pass]) -> dict[str, Any]:
         (one,) = passes
-        policies = [self.policy]
-        if isinstance(self.policy, Experts):
-            draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
-            policies = [replace(self.policy, seed=int(draw[0]))]
+        policies = [_drawn_anew(self.policy, self.seed, one.number)]
         if self.pretrain_steps is not None:
-            draw = np.random.SeedSequence((self.seed, one.number)).generate_state(1)
             cut: dict[str, Any] = {"max_items": self.policy.max_items, "cut_every": cut_every_of(self.policy)}
-            patched = RandomItemPatches(one.step / self.pretrain_steps, seed=int(draw[0]), **cut)
+            patched = RandomItemPatches(one.step / self.pretrain_steps, seed=_draw(self.seed, one.number), **cut)
             policies = [TextOnly(**cut), patched]
         histories = _jittered(self.histories.take(one.users), one, self.jitter, self.seed)
         layout = join_layouts(
@@ -213,6 +209,17 @@ def pass_collator(
             raise ValueError(f"{name}: expected False with a RecurrentMemory, got True")
     reference = bool(getattr(model, "reference_loss", 0.0))
     return MemoryCollator(planner_of(policy), histories, reference, seed, item_embeddings, head, jitter)
+
+
+def _drawn_anew(policy: AnyPolicy, seed: int, number: int) -> AnyPolicy:
+    """The policy with draws of a batch's own, the same whenever that batch is made."""
+    if isinstance(policy, (Experts, RandomItemPatches, ItemDropout)):
+        return replace(policy, seed=_draw(seed, number))
+    return policy
+
+
+def _draw(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def _jittered(histories: Histories, one: Pass, jitter: float, seed: int) -> Histories:

@@ -85,6 +85,28 @@ def test_draws_differ_between_batches() -> None:
     assert collator(slots)["layout"].num_rows != collator(moved)["layout"].num_rows
 
 
+@pytest.mark.parametrize("policy", [pk.ItemDropout(0.5, keep_text=1, max_items=10), pk.RandomItemPatches(0.5, 10)])
+def test_what_a_policy_draws_is_drawn_anew_in_every_batch(policy: Any) -> None:
+    """The same user and targets at the same place: only the number of the batch tells one from the other."""
+    of_samples = _collator(None, policy)
+    fields = (of_samples.catalog, of_samples.histories, policy, of_samples.prompt)
+    of_passes = PassCollator(*fields, seed=5)
+    (slot,) = _slots(0, range(1))
+    one = Pass(0, 0, np.array([11]), np.array([[8, 9]]))
+
+    def rows(number: int) -> tuple[list[int], list[int]]:
+        batches = (
+            of_samples([slot._replace(user=11, position=8, number=number)]),
+            of_passes([one._replace(number=number)]),
+        )
+        return batches[0]["layout"].lo.tolist(), batches[1]["layout"].lo.tolist()
+
+    numbered = [rows(number) for number in range(8)]
+    for batches in zip(*numbered, strict=True):
+        assert len(set(map(tuple, batches))) > 4
+    assert rows(3) == numbered[3], "whenever it is made"
+
+
 def test_jitter_is_drawn_anew_in_every_pass_and_shows_nothing_later(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, rows_per_pass=500, max_steps=2, jitter=4.0)
     collator: Any = trainer.data_collator

@@ -79,6 +79,9 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
     if any(x.vector_rows is not None for x in layouts):
         vectors = [x.vector_rows + at for x, at in zip(layouts, rows, strict=False) if x.vector_rows is not None]
         values["vector_rows"] = torch.cat(vectors)
+    if any(x.cu_users is not None for x in layouts):
+        users = [x.prompts[:-1] + at for x, at in zip(layouts, rows, strict=False)]
+        values["cu_users"] = torch.cat([*users, torch.tensor(rows[-1:], dtype=torch.int32)]).int()
     if any(x.prefix is not None for x in layouts):
         values["prefix"] = _joined_ranges(layouts, rows)
         values["max_prefix"] = max(x.max_prefix for x in layouts)

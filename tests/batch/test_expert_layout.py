@@ -8,6 +8,7 @@ import pickle
 import expert_cases as cases
 import numpy as np
 import pytest
+import torch
 from expert_cases import CATALOG, N_ITEMS, POLICIES, prompt_of
 
 import patchkern as pk
@@ -159,3 +160,17 @@ def test_a_user_without_text_needs_no_suffix_where_nothing_is_old() -> None:
     prompt = pk.Prompt(prefix=[100], response_end=[105], experts=[110])
     layout = pk.build_layout(CATALOG, [[1] * 9, []], policy, prompt, [3, 3])
     assert layout.logit_labels is not None and layout.logit_labels.shape[0] == 2 * (len(cases.TITLES[3]) + 1)
+
+
+def test_joined_layouts_know_whose_their_spans_are() -> None:
+    catalog = pk.Catalog.from_token_ids(range(9), range(10))
+    prompt = pk.Prompt(prefix=[9], separator=[12], suffix=[13]).with_special(experts=[10, 11])
+    policy = pk.Experts(pk.ItemPatches(0, None), count=2, keep=1, block=3, parts="blocks")
+    batches = [[range(8), range(2)], [], [[3]], [range(9)]]
+    layouts = [pk.build_layout(catalog, batch, policy, prompt) for batch in batches]
+    joined = pk.join_layouts(layouts)
+    pk.PatchLayout(**vars(joined))
+    whole = pk.build_layout(catalog, [user for batch in batches for user in batch], policy, prompt)
+    assert joined.prompts.tolist() == whole.prompts.tolist()
+    assert torch.equal(joined.cu_seqlens, whole.cu_seqlens)
+    assert pk.join_layouts(layouts[1:3]).cu_users is None

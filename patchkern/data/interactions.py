@@ -40,6 +40,21 @@ class Samples(NamedTuple):
     def __repr__(self) -> str:
         return f"Samples({self.users.size:,} targets)"
 
+    @classmethod
+    def of(cls, samples: Any, histories: Histories, argument: str = "samples") -> Samples:
+        """Of ``(users, positions)``, integers in whatever form, ``(S,)`` each, of items that the histories have.
+
+        Raises:
+            TypeError, ValueError: others; the message names ``argument``, or which of the two.
+        """
+        if not isinstance(histories, Histories):
+            raise TypeError(f"histories: expected Histories, got {type(histories).__name__}")
+        if not (isinstance(samples, (tuple, list)) and len(samples) == 2):
+            raise TypeError(f"{argument}: expected (users, positions), got {type(samples).__name__}")
+        users, positions = histories._samples(*samples)
+        histories.at(users, positions)
+        return cls(users, positions)
+
     def take(self, samples: ArrayLike) -> Samples:
         """Some of them: their numbers, or ``(S,)`` bool."""
         chosen = chosen_of(samples)

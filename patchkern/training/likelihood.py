@@ -21,12 +21,12 @@ from patchkern.batch.policy_kinds import AnyPolicy, TrunkPolicy, cut_every_of
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
+from patchkern.data.interactions import Samples
 from patchkern.search.prompts import vectors_of
 from patchkern.search.protocol import policy_of
 from patchkern.training.passes import cut_to_passes
 from patchkern.training.protocol import TrainableModel
 
-Samples = tuple[NDArray[np.int64], NDArray[np.int64]]
 Int64 = NDArray[np.int64]
 
 ROWS_PER_PASS = 4096
@@ -38,7 +38,7 @@ _SCORES_AT_ONCE = 1 << 24
 def target_nll(
     model: TrainableModel,
     histories: HistoriesLike,
-    samples: Samples,
+    samples: tuple[Any, Any],
     policy: AnyPolicy | None = None,
     *,
     rows_per_pass: int = ROWS_PER_PASS,
@@ -66,7 +66,8 @@ def target_nll(
     """
     if head not in ("titles", "items"):
         raise ValueError(f"head: expected titles or items, got {head!r}")
-    given, (users, positions) = Histories.coerce(histories), samples
+    given = Histories.coerce(histories)
+    samples = users, positions = Samples.of(samples, given)
     index = model.catalog.index_of(given.at(users, positions), "samples").astype(np.int64)
     nll = np.zeros(users.size)
     if head == "items":
@@ -83,7 +84,7 @@ def target_nll(
 def item_log_probs(
     model: TrainableModel,
     histories: HistoriesLike,
-    samples: Samples,
+    samples: tuple[Any, Any],
     policy: AnyPolicy | None = None,
     *,
     rows_per_pass: int = ROWS_PER_PASS,
@@ -105,7 +106,8 @@ def item_log_probs(
     """
     if model.item_head is None:
         raise ValueError("model: expected one with an item head (item_head=True), got one without")
-    given, (users, positions) = Histories.coerce(histories), samples
+    given = Histories.coerce(histories)
+    users, positions = Samples.of(samples, given)
     most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
     for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
         with torch.no_grad(), _evaluating(model):

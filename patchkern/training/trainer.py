@@ -25,6 +25,7 @@ from patchkern.batch.histories import Histories, check_count
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
+from patchkern.data.interactions import Samples
 from patchkern.models.learned_rows import experts_are_trained
 from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator
 from patchkern.training.finite_losses import FiniteLosses
@@ -150,10 +151,9 @@ class PatchTrainer(SavingTrainer):
             check_count("targets_per_step", targets_per_step, minimum=1)
             if rows_per_pass is None:
                 raise ValueError(f"targets_per_step: expected None without rows_per_pass, got {targets_per_step}")
-        users, positions = samples
+        users, positions = Samples.of(samples, histories)
         if users.size == 0:
             raise ValueError("samples: expected at least one, got none")
-        histories.at(users, positions)
         tokenizer = kwargs.get("processing_class")
         if not (tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase)):
             raise TypeError(f"processing_class: expected a transformers tokenizer, got {type(tokenizer).__name__}")

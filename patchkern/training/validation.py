@@ -66,10 +66,9 @@ class Validation:
         limit: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        users, positions = samples
+        users, positions = Samples.of(samples, histories, "eval_samples")
         if users.size == 0:
             raise ValueError("eval_samples: expected at least one, got none")
-        histories.at(users, positions)
         if limit is not None:
             check_count("eval_limit", limit, minimum=1)
             users, positions = Samples(users, positions).spread(limit)

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from patchkern.batch.training_layout import build_training_layout, training_rows
 from patchkern.data.interactions import Samples
 from patchkern.search.prompts import vectors_of
 from patchkern.search.protocol import policy_of
+from patchkern.training.modes import in_mode
 from patchkern.training.passes import cut_to_passes
 from patchkern.training.protocol import TrainableModel
 
@@ -76,7 +76,7 @@ def target_nll(
         return nll
     for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, head):
         sizes = model.catalog.lengths[index[chosen]].astype(np.int64) + len(model.prompt.response_end)
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), in_mode(model, training=False):
             nll[chosen] = _per_sample(model(layout, vectors=vectors).logits, layout, sizes)
     return nll
 
@@ -110,23 +110,12 @@ def item_log_probs(
     users, positions = Samples.of(samples, given)
     most = max(_SCORES_AT_ONCE // max(len(model.catalog), 1), 1)
     for chosen, layout, vectors in _passes(model, given, users, positions, policy, rows_per_pass, "items"):
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), in_mode(model, training=False):
             states = model.item_states(layout, vectors)
         wanted = np.flatnonzero(chosen >= 0)  # `Experts` have still more labels, of no sample
         chosen, states = chosen[wanted], states[torch.from_numpy(wanted).to(states.device)]
         for begin in range(0, chosen.size, most):
             yield chosen[begin : begin + most], model.item_scores(states[begin : begin + most]).cpu().numpy()
-
-
-@contextmanager
-def _evaluating(model: TrainableModel) -> Generator[None, None, None]:
-    """Evaluation mode, and then whichever it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _passes(

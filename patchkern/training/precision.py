@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from patchkern.batch.layout import PatchLayout
+from patchkern.training.modes import in_mode
 from patchkern.training.protocol import TrainableModel
 
 _ROUNDS = 4
@@ -42,12 +43,11 @@ def measure_autocast(model: TrainableModel, layout: PatchLayout) -> Speed:
         model: with float32 weights, where it will be trained.
         layout: with targets, and of a few hundred rows.
     """
-    training, gradients = model.training, [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters()]
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     started = time.perf_counter()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        model.train()
+    with torch.random.fork_rng(devices=devices), in_mode(model, training=True):
         for number in range(_ROUNDS):
             for dtype in best:
                 begin = time.perf_counter()
@@ -60,7 +60,6 @@ def measure_autocast(model: TrainableModel, layout: PatchLayout) -> Speed:
                 break
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient
-    model.train(training)
     return Speed(best[torch.float32], best[torch.bfloat16])
 
 

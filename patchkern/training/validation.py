@@ -19,6 +19,7 @@ from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.search.arguments import known_histories
 from patchkern.search.filters import ItemFilter
 from patchkern.search.prompts import vectors_of
+from patchkern.training.modes import in_mode
 from patchkern.training.protocol import TrainableModel
 
 KS = (10, 20)
@@ -113,21 +114,21 @@ class Validation:
         chosen = np.fromiter(samples, np.int64)
         targets = self.histories.at(self.users[chosen], self.positions[chosen])
         loss, num_tokens = 0.0, 0
-        training = model.training
-        model.eval()
-        for start in range(0, chosen.size, batch_size):
-            part = slice(start, start + batch_size)
-            users, positions = self.users[chosen[part]], self.positions[chosen[part]]
-            histories = self.histories.before(users, positions, self.policy.max_items, cut_every_of(self.policy))
-            layout = build_layout(model.catalog, histories, self.policy, model.prompt, targets[part], head=self.head)
-            labels = layout.item_labels if self.head == "items" else layout.logit_labels
-            with torch.no_grad():
-                tokens = 0 if labels is None else labels.numel()
-                vectors = vectors_of(model, layout, histories, self.policy)
-                loss += float(model(layout, vectors=vectors).loss) * tokens
-            num_tokens += tokens
-        lists = self._recommend(model, chosen)
-        model.train(training)
+        with in_mode(model, training=False):
+            for start in range(0, chosen.size, batch_size):
+                part = slice(start, start + batch_size)
+                users, positions = self.users[chosen[part]], self.positions[chosen[part]]
+                histories = self.histories.before(users, positions, self.policy.max_items, cut_every_of(self.policy))
+                layout = build_layout(
+                    model.catalog, histories, self.policy, model.prompt, targets[part], head=self.head
+                )
+                labels = layout.item_labels if self.head == "items" else layout.logit_labels
+                with torch.no_grad():
+                    tokens = 0 if labels is None else labels.numel()
+                    vectors = vectors_of(model, layout, histories, self.policy)
+                    loss += float(model(layout, vectors=vectors).loss) * tokens
+                num_tokens += tokens
+            lists = self._recommend(model, chosen)
         return Measured(loss, num_tokens, evaluate(lists, targets, KS, catalog=model.catalog))
 
 

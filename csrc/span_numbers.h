@@ -7,30 +7,13 @@
 
 #include <cstdint>
 
-#ifndef PK_ISA
-#error "compile with -DPK_ISA=baseline, avx2 or avx512"
-#endif
+#include "vectors.h"
+
 #define PK_UNROLL _Pragma("GCC unroll 8")
 
 namespace patchkern {
 namespace PK_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-template <class To, class From>
-inline To bits(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bits() changes the type, not the size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 // What exp() and log() need to know of a type; exp: 2^n times a polynomial of x - n log 2, |.| <= log(2) / 2.
 struct Single {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_items", type=int, default=100, help="latest items of a history (default: %(default)s)")
     add_filters(parser)
     arguments = parser.parse_args(argv)
+    if arguments.tokenizer is not None and not Path(arguments.tokenizer).is_dir():
+        parser.error(f"--tokenizer: expected the folder of one, got {arguments.tokenizer!r}")
 
     data = open_dataset(arguments.path)
     if not data.ranges:

@@ -70,6 +70,8 @@ def hstu_attention(
         tensor([0.5872, 1.1744, 1.7616])
     """
     check_number("normalizer", normalizer, above=0)
+    if scale is not None:
+        check_number("scale", scale)
     if prefix is None and (prefix_key is not None or prefix_value is not None):
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     check_spans(query, key, value, cu_seqlens, prefix, prefix_key, prefix_value, packed=True)

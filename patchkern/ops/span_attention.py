@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkern.batch.histories import check_count, check_number
 from patchkern.ops import span_attention_prefixed as prefixed
 from patchkern.ops.span_attention_flash import cuda_kernel
 from patchkern.ops.span_checks import check_spans
@@ -64,6 +65,12 @@ def span_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    if dropout:
+        check_number("dropout", dropout, minimum=0, below=1)
+    if scaling is not None:
+        check_number("scaling", scaling)
+    if sliding_window is not None:
+        check_count("sliding_window", sliding_window, minimum=1)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # rotary embeddings promote to float32 under autocast; the kernels below are not autocast operators
@@ -80,8 +87,9 @@ def span_attention(
     if prefix_key is not None or prefix_value is not None:
         raise ValueError("prefix: expected the rows that each span sees of prefix_key and prefix_value, got None")
     kernel = cuda_kernel(query, key, value, dropout)
-    if kernel is None and _prefixed_serves(query, value, max_seqlen, dropout, sliding_window):
+    if kernel is None:
         check_spans(query, key, value, cu_seqlens, None, None, None, packed=False)
+    if kernel is None and _prefixed_serves(query, value, max_seqlen, dropout, sliding_window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         none = cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, 0, 2)
         return prefixed.span_attention(query, key, value, cu_seqlens, none, None, None, scale)
@@ -100,7 +108,7 @@ def _prefixed_serves(
     """Whether spans without prefixes are attended in one call of the kernels for prefixes, which know no window."""
     if sliding_window is not None and (max_seqlen is None or max_seqlen > sliding_window):
         return False
-    return query.shape[0] == 1 and prefixed.serves(query, value, dropout)
+    return prefixed.serves(query, value, dropout)
 
 
 def _span_sdpa(
@@ -114,6 +122,11 @@ def _span_sdpa(
 ) -> Tensor:
     # split, not slices: the backward of a split is one concatenation, that of S slices is S full-size additions
     lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != query.shape[2] or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens: expected non-decreasing offsets from 0 to {query.shape[2]}, got {cu_seqlens[0]} to "
+            f"{cu_seqlens[-1]}"
+        )
     spans = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     out = [
         F.scaled_dot_product_attention(

@@ -40,6 +40,8 @@ def check_spans(
     for name, tensor in integers.items():
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+    if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
+        raise ValueError(f"cu_seqlens: expected shape (S + 1,), got {tuple(cu_seqlens.shape)}")
     spans = cu_seqlens.shape[0] - 1
     if prefix is not None and not _one_or_several(prefix.shape, spans):
         raise ValueError(

@@ -269,6 +269,7 @@ def test_compiles_without_a_graph_break() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"scale": float("nan")}, ValueError, r"scale: expected a finite number, got nan"),
         ({"normalizer": 0.0}, ValueError, r"normalizer: expected a finite number above 0, got 0.0"),
         ({"normalizer": -1.0}, ValueError, r"normalizer: .*got -1.0"),
         ({"normalizer": float("nan")}, ValueError, r"normalizer: .*got nan"),

@@ -408,3 +408,32 @@ def wrong(**change: Any) -> dict[str, Any]:
 def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         span_attention(**wrong(**change))
+
+
+@pytest.mark.parametrize("route", [{}, {"sliding_window": 2}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dropout": 1.0}, ValueError, "dropout: expected a finite number of at least 0 and below 1, got 1.0"),
+        ({"dropout": -0.5}, ValueError, "dropout: expected a finite number of at least 0 and below 1, got -0.5"),
+        ({"dropout": float("nan")}, ValueError, "dropout: expected a finite number .* got nan"),
+        ({"scaling": float("nan")}, ValueError, "scaling: expected a finite number, got nan"),
+        ({"sliding_window": 0}, ValueError, "sliding_window: expected an integer in 1"),
+        ({"sliding_window": True}, TypeError, "sliding_window: expected an integer, got bool"),
+        ({"cu_seqlens": torch.tensor([0, 2], dtype=torch.int32)}, ValueError, "cu_seqlens: .* 0 to 5, got 0 to 2"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 5], dtype=torch.int32)}, ValueError, "cu_seqlens: expected non-decreas"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, ValueError, r"cu_seqlens: expected shape \(S \+ 1,\)"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, TypeError, "cu_seqlens: expected dtype torch.int32"),
+        ({"key": torch.zeros(1, 2, 4, 8)}, ValueError, r"key: expected shape \(1, 2, 5, 8\), got \(1, 2, 4, 8\)"),
+        ({"value": torch.zeros(1, 2, 5, 8).double()}, TypeError, "value: expected query's dtype, torch.float32"),
+        ({"query": torch.zeros(1, 3, 5, 8)}, ValueError, "query: expected shape .*a multiple of 2"),
+    ],
+)
+def test_wrong_arguments_without_prefixes(
+    change: dict[str, Any], error: type[Exception], message: str, route: dict[str, Any]
+) -> None:
+    """Whichever kernel would be the one to notice, or not to."""
+    rows = torch.zeros(1, 2, 5, 8)
+    given = {"query": rows, "key": rows, "value": rows, "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)}
+    with pytest.raises(error, match=message):
+        span_attention(**{**given, **route, **change})

@@ -20,7 +20,7 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
     Where the layouts are of several catalogues, ``title_index`` no longer says of which, and the fingerprint is None.
 
     Raises:
-        ValueError: no layout.
+        TypeError, ValueError: no layout, or one that is not on the CPU.
 
     Examples:
         >>> import patchkern as pk
@@ -33,6 +33,11 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
     """
     if not layouts:
         raise ValueError("layouts: expected at least one, got none")
+    for number, layout in enumerate(layouts):
+        if not isinstance(layout, PatchLayout):
+            raise TypeError(f"layouts[{number}]: expected a PatchLayout, got {type(layout).__name__}")
+        if layout.device.type != "cpu":
+            raise ValueError(f"layouts[{number}]: expected one on the CPU, got {layout.device}")
     rows, items, titles, tokens = (
         np.cumsum([0, *(getattr(layout, name).shape[0] for layout in layouts)]).tolist()
         for name in ("lo", "items", "title_index", "token_ids")

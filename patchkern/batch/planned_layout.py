@@ -130,6 +130,8 @@ def target_samples(histories: Histories, target_ranges: ArrayLike) -> tuple[Int6
         ValueError: naming what was expected and what came.
     """
     ranges = np.asarray(target_ranges)
+    if not len(histories) and not ranges.size:  # a list without users says nothing of their two columns
+        ranges = np.zeros((0, 2), np.int64)
     if ranges.shape != (len(histories), 2) or ranges.dtype.kind not in "iu":
         raise ValueError(
             f"target_ranges: expected integers of shape {(len(histories), 2)}, got {ranges.dtype} {ranges.shape}"

@@ -55,8 +55,9 @@ def check_matrix(name: str, matrix: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(matrix).__name__}")
     if matrix.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {matrix.dtype}")
-    if matrix.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {matrix.layout}")
+    if matrix.layout != torch.strided or matrix.is_nested:
+        got = "a nested one" if matrix.is_nested else f"layout {matrix.layout}"
+        raise ValueError(f"{name}: expected a dense tensor, got {got}")
     if matrix.dim() != 2 or matrix.shape[1] == 0:
         raise ValueError(f"{name}: expected shape (rows, D) with D >= 1, got {tuple(matrix.shape)}")
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:

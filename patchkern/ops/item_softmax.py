@@ -95,10 +95,16 @@ def sample_items(bias: Tensor, labels: Tensor, count: int, generator: torch.Gene
         labels: ``(M,)`` int64, catalogue positions.
         count: draws, at least 1.
         generator: of the draws, on the device of ``bias``; torch's own by default.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"count: expected an integer of at least 1, got {count!r}")
     n_items, device = bias.shape[0], bias.device
+    if not n_items:
+        raise ValueError("bias: expected that of one item or more, got none")
+    _check_labels(labels, n_items)
     popular = torch.softmax(bias.detach().double(), dim=0)
     uniform = torch.rand(count - count // 2, dtype=torch.float64, device=device, generator=generator) * n_items
     running = popular.cumsum(0)  # multinomial takes no more than 2**24 categories
@@ -200,7 +206,12 @@ def _check(states: Any, items: Any, bias: Any, labels: Any, log_weights: Any) ->
         raise TypeError(f"items: expected dtype {states.dtype}, as states, got {items.dtype}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
-    if labels.device.type == "cpu" and labels.numel():  # a GPU would have to be waited for
+    _check_labels(labels, n_items)
+
+
+def _check_labels(labels: Tensor, n_items: int) -> None:
+    """Raise a ValueError unless all are among the items; a GPU, which would have to be waited for, says so itself."""
+    if labels.device.type == "cpu" and labels.numel():
         wrong = torch.nonzero((labels < 0) | (labels >= n_items))
         if wrong.numel():
             at = int(wrong[0])

@@ -334,3 +334,22 @@ def test_targets_see_neither_themselves_nor_the_future(name: str) -> None:
             moved.add(position)
         start = end
     assert start == len(one.logits) and moved == set(range(at + 1, 40))
+
+
+def test_no_users_in_any_form() -> None:
+    batch = cases.Batch({0: [1]}, [], pk.TextOnly(None))
+    for nobody in ([], np.zeros((0, 2), np.int64)):
+        layout = build_training_layout(*batch.arguments()[:4], nobody)
+        assert layout.num_rows == 0 and layout.num_users == 0
+
+
+@pytest.mark.parametrize(
+    ("layouts", "error", "message"),
+    [
+        ([], ValueError, "layouts: expected at least one"),
+        ([5], TypeError, r"layouts\[0\]: expected a PatchLayout, got int"),
+    ],
+)
+def test_what_cannot_be_joined(layouts: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        join_layouts(layouts)

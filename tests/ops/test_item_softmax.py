@@ -255,3 +255,10 @@ def test_wrong_arguments(changed: dict[str, Any], error: type[Exception], messag
 def test_wrong_counts(count: Any) -> None:
     with pytest.raises(ValueError, match="count: expected an integer of at least 1, got"):
         sample_items(torch.zeros(3), torch.tensor([0]), count)
+
+
+def test_labels_that_are_no_items() -> None:
+    with pytest.raises(ValueError, match=r"labels\[0\]: expected one of the 3 items, got 5"):
+        sample_items(torch.zeros(3), torch.tensor([5]), 2)
+    with pytest.raises(ValueError, match="bias: expected that of one item or more, got none"):
+        sample_items(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 2)

@@ -4,8 +4,9 @@
 A folder holds ``histories.parquet`` (``user``; ``items``: list, oldest first; optionally the lists ``timestamps`` and
 ``ratings``; ``train_first``, ``train_last``, ``val_first``, ...: the inclusive range of target positions, or null),
 ``items.parquet`` (``item``, ``title``; optionally ``text`` and further fields) and optionally ``about.json`` (``name``,
-``system``, ``instruction``) or ``prompt.txt`` (line 1: system message, line 2: instruction). Two ordinary tables are
-read by `patchkern.data.tables`.
+``system``, ``instruction``) or ``prompt.txt`` (line 1: system message, line 2: instruction). Times are arrow's, or
+numbers: seconds, but without an ``about.json`` by their size, with a warning unless it is seconds. Two ordinary tables
+are read by `patchkern.data.tables`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from patchkern.batch.arrow import arrow_lists, arrow_text, import_pyarrow
 from patchkern.batch.columns import as_array, id_array
 from patchkern.batch.histories import Histories
+from patchkern.batch.instants import instants
 from patchkern.data._text import read_lines
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText, as_text
@@ -61,6 +63,10 @@ def read_parquet(folder: str | PathLike[str], *, item_text: str | None = None) -
     for name, (_, other) in lists.items():
         if not np.array_equal(offsets, other):
             raise ValueError(f"{histories_file}: expected as many {name} as items in each row")
+    times = None
+    if "timestamps" in lists:
+        unit = "s" if (folder / ABOUT).is_file() else None  # as `write_parquet` writes them
+        times = instants(f"{histories_file}: timestamps", lists["timestamps"][0], unit).seconds()
     splits = [name.removesuffix("_first") for name in table.column_names if name.endswith("_first")]
     ranges = {split: _range(histories_file, table, split) for split in splits}
     catalog = read_table(items_file)
@@ -77,7 +83,7 @@ def read_parquet(folder: str | PathLike[str], *, item_text: str | None = None) -
         texts = {item: text.of(title, values) for (item, title), *values in pairs}
     return Interactions(
         users,
-        Histories(items, offsets, lists["timestamps"][0] if "timestamps" in lists else None),
+        Histories(items, offsets, times),
         titles,
         lists["ratings"][0] if "ratings" in lists else None,
         ranges,

@@ -259,3 +259,13 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ImportError, match=r"parquet needs pyarrow, which is not installed: pip install 'patchkern\[data\]'"
     ):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(1, False), (1000, True), (10**9, True)])
+def test_times_of_another_unit(scale: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    times = [1_600_000_000, 1_600_000_001, 1_600_000_007, 1_600_000_002]
+    lists = [[scale * time for time in times[:3]], [scale * times[3]]]
+    parquet(tmp_path, GOOD_ROWS | {"timestamps": lists}, GOOD_ITEMS)
+    data = read_parquet(tmp_path)
+    assert data.histories.timestamps is not None and data.histories.timestamps.tolist() == times
+    assert ("taken to be" in caplog.text) == warned

@@ -23,15 +23,15 @@ _LINES_OF_A_ROW = 1000
 _INTEGER = re.compile(r"-?[0-9]{1,19}", re.ASCII)
 _NUMBER = re.compile(NUMBER, re.ASCII)
 
-Rows = Iterator[tuple[int, list[str]]]
+NumberedRows = Iterator[tuple[int, list[str]]]
 
 
-def read_plain(path: Path, separator: str, *, latin1: bool = False) -> Rows:
+def read_plain(path: Path, separator: str, *, latin1: bool = False) -> NumberedRows:
     """The line number and the values of every line of a format that knows no quotes."""
     return ((number, line.split(separator)) for number, line in read_lines(path, latin1=latin1))
 
 
-def read_quoted(path: Path, separator: str, *, latin1: bool = False, lenient: bool = False) -> Rows:
+def read_quoted(path: Path, separator: str, *, latin1: bool = False, lenient: bool = False) -> NumberedRows:
     """Separated values, quoted where they hold a separator, a quote or a line end: the first line of each row.
 
     A quote that is not closed is refused, and so is a value of several lines with a separator in it: these may as well
@@ -71,7 +71,7 @@ def columns_of(path: Path, header: Sequence[str], wanted: Iterable[str], needed:
     return [header.index(name) if name in header else None for name in wanted]
 
 
-def equally_long(path: Path, rows: Rows, count: int | None = None, separator: str = ",") -> Rows:
+def equally_long(path: Path, rows: NumberedRows, count: int | None = None, separator: str = ",") -> NumberedRows:
     """The same rows; one that has not ``count`` values (None: as many as the first) is refused."""
     for number, values in rows:
         count = len(values) if count is None else count

@@ -132,12 +132,25 @@ class PassCollator:
         return _batch(layout, (one.users, one.ranges))
 
     def rows(self, users: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``(n,)`` the most rows that each user takes; with `ItemDropout`, which draws again, about as many."""
+        """``(n,)`` the most rows that each user takes; with draws made anew, more than it is likely to take."""
         histories = self.histories.take(users)
-        text = TextOnly(self.policy.max_items, cut_every=cut_every_of(self.policy))
-        policy = self.policy if self.pretrain_steps is None else text
-        rows = training_rows(self.catalog, histories, policy, self.prompt, ranges, **self._planned)
-        return rows if self.pretrain_steps is None else 2 * rows
+
+        def of(policy: AnyPolicy) -> NDArray[np.int64]:
+            return training_rows(self.catalog, histories, policy, self.prompt, ranges, **self._planned)
+
+        if self.pretrain_steps is not None:
+            return 2 * of(TextOnly(self.policy.max_items, cut_every=cut_every_of(self.policy)))
+        if isinstance(self.policy, (RandomItemPatches, ItemDropout)):
+            probability = self.policy.probability
+            most, least = (of(replace(self.policy, probability=p)) for p in (0.0, 1.0))
+            return _likely_most(most, most - least, probability, self._rows_each)
+        return of(self.policy)
+
+    @property
+    def _rows_each(self) -> float:
+        """What an item adds as text, if longer ones count more often by as much."""
+        rows = self.catalog.inputs.lengths + len(self.prompt.separator)
+        return float((rows**2).sum() / max(rows.sum(), 1))
 
     @property
     def _planned(self) -> dict[str, Any]:
@@ -209,6 +222,18 @@ def pass_collator(
             raise ValueError(f"{name}: expected False with a RecurrentMemory, got True")
     reference = bool(getattr(model, "reference_loss", 0.0))
     return MemoryCollator(planner_of(policy), histories, reference, seed, item_embeddings, head, jitter)
+
+
+def _likely_most(
+    most: NDArray[np.int64], drawn: NDArray[np.int64], probability: float, rows_each: float
+) -> NDArray[np.int64]:
+    """``(n,)`` rows, of which each draw saves some of ``drawn``: three standard deviations above what is expected.
+
+    They depend on nothing but what is drawn from, and grow with it, so that passes can be packed by them.
+    """
+    deviation = np.sqrt(probability * (1 - probability) * rows_each * drawn)
+    expected = most - probability * drawn
+    return np.minimum(most, np.ceil(expected + 3 * deviation).astype(np.int64))
 
 
 def _drawn_anew(policy: AnyPolicy, seed: int, number: int) -> AnyPolicy:

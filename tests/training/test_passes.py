@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,3 +111,26 @@ def test_passes_over_real_users_are_full(shared_data: Path, policy: pk.Policy, r
     assert [longer[number].users.tolist() for number in range(len(rows))] == [
         dataset[number].users.tolist() for number in range(len(rows))
     ]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("head", ["titles", "items"])
+@pytest.mark.parametrize("policy", [pk.ItemDropout, pk.RandomItemPatches])
+def test_passes_of_what_is_drawn_anew(policy: Any, head: str, probability: float) -> None:
+    """Rows that passes are packed by are the user's own, whoever is asked about with them, and hardly ever exceeded."""
+    histories, (users, positions) = make_data()
+    model, _ = make_model()
+    collator = PassCollator(model.catalog, histories, policy(probability, max_items=40), model.prompt, head=head)
+    whole = np.array([(positions[users == user].min(), positions[users == user].max()) for user in np.unique(users)])
+    together = collator.rows(np.unique(users), whole)
+    alone = [collator.rows(np.array([user]), whole[[at]])[0] for at, user in enumerate(np.unique(users))]
+    assert together.tolist() == alone
+    grown = [collator.rows(users[:1], np.array([[whole[0, 0], last]]))[0] for last in range(*(whole[0] + 1))]
+    assert grown == sorted(grown)
+    dataset = PassDataset(users, positions, collator.rows, int(together.max()), 3.0, None, 1, seed=0)
+    taken = [collator([dataset[number]])["layout"].num_rows for number in range(len(dataset))]
+    packed = [collator.rows(*dataset[number][2:]).sum() for number in range(len(dataset))]
+    assert np.mean(np.array(taken) <= packed) >= 0.9 and max(np.array(taken) / packed) < 1.1
+    if probability in (0.0, 1.0):
+        assert taken == packed
+    assert sum(taken) >= 0.6 * sum(packed)

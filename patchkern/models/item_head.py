@@ -22,6 +22,7 @@ from patchkern.models.files import read_item_head
 from patchkern.models.folders import current
 from patchkern.ops.item_softmax import item_softmax, sample_items
 from patchkern.ops.pool_rows import pool_rows
+from patchkern.search.model_state import tensor_state
 
 
 class CatalogHead(nn.Module):
@@ -126,15 +127,18 @@ class CatalogHead(nn.Module):
     def logits(self, states: Tensor, weight: Tensor, own: Tensor | None) -> Tensor:
         """``(M, n_items)`` scores, of which `scores` is the log-softmax.
 
-        The items' vectors are kept until a parameter that they are made of changes.
+        The items' vectors are kept until a parameter that they are made of changes, as far as `tensor_state` sees it.
         """
         with torch.no_grad():
             parts = (weight,) if own is None else (weight, own)
-            state = [(part.data_ptr(), part._version, part.dtype) for part in parts if not part.is_inference()]
-            if self._known is None or self._known[0] != state or len(state) < len(parts):
-                # (D, n_items): for one state a third of the time of the other way around
-                self._known = (state, self.vectors(weight, own).T.contiguous())
-            logits = (self.queries(states) @ self._known[1]).to(torch.promote_types(states.dtype, torch.float32))
+            state = tensor_state(parts)
+            known = self._known
+            if known is None or known[0] != state or any(part.is_inference() for part in parts):
+                # what is kept may be used outside of inference mode, which allows gradients again where it ends
+                with torch.inference_mode(False), torch.no_grad():
+                    # (D, n_items): for one state a third of the time of the other way around
+                    known = self._known = (state, self.vectors(weight, own).T.contiguous())
+            logits = (self.queries(states) @ known[1]).to(torch.promote_types(states.dtype, torch.float32))
             return logits.add_(self.bias)
 
     def train(self, mode: bool = True) -> CatalogHead:
@@ -191,7 +195,8 @@ class ItemHead(CatalogHead):
         """``(n, D)`` the means of the titles' rows, with the items' own vectors; see `CatalogHead.vectors`."""
         if items is None:
             if self._layout is None or self._layout.device != weight.device:
-                self._layout = _titles(self.catalog).to(weight.device)
+                with torch.inference_mode(False):  # training uses it too
+                    self._layout = _titles(self.catalog).to(weight.device)
             layout = self._layout
         else:
             layout = _titles(self.catalog, items).to(weight.device, non_blocking=True)

@@ -25,7 +25,6 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
-from patchkern.models.catalog_file import read_catalog
 from patchkern.models.embedding import with_vectors
 from patchkern.models.item_blocks import BLOCKS
 from patchkern.models.item_head import CatalogHead
@@ -191,6 +190,7 @@ class ItemModel(wrapped.WrappedLM):
 
     # ------------------------------------------------------------------ forward
 
+    @wrapped.undisturbed
     def forward(
         self,
         layout: PatchLayout,
@@ -237,6 +237,7 @@ class ItemModel(wrapped.WrappedLM):
             raise ValueError("layout: expected at least one row per user to predict from, got a user without rows")
         return self.row_states(layout, vectors, layout.prompts[1:].long() - 1)
 
+    @wrapped.undisturbed
     def row_states(self, layout: PatchLayout, vectors: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """``(T, D)`` the last hidden states of a layout's rows.
 
@@ -246,18 +247,17 @@ class ItemModel(wrapped.WrappedLM):
             rows: ``(M,)`` int64, of which rows alone, in any order; of all where not given.
         """
         self._check(layout)
-        with self._undisturbed():
-            embedded = self.embed(layout, vectors)
-            if layout.num_rows == 0:
-                return embedded
-            layout = layout.to(embedded.device, non_blocking=True)
-            wanted = None if rows is None else rows.to(embedded.device, non_blocking=True)
-            # who listens to the network, as a memory in training does, hears of all rows
-            asked = None if self.hf_model._forward_hooks else wanted
-            states: Tensor = self.hf_model(
-                inputs_embeds=embedded[None], wanted_rows=asked, **packed_kwargs(layout)
-            ).last_hidden_state[0]
-            return states if asked is wanted else states[wanted]
+        embedded = self.embed(layout, vectors)
+        if layout.num_rows == 0:
+            return embedded
+        layout = layout.to(embedded.device, non_blocking=True)
+        wanted = None if rows is None else rows.to(embedded.device, non_blocking=True)
+        # who listens to the network, as a memory in training does, hears of all rows
+        asked = None if self.hf_model._forward_hooks else wanted
+        states: Tensor = self.hf_model(
+            inputs_embeds=embedded[None], wanted_rows=asked, **packed_kwargs(layout)
+        ).last_hidden_state[0]
+        return states if asked is wanted else states[wanted]
 
     def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(T, D)`` the rows of a layout: items' vectors, and means of them; differentiable.
@@ -361,10 +361,12 @@ class ItemModel(wrapped.WrappedLM):
             FileNotFoundError: no ``patchkern.json``, no folder, or no hub that has one.
             ValueError: a folder of a `PatchedCausalLM`, one that cannot be read, or a catalogue of other items.
         """
+        if catalog is not None and not isinstance(catalog, Catalog):
+            raise TypeError(f"catalog: expected a Catalog or None, got {type(catalog).__name__}")
         folder, description = open_saved(folder, hf_kwargs)
         if description.learns != cls.learns:
             raise ValueError(f"folder: expected an ItemModel in {os.fspath(folder)!r}, got a PatchedCausalLM")
-        saved = read_catalog(folder / files.CATALOG)
+        saved, _ = files.choose_catalog(folder, None)
         network = ItemNetwork.from_pretrained(folder, **hf_kwargs)
         prompt, diff = description.prompt, None
         if catalog is not None:
@@ -395,7 +397,7 @@ def _moved(prompt: Prompt, by: int) -> Prompt:
 
 def _by_title(catalog: Catalog) -> Catalog:
     """With titles' letters as tokens: what tells an item from another that has got its id."""
-    letters = [[*title.encode(), 256] for title in catalog.titles or [""] * len(catalog)]
+    letters = [[*title.encode("utf-8", "surrogatepass"), 256] for title in catalog.titles or [""] * len(catalog)]
     offsets = np.cumsum([0, *map(len, letters)])
     return Catalog([letter for title in letters for letter in title], offsets, catalog.item_ids, catalog.titles)
 

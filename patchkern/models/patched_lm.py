@@ -122,6 +122,7 @@ class PatchedCausalLM(LayoutEmbedder):
 
     # ------------------------------------------------------------------ forward
 
+    @wrapped.undisturbed
     def forward(
         self,
         layout: PatchLayout,
@@ -175,7 +176,6 @@ class PatchedCausalLM(LayoutEmbedder):
             kwargs["num_items_in_batch"] = counts.titles
         read = [part for part in (layout.logit_rows, layout.item_rows, last) if part is not None]
         with (
-            self._undisturbed(),
             wanted_rows.only(self.hf_model, torch.cat(read), rows),
             wrapped.hidden_states(self.hf_model, has_items) as states,
         ):
@@ -190,6 +190,7 @@ class PatchedCausalLM(LayoutEmbedder):
             loss = title_weight * loss
         return CausalLMOutput(loss=loss, logits=logits)
 
+    @wrapped.undisturbed
     def row_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(T, D)`` the last hidden states of all rows of a layout; ``vectors`` as of `embed`."""
         rows, _ = self._rows(layout, vectors)
@@ -198,10 +199,11 @@ class PatchedCausalLM(LayoutEmbedder):
         unlabelled = {"labels": None, "logit_rows": None, "logit_labels": None}
         layout = PatchLayout._trusted({**layout.__dict__, **unlabelled}).to(rows.device, non_blocking=True)
         none = rows.new_zeros(0, dtype=torch.int64)
-        with self._undisturbed(), wrapped.hidden_states(self.hf_model) as states:
+        with wrapped.hidden_states(self.hf_model) as states:
             self.hf_model(inputs_embeds=rows[None], logits_to_keep=none, **packed_kwargs(layout))
         return states[0]
 
+    @wrapped.undisturbed
     def item_states(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:
         """``(M, D)`` hidden states of a layout's item rows; ``vectors`` as of `embed`."""
         if layout.item_rows is None:
@@ -215,12 +217,13 @@ class PatchedCausalLM(LayoutEmbedder):
         if not isinstance(layout, PatchLayout):
             raise TypeError(f"layout: expected a PatchLayout, got {type(layout).__name__}")
         self._check_length(layout.max_position + 1)
+        if layout.item_labels is not None and layout.catalog_fingerprint != self.catalog.fingerprint:
+            raise ValueError("layout: expected one of the model's catalog, whose items its labels are, got another's")
         own: Tensor | None = self.item_embedding
         if own is not None and self.training and self.vector_dropout:
             own = drop_vectors(own, self.vector_dropout)
-        with self._undisturbed():
-            rows = with_vectors(self._embed(layout, own), layout, vectors)
-            self._isolation.check_layout(self.hf_model, layout, rows)
+        rows = with_vectors(self._embed(layout, own), layout, vectors)
+        self._isolation.check_layout(self.hf_model, layout, rows)
         return rows, own
 
     def _item_loss(
@@ -283,10 +286,10 @@ class PatchedCausalLM(LayoutEmbedder):
     # ------------------------------------------------------------------ what a search asks of a model
 
     @property
+    @wrapped.undisturbed
     def takes_branches(self) -> bool:
         """Can it be given layouts of `build_training_layout`, with spans that share a prefix?"""
-        with self._undisturbed():
-            return self._isolation.takes_branches(self.hf_model)
+        return self._isolation.takes_branches(self.hf_model)
 
     def check_search(self, layout: PatchLayout, depth: int) -> None:
         """See `patchkern.search.protocol.SearchModel`."""

@@ -117,6 +117,7 @@ class RecurrentMemory(MemoryWrapper):
 
     # ------------------------------------------------------------------ training
 
+    @wrapped.undisturbed
     def forward(
         self,
         layout: MemoryBatch | PatchLayout,

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,22 @@ from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
 
 Wrapped = TypeVar("Wrapped", bound="WrappedLM")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def undisturbed(method: Callable[Concatenate[Wrapped, P], R]) -> Callable[Concatenate[Wrapped, P], R]:
+    """A method from whose first line to its last no other thread searches with the model, nor listens to its passes.
+
+    A search puts the model into evaluation mode, and its passes would come to whoever waits for `hidden_states`.
+    """
+
+    @functools.wraps(method)
+    def alone(self: Wrapped, *args: P.args, **kwargs: P.kwargs) -> R:
+        with nullcontext() if torch.compiler.is_compiling() else lock_of(self.config):
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class WrappedLM(SavedLM):
@@ -37,18 +54,14 @@ class WrappedLM(SavedLM):
     accepts_loss_kwargs = True
     """`transformers.Trainer` passes ``num_items_in_batch`` where this is true."""
 
+    @undisturbed
     def train(self: Wrapped, mode: bool = True) -> Wrapped:
         """As of a module; where another thread searches with the model, after that."""
-        with lock_of(self.config):
-            return super().train(mode)
+        return super().train(mode)
 
     def searching(self) -> Searching:
         """See `patchkern.search.protocol.SearchModel`."""
         return Searching(self)
-
-    def _undisturbed(self) -> AbstractContextManager[Any]:
-        """No other thread searches with the model, which is in evaluation mode then."""
-        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.config)
 
     @property
     def config(self) -> PretrainedConfig:

@@ -143,6 +143,18 @@ def priors_of(prior: Any, prior_weight: Any = 1.0) -> tuple[list[Any], list[floa
     return priors, [float(weight) for _, weight in named[: len(priors)]]
 
 
+def check_answers_for(name: str, prior: Any, catalog: Catalog) -> None:
+    """Raise a ValueError for a prior that says which catalogue's order it answers in, where the items are others."""
+    other = getattr(prior, "catalog", None)
+    if not isinstance(other, Catalog) or other is catalog:
+        return
+    if not np.array_equal(other.item_ids, catalog.item_ids):
+        raise ValueError(
+            f"{name}: expected one that answers for the model's {len(catalog):,} items in their order, got a "
+            f"{type(prior).__name__} of another catalogue ({len(other):,} items); make or load it with model.catalog"
+        )
+
+
 def check_prior(search: str, prior: Any, prior_weight: Any) -> None:
     priors_of(prior, prior_weight)
     if prior is not None and search == "diverse":

@@ -242,7 +242,9 @@ def _alone(error: Exception, name: Hashable, layout: PatchLayout, chunk_rows: in
         f"out of memory with user {name!r} alone, whose prompt has {layout.num_rows} rows{chunk}; keep fewer items "
         f"(max_items) or compress them more: {error}"
     )
-    return type(error)(message) if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else RuntimeError(message)
+    # not the error's own class: NumPy's cannot be made of a message
+    kind = next((kind for kind in (torch.OutOfMemoryError, MemoryError) if isinstance(error, kind)), RuntimeError)
+    return kind(message)
 
 
 def _with_advice(

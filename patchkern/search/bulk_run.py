@@ -91,8 +91,11 @@ class BulkRun:
         **arguments: Any,
     ) -> None:
         import_pyarrow()
+        if "user_ids" in arguments:
+            raise TypeError("user_ids: expected by `write`, with the users of each part, got some for the whole run")
         check_count("users", users, minimum=0)
         check_count("users_per_part", users_per_part, minimum=1)
+        users, users_per_part = int(users), int(users_per_part)
         self.model, self.folder, self.users = model, Path(folder), users
         self.policy = policy_of(model, policy)
         bound = inspect.signature(recommend).bind(model, [], self.policy, **arguments)
@@ -110,7 +113,7 @@ class BulkRun:
             "prompt": model.prompt.to_dict(),
             "model": model_fingerprint(model),
         }
-        self.description: dict[str, Any] = json.loads(json.dumps(description))
+        self.description: dict[str, Any] = json.loads(json.dumps(description, default=described))
         self.hash = hash_of(self.description)
         self.parts = parts_of(self.folder, users, users_per_part)
 
@@ -119,8 +122,12 @@ class BulkRun:
 
     def range(self, part: int) -> slice:
         """The users of a part."""
-        users = self.parts[part].users
+        users = self._part(part).users
         return slice(int(users[0]), int(users[-1]) + 1)
+
+    def _part(self, number: int) -> Part:
+        check_count("part", number, minimum=0, maximum=len(self.parts) - 1)
+        return self.parts[number]
 
     def writing(self, shard: tuple[int, int] | None = None) -> AbstractContextManager[Any]:
         """While it is open, no other process writes the parts of this shard, ``(rank, world)``, or of any.
@@ -187,14 +194,14 @@ class BulkRun:
             FileNotFoundError: the folder is gone.
             TypeError, ValueError: as of `recommend`, naming the user; other than as many users.
         """
-        chosen = self.parts[part]
+        chosen = self._part(part)
         known = Histories.coerce(histories)
         if len(known) != chosen.users.size:
             raise ValueError(f"histories: expected those of {chosen.users.size} users, got {len(known)}")
         names = chosen.users if user_ids is None else names_of(user_ids, chosen.users.size)
         lists, summary = run(self.request(chosen, known, names), self.prepared)
         table = recommendation_table(names, lists, self.model.catalog)
-        write_part(chosen, table, Stamp(self.hash, part, check_shard(shard), summary))
+        write_part(chosen, table, Stamp(self.hash, chosen.number, check_shard(shard), summary))
 
 
 def recommendation_table(user_ids: Sequence[Any] | NDArray[Any], lists: Sequence[Ranked], catalog: Catalog) -> Any:

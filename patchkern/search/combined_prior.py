@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.search.arguments import check_answers_for
 from patchkern.search.fingerprints import described
 from patchkern.search.weights import fit_weights, shortlist
 
@@ -23,6 +26,8 @@ _USERS_AT_ONCE = 256
 
 class CombinedPrior:
     """The product of what several priors say, each to the power of its weight, made to sum to 1.
+
+    What any of them finds impossible (-inf) is so whatever its weight, as in `recommend`.
 
     Beside a model, ``recommend(prior=[...], prior_weight=[...])`` takes several as they are; this is for their sum
     alone, as a recommender without a network.
@@ -54,6 +59,8 @@ class CombinedPrior:
             raise ValueError(f"weights: expected one per prior ({len(self.priors)}), got {len(self.weights)}")
         if not all(0 <= weight < math.inf for weight in self.weights):
             raise ValueError(f"weights: expected finite numbers of at least 0, got {list(self.weights)}")
+        if self.catalog is not None:
+            self._check_order(self.catalog)
 
     @classmethod
     def fit(
@@ -82,7 +89,7 @@ class CombinedPrior:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        cls(priors, [1.0] * len(priors))
+        cls(priors, [1.0] * len(priors))._check_order(catalog)
         if len(priors) < 2:
             raise ValueError("priors: expected at least two to weigh against each other, got one")
         check_count("k", k, minimum=1)
@@ -95,7 +102,7 @@ class CombinedPrior:
         for first in range(0, len(given), _USERS_AT_ONCE):
             users = np.arange(first, min(first + _USERS_AT_ONCE, len(given)))
             some = given.take(users)
-            table = np.stack([np.asarray(prior(some), np.float64) for prior in priors], axis=2)
+            table = np.stack([_answer(prior, some) for prior in priors], axis=2)
             if exclude_seen:
                 seen = catalog.index_of(some.items, "histories")
                 table[np.repeat(np.arange(users.size), some.lengths), seen] = -math.inf
@@ -109,17 +116,36 @@ class CombinedPrior:
         return cls(priors, [1.0, *weights.tolist()])
 
     def __call__(self, histories: Histories) -> NDArray[np.float64]:
-        """``(B, n_items)`` log-probabilities."""
-        total = sum(
-            weight * np.asarray(prior(histories), np.float64)
-            for prior, weight in zip(self.priors, self.weights, strict=True)
-        )
-        table: NDArray[np.float64] = np.asarray(total)
-        table = table - table.max(axis=1, keepdims=True)
-        table -= np.log(np.exp(table).sum(axis=1, keepdims=True))
-        return table
+        """``(B, n_items)`` log-probabilities; all -inf where every item is impossible."""
+        total = np.zeros((1, 1))
+        for prior, weight in zip(self.priors, self.weights, strict=True):
+            table = _answer(prior, histories)
+            with np.errstate(invalid="ignore"):  # 0 times -inf, which is left out
+                total = np.where((table == -math.inf) | (total == -math.inf), -math.inf, total + weight * table)
+        top = total.max(axis=1, keepdims=True)
+        total -= np.where(top == -math.inf, 0, top)
+        share = np.exp(total).sum(axis=1, keepdims=True)
+        total -= np.log(share, where=share > 0, out=np.zeros_like(share))
+        return total
+
+    @property
+    def catalog(self) -> Catalog | None:
+        """In whose order it answers; None where none of the priors says."""
+        return next((one for prior in self.priors if (one := getattr(prior, "catalog", None)) is not None), None)
+
+    def _check_order(self, catalog: Catalog) -> None:
+        for place, prior in enumerate(self.priors):
+            check_answers_for(f"priors[{place}]", prior, catalog)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides what it returns, as far as the priors have one."""
         return str(described([json.dumps(self.weights), *(described(prior) for prior in self.priors)]))
+
+
+def _answer(prior: Prior, histories: Histories) -> NDArray[np.float64]:
+    """``(B, n_items)``, which a prior may return as an array or a tensor."""
+    table = prior(histories)
+    if isinstance(table, Tensor):
+        table = table.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(table, np.float64)

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.frozen import freeze
 from patchkern.batch.histories import Histories, is_sequence
-from patchkern.search.arguments import priors_of
+from patchkern.search.arguments import check_answers_for, priors_of
 
 
 class ItemFilter:
@@ -124,7 +124,7 @@ class ItemFilter:
             return allowed, allowed
         owner, seen = np.repeat(np.arange(self._n_users), self._seen.lengths), self._seen.items
         if self._mask is not None:
-            counted = self._mask[owner if len(self._mask) > 1 else 0, seen]
+            counted = self._mask[owner if len(self._mask) != 1 else 0, seen]
         elif self._listed is not None:
             listed = np.repeat(np.arange(self._n_users), self._listed.lengths) * self._n_items + self._listed.items
             counted = np.isin(owner * self._n_items + seen, listed)
@@ -196,7 +196,9 @@ class ItemPrior:
         self._catalog, self._histories, self._items, self._k = catalog, histories, items, k
         self._dtype = dtype
         for own_name, given in self._priors:
-            if not callable(given):
+            if callable(given):
+                check_answers_for(own_name, given, catalog)
+            else:
                 _check_floats(own_name, given, [(len(catalog),), (len(histories), len(catalog))])
         if any(callable(given) for given in priors):
             return

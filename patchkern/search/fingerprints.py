@@ -31,7 +31,11 @@ def described(value: Any) -> Any:
 
 def _hash_into(hashed: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        if value.dtype == torch.bfloat16:  # of which NumPy knows nothing
+            hashed.update(b"bfloat16")
+            value = value.view(torch.int16)
+        value = value.numpy()
     if isinstance(value, np.ndarray) and value.dtype != object:
         hashed.update(f"{value.dtype.str}{value.shape}".encode())
         hashed.update(np.ascontiguousarray(value).tobytes())

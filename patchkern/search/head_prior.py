@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.search.arguments import check_batching
@@ -58,6 +59,11 @@ class ItemHeadPrior:
         check_batching(memory_budget, batch_size)
         self.model, self.policy = model, policy_of(model, policy)
         self.batch_size, self.memory_budget = batch_size, memory_budget
+
+    @property
+    def catalog(self) -> Catalog:
+        """In whose order it answers."""
+        return self.model.catalog
 
     def __call__(self, histories: Histories) -> NDArray[np.floating[Any]]:
         """``(B, n_items)`` log-probabilities, float32 or, of a float64 model, float64."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchkern.budget.search import SearchSize
 from patchkern.search.filters import ItemFilter, ItemPrior
+from patchkern.search.frontier import check_finite
 from patchkern.search.prompts import Prompts, SearchPrompts
 from patchkern.search.protocol import SearchModel
 from patchkern.search.user_cache import UserCache
@@ -28,9 +29,15 @@ def item_log_probs(
     user_cache: UserCache | None = None,
     user_ids: list[object] | None = None,
 ) -> Tensor:
-    """``(B, n_items)`` log-probabilities over the catalogue, for the prompts of a layout for items."""
+    """``(B, n_items)`` log-probabilities over the catalogue, for the prompts of a layout for items.
+
+    Raises:
+        ValueError: some are no numbers; -inf, of an item that cannot come, is one.
+    """
     prompts = Prompts(model, layout, 0, chunk_rows=chunk_rows, user_cache=user_cache, user_ids=user_ids, head="items")
-    return model.item_scores(prompts.states)
+    log_probs = model.item_scores(prompts.states)
+    check_finite(bool(log_probs.amax(dim=1).isnan().any()))
+    return log_probs
 
 
 def best_items(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -39,6 +39,12 @@ def model_state(model: SearchModel) -> Any:
     device = model.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return tensors, attributes, reader.plain(model.config), autocast, reader.samples()
+
+
+def tensor_state(tensors: Iterable[Tensor]) -> Any:
+    """`model_state` of these tensors alone."""
+    reader = _Reader()
+    return [reader.identity(tensor) for tensor in tensors], reader.samples()
 
 
 def model_form(model: SearchModel) -> Any:

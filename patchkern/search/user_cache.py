@@ -139,11 +139,10 @@ class UserCache:
         capacity = self.max_bytes // self._row_bytes
         self._free, self._n_free = np.arange(capacity), capacity
         pool: Layers = {}
-        for layer, (keys, values) in layers.items():
-            pool[layer] = (
-                keys.new_empty(keys.shape[0], capacity, keys.shape[2]),
-                values.new_empty(values.shape[0], capacity, values.shape[2]),
-            )
+        with torch.inference_mode(False):  # or calls outside of it could not write there
+            for layer, pair in layers.items():
+                keys, values = (x.new_empty(x.shape[0], capacity, x.shape[2]) for x in pair)
+                pool[layer] = keys, values
         self._pool = pool
 
     def _replace(self, name: Hashable, hashes: UInt64) -> Int64 | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.histories import Histories, HistoriesLike, check_count, is_sequence
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.recurrent import RecurrentMemory
@@ -182,6 +182,8 @@ class UserStates:
 
     def delete(self, user_ids: Sequence[Hashable]) -> int:
         """Forget users; returns how many of them were there."""
+        if not is_sequence(user_ids):  # a name would be so many users as it has letters
+            raise TypeError(f"user_ids: expected a sequence of names, got {type(user_ids).__name__}")
         return self.store.delete(_keys(user_ids))
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -179,6 +179,8 @@ def _settle(outcomes: Sequence[tuple[Job, Ranked | Problem]]) -> None:
 
 
 def _run_errand(errand: Callable[[], Any], done: Future[Any]) -> None:
+    if not done.set_running_or_notify_cancel():  # who asked for it gave up; from here on nobody can
+        return
     try:
         done.set_result(errand())
     except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,11 @@ from patchkern.models.folders import current
 from patchkern.ops.item_softmax import item_softmax, sample_items
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.model_state import tensor_state
+
+SCORES = ("dot", "cosine")
+"""What an `IdHead` makes of a state and an item's vector."""
+
+_COSINE_SCALE = 20.0  # of scores, whose softmax would be flat without
 
 
 class CatalogHead(nn.Module):
@@ -210,6 +216,32 @@ class ItemHead(CatalogHead):
         return {**super().__getstate__(), "_layout": None}
 
 
+class IdHead(CatalogHead):
+    """``score(user, i) = <h, v_i> + b_i``, or 20 times their cosine plus b_i; v_i is the item's row of the table.
+
+    Args:
+        catalog: the items, the first rows of the table.
+        scores: "dot" or "cosine".
+        dtype, device: of the biases.
+    """
+
+    def __init__(self, catalog: Catalog, scores: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(catalog, dtype, device)
+        self.scores_by = scores
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scores_by}"
+
+    def queries(self, states: Tensor) -> Tensor:
+        """``(M, D)``, see `CatalogHead.queries`."""
+        return states if self.scores_by == "dot" else _COSINE_SCALE * F.normalize(states, dim=1)
+
+    def vectors(self, weight: Tensor, own: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """``(n, D)``, see `CatalogHead.vectors`; ``own`` is None."""
+        vectors = weight[: len(self.catalog)] if items is None else weight[items]
+        return vectors if self.scores_by == "dot" else F.normalize(vectors, dim=1)
+
+
 def output_weight(hf_model: Any) -> Tensor:
     """``(V, D)`` the weight of a model's output embedding, which its logits are made with.
 
@@ -217,9 +249,7 @@ def output_weight(hf_model: Any) -> Tensor:
         ValueError: the model has none, or one that is more than its weight.
     """
     output = hf_model.get_output_embeddings()
-    if hasattr(output, "modules_to_save"):  # a whole copy that peft trains
-        output = output.modules_to_save[hf_model.active_adapter]
-    weight = getattr(output, "weight", None)
+    weight = getattr(output, "weight", None)  # of a copy that peft trains that copy's, while its adapter is active
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(
             f"item_head: expected a model with an output embedding of one weight, got {type(output).__name__}"

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -27,7 +26,7 @@ from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
 from patchkern.models.embedding import with_vectors
 from patchkern.models.item_blocks import BLOCKS
-from patchkern.models.item_head import CatalogHead
+from patchkern.models.item_head import SCORES, IdHead
 from patchkern.models.item_network import ItemNetwork, ItemNetworkConfig
 from patchkern.models.positions import TOO_MANY
 from patchkern.models.saved_lm import open_saved
@@ -35,37 +34,7 @@ from patchkern.ops.packed import packed_kwargs
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.search.protocol import SpanCache
 
-HEADS = ("dot", "cosine")
-"""What an `IdHead` makes of a state and an item's vector."""
-
 _NO_TITLES = "model: expected one that predicts titles token by token, got an ItemModel, which scores items"
-_COSINE_SCALE = 20.0  # of scores, whose softmax would be flat without
-
-
-class IdHead(CatalogHead):
-    """``score(user, i) = <h, v_i> + b_i``, or 20 times their cosine plus b_i; v_i is the item's row of the table.
-
-    Args:
-        catalog: the items, the first rows of the table.
-        scores: "dot" or "cosine".
-        dtype, device: of the biases.
-    """
-
-    def __init__(self, catalog: Catalog, scores: str, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(catalog, dtype, device)
-        self.scores_by = scores
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.scores_by}"
-
-    def queries(self, states: Tensor) -> Tensor:
-        """``(M, D)``, see `CatalogHead.queries`."""
-        return states if self.scores_by == "dot" else _COSINE_SCALE * F.normalize(states, dim=1)
-
-    def vectors(self, weight: Tensor, own: Tensor | None, items: Tensor | None = None) -> Tensor:
-        """``(n, D)``, see `CatalogHead.vectors`; ``own`` is None."""
-        vectors = weight[: len(self.catalog)] if items is None else weight[items]
-        return vectors if self.scores_by == "dot" else F.normalize(vectors, dim=1)
 
 
 class ItemModel(wrapped.WrappedLM):
@@ -144,7 +113,7 @@ class ItemModel(wrapped.WrappedLM):
         if prompt is None:
             prompt = Prompt(prefix=(len(catalog),))
         _check_prompt(prompt, len(catalog))
-        for name, chosen, kinds in (("block", block, tuple(BLOCKS)), ("head", head, HEADS)):
+        for name, chosen, kinds in (("block", block, tuple(BLOCKS)), ("head", head, SCORES)):
             if chosen not in kinds:
                 raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {chosen!r}")
         inner = width if inner is None else inner

@@ -44,6 +44,11 @@ def add_experts(
         >>> model.prompt.prefix, model.prompt.experts
         ((4,), (5, 6))
     """
+    if not isinstance(model, (PatchedCausalLM, ItemModel)):
+        raise TypeError(
+            f"model: expected a PatchedCausalLM or an ItemModel, such as is inside a RecurrentMemory, got "
+            f"{type(model).__name__}"
+        )
     check_count("count", count, minimum=0)
     if max_positions is not None and isinstance(model, ItemModel):
         check_count("max_positions", max_positions, minimum=1)

@@ -25,15 +25,36 @@ class Memories:
         vectors: ``(M, D)``, user by user, as a model's prompts read them.
         rows: ``(B,)`` how many of them each user has.
         absorbed: ``(B,)`` how many of each user's first items are in them.
+
+    Raises:
+        TypeError, ValueError: naming the attribute, what was expected and what came.
     """
 
     vectors: Tensor
     rows: Int64
     absorbed: Int64
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.vectors, Tensor) or not self.vectors.is_floating_point():
+            got = self.vectors.dtype if isinstance(self.vectors, Tensor) else type(self.vectors).__name__
+            raise TypeError(f"vectors: expected a tensor of floating-point numbers, got {got}")
+        for name in ("rows", "absorbed"):
+            counts = np.asarray(getattr(self, name))
+            if counts.ndim != 1 or (counts.size and (counts.dtype.kind not in "iu" or counts.min() < 0)):
+                raise ValueError(f"{name}: expected a 1-D array of counts, got {counts.dtype} of shape {counts.shape}")
+            object.__setattr__(self, name, counts.astype(np.int64))
+        if self.absorbed.size != self.rows.size:
+            raise ValueError(f"absorbed: expected one per user ({self.rows.size}), got {self.absorbed.size}")
+        if self.vectors.dim() != 2 or self.vectors.shape[0] != self.rows.sum():
+            raise ValueError(
+                f"vectors: expected shape ({self.rows.sum()}, D), as many as rows say, got {tuple(self.vectors.shape)}"
+            )
+
     @classmethod
     def of(cls, users: Sequence[tuple[Tensor, int]]) -> Memories:
         """Of each user's vectors and the number of items in them; at least one user."""
+        if not users:
+            raise ValueError("users: expected at least one, got none")
         vectors = [own for own, _ in users]
         rows = np.array([own.shape[0] for own in vectors], np.int64)
         return cls(torch.cat(vectors), rows, np.array([absorbed for _, absorbed in users], np.int64))
@@ -106,12 +127,14 @@ def _within(rows: Int64, most: int) -> list[Int64]:
     return [*parts, np.arange(begin, rows.size)] if rows.size else parts
 
 
-def check_memories(memories: Any, policy: PreferenceMemory, wanted: Int64) -> None:
-    """Raise unless these may go on to hold so many items of each user."""
+def check_memories(memories: Any, policy: PreferenceMemory, wanted: Int64, width: int) -> None:
+    """Raise unless these, of vectors so wide, may go on to hold so many items of each user."""
     if not isinstance(memories, Memories):
         raise TypeError(f"memories: expected Memories or None, got {type(memories).__name__}")
     if len(memories) != wanted.size:
         raise ValueError(f"memories: expected those of {wanted.size} users, as histories, got {len(memories)}")
+    if memories.vectors.shape[1] != width:
+        raise ValueError(f"memories: expected vectors of width {width}, got {memories.vectors.shape[1]}")
     wrong = np.flatnonzero(
         (memories.absorbed > wanted)
         | (memories.absorbed % policy.block != 0)

@@ -235,7 +235,7 @@ class RecurrentMemory(MemoryWrapper):
         kept, absorbed = [nothing] * len(histories), np.zeros_like(wanted)
         once = self.one_time if one_time is None else one_time
         if memories is not None and not once:
-            check_memories(memories, planner.policy, wanted)
+            check_memories(memories, planner.policy, wanted, self.width)
             kept = list(memories.vectors.to(self.device, self.dtype).split(memories.rows.tolist()))
             absorbed = memories.absorbed.copy()
         if memory_budget is not None:

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +23,7 @@ SEARCHES = ("beam", "exact", "diverse", "items")
 NORMALIZATIONS = ("titles", "items")
 SHORT = ("error", "allow")
 UNKNOWN = ("error", "drop")
+_TOO_MANY = 1 << 56  # of anything; a few times as many are still an int64
 
 
 def users_named(given: Any, n_users: int, user_ids: Any) -> list[Hashable]:
@@ -54,10 +56,14 @@ def check_states(user_states: Any, policy: Any) -> None:
         raise ValueError(f"user_states: expected None under {type(policy).__name__}, which compresses no old items")
 
 
+def check_choice(name: str, value: Any, kinds: Sequence[str], otherwise: str = "") -> None:
+    if not isinstance(value, str) or value not in kinds:
+        raise ValueError(f"{name}: expected one of {', '.join(kinds)}{otherwise}, got {value!r}")
+
+
 def check_leniency(short: Any, unknown: Any) -> None:
-    for name, value, kinds in (("short", short, SHORT), ("unknown", unknown, UNKNOWN)):
-        if value not in kinds:
-            raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {value!r}")
+    check_choice("short", short, SHORT)
+    check_choice("unknown", unknown, UNKNOWN)
 
 
 def known_histories(
@@ -95,11 +101,10 @@ def of_users(name: str, value: Any, users: NDArray[np.int64], n_users: int) -> A
 
 
 def check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
-    if search not in SEARCHES:
-        raise ValueError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
-    _check_number("length_penalty", length_penalty)
-    if normalize not in (None, *NORMALIZATIONS):
-        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
+    check_choice("search", search, SEARCHES)
+    _check_finite("length_penalty", length_penalty)
+    if normalize is not None:
+        check_choice("normalize", normalize, NORMALIZATIONS, " or None")
     if search == "diverse" and length_penalty != 0:
         raise ValueError(f'length_penalty: expected 0 with search="diverse", which has its own, got {length_penalty}')
     if search == "items":
@@ -121,6 +126,15 @@ def check_search(search: Any, length_penalty: Any, normalize: Any, max_expansion
             raise ValueError(f"max_expansions: expected None with normalize={normalize!r}, got {max_expansions}")
 
 
+def check_lengths(length_penalty: float, longest: int, dtype: torch.dtype) -> None:
+    """Raise where ``length ** length_penalty`` of titles of up to so many tokens leaves no room for what it divides."""
+    if abs(length_penalty) * math.log(longest) > math.log(torch.finfo(dtype).max) / 2:
+        raise ValueError(
+            f"length_penalty: expected one with which {longest} tokens, as the longest title has, to the power of it "
+            f"are a number that scores of {dtype} can be divided by, got {length_penalty}"
+        )
+
+
 def priors_of(prior: Any, prior_weight: Any = 1.0) -> tuple[list[Any], list[float]]:
     """The priors that a caller means, one or several or None, and the weight of each, checked."""
     several = isinstance(prior, (list, tuple))
@@ -135,7 +149,7 @@ def priors_of(prior: Any, prior_weight: Any = 1.0) -> tuple[list[Any], list[floa
     else:
         named = [("prior_weight", prior_weight)] * max(len(priors), 1)
     for name, weight in named:
-        _check_number(name, weight)
+        _check_finite(name, weight)
         if weight < 0:
             raise ValueError(f"{name}: expected at least 0, got {weight}")
     if not priors and prior_weight != 1:
@@ -150,8 +164,8 @@ def check_answers_for(name: str, prior: Any, catalog: Catalog) -> None:
         return
     if not np.array_equal(other.item_ids, catalog.item_ids):
         raise ValueError(
-            f"{name}: expected one that answers for the model's {len(catalog):,} items in their order, got a "
-            f"{type(prior).__name__} of another catalogue ({len(other):,} items); make or load it with model.catalog"
+            f"{name}: expected answers for these {len(catalog):,} items in their order, got those of "
+            f"{type(prior).__name__} for {len(other):,} items of another catalog; make or load it with the model's"
         )
 
 
@@ -161,9 +175,13 @@ def check_prior(search: str, prior: Any, prior_weight: Any) -> None:
         raise ValueError('prior: expected None with search="diverse", whose protocol has none')
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def _check_finite(name: str, value: Any) -> None:
+    check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
@@ -171,8 +189,8 @@ def _check_number(name: str, value: Any) -> None:
 def check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not 1 <= value < _TOO_MANY:
+        raise ValueError(f"{name}: expected at least 1{'' if value < 1 else f' and below {_TOO_MANY}'}, got {value}")
 
 
 def check_batching(memory_budget: Any, batch_size: Any) -> None:

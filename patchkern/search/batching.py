@@ -317,6 +317,10 @@ def plan_memory(
     """
     budget = None if budget is None else parse_bytes("budget", budget)
     check_count("num_beams", num_beams, minimum=1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, minimum=1)
+    if not isinstance(model_config, (nn.Module, PretrainedConfig)):
+        raise TypeError(f"model_config: expected a model or its configuration, got {type(model_config).__name__}")
     cost = SearchCost(model_config, _size(model_config, num_beams, title_tokens), dtype, device)
     if policies is None:
         if isinstance(row_counts, MemoryRowCounts):

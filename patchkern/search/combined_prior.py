@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike, check_count
-from patchkern.search.arguments import check_answers_for
+from patchkern.search.arguments import check_answers_for, check_number
 from patchkern.search.fingerprints import described
 from patchkern.search.weights import fit_weights, shortlist
 
@@ -52,7 +52,9 @@ class CombinedPrior:
     """
 
     def __init__(self, priors: Sequence[Prior], weights: Sequence[float]) -> None:
-        self.priors, self.weights = tuple(priors), tuple(float(weight) for weight in weights)
+        for place, weight in enumerate(weights := tuple(weights)):
+            check_number(f"weights[{place}]", weight)
+        self.priors, self.weights = tuple(priors), tuple(map(float, weights))
         if not self.priors or not all(callable(prior) for prior in self.priors):
             raise TypeError(f"priors: expected callables, at least one, got {priors!r}")
         if len(self.weights) != len(self.priors):
@@ -102,7 +104,7 @@ class CombinedPrior:
         for first in range(0, len(given), _USERS_AT_ONCE):
             users = np.arange(first, min(first + _USERS_AT_ONCE, len(given)))
             some = given.take(users)
-            table = np.stack([_answer(prior, some) for prior in priors], axis=2)
+            table = np.stack(_answers(priors, some), axis=2)
             if exclude_seen:
                 seen = catalog.index_of(some.items, "histories")
                 table[np.repeat(np.arange(users.size), some.lengths), seen] = -math.inf
@@ -118,8 +120,7 @@ class CombinedPrior:
     def __call__(self, histories: Histories) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities; all -inf where every item is impossible."""
         total = np.zeros((1, 1))
-        for prior, weight in zip(self.priors, self.weights, strict=True):
-            table = _answer(prior, histories)
+        for table, weight in zip(_answers(self.priors, histories), self.weights, strict=True):
             with np.errstate(invalid="ignore"):  # 0 times -inf, which is left out
                 total = np.where((table == -math.inf) | (total == -math.inf), -math.inf, total + weight * table)
         top = total.max(axis=1, keepdims=True)
@@ -143,9 +144,16 @@ class CombinedPrior:
         return str(described([json.dumps(self.weights), *(described(prior) for prior in self.priors)]))
 
 
-def _answer(prior: Prior, histories: Histories) -> NDArray[np.float64]:
-    """``(B, n_items)``, which a prior may return as an array or a tensor."""
-    table = prior(histories)
-    if isinstance(table, Tensor):
-        table = table.detach().to("cpu", torch.float64).numpy()
-    return np.asarray(table, np.float64)
+def _answers(priors: Sequence[Prior], histories: Histories) -> list[NDArray[np.float64]]:
+    """``(B, n_items)`` of each prior, which it may return as an array or a tensor."""
+    tables: list[NDArray[np.float64]] = []
+    for place, prior in enumerate(priors):
+        given = prior(histories)
+        if isinstance(given, Tensor):
+            given = given.detach().to("cpu", torch.float64).numpy()
+        table = np.asarray(given, np.float64)
+        shape = tables[0].shape if tables else (len(histories), *table.shape[1:])
+        if table.ndim != 2 or table.shape != shape:
+            raise ValueError(f"priors[{place}]: expected answers of shape {shape}, got {table.shape}")
+        tables.append(table)
+    return tables

@@ -258,6 +258,8 @@ def _check_floats(name: str, given: Any, shapes: list[tuple[int, ...]], whose: s
     if not isinstance(given, (np.ndarray, Tensor)):
         expected = f"{whose}an array or a tensor" + ("" if whose else ", or a callable that returns one")
         raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
+    if isinstance(given, Tensor) and given.layout != torch.strided:
+        raise TypeError(f"{name}: expected {whose}a dense tensor, got {given.layout}")
     is_float = (
         given.is_floating_point() if isinstance(given, Tensor) else given.dtype in (np.half, np.single, np.double)
     )

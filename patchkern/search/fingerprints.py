@@ -57,6 +57,7 @@ def model_fingerprint(model: SearchModel) -> str:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             sample = parameter.reshape(-1)[:: max(1, parameter.numel() // _VALUES)].double()
+            name = name.replace("_orig_mod.", "")  # of torch.compile
             hashed.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
             hashed.update(sample.cpu().numpy().tobytes())
     return hashed.hexdigest()

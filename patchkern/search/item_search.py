@@ -36,7 +36,7 @@ def item_log_probs(
     """
     prompts = Prompts(model, layout, 0, chunk_rows=chunk_rows, user_cache=user_cache, user_ids=user_ids, head="items")
     log_probs = model.item_scores(prompts.states)
-    check_finite(bool(log_probs.amax(dim=1).isnan().any()))
+    check_finite(bool(log_probs.isnan().any()))
     return log_probs
 
 

@@ -16,7 +16,7 @@ from patchkern.batch.histories import Histories
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.linear import ItemRegression
 from patchkern.search import prior_file
-from patchkern.search.prior import hash_of, log_mixture, share_of, trained_items
+from patchkern.search.prior import check_popularity, hash_of, log_mixture, share_of, trained_items
 
 _KIND = "linear_prior"
 _SHAPES: prior_file.Shapes = {"weights": (np.float32, ("n", "n")), "count": (np.int64, ("n",))}
@@ -81,8 +81,7 @@ class LinearPrior:
         *,
         memory_budget: int | str = "16GiB",
     ) -> None:
-        if not 0 < popularity <= 1:
-            raise ValueError(f"popularity: expected above 0 and at most 1, got {popularity}")
+        check_popularity(popularity)
         users, items, count = trained_items(interactions, catalog)
         model = ItemRegression.fit(users, items, form, penalty, half_life, recent, memory_budget)
         self._set(catalog, LinearSettings(form, penalty, half_life, recent, popularity), model, count)

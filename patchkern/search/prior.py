@@ -25,6 +25,7 @@ from patchkern.batch.histories import Histories, check_count
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.yardsticks import Follows, in_training
 from patchkern.search import prior_file
+from patchkern.search.arguments import check_number
 
 _KIND = "transition_prior"
 _SHAPES: prior_file.Shapes = {
@@ -103,8 +104,7 @@ class TransitionPrior:
 
     def __init__(self, interactions: Interactions, catalog: Catalog, recent: int = 10, popularity: float = 0.2) -> None:
         check_count("recent", recent, minimum=1)
-        if not 0 < popularity <= 1:
-            raise ValueError(f"popularity: expected above 0 and at most 1, got {popularity}")
+        check_popularity(popularity)
         users, items, count = trained_items(interactions, catalog)
         self._set(catalog, TransitionSettings(recent, popularity), Follows(users, items, count, recent), count)
 
@@ -185,6 +185,13 @@ def trained_items(
     users, item_ids = in_training(interactions)
     items = catalog.index_of(item_ids, "interactions").astype(np.int64)
     return users, items, np.bincount(items, minlength=len(catalog))
+
+
+def check_popularity(popularity: Any) -> None:
+    """Raise unless this can be a share that leaves no item impossible."""
+    check_number("popularity", popularity)
+    if not 0 < popularity <= 1:
+        raise ValueError(f"popularity: expected above 0 and at most 1, got {popularity}")
 
 
 def share_of(count: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -172,6 +172,6 @@ def policy_of(model: SearchModel, policy: AnyPolicy | None) -> AnyPolicy:
     """The policy given, else the model's."""
     chosen = model.policy if policy is None else policy
     if chosen is None:
-        raise ValueError("policy: expected one, here or when the PatchedCausalLM was made, got None")
+        raise ValueError(f"policy: expected one, here or when the {type(model).__name__} was made, got None")
     check_policy(chosen)
     return chosen

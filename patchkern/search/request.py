@@ -12,6 +12,7 @@ from patchkern.batch.histories import Histories
 from patchkern.search.arguments import (
     check_batching,
     check_cache,
+    check_lengths,
     check_leniency,
     check_positive,
     check_prior,
@@ -109,6 +110,8 @@ class Request:
         left = self.k if short == "error" else 0
         self.items.check(left)
         self.dtype = torch.promote_types(model.dtype, torch.float32)
+        longest = int(model.catalog.lengths.max(initial=1)) + len(model.prompt.response_end)
+        check_lengths(length_penalty, longest, self.dtype)
         self.known: ItemPrior | None = None
         if prior is not None:
             self.known = ItemPrior(model.catalog, self.histories, self.items, prior, prior_weight, left, self.dtype)

@@ -31,6 +31,9 @@ from patchkern.serving.vllm.title_beam import HostTrie, TitleBeam
 _MASKED = -9999.0
 """what the server says for a log-probability of -inf"""
 
+_CLOSED = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
+"""what a connection says that was kept, and that the server has closed"""
+
 Int64 = NDArray[np.int64]
 
 
@@ -250,9 +253,9 @@ class VllmClient:
                 response = connection.getresponse()
                 content = response.read()
                 break
-            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-                connection.close()  # one that was kept and that the server has closed
-                if not again:
+            except BaseException as error:
+                connection.close()  # or what it was in the middle of would be the next request's
+                if not (again and isinstance(error, _CLOSED)):
                     raise
         if response.status != 200:
             raise ServerError(response.status, content.decode("utf-8", "replace")[:1000])

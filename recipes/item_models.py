@@ -14,7 +14,7 @@ import torch
 import patchkern as pk
 from patchkern.data import Interactions
 from patchkern.models.item_blocks import BLOCKS
-from patchkern.models.item_model import HEADS
+from patchkern.models.item_head import SCORES
 
 
 def add_flags(parser: Any) -> None:
@@ -24,7 +24,7 @@ def add_flags(parser: Any) -> None:
     group.add_argument("--width", type=int, default=64, help="of its vectors")
     group.add_argument("--layers", type=int, default=2)
     group.add_argument("--heads", type=int, default=2, help="of attention")
-    group.add_argument("--item_scores", choices=HEADS, default="dot", help="product of state and vector, or cosine")
+    group.add_argument("--item_scores", choices=SCORES, default="dot", help="product of state and vector, or cosine")
 
 
 def make_model(args: argparse.Namespace, data: Interactions, dropout: float, seed: int) -> pk.ItemModel:

@@ -352,6 +352,13 @@ def test_row_counts_that_are_none(counts: Any) -> None:
         pk.plan_memory(hf_model("llama", torch.float32), counts, None)
 
 
+def test_what_is_no_model_and_no_size_of_a_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size: expected an integer in 1"):
+        pk.plan_memory(hf_model("llama", torch.float32), [1, 2], "1GiB", batch_size=0)
+    with pytest.raises(TypeError, match="model_config: expected a model or its configuration, got str"):
+        pk.plan_memory("llama", [1], "1GiB")  # type: ignore[arg-type]
+
+
 def test_a_line_says_what_is_planned() -> None:
     needed = SearchBytes(weights=1 << 30, store=1 << 29, prefill=0, decode=0, logits=0)
     batches = [memory.MicroBatch(np.arange(count), chunk, needed) for count, chunk in ((2, None), (3, 256))]
@@ -500,6 +507,16 @@ def test_one_user_alone_is_an_error_that_says_so(name: str, monkeypatch: pytest.
     ):
         make_model().recommend(users(2, 20), pk.ItemPatches(0, None), 5, 5)
     assert is_out_of_memory(FAILURES[name]) and found.value.__cause__ is FAILURES[name]
+
+
+def test_an_error_that_is_not_made_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfAnArray(MemoryError):  # as NumPy's is
+        def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+            super().__init__(f"Unable to allocate {dtype} of {shape}")
+
+    failing(monkeypatch, OfAnArray((3,), "float64"), 0)
+    with pytest.raises(MemoryError, match=r"out of memory with user 0 alone, .*: Unable to allocate float64 of \(3,\)"):
+        make_model().recommend(users(2), POLICIES["items"], 5, 5)
 
 
 def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import patchkern as pk
 from patchkern.models import wrapped
+from patchkern.models.item_head import output_weight
 from patchkern.ops import item_softmax
 
 TITLES = cases.make_titles(23)
@@ -537,6 +538,42 @@ def test_scores_follow_what_torch_does_not_count(mode_is_set: bool) -> None:
     assert torch.equal(model.item_scores(states), copy.deepcopy(model).item_scores(states))
 
 
+@pytest.mark.parametrize("part", ["lm_head.weight", "item_embedding"])
+def test_scores_follow_writes_past_the_version(part: str) -> None:
+    """As of moving averages and loaders, which write through `.data`."""
+    model = make_model(item_embeddings=True).eval()
+    states = torch.randn(2, 32, dtype=torch.float64)
+    before = model.item_scores(states)
+    parameter = model.item_embedding if part == "item_embedding" else model.hf_model.lm_head.weight
+    parameter.data.mul_(1.5)
+    assert not torch.equal(model.item_scores(states), before)
+    assert torch.equal(model.item_scores(states), copy.deepcopy(model).item_scores(states))
+
+
+def test_what_inference_mode_leaves_behind_can_be_trained_with() -> None:
+    model = make_model(item_embeddings=True)
+    states = torch.randn(2, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        inside = model.item_scores(states)
+    assert torch.equal(model.item_scores(states), inside) and not model.item_scores(states).is_inference()
+    model(training_layout(model, POLICIES["items"])).loss.backward()
+    assert model.item_embedding.grad.any()
+    with torch.inference_mode():
+        assert torch.equal(model.item_scores(states), inside)
+
+
+def test_labels_of_another_catalogue_are_refused() -> None:
+    model = make_model()
+    others = cases.make_catalog(dict(reversed(TITLES.items())))
+    for build in (
+        lambda: pk.build_training_layout(others, HISTORIES, POLICIES["items"], model.prompt, RANGES, head="items"),
+        lambda: pk.build_layout(others, HISTORIES, POLICIES["items"], model.prompt, [0] * 4, head="items"),
+    ):
+        with pytest.raises(ValueError, match="layout: expected one of the model's catalog, whose items its labels are"):
+            model(build())
+    model(pk.build_layout(others, HISTORIES, POLICIES["items"], model.prompt, [0] * 4))  # of titles, which are tokens
+
+
 # ------------------------------------------------------------------ adapters, errors
 
 
@@ -567,7 +604,11 @@ def test_a_copy_of_the_output_embedding_that_is_trained_makes_the_vectors() -> N
     layout = pk.build_layout(model.catalog, [[0, 3]], pk.ItemPatches(1), model.prompt, [5], head="items")
     model(layout).loss.backward()
     wrapper = adapted.get_output_embeddings()
-    assert wrapper.modules_to_save["default"].weight.grad.any() and wrapper.original_module.weight.grad is None
+    trained = wrapper.modules_to_save["default"].weight
+    assert trained.grad.any() and wrapper.original_module.weight.grad is None
+    assert output_weight(adapted) is trained
+    with adapted.disable_adapter():
+        assert output_weight(adapted) is wrapper.original_module.weight
 
 
 def test_lora_on_the_output_embedding_is_refused() -> None:

@@ -249,6 +249,15 @@ def test_another_catalogue_keeps_what_is_known_by_id(tmp_path: Path) -> None:
         pk.ItemModel.from_pretrained(tmp_path / "m", pk.Catalog.from_titles(renamed, lambda title: [1]))
     with pytest.raises(ValueError, match=r"catalog: expected items that .* knows"), pytest.warns(pk.CatalogWarning):
         pk.ItemModel.from_pretrained(tmp_path / "m", pk.Catalog.from_token_ids([1], [0, 1], ["elsewhere"]))
+    with pytest.raises(TypeError, match="catalog: expected a Catalog or None, got dict"):
+        pk.ItemModel.from_pretrained(tmp_path / "m", titles)  # type: ignore[arg-type]
+
+
+def test_titles_with_half_a_character_are_titles(tmp_path: Path) -> None:
+    titles = ["whole", "half \ud83d"]
+    catalog = pk.Catalog.from_token_ids(range(2), range(3), titles=titles)
+    pk.ItemModel(catalog, width=8).save_pretrained(tmp_path)
+    assert pk.ItemModel.from_pretrained(tmp_path, catalog).catalog.titles == tuple(titles)
 
 
 def test_models_of_ids_and_of_words_are_told_apart(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import training_cases
+from memory_model_cases import make_memory
 from model_cases import CATALOG, POLICIES, PROMPT, VOCABULARY, batch_of, lora, tiny
 
 import patchkern as pk
@@ -54,6 +55,17 @@ def test_an_adapter_is_refused() -> None:
     with pytest.raises(ValueError, match="model: expected one without an adapter"):
         add_experts(model, 2)
     add_experts(model, 0)
+
+
+def test_a_memory_is_refused_as_it_is() -> None:
+    memory = make_memory()
+    before = {name: tuple(value.shape) for name, value in memory.state_dict().items()}
+    for model in (memory, memory.hf_model, None):
+        with pytest.raises(TypeError, match="model: expected a PatchedCausalLM or an ItemModel"):
+            add_experts(model, 9)
+    assert {name: tuple(value.shape) for name, value in memory.state_dict().items()} == before
+    add_experts(memory.model, 9)
+    assert len(memory.prompt.experts) == 9
 
 
 PATCHES = pk.ItemPatches(0, None)

@@ -341,5 +341,19 @@ def test_models_and_layouts_that_cannot_be() -> None:
         memory.compress(HISTORIES.take([0, 1]), found)
     with pytest.raises(ValueError, match=r"memories: expected at most 0 items of user 0, .* got 16 in 2"):
         memory.compress([items[:3] for items in HISTORIES], found)
+    with pytest.raises(ValueError, match="memories: expected vectors of width 8, got 5"):
+        memory.compress(HISTORIES, pk.Memories(found.vectors[:, :5], found.rows, found.absorbed))
+    same = pk.Memories(found.vectors, found.rows.tolist(), found.absorbed.tolist())
+    assert torch.equal(memory.compress(HISTORIES, same).vectors, found.vectors)
+    with pytest.raises(ValueError, match=r"vectors: expected shape \(10, D\), as many as rows say, got \(9, 8\)"):
+        pk.Memories(found.vectors[:-1], found.rows, found.absorbed)
+    with pytest.raises(ValueError, match=r"absorbed: expected one per user \(8\), got 7"):
+        pk.Memories(found.vectors, found.rows, found.absorbed[:-1])
+    with pytest.raises(ValueError, match="rows: expected a 1-D array of counts"):
+        pk.Memories(found.vectors, -found.rows, found.absorbed)
+    with pytest.raises(TypeError, match="vectors: expected a tensor of floating-point numbers, got ndarray"):
+        pk.Memories(found.vectors.numpy(), found.rows, found.absorbed)
+    with pytest.raises(ValueError, match="users: expected at least one"):
+        pk.Memories.of([])
     with pytest.raises(TypeError, match="layout: expected a MemoryBatch or a PatchLayout, got list"):
         memory([])

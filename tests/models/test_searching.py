@@ -130,6 +130,31 @@ def test_training_and_its_mode_wait_for_a_search() -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("asked", ["item_states", "row_states", "loss"])
+def test_passes_of_a_search_are_nobody_elses(asked: str) -> None:
+    """Whoever waits for its own pass hears no other thread's, and goes by its own mode."""
+    parts = make_model(TITLES)
+    model = pk.PatchedCausalLM(
+        parts.hf_model, parts.catalog, parts.prompt, item_head=True, item_embeddings=True, vector_dropout=0.5
+    ).train()
+    torch.nn.init.normal_(model.item_embedding)
+    histories = make_histories(TITLES, [3, 9])
+    layout = pk.build_layout(model.catalog, histories, POLICY, model.prompt, list(TITLES)[:2], head="items")
+
+    def ask() -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return model(layout).loss if asked == "loss" else getattr(model, asked)(layout)
+
+    expected = ask()
+    with ThreadPoolExecutor(1) as other:
+        with model.searching():
+            waiting = other.submit(ask)
+            time.sleep(0.05)
+            model.recommend(make_histories(TITLES, [12]), POLICY, k=2, search="items")
+        assert torch.equal(waiting.result(), expected)
+
+
 def test_two_models_around_one_network_take_turns() -> None:
     one = switched_model()
     other = pk.PatchedCausalLM(one.hf_model, one.catalog, one.prompt, attn_implementation=None)

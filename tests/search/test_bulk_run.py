@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from training_cases import make_data, make_model
 
 import patchkern as pk
@@ -71,6 +72,28 @@ def test_lists_as_arrow(model: pk.PatchedCausalLM, tmp_path: Path) -> None:
         pk.read_recommendations(tmp_path, format="csv")  # type: ignore[call-overload]
 
 
+def test_numbers_of_numpy_and_torch_describe_a_run(model: pk.PatchedCausalLM, tmp_path: Path) -> None:
+    prior = torch.linspace(-1, 0, len(model.catalog)).to(torch.bfloat16)
+    options = {"users_per_part": np.int64(5), "users": np.int64(12), "source": {"rows": np.int64(3)}, "prior": prior}
+    run = make_run(model, tmp_path, **options)
+    with run.writing():
+        for part in np.array(run.missing()):
+            write(run, part)
+    assert make_run(model, tmp_path, **options, batch_size=2).missing() == []
+    with pytest.raises(ValueError, match="expected a part of the run"):
+        make_run(model, tmp_path, **{**options, "prior": -prior}).missing()
+    compiled = torch.compile(model, backend="eager")  # whose parameters have other names
+    assert make_run(compiled, tmp_path, **options).missing() == []
+
+
+@pytest.mark.parametrize("part", [-1, 3, True])
+def test_parts_that_there_are_not(model: pk.PatchedCausalLM, part: int, tmp_path: Path) -> None:
+    run = make_run(model, tmp_path)
+    for call in (lambda: run.range(part), lambda: run.write(part, HISTORIES.take([0, 1]))):
+        with pytest.raises((TypeError, ValueError), match="part: expected an integer"):
+            call()
+
+
 def test_what_is_refused(model: pk.PatchedCausalLM, tmp_path: Path) -> None:
     run = make_run(model, tmp_path)
     with run.writing():
@@ -88,3 +111,5 @@ def test_what_is_refused(model: pk.PatchedCausalLM, tmp_path: Path) -> None:
         make_run(model, tmp_path, users=-1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'beams'"):
         make_run(model, tmp_path, beams=3)
+    with pytest.raises(TypeError, match="user_ids: expected by `write`"):
+        make_run(model, tmp_path, user_ids=NAMES)

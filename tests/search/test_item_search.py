@@ -338,6 +338,21 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
         make_model().recommend(HISTORIES, **{"k": 3, "search": "items", **options})
 
 
+def test_scores_that_are_no_numbers_are_no_lists() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.item_head.bias[3] = -math.inf  # never comes
+    assert [len(user) for user in model.recommend(HISTORIES, k=30, search="items", short="allow")] == [29] * 5
+    with torch.no_grad():
+        model.item_head.bias[4] = math.nan
+    for call in (
+        lambda: model.recommend(HISTORIES, k=3, search="items"),
+        lambda: model.score_items(HISTORIES, head="items"),
+    ):
+        with pytest.raises(ValueError, match="model: expected finite logits, got NaN"):
+            call()
+
+
 def test_wrong_heads() -> None:
     model = make_model()
     with pytest.raises(ValueError, match="head: expected titles or items, got 'both'"):

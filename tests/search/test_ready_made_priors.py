@@ -7,9 +7,11 @@ import copy
 import math
 import pickle
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cases import POLICIES, make_catalog
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +82,49 @@ def test_ready_made_priors_travel_and_are_used() -> None:
                 assert set(found[level == value]) == set(expected[level == value])
 
 
+def test_priors_of_another_catalogue_are_refused() -> None:
+    """Their numbers would be of other items, as many as there are."""
+    data, catalog = toy([[0, 1, 2, 3, 4], [3, 2, 1, 0, 5]])
+    _, other = toy([[0, 1, 2, 3, 4], [3, 2, 1, 0, 5]], order=[5, 4, 3, 2, 1, 0, 6, 7])
+    model = pk.PatchedCausalLM(copy.deepcopy(HF_MODELS["llama"]), catalog, PROMPT, POLICIES["text"], item_head=True)
+    elsewhere = pk.PatchedCausalLM(copy.deepcopy(HF_MODELS["llama"]), other, PROMPT, POLICIES["text"], item_head=True)
+    good = pk.PopularityPrior(data, catalog)
+    wrong = [
+        *(kind(data, other) for kind in (pk.PopularityPrior, pk.TransitionPrior, pk.LinearPrior)),
+        pk.ItemHeadPrior(elsewhere),
+        pk.CombinedPrior([lambda histories: np.zeros((len(histories), 8)), pk.PopularityPrior(data, other)], [1, 1]),
+    ]
+    for prior in wrong:
+        for asked, name in ((prior, "prior"), ([good, prior], r"prior\[1\]")):
+            for search in ("beam", "exact", "items"):
+                with pytest.raises(ValueError, match=f"{name}: expected answers for these 8 items in their order"):
+                    model.recommend([[0]], k=2, search=search, prior=asked)
+        with pytest.raises(ValueError, match="prior: expected answers for these 8 items"):
+            pk.fit_prior_weight(model, [[0]], [1], None, prior, k=2)
+        with pytest.raises(ValueError, match=r"priors\[1\]: expected answers for these 8 items"):
+            pk.CombinedPrior([good, prior], [1, 1])
+    with pytest.raises(ValueError, match=r"priors\[0\]: expected answers for these 8 items"):
+        pk.CombinedPrior.fit([good, good], other, [[0]], [1], k=2)
+    same = pk.CombinedPrior([good, pk.TransitionPrior(data, make_catalog({item: [9] for item in range(8)}))], [1, 1])
+    assert same.catalog is catalog and len(model.recommend([[0]], k=2, prior=same)[0]) == 2
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+def test_what_one_prior_leaves_out_is_left_out(kind: Any) -> None:
+    table = np.log([[0.5, 0.25, 0.25, 0.0]])
+    priors = [lambda histories: kind(np.repeat(table, len(histories), 0)), lambda histories: np.full((2, 4), -1.0)]
+    two, one = pk.Histories.from_sequences([[0], []]), math.log(1 / 3)
+    for weights, expected in (([0, 1], [one, one, one]), ([2, 0.0], np.log([4 / 6, 1 / 6, 1 / 6]))):
+        found = pk.CombinedPrior(priors, weights)(two)
+        np.testing.assert_allclose(found, [[*expected, -math.inf]] * 2)
+    nothing = pk.CombinedPrior([lambda histories: np.full((2, 4), -math.inf)], [0.0])(two)
+    assert (nothing == -math.inf).all()
+    with pytest.raises(ValueError, match=r"priors\[1\]: expected answers of shape \(2, 4\), got \(2, 3\)"):
+        pk.CombinedPrior([priors[0], lambda histories: np.zeros((2, 3))], [1, 1])(two)
+    with pytest.raises(TypeError, match=r"weights\[1\]: expected a number, got 'a lot'"):
+        pk.CombinedPrior(priors, [1, "a lot"])  # type: ignore[list-item]
+
+
 def test_ready_made_priors_refuse_by_name() -> None:
     data, catalog = toy([[0, 1, 2, 3, 4]])
     with pytest.raises(ValueError, match="interactions: expected item ids of the catalog, got 0"):
@@ -91,6 +136,8 @@ def test_ready_made_priors_refuse_by_name() -> None:
     for share in (0, 1.5, math.nan):
         with pytest.raises(ValueError, match="popularity: expected above 0 and at most 1"):
             pk.TransitionPrior(data, catalog, popularity=share)
+    with pytest.raises(TypeError, match="popularity: expected a number, got 'some'"):
+        pk.TransitionPrior(data, catalog, popularity="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="recent: expected an integer in 1"):
         pk.TransitionPrior(data, catalog, recent=0)
     with pytest.raises(ValueError, match="histories: expected item ids of the catalog, got 77"):

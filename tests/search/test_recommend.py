@@ -153,6 +153,8 @@ def test_no_users() -> None:
     model = make_model(make_titles(5))
     assert model.recommend([], POLICIES["text"], k=2, num_beams=2) == []
     assert generate_titles(model, [], POLICIES["text"], num_beams=2) == []
+    for mask in (np.ones((0, 5), bool), np.ones(5, bool)):
+        assert model.recommend([], POLICIES["text"], k=2, allowed_items=mask, exclude_seen=True) == []
 
 
 def test_one_item_catalogue() -> None:
@@ -302,6 +304,14 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         ({"k": 10, "num_beams": 10}, ValueError, "k: expected at most 9, the items of the catalog, got 10"),
         ({"num_beams": 2, "search": "exact"}, ValueError, "num_beams: expected at least k=3, to find .*, got 2"),
         ({"num_beams": 2, "search": "diverse"}, ValueError, "num_beams: expected at least k=3, to find .*, got 2"),
+        ({"num_beams": 2**70}, ValueError, "num_beams: expected at least 1 and below .*, got 1180591620717411303424"),
+        ({"num_beams": 2**60, "search": "exact"}, ValueError, "num_beams: expected at least 1 and below"),
+        ({"max_expansions": 2**63, "search": "exact"}, ValueError, "max_expansions: expected at least 1 and below"),
+        ({"length_penalty": 500}, ValueError, "length_penalty: expected one with which .*float64.*, got 500"),
+        ({"length_penalty": -1e9}, ValueError, "length_penalty: expected one with which .*, got -1000000000.0"),
+        ({"normalize": np.zeros(2), "search": "exact"}, ValueError, "normalize: expected one of titles, items or None"),
+        ({"short": np.array(["allow"] * 2)}, ValueError, "short: expected one of error, allow, got array"),
+        ({"prior": torch.zeros(9).to_sparse()}, TypeError, "prior: expected a dense tensor, got torch.sparse_coo"),
         ({"search": "greedy"}, ValueError, "search: expected one of beam, exact, diverse, items, got 'greedy'"),
         ({"exclude_seen": 1}, TypeError, "exclude_seen: expected a bool, got 1"),
         ({"memory_budget": 0}, ValueError, "memory_budget: expected at least 1, got 0"),

@@ -49,6 +49,16 @@ def check_places(cache: UserCache) -> None:
 # ------------------------------------------------------------------ results
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_calls_in_inference_mode_and_others_share_a_cache(first: bool) -> None:
+    model = make_model(TITLES)
+    cache = UserCache(model, 1 << 20)
+    whole = make_histories(TITLES, [20, 7])
+    for new, inside in zip((5, 3, 0), (first, not first, first), strict=True):
+        with torch.inference_mode(inside):
+            assert_as_without(model, [history[: len(history) - new] for history in whole], user_cache=cache)
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 6])
 @pytest.mark.parametrize("family", HF_MODELS)
 def test_growing_histories(family: str, chunk_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:

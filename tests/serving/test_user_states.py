@@ -312,6 +312,11 @@ def test_wrong_arguments(make: Callable[..., UserStates]) -> None:
         states.update(["ada"], PASTS[:1], unknown="keep")
     with pytest.raises(ValueError, match="batch_size: expected an integer in 1"):
         states.update(["ada"], PASTS[:1], batch_size=0)
+    states.update(["a", "d"], PASTS[:2])
+    for ids in ("ada", 3):  # a name is not the users that its letters are
+        with pytest.raises(TypeError, match="user_ids: expected a sequence of names"):
+            states.delete(ids)
+    assert states.delete(np.array(["a", "d", "ada"])) == 2
     with pytest.raises(TypeError, match="store: expected a path"):
         make({})
     assert len(states) == 0

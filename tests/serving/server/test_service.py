@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -220,6 +220,19 @@ def test_a_reload_that_fails_leaves_the_model(model: pk.PatchedCausalLM) -> None
         assert failed.status_code == 500 and "'nowhere'" in failed.json()["detail"][0]["msg"]
         assert post(client).status_code == 200
         assert 'patchkern_reloads_total{outcome="failed"} 1.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_who_gives_up_a_reload_ends_nothing(model: pk.PatchedCausalLM, begun: bool) -> None:
+    with serving(model) as client:
+        ran, release = threading.Event(), threading.Event()
+        with nullcontext() if begun else busy(client):
+            asked = client.service._batcher.call(lambda: (ran.set(), release.wait(30)))
+            assert not begun or ran.wait(30)
+            assert asked.cancel() != begun
+        release.set()
+        assert post(client).status_code == 200 and client.service.sick is None
+        assert ran.is_set() == begun
 
 
 def test_a_model_that_cannot_be_served_is_said_at_once(model: pk.PatchedCausalLM) -> None:

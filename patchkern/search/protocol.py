@@ -99,7 +99,9 @@ class SearchModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """As of a module."""
 
-    def buffers(self) -> Iterator[Tensor]:
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """As of a module."""
 
     def embed(self, layout: PatchLayout, vectors: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from cases import POLICIES, make_catalog, make_histories, make_titles
-from search_oracle import HF_MODELS, PROMPT, make_model
+from search_oracle import HF_MODELS, PROMPT, VOCABULARY, make_model
 from torch import nn
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import patchkern as pk
 from patchkern.search.model_state import model_state
@@ -126,13 +128,30 @@ def test_what_a_list_of_tensors_holds_is_part_of_the_state() -> None:
     assert model_state(model) != before
 
 
-@pytest.mark.parametrize("family", HF_MODELS)
+def long_rope() -> pk.PatchedCausalLM:
+    """A model that writes its rotary frequencies, as they were, in every pass."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 300,
+    }  # fmt: skip
+    size = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Phi3Config(
+        **size, intermediate_size=48, max_position_embeddings=512, original_max_position_embeddings=300,
+        rope_parameters=rope, pad_token_id=0,
+    )  # fmt: skip
+    return pk.PatchedCausalLM(Phi3ForCausalLM(config).eval(), make_catalog(TITLES), PROMPT)
+
+
+@pytest.mark.parametrize("family", [*HF_MODELS, "longrope"])
 def test_searches_and_modes_leave_the_state(family: str) -> None:
-    model = make_model(TITLES, family)
+    model = long_rope() if family == "longrope" else make_model(TITLES, family)
     before = model_state(model)
     model.recommend(make_histories(TITLES, [9, 4]), POLICIES["items"], 5, 5)
     model.train()
     assert model_state(model) == before
+    for buffer in itertools.islice(model.buffers(), 1):
+        buffer.data[-1] += 1  # not counted by torch
+        assert model_state(model) != before
 
 
 def test_inference_tensors_and_complex_buffers_have_a_state() -> None:

@@ -199,6 +199,7 @@ def verdict(model: PreTrainedModel, implementation: str) -> Verdict:
     try:
         with torch.no_grad():
             wrapped(layout)
+        wrapped.recommend([[0, 1]], pk.TextOnly(), 1, 1)
     except ValueError as error:
         return Verdict(None, str(error))
     return Verdict(None)
@@ -215,6 +216,7 @@ _REASONS = (
     (r"keeps '(\w+)'", r"keeps its own `\1` attention"),
     (r"rows change a user's", "masks do not know where users begin"),
     (r"branch differs", "hands no spans to attention"),
+    (r"one attention in every layer", "attends twice in a layer, of which a search keeps one pair of keys and values"),
     (r"reverse the embedding", "needs token ids beside embeddings"),
     (r"is bidirectional", "attention that does not say that it is causal"),
     (r"fails in it \((.*)\)", r"fails on a packed batch (\1)"),

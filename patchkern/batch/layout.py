@@ -335,10 +335,12 @@ class PatchLayout:
         tokens = transpose.tokens
         literal = layout.lo < 0
         renamed = torch.searchsorted(tokens, torch.where(literal, -1 - layout.lo, 0), out_int32=True)
+        # titles that no row pools, as in a part of a layout, have tokens that are not among these
+        pooled = torch.searchsorted(tokens, layout.token_ids, out_int32=True).clamp_(max=max(len(tokens) - 1, 0))
         values = {
             **layout.__dict__,
             "lo": torch.where(literal, -1 - renamed, layout.lo),
-            "token_ids": torch.searchsorted(tokens, layout.token_ids, out_int32=True),
+            "token_ids": pooled,
             "max_token_id": tokens.shape[0] - 1,
             "transpose": replace(
                 transpose, tokens=torch.arange(tokens.shape[0], dtype=torch.int32, device=tokens.device)

@@ -99,7 +99,7 @@ def count_pass(model: Any, packed: bool) -> PassBytes:
                 "logits_to_keep": made(1),
             }
         else:
-            inputs = {"input_ids": made(rows, 1), "position_ids": made(rows, 1)}
+            inputs = {"inputs_embeds": model.get_input_embeddings()(made(rows, 1)), "position_ids": made(rows, 1)}
         try:
             model(**inputs, use_cache=False, span_cache=stand_in)
         except (RuntimeError, NotImplementedError) as error:

@@ -333,9 +333,9 @@ class PatchedCausalLM(LayoutEmbedder):
 
     def token_logits(self, tokens: Tensor, positions: Tensor, cache: SpanCache) -> Tensor:
         """See `patchkern.search.protocol.SearchModel`."""
-        output = self.hf_model(
-            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, span_cache=cache
-        )
+        # as rows, which is what titles are where they are learned: some models make more of ids than their embeddings
+        rows = self.get_input_embeddings()(tokens[:, None])
+        output = self.hf_model(inputs_embeds=rows, position_ids=positions[:, None], use_cache=False, span_cache=cache)
         return output.logits[:, -1]
 
     # ------------------------------------------------------------------ files

@@ -63,12 +63,14 @@ class PrefixCache:
         self.suffixes = Suffixes(max_rows, cu_seqlens.device)
         self._ranges = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], dim=1)  # (B, 2)
         self._spans: _Spans | None = None
+        self._attended: set[int] = set()  # layers, in this pass
         self._user = self.positions[:0]
         self._alone: tuple[Tensor, Tensor] | None = None  # spans of one row each and their prompts, for one pass
 
     def prefill(self, spans: Pass) -> None:
         """Announce the next pass: rows of the prompts."""
         device = self.positions.device
+        self._attended.clear()
 
         def moved(integers: NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(integers, dtype=dtype).to(device, non_blocking=True)
@@ -96,6 +98,7 @@ class PrefixCache:
             ``(N,)`` int64, position of each new row.
         """
         self._spans = None
+        self._attended.clear()
         self._user, self._alone = user, None
         depth = self.suffixes.advance(parent, None if shape is None else shape.depth)
         return self.positions[user] + depth - 1
@@ -111,6 +114,12 @@ class PrefixCache:
     ) -> Tensor:
         """Attention of the new rows; see `patchkern.search.protocol.SpanCache`."""
         layer: int = module.layer_idx  # type: ignore[assignment]
+        if layer in self._attended:
+            raise ValueError(
+                f"model: search needs one attention in every layer, whose keys and values it keeps, got a second one "
+                f"in layer {layer}, {type(module).__name__}"
+            )
+        self._attended.add(layer)
         device = query.device.type
         if torch.is_autocast_enabled(device):
             # rotary embeddings promote to float32 under autocast; what is stored, and our operators, are of one dtype

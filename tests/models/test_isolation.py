@@ -103,6 +103,18 @@ def branches_differ(model: PatchedCausalLM) -> float:
     return (shared - torch.cat(samples)).abs().max().item() / shared.abs().max().item()
 
 
+def search_differs(model: pk.PatchedCausalLM) -> float:
+    """Between what a search gives a title and what a pass over the whole sample gives it."""
+    targets, policy, histories = [7, 8, 9], pk.ItemPatches(1), [[0, 1, 2]] * 3
+    layout = pk.build_layout(CATALOG, histories, policy, PROMPT, targets)
+    with torch.no_grad():
+        log_probs = model(layout).logits.float().log_softmax(-1).gather(1, layout.logit_labels[:, None])[:, 0]
+    sizes = [len(TITLES[target]) + 1 for target in targets]
+    whole = torch.stack([part.sum() for part in log_probs.split(sizes)])
+    found = torch.from_numpy(model.score_items(histories[:1], policy, targets)[0])
+    return float((found - whole).abs().max() / whole.abs().max())
+
+
 def rounds_by_batch(model: nn.Module) -> bool:
     """Experts compute as many rows at a time as choose them, whoever's they are, and round accordingly."""
     return any("expert" in name or "moe" in name for name, _ in model.named_modules())
@@ -132,6 +144,8 @@ def test_a_family_keeps_users_apart_or_is_refused(name: str) -> None:
             assert branches_differ(model) <= 1e-5
     row = families.row(name)
     assert [row[0], *row[2:4]] == accepted
+    if row[1] == "yes":
+        assert search_differs(wrap(families.tiny_model(name, reach=64))) <= 1e-4
     if transformers.__version__ == PAGE_VERSION:
         assert families.rows_of(PAGE)[name] == row
 

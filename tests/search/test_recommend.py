@@ -296,6 +296,17 @@ def test_sliding_windows_are_refused_where_they_matter() -> None:
         model.recommend([list(titles)], POLICIES["text"], 2, 2)
 
 
+def test_a_layer_that_attends_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys and values of one of the two would be taken for both's."""
+    model = make_model(make_titles(9))
+    layer = model.hf_model.model.layers[1].self_attn
+    attend = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: (attend(*args, **kwargs), attend(*args, **kwargs))[1])
+    for search in ("beam", "exact"):
+        with pytest.raises(ValueError, match=r"model: search needs one attention in .*, got a second one in layer 1"):
+            model.recommend([[0]], POLICIES["text"], 2, 2, search)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

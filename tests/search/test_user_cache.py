@@ -225,6 +225,22 @@ def test_adapters_switched_off_start_anew() -> None:
     assert_as_without(model, histories, user_cache=cache)
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+def test_an_embedding_that_does_more_than_its_weight(chunk_rows: int | None) -> None:
+    """It is called on the tokens of a pass, which are not those of all titles."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(HF_MODELS["llama"]), config).double().eval()
+    model = pk.PatchedCausalLM(adapted, make_catalog(TITLES), LONG)
+    cache = UserCache(model, 1 << 20)
+    whole = make_histories(TITLES, [20, 7])
+    for new in (9, 1, 0):
+        histories = [history[: max(len(history) - new, 0)] for history in whole]
+        for policy in (POLICY, POLICIES["items"], POLICIES["text"]):
+            got = logits(model, histories, policy, user_cache=cache, chunk_rows=chunk_rows)
+            torch.testing.assert_close(got, logits(model, histories, policy), rtol=0, atol=1e-10)
+
+
 def test_a_failure_half_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(TITLES)
     cache = UserCache(model, 1 << 20)

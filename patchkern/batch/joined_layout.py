@@ -52,9 +52,9 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
         "hi": hi,
         "items": torch.cat([x.items + at for x, at in zip(layouts, titles, strict=False)]),
         "token_ids": torch.cat([x.token_ids for x in layouts]),
-        "offsets": torch.cat([*offsets, torch.tensor(tokens[-1:], dtype=torch.int32)]).int(),
+        "offsets": torch.cat([*offsets, torch.tensor(tokens[-1:], dtype=torch.int32, device="cpu")]).int(),
         "title_index": torch.cat([x.title_index for x in layouts]),
-        "cu_seqlens": torch.cat([*cu_seqlens, torch.tensor(rows[-1:], dtype=torch.int32)]).int(),
+        "cu_seqlens": torch.cat([*cu_seqlens, torch.tensor(rows[-1:], dtype=torch.int32, device="cpu")]).int(),
         "max_seqlen": max(x.max_seqlen for x in layouts),
         "position_ids": torch.cat([x.position_ids for x in layouts]),
         "labels": None,
@@ -95,7 +95,10 @@ def join_layouts(layouts: Sequence[PatchLayout]) -> PatchLayout:
 
 def _joined_ranges(layouts: Sequence[PatchLayout], rows: Sequence[int]) -> Tensor:
     """The prefixes of layouts that begin at these rows: as many ranges for every span as any has."""
-    ranges = [torch.zeros(x.num_users, 1, 2, dtype=torch.int32) if x.ranges is None else x.ranges for x in layouts]
+    ranges = [
+        torch.zeros(x.num_users, 1, 2, dtype=torch.int32, device="cpu") if x.ranges is None else x.ranges
+        for x in layouts
+    ]
     most = max(x.shape[1] for x in ranges)
     padded = [F.pad(x, (0, 0, 0, most - x.shape[1])) + at for x, at in zip(ranges, rows, strict=False)]
     joined = torch.cat(padded).int()

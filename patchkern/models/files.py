@@ -305,7 +305,8 @@ def _read_items(path: Path, per_item: str, dims: int) -> tuple[dict[str, Tensor]
 def _by_item(saved: Tensor, item_ids: list[Any], catalog: Catalog, path: Path) -> Tensor:
     """The rows in catalogue order; zeros for items that are new."""
     row_of = {item_id: row for row, item_id in enumerate(item_ids)}
-    rows = torch.tensor([row_of.get(item_id, -1) for item_id in catalog.item_ids.tolist()], dtype=torch.long)
+    places = [row_of.get(item_id, -1) for item_id in catalog.item_ids.tolist()]
+    rows = torch.tensor(places, dtype=torch.long, device="cpu")
     known = rows >= 0
     if len(item_ids) and len(catalog) and not bool(known.any()):
         raise ValueError(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ class CatalogHead(nn.Module):
 
     sampled_above = 50_000
     num_sampled = 8192
+
+    _kept: ClassVar[tuple[str, ...]] = ("_known",)
+    """attributes that are made when they are needed"""
 
     def __init__(self, catalog: Catalog, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -152,9 +155,15 @@ class CatalogHead(nn.Module):
         self._known = None
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> CatalogHead:
+        """As of a module, which is moved and converted by it: what is kept would hold memory where it was."""
+        self.__dict__.update(dict.fromkeys(self._kept))
+        applied: CatalogHead = super()._apply(*args, **kwargs)
+        return applied
+
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles make their own vectors."""
-        return {**self.__dict__, "_known": None}
+        """Copies and pickles make what they keep anew."""
+        return {**self.__dict__, **dict.fromkeys(self._kept)}
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Take what ``save_pretrained`` wrote, each bias by its item's id; new items have none.
@@ -184,6 +193,8 @@ class ItemHead(CatalogHead):
         log_temperature: ``(1,)``, 0 at first: scores in the units of the model's own logits.
     """
 
+    _kept: ClassVar[tuple[str, ...]] = ("_known", "_layout")
+
     def __init__(self, catalog: Catalog, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(catalog, dtype, device)
         self.transform = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
@@ -210,10 +221,6 @@ class ItemHead(CatalogHead):
         if own is None:
             return pooled
         return pooled + (own if items is None else own[items.to(own.device)]).to(pooled.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles make their own layout too."""
-        return {**super().__getstate__(), "_layout": None}
 
 
 class IdHead(CatalogHead):

@@ -130,7 +130,8 @@ def experts_are_trained(model: Any) -> bool:
 def _drawn(weight: Tensor, count: int, seed: int) -> Tensor:
     """``(count, D)`` rows like those of ``weight``, number by number."""
     rows = weight.detach().to("cpu", torch.float64)
-    noise = torch.randn(count, rows.shape[1], dtype=rows.dtype, generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, rows.shape[1], dtype=rows.dtype, generator=draw, device="cpu")
     return (rows.mean(dim=0) + rows.std(dim=0, correction=0) * noise).to(weight.device, weight.dtype)
 
 

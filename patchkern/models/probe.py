@@ -18,6 +18,7 @@ from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -68,7 +69,7 @@ class _Spans(NamedTuple):
 
     def kwargs(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the model for the spans, packed."""
-        positions = [torch.arange(n) + p for n, p in zip(self.lengths, self.prefixes, strict=True)]
+        positions = [torch.arange(n, device="cpu") + p for n, p in zip(self.lengths, self.prefixes, strict=True)]
         ends = torch.tensor(self.ends(), dtype=torch.int32, device=device)
         prefix = None
         if any(self.prefixes):
@@ -140,8 +141,8 @@ def _compare(hf_model: PreTrainedModel, spans: _Spans, device: torch.device) -> 
     # as long as tokens are, so that positions that are added to them weigh what they do in use
     scale = float(tokens.float().std().nan_to_num()) or 1.0
     shape = (2, sum(spans.lengths), tokens.shape[-1])
-    rows, others = (torch.randn(shape, generator=generator) * scale).to(device, tokens.dtype)
-    of_span = torch.repeat_interleave(torch.arange(len(spans.lengths)), torch.tensor(spans.lengths))
+    rows, others = (torch.randn(shape, generator=generator, device="cpu") * scale).to(device, tokens.dtype)
+    of_span = torch.from_numpy(np.repeat(np.arange(len(spans.lengths)), spans.lengths))
     changes = (of_span == 0) | (of_span == len(spans.lengths) - 1)
 
     last = set() if is_sharded(hf_model) else _kinds_of_layers(base_of(hf_model))

@@ -150,7 +150,7 @@ class RecurrentMemory(MemoryWrapper):
         counts = wrapped.counts(batch.stage2, num_items_in_batch)
         references, of_reference = self._references(batch, counts.items, options)
         memories = references.detach() if self.detach_memory else references
-        if self.rollout and self.training and float(torch.rand(())) < self.rollout:
+        if self.rollout and self.training and float(torch.rand((), device="cpu")) < self.rollout:
             memories = self._rolled_out(batch, references.detach())
         with wrapped.hidden_states(self.hf_model) as states:
             next_item = self.model(

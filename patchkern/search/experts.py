@@ -276,7 +276,7 @@ def _compressed(
         _passes(layout, is_expert, places, parts * count, chunk_rows), begins, beginning, chunk_rows
     ):
         cache.prefill(spans)
-        asked: tuple[Any, ...] = (packed(layout, spans), torch.zeros(0, dtype=torch.int64), cache)
+        asked: tuple[Any, ...] = (packed(layout, spans), torch.zeros(0, dtype=torch.int64, device="cpu"), cache)
         _ = model.prompt_logits(*asked) if "titles" in model.learns else model.prompt_states(*asked)
     return [_state(cache.layers, int(own[0]), int(own[-1]) + 1) for own in places]
 

@@ -140,7 +140,7 @@ class ItemFilter:
     def mask(self, users: NDArray[np.int64]) -> Tensor:
         """``(len(users), n_items)`` bool in catalogue order, on the CPU; one row for all where nothing is left out."""
         if self.is_open:
-            return torch.ones(1, self._n_items, dtype=torch.bool)
+            return torch.ones(1, self._n_items, dtype=torch.bool, device="cpu")
         mask = np.zeros((users.size, self._n_items), bool)
         if self._mask is not None:
             mask[:] = self._mask[users] if len(self._mask) > 1 else self._mask
@@ -241,7 +241,9 @@ class ItemPrior:
             _check_floats(name, given, [(users.size, len(self._catalog))], "the callable to return ")
         else:
             given = prior if prior.ndim == 1 else prior[users]
-        values = given.detach() if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given))
+        values = (
+            given.detach() if isinstance(given, Tensor) else torch.tensor(np.ascontiguousarray(given), device="cpu")
+        )
         return values.reshape(-1, len(self._catalog))
 
     def _error(self, name: str, weight: float, values: Tensor, is_bad: Tensor, users: NDArray[np.int64]) -> ValueError:

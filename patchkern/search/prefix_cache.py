@@ -73,7 +73,7 @@ class PrefixCache:
         self._attended.clear()
 
         def moved(integers: NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.as_tensor(integers, dtype=dtype).to(device, non_blocking=True)
+            return torch.from_numpy(integers).to(dtype).to(device, non_blocking=True)
 
         first, last = int(spans.rows[0]), int(spans.rows[-1])
         self._spans = _Spans(
@@ -211,7 +211,7 @@ class PrefixCache:
         n_rows, n_heads, groups, width = query.shape
         queries = query.transpose(0, 1).reshape(n_heads, -1, width)
         out = torch.empty_like(queries)
-        lse = torch.empty(queries.shape[:2], dtype=_wide(query.dtype))
+        lse = torch.empty(queries.shape[:2], dtype=_wide(query.dtype), device=query.device)
         users, counts = torch.unique_consecutive(self._user, return_counts=True)
         first = 0
         for (begin, end), count in zip(self._ranges[users].tolist(), (counts * groups).tolist(), strict=True):

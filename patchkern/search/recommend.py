@@ -259,7 +259,7 @@ def _find_items(
     """User, item and score of the best items of a batch; and of no user that anything is unproven."""
     log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users))
     found = best_items(log_probs, users, request.items, request.known, request.k, request.normalize == "items")
-    return *found, torch.zeros(0, dtype=torch.bool)
+    return *found, torch.zeros(0, dtype=torch.bool, device="cpu")
 
 
 def _find_titles(
@@ -283,7 +283,7 @@ def _find_titles(
         user_cache=request.user_cache,
         user_ids=_named(request, users),
     )
-    unproven = torch.zeros(0, dtype=torch.bool)
+    unproven = torch.zeros(0, dtype=torch.bool, device="cpu")
     if request.normalize is not None:
         by_item = request.normalize == "items"
         found = normalized(score_titles(prompts, trie, prepared.passes), trie, running, k, by_item, best)

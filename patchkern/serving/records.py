@@ -138,7 +138,7 @@ def _checksum(value: memoryview | bytearray) -> int:
 def _viewed(value: memoryview) -> Tensor:
     """Bytes as a tensor without a copy, unless they lie where no element of eight bytes may."""
     if value.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     array = np.frombuffer(value, np.uint8)
     if array.ctypes.data % 8:
         return torch.from_numpy(array.copy())

@@ -252,3 +252,34 @@ def test_users_kept_compressed(kind: str, device: torch.device) -> None:
         return of.recommend(histories, k=5, user_states=states, user_ids=names)
 
     check_lists(model, device, recommend)
+
+
+# ------------------------------------------------------------------ torch's default device
+
+
+def test_the_default_device_plays_no_part() -> None:
+    """On "meta" no tensor has values, so that one which somebody did not place is seen."""
+    model = language_model(item_embeddings=True)
+    nn.init.normal_(model.item_embedding, std=0.1)
+
+    def results() -> list[Any]:
+        cache = pk.UserCache(model, 1 << 20)
+        searches = [{"search": "beam"}, {"search": "exact"}, {"search": "items"}, {"search": "diverse", "k": 3}]
+        lists = [
+            model.recommend(HISTORIES, POLICIES["items"], **{"k": 4, "num_beams": 5, "user_cache": cache, **options})
+            for options in searches
+        ]
+        some = {"allowed_items": [[1, 2, 3]] * 5, "prior": np.linspace(0, 1, len(CATALOG)), "memory_budget": "1GiB"}
+        lists.append(model.recommend(HISTORIES, POLICIES["items"], 2, **some))
+        layout = pk.build_training_layout(CATALOG, HISTORIES, POLICIES["items"], PROMPT, RANGES, head="both")
+        return [*lists, float(model(layout).loss), model.score_items(HISTORIES, POLICIES["text"]).tolist()]
+
+    expected = results()
+    with torch.device("meta"):
+        assert results() == expected
+        copied = pk.PatchedCausalLM(model.hf_model, CATALOG, PROMPT)  # which is probed
+    assert copied.device.type == "cpu"
+    memory = memory_model_cases.make_memory()
+    expected = memory.recommend(memory_model_cases.HISTORIES, k=2)
+    with torch.device("meta"):
+        assert memory.recommend(memory_model_cases.HISTORIES, k=2) == expected

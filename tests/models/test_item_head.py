@@ -550,6 +550,16 @@ def test_scores_follow_writes_past_the_version(part: str) -> None:
     assert torch.equal(model.item_scores(states), copy.deepcopy(model).item_scores(states))
 
 
+def test_a_head_that_is_moved_keeps_nothing_where_it_was() -> None:
+    model = make_model().eval()
+    states = torch.randn(2, 32, dtype=torch.float64)
+    model.item_scores(states)
+    assert model.item_head._known is not None and model.item_head._layout is not None
+    model.to(torch.float32)
+    assert model.item_head._known is None and model.item_head._layout is None
+    assert model.item_scores(states.float()).dtype == torch.float32
+
+
 def test_what_inference_mode_leaves_behind_can_be_trained_with() -> None:
     model = make_model(item_embeddings=True)
     states = torch.randn(2, 32, dtype=torch.float64)

@@ -131,7 +131,8 @@ def recommend(
             order, ``(n_items,)`` for all users or ``(B, n_items)``, an array or a tensor; or a callable that takes
             `Histories` of some of the users, whole and not cut by ``policy``, and returns the latter for them, such as
             `patchkern.TransitionPrior`: it is called for each batch of users, so no table of all users is ever held.
-            -inf leaves an item out, whatever the weight. An exact search is exact with it; the beam goes on with the
+            One that has a `Catalog` as its attribute ``catalog`` is refused where the model's items are others. -inf
+            leaves an item out, whatever the weight. An exact search is exact with it; the beam goes on with the
             hypotheses that have the best sum of log-probability and best prior below them. Not for ``"diverse"``. A
             list of priors: their weighted sum.
         prior_weight: at least 0, one for all priors or a sequence of one for each; `patchkern.fit_prior_weight` finds

@@ -115,7 +115,7 @@ def test_the_order_of_a_history_is_what_ridge_learns() -> None:
         ({"penalty": math.nan}, ValueError, "penalty: expected a finite number above 0, got nan"),
         ({"half_life": math.inf}, ValueError, "half_life: expected a finite number above 0, got inf"),
         ({"recent": 0}, ValueError, "recent: expected an integer in 1"),
-        ({"k": 9}, ValueError, r"k: expected 1\.\.8"),
+        ({"k": 9}, ValueError, r"k: expected an integer in 1\.\.8"),
         ({"memory_budget": "a lot"}, ValueError, "memory_budget: expected bytes"),
         (
             {"memory_budget": 799},

@@ -20,7 +20,7 @@ from patchkern.batch.experts import Experts, settled_levels
 from patchkern.batch.hashes import UInt64, item_hashes, learned_hashes
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.planned_layout import plan_layout, unlabelled
+from patchkern.batch.planned_layout import check_head, plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.prompt import Prompt
@@ -227,6 +227,7 @@ def expert_row_counts(
         >>> rows.whole.tolist(), rows.compressed.tolist(), rows.read.tolist()
         ([11, 4], [9, 0], [5, 4])
     """
+    check_head(head)
     histories = Histories.coerce(histories)
     parts = _checked_parts(catalog, histories, policy, prompt)
     n_users, is_old = len(histories), parts.is_old

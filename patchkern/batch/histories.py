@@ -293,7 +293,7 @@ class Histories:
 
     def between(self, users: ArrayLike, starts: ArrayLike, ends: ArrayLike) -> Histories:
         """For each sample, the items of ``users[s]`` from position ``starts[s]`` to before ``ends[s]``."""
-        index, ends = self._samples(users, ends)
+        index, ends = self._samples(users, ends, "ends")
         starts = _integers("starts", starts)
         if starts.size != ends.size:
             raise ValueError(f"starts: expected one per user ({ends.size}), got {starts.size}")
@@ -311,7 +311,7 @@ class Histories:
         ``ends[b]`` on, and all timestamps, stay where they are.
         """
         check_number("width", width, minimum=0)
-        _, until = self._samples(np.arange(len(self)), ends)
+        _, until = self._samples(np.arange(len(self)), ends, "ends")
         lengths = self.lengths
         user = np.repeat(np.arange(len(self)), lengths)
         position = np.arange(self.items.size) - np.repeat(self.offsets[:-1], lengths)
@@ -338,12 +338,14 @@ class Histories:
             raise ValueError(f"users[{s}]: expected an index in 0..{len(self) - 1}, got {index[s]}")
         return index
 
-    def _samples(self, users: ArrayLike, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        index, ends = self._users(users), _integers("positions", positions)
+    def _samples(
+        self, users: ArrayLike, positions: ArrayLike, argument: str = "positions"
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        index, ends = self._users(users), _integers(argument, positions)
         if index.size != ends.size:
-            raise ValueError(f"positions: expected one per user ({index.size}), got {ends.size}")
+            raise ValueError(f"{argument}: expected one per user ({index.size}), got {ends.size}")
         wrong = np.flatnonzero((ends < 0) | (ends > self.lengths[index]))
         if wrong.size:
             s = int(wrong[0])
-            raise ValueError(f"positions[{s}]: expected 0..{self.lengths[index[s]]}, got {ends[s]}")
+            raise ValueError(f"{argument}[{s}]: expected 0..{self.lengths[index[s]]}, got {ends[s]}")
         return index, ends

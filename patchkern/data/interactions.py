@@ -110,6 +110,10 @@ class Interactions:
             raise TypeError(f"histories: expected Histories, got {type(self.histories).__name__}")
         if not isinstance(self.titles, Mapping):
             raise TypeError(f"titles: expected a mapping of item id to title, got {type(self.titles).__name__}")
+        for name, optional in (("name", False), ("system", True), ("instruction", True)):
+            text = getattr(self, name)
+            if not (isinstance(text, str) or (optional and text is None)):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
         _check_titles(self.titles)
         if self.texts is not None:
             if not isinstance(self.texts, Mapping):
@@ -177,6 +181,8 @@ class Interactions:
                 no seconds.
             tie_seed: of the drawn order; None keeps that of the rows.
         """
+        if tie_seed is not None:
+            check_count("tie_seed", tie_seed, minimum=0, maximum=2**64 - 1)
         users, items = id_array(users, "users"), id_array(items, "items")
         times = None if timestamps is None else instants("timestamps", timestamps, time_unit)
         ratings = None if ratings is None else number_array("ratings", ratings)
@@ -261,10 +267,12 @@ class Interactions:
 
     def before(self, samples: Samples, max_items: int | None = None) -> Histories:
         """What each sample may look at: the items before its target, cut to the latest ``max_items``."""
+        _check_samples(samples)
         return self.histories.before(samples.users, samples.positions, max_items)
 
     def targets(self, samples: Samples) -> NDArray[Any]:
         """``(S,)`` ids of the items to predict."""
+        _check_samples(samples)
         return self.histories.at(samples.users, samples.positions)
 
     def target_sets(self, split: str, min_history: int = MIN_HISTORY) -> tuple[Samples, Histories]:
@@ -306,6 +314,11 @@ class Interactions:
             known = ", ".join(self.ranges) or "none: apply temporal_split or leave_one_out first"
             raise ValueError(f"split: expected one of the data set's splits ({known}), got {split!r}")
         return self.ranges[split]
+
+
+def _check_samples(samples: Any) -> None:
+    if not isinstance(samples, Samples):
+        raise TypeError(f"samples: expected Samples, got {type(samples).__name__}")
 
 
 def _same(ordered: NDArray[Any]) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.histories import check_count, check_number
 from patchkern.data.interactions import Interactions
 from patchkern.data.splits import temporal_split
 from patchkern.data.synthetic_titles import GENRES, MAX_SERIES, titles_of
@@ -68,12 +69,14 @@ def synthetic(
         True
     """
     for argument, value in (("num_users", num_users), ("num_items", num_items), ("num_genres", num_genres)):
-        if value < 1:
-            raise ValueError(f"{argument}: expected 1 or more, got {value}")
+        check_count(argument, value, minimum=1)
+    check_count("seed", seed, minimum=0, maximum=2**64 - 1)
     if num_genres > num_items:
         raise ValueError(f"num_genres: expected at most num_items ({num_items}), got {num_genres}")
     if num_genres > len(GENRES):
         raise ValueError(f"num_genres: expected at most {len(GENRES)} (those with words), got {num_genres}")
+    check_number("sequel_rate", sequel_rate)
+    check_number("mean_length", mean_length)
     if not 0 <= sequel_rate <= 1:
         raise ValueError(f"sequel_rate: expected 0..1, got {sequel_rate}")
     if not mean_length > 0:

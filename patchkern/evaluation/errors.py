@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.columns import id_array
+from patchkern.batch.histories import check_count
 
 _SIGNS_AT_ONCE = 1 << 22
 
@@ -103,8 +104,7 @@ def paired_difference(
     a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"other: expected one value per sample of one, shape {a.shape}, got shape {b.shape}")
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, got {draws}")
+    check_count("draws", draws, minimum=1)
     mean, error = estimate(a - b, users)
     sums = _sums(a - b, users)
     if not sums.size or np.isnan(mean):

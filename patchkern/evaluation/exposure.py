@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import number_array
 from patchkern.batch.histories import check_count
-from patchkern.evaluation.lists import listed_items
+from patchkern.evaluation.lists import check_catalog, listed_items
 
 
 def coverage(recommendations: Sequence[Sequence[Any]], k: int, *, catalog: Catalog) -> float:
@@ -27,6 +27,7 @@ def coverage(recommendations: Sequence[Sequence[Any]], k: int, *, catalog: Catal
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_count("k", k, minimum=1)
+    check_catalog(catalog)
     shown = np.zeros(len(catalog), np.bool_)
     shown[listed_items(recommendations, catalog, k)[0]] = True
     return float(shown.mean()) if shown.size else float("nan")
@@ -47,6 +48,7 @@ def log_popularity(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    check_catalog(catalog)
     numbers = number_array("counts", counts)
     if numbers.shape != (len(catalog),):
         raise ValueError(f"counts: expected one per item ({len(catalog)}), got shape {numbers.shape}")

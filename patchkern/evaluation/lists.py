@@ -29,6 +29,7 @@ def listed_items(
     Raises:
         TypeError, ValueError: what is no item of the catalogue; the message names the list.
     """
+    check_catalog(catalog)
     rows = [items_of(row, user)[:k] for user, row in enumerate(recommendations)]
     offsets = np.cumsum([0, *map(len, rows)])
     ids = [item for row in rows for item in row]
@@ -38,6 +39,12 @@ def listed_items(
             return index.astype(np.int64), offsets
     parts = [catalog.index_of(row, f"recommendations[{user}]") for user, row in enumerate(rows)]
     return np.concatenate([np.zeros(0, np.int64), *parts]), offsets
+
+
+def check_catalog(catalog: Any) -> None:
+    """Raise a TypeError unless it is a catalogue."""
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
 
 
 def items_of(row: Any, user: int) -> list[Any]:

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import is_sequence
-from patchkern.batch.histories import Histories
+from patchkern.batch.histories import Histories, check_count
 from patchkern.data.interactions import chosen_of
 from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
-from patchkern.evaluation.lists import listed_items
+from patchkern.evaluation.lists import check_catalog, listed_items
 
 METRICS = ("strict", "paper")
 
@@ -77,8 +77,8 @@ class Evaluation:
 
     def gains(self, k: int) -> NDArray[np.float64]:
         """``(B,)`` NDCG: sum of 1 / log2(rank + 1) over the targets among the first ``k``, by the largest possible."""
-        best = np.append(0, np.cumsum(1 / np.log2(np.arange(k) + 2)))
         gain = self._listed(k) / np.log2(np.maximum(self.ranks, 1) + 1)
+        best = np.append(0, np.cumsum(1 / np.log2(np.arange(k) + 2)))
         return self._each(np.add, gain) / best[np.minimum(self._sizes, k)]
 
     def reciprocals(self, k: int) -> NDArray[np.float64]:
@@ -134,6 +134,8 @@ class Evaluation:
         Raises:
             ValueError: the other is of another number of samples, of other users or counts other list lengths.
         """
+        if not isinstance(other, Evaluation):
+            raise TypeError(f"other: expected an Evaluation, got {type(other).__name__}")
         for name in ("metric", "ks"):
             if getattr(other, name) != getattr(self, name):
                 raise ValueError(f"other: expected {name} {getattr(self, name)}, got {getattr(other, name)}")
@@ -161,6 +163,7 @@ class Evaluation:
 
     def _listed(self, k: int) -> NDArray[np.float64]:
         """1 for every target that is among the first ``k``, else 0."""
+        check_count("k", k, minimum=1)
         return ((self.ranks > 0) & (self.ranks <= k)).astype(np.float64)
 
     def _each(self, combine: np.ufunc, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -223,8 +226,7 @@ def evaluate(
     """
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
+    check_catalog(catalog)
     texts = catalog.titles or ()
     if metric == "paper" and not texts:
         raise ValueError('catalog: metric="paper" compares titles as text, got a catalog without titles')

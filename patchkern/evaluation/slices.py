@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import flat_array
 from patchkern.data.interactions import Interactions
+from patchkern.evaluation.lists import check_catalog
 from patchkern.evaluation.yardsticks import in_training
 
 HISTORY_LENGTHS = (0, 20, 50, 100, 200, 500)
@@ -54,5 +55,6 @@ def training_counts(interactions: Interactions, catalog: Catalog) -> NDArray[np.
     Raises:
         ValueError: a data set without training split, or an item in training that the catalogue does not hold.
     """
+    check_catalog(catalog)
     _, items = in_training(interactions)
     return np.bincount(catalog.index_of(items, "interactions"), minlength=len(catalog))

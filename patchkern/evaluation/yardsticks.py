@@ -127,8 +127,10 @@ def in_training(interactions: Interactions) -> tuple[NDArray[np.int64], NDArray[
     """The user and the item id of every training interaction, users ascending, oldest first.
 
     Raises:
-        ValueError: a data set without training split.
+        TypeError, ValueError: no data set, or one without training split.
     """
+    if not isinstance(interactions, Interactions):
+        raise TypeError(f"interactions: expected Interactions, got {type(interactions).__name__}")
     training = interactions.in_split("train")
     return interactions.user_index[training], interactions.histories.items[training]
 
@@ -179,6 +181,8 @@ class Follows:
 
 def by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Item ids and their training interactions, most popular first."""
+    if not isinstance(interactions, Interactions):
+        raise TypeError(f"interactions: expected Interactions, got {type(interactions).__name__}")
     item_ids = interactions.item_ids
     check_count("k", k, minimum=1, maximum=item_ids.size)
     at = np.flatnonzero(interactions.in_split("train"))

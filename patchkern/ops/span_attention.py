@@ -71,6 +71,9 @@ def span_attention(
         check_number("scaling", scaling)
     if sliding_window is not None:
         check_count("sliding_window", sliding_window, minimum=1)
+    for name, rows in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(rows).__name__}")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # rotary embeddings promote to float32 under autocast; the kernels below are not autocast operators

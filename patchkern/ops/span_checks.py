@@ -32,6 +32,9 @@ def check_spans(
 
     if (prefix_key is None) != (prefix_value is None):
         raise ValueError("prefix_key: expected prefix_key and prefix_value together or neither of them, got one")
+    for name, given in (("query", query), ("key", key), ("value", value), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
     integers = {"cu_seqlens": cu_seqlens}
     if prefix is not None:
         if not isinstance(prefix, Tensor):

@@ -377,3 +377,29 @@ def test_all_targets_of_a_user_in_one() -> None:
     assert samples.positions.tolist() == [7] and [row.tolist() for row in targets] == [[7]]
     samples, targets = data.target_sets("test", min_history=9)
     assert samples.users.size == 0 and len(targets) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tie_seed": "x"}, TypeError, "tie_seed: expected an integer, got str"),
+        ({"tie_seed": -1}, ValueError, "tie_seed: expected an integer in 0"),
+        ({"name": 5}, TypeError, "name: expected a string, got int"),
+        ({"system": []}, TypeError, "system: expected a string, got list"),
+        ({"instruction": 5}, TypeError, "instruction: expected a string, got int"),
+        ({"titles": {"a": "A", "a\0": "B"}}, ValueError, "titles: expected ids that do not end in a NUL character"),
+    ],
+)
+def test_what_is_wrong_also_where_it_would_not_matter(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given: dict[str, Any] = {"users": [1], "items": ["a"], "timestamps": [1], "titles": {"a": "A"}}
+    with pytest.raises(error, match=message):
+        Interactions.from_columns(**given | change)
+
+
+@pytest.mark.parametrize("ask", ["before", "targets"])
+def test_samples_are_samples(ask: str) -> None:
+    data = leave_one_out(interactions([(0, 1, 2)]))
+    with pytest.raises(TypeError, match="samples: expected Samples, got list"):
+        getattr(data, ask)([0, 1])

@@ -222,3 +222,13 @@ def test_several_targets_are_refused() -> None:
         evaluate([[10]], [[10, 11]], metric="paper", catalog=CATALOG)
     nobody = evaluate([], pk.Histories.coerce([]), catalog=CATALOG)
     assert math.isnan(nobody.recall(10)) and nobody.num_samples == 0
+
+
+@pytest.mark.parametrize(("k", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError)])
+def test_list_lengths_that_are_none(k: Any, error: type[Exception]) -> None:
+    found = evaluate([[10], [11]], [10, 11], catalog=CATALOG)
+    for measure in (found.hr, found.ndcg, found.mrr, found.recall):
+        with pytest.raises(error, match="k: expected an integer"):
+            measure(k)
+    with pytest.raises(TypeError, match="other: expected an Evaluation, got int"):
+        found.minus(5)  # type: ignore[arg-type]

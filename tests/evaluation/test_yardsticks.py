@@ -177,7 +177,7 @@ def test_tiny_synthetic(arguments: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_users": 0}, "num_users: expected 1 or more, got 0"),
+        ({"num_users": 0}, "num_users: expected an integer in 1"),
         ({"num_items": 5}, r"num_genres: expected at most num_items \(5\), got 12"),
         ({"num_genres": 17}, r"num_genres: expected at most 16 \(those with words\), got 17"),
         ({"sequel_rate": 1.5}, r"sequel_rate: expected 0\.\.1, got 1\.5"),

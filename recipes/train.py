@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
         title_weight=args.title_weight,
         item_weight=args.item_weight,
         head_learning_rate=settings.head_learning_rate,
+        ema_decay=args.ema_decay,
         eval_samples=None if arguments.eval_strategy == "no" else data.samples("val"),
         eval_options=None if args.head == "titles" else {"search": "items"},
         processing_class=tokenizer,

@@ -149,6 +149,13 @@ def make_parser(description: str | None) -> Parser:
         "--head_learning_rate", type=float, help="of item head and item embeddings (default: of the settings)"
     )
     group.add_argument(
+        "--ema_decay",
+        type=float,
+        metavar="SHARE",
+        help="that a step leaves of an average of the weights, which is validated and saved in their place "
+        "(default: no average)",
+    )
+    group.add_argument(
         "--early_stopping",
         type=int,
         metavar="PATIENCE",
@@ -232,6 +239,14 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         (
             args.memory_budget is not None and args.targets_per_pass == "one",
             "--memory_budget: expected none with --targets_per_pass one, whose batches it does not choose",
+        ),
+        (
+            args.ema_decay is not None and not 0 < args.ema_decay < 1,
+            f"--ema_decay: expected above 0 and below 1, got {args.ema_decay}",
+        ),
+        (
+            args.ema_decay is not None and not (args.memory_budget is None and args.dry_run is None),
+            "--ema_decay: expected none with --memory_budget or --dry_run, which do not count the average",
         ),
         (
             args.dry_run is not None and args.targets_per_pass == "one",

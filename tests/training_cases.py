@@ -56,6 +56,7 @@ def make_trainer(
     validate: dict[str, Any] | None = None,
     head: str = "titles",
     weights: dict[str, float] | None = None,
+    ema_decay: float | None = None,
     **arguments: Any,
 ) -> PatchTrainer:
     histories, samples = make_data()
@@ -80,6 +81,7 @@ def make_trainer(
         targets_per_step=targets_per_step,
         jitter=jitter,
         head=head,
+        ema_decay=ema_decay,
         **(weights or {}),
         **({} if validate is None else {"eval_samples": held_out_samples(), **validate}),
         processing_class=tokenizer,
@@ -90,7 +92,9 @@ def make_trainer(
 def make_id_trainer(folder: Path | str, policy: Any = None, *, dropout: float = 0.2, **options: Any) -> PatchTrainer:
     """Of an `ItemModel`."""
     histories, samples = make_data()
-    of_trainer = {name: options.pop(name) for name in ("rows_per_pass", "jitter", "head") if name in options}
+    of_trainer = {
+        name: options.pop(name) for name in ("rows_per_pass", "jitter", "head", "ema_decay") if name in options
+    }
     if options.pop("validate", None) is not None:
         of_trainer["eval_samples"] = held_out_samples()
     catalog = pk.Catalog.from_token_ids(range(len(TITLES)), range(len(TITLES) + 1), list(TITLES))
@@ -104,7 +108,7 @@ def make_id_trainer(folder: Path | str, policy: Any = None, *, dropout: float = 
 def make_memory_trainer(folder: Path | str, titles: bool, **options: Any) -> PatchTrainer:
     """Of a `RecurrentMemory`, over a language model or a model of item ids."""
     histories, samples = make_data()
-    of_trainer = {name: options.pop(name) for name in ("rows_per_pass", "head") if name in options}
+    of_trainer = {name: options.pop(name) for name in ("rows_per_pass", "head", "ema_decay") if name in options}
     policy = pk.PreferenceMemory(pk.ItemPatches(keep_text=0, max_items=None), slots=2, block=4)
     if titles:
         model: Any = make_model(item_head=True, vocab_size=290)[0]

@@ -44,7 +44,8 @@ def upload(
     if not (path / DESCRIPTION).is_file():
         raise FileNotFoundError(f"folder: expected a model saved by patchkern, got {os.fspath(folder)!r}")
     api = HfApi(token=token)
-    ignored = ["checkpoint-*/**", ".*", ".*/**", "optimizer.pt", "scheduler.pt", "rng_state*", "*.part"]
+    of_training = ["trained_weights.pt", "optimizer.pt", "scheduler.pt", "rng_state*"]
+    ignored = ["checkpoint-*/**", ".*", ".*/**", *of_training, "*.part"]
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(

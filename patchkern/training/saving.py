@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from patchkern.models.files import choose_catalog, is_model
+from patchkern.training.averaging import WeightAverage, has_average
 from patchkern.training.checkpoints import checkpoints, keep
 from patchkern.training.only_writer import only_writer
 from patchkern.training.processes import copy_into_shards, load_states, save_states
@@ -27,9 +28,11 @@ _MEASURED = ".validated-model"
 class SavingTrainer(Trainer):
     """A trainer that saves, resumes and loads by ``save_pretrained`` and ``from_pretrained`` of its model.
 
-    Under FSDP2 too: models and optimisers are written as one process has them, and sharded when they are read.
+    Under FSDP2 too: models and optimisers are written as one process has them, and sharded when they are read. With a
+    `WeightAverage` the model is measured and saved as the average, and a checkpoint has the weights beside it.
     """
 
+    weight_average: WeightAverage | None = None
     _saving = False
     _loaded: str | None = None
 
@@ -39,12 +42,17 @@ class SavingTrainer(Trainer):
         with alone:
             return super().train(*args, **kwargs)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Meanwhile the model has the average of its weights, if there is one."""
+        return nullcontext() if self.weight_average is None else self.weight_average.in_model()
+
     @contextmanager
     def whole_model(self) -> Generator[Any, None, None]:
         """The model to measure; under FSDP a copy that every process has all of, written and read for the purpose."""
         model: Any = self.accelerator.unwrap_model(self.model)
         if not self.is_fsdp_enabled:
-            yield model
+            with self.averaged():
+                yield model
             return
         folder = os.path.join(str(self.args.output_dir), _MEASURED)
         self._save(folder, self.accelerator.get_state_dict(self.model))
@@ -62,16 +70,24 @@ class SavingTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = str(self.args.output_dir if output_dir is None else output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        with self.averaged():
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under FSDP as without, so that any number of processes goes on from there."""
+        if self.args.should_save and self.weight_average is not None:
+            self.weight_average.save(output_dir)
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         save_states(self.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """And the weights to go on with, where the model of a checkpoint is their average."""
+        if checkpoint is not None and self.weight_average is not None:
+            self.weight_average.resume(checkpoint, self.accelerator.unwrap_model(self.model))
+        elif checkpoint is not None and has_average(checkpoint):
+            raise ValueError("ema_decay: expected that of the checkpoint, whose model is an average, got None")
         if not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
@@ -107,6 +123,8 @@ class SavingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
+        if self.weight_average is not None:
+            self.weight_average.forget()
         if self.is_deepspeed_enabled:
             super()._load_best_model()
         elif self.is_fsdp_enabled:

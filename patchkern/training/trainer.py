@@ -27,6 +27,7 @@ from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.data.interactions import Samples
 from patchkern.models.learned_rows import experts_are_trained
+from patchkern.training.averaging import WeightAverage
 from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator
 from patchkern.training.finite_losses import FiniteLosses
 from patchkern.training.passes import PassDataset, SlotDataset
@@ -80,6 +81,9 @@ class PatchTrainer(SavingTrainer):
         targets_per_step: with ``rows_per_pass``, the targets of an optimisation step over all processes, whatever their
             rows; ``gradient_accumulation_steps`` becomes what that takes. None: as many as its passes have.
         head_learning_rate: of the item head and the items' own vectors, on the same schedule; None: that of the rest.
+        ema_decay: share of an exponential moving average of the trained weights that a step leaves. What is validated,
+            saved and left in the model after training is then the average. Checkpoints have both, so that a resumed
+            run is the uninterrupted one. Not under FSDP or DeepSpeed. None: no average.
         eval_samples: like ``samples``, to validate on.
         eval_limit: of more take so many, evenly spread over them; None: all.
         eval_options: for `PatchedCausalLM.recommend` in `evaluate`, such as ``search`` or ``memory_budget``; by
@@ -112,6 +116,7 @@ class PatchTrainer(SavingTrainer):
         title_weight: float = 1.0,
         item_weight: float = 1.0,
         head_learning_rate: float | None = None,
+        ema_decay: float | None = None,
         eval_samples: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
         eval_limit: int | None = 1000,
         eval_options: Mapping[str, Any] | None = None,
@@ -237,6 +242,9 @@ class PatchTrainer(SavingTrainer):
             )
         self._head_learning_rate = head_learning_rate
         self._losses = FiniteLosses()
+        if ema_decay is not None:
+            self.weight_average = WeightAverage(ema_decay, cast(nn.Module, model))
+            kwargs["callbacks"] = [self.weight_average, *(kwargs.get("callbacks") or ())]
         super().__init__(
             model=cast(nn.Module, model),
             args=args,
@@ -245,6 +253,8 @@ class PatchTrainer(SavingTrainer):
             **kwargs,
         )
         check_sharding(args, self.accelerator, self.model)
+        if ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(f"ema_decay: expected None where processes share the model's parameters, got {ema_decay}")
         self.label_smoother = None  # it would compute a second loss; `compute_loss` has the model smooth its own
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -302,7 +312,8 @@ class PatchTrainer(SavingTrainer):
         """
         samples = self.eval_dataset
         if eval_dataset is not None or not isinstance(samples, Validation):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with self.averaged():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         started = time.time()
         share = range(self.accelerator.process_index, len(samples), self.accelerator.num_processes)
         with self.whole_model() as model:

@@ -161,8 +161,9 @@ def test_evaluation_by_the_papers_protocol(folder: str, tmp_path: Path) -> None:
 def test_resume_continues_the_run(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "6", "--save_steps", "2")
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "6", "--save_steps", "2", "--ema_decay", "0.9")
     whole = _train("pretrain", folder, tmp_path, *flags)
+    averages = [parameter.detach().clone() for parameter in whole.model.parameters()]
     shutil.rmtree(tmp_path / "checkpoint-6")
     shutil.rmtree(tmp_path / "checkpoint-4")
     original = PatchTrainer.train
@@ -179,10 +180,13 @@ def test_resume_continues_the_run(
     capsys.readouterr()
     with pytest.raises(ValueError, match=r"--resume: expected .*, got other hold_out_items None -> 0\.1"):
         _train("pretrain", folder, tmp_path, *flags, "--resume", "--hold_out_items", "0.1")
+    with pytest.raises(ValueError, match=r"--resume: expected .*, got other ema_decay 0\.9 -> 0\.5"):
+        _train("pretrain", folder, tmp_path, *flags, "--resume", "--ema_decay", "0.5")
     resumed = _train("pretrain", folder, tmp_path, *flags, "--resume")
     # the steps before were another run's
     assert f"{resumed.train_dataset.num_targets * 4 / 6 / 2:.1f} targets/s" in capsys.readouterr().out
     assert _losses(resumed) == _losses(whole)
+    assert all(map(torch.equal, resumed.model.parameters(), averages)), "the average is the uninterrupted run's too"
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
     with pytest.raises(ValueError, match="--output_dir: expected a folder without checkpoints, or --resume"):
@@ -369,6 +373,8 @@ def test_bfloat16_is_measured_once_a_run(
     ("flags", "message"),
     [
         (["--model", "tiny", "--early_stopping", "0"], "--early_stopping: expected at least 1, got 0"),
+        (["--model", "tiny", "--ema_decay", "1"], "--ema_decay: expected above 0 and below 1, got 1.0"),
+        (["--model", "tiny", "--ema_decay", "0.9", "--dry_run"], "--ema_decay: expected none with --memory_budget or"),
         (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--from", "runs/sft", "--no_separator"], "--no_separator: expected only with --model tiny or small"),

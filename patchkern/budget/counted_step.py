@@ -136,8 +136,7 @@ class StepKind:
         smoothing: whether labels are smoothed.
         on_cuda: whose kernels run.
         prefixes: whether spans have prefixes, as the branches of a trunk do.
-        fewest_rows: of the passes that are asked about: where labels are few in these, the last layer computes the
-            labelled rows alone. None: never.
+        labelled_alone: whether the last layer computes the rows with a label alone, see `FakeModel.chooses`.
         chunks: of the item head's loss; None where items are not learned.
     """
 
@@ -148,7 +147,7 @@ class StepKind:
     smoothing: bool = False
     on_cuda: bool = False
     prefixes: bool = True
-    fewest_rows: int | None = None
+    labelled_alone: bool = False
     chunks: Chunks | None = None
 
 
@@ -285,7 +284,7 @@ class FakeModel:
         if kind.autocast is not None:
             autocast = torch.autocast("cpu", kind.autocast)
         if shape.memory is not None:  # whose references and updates are read as well
-            kind = replace(kind, fewest_rows=None)
+            kind = replace(kind, labelled_alone=False)
         with autocast:
             if shape.memory is None or shape.memory.reference == 0:
                 losses = self._pass_losses(shape, kind, counter, states)
@@ -352,16 +351,19 @@ class FakeModel:
             losses.append(self.item_head.loss(of_items, self._output_weight, own, kind.chunks))
         return losses
 
+    def chooses(self, shape: PassShape, rows: int) -> bool:
+        """Whether labels are few in so many rows like these, as `patchkern.models.wanted_rows` asks."""
+        labelled = -(-(shape.logit_rows + shape.item_rows) * rows // shape.rows)
+        return are_few(torch.empty(rows, self._output_weight.shape[1], device="meta"), labelled)
+
     def _last_layer(self, shape: PassShape, kind: StepKind) -> contextlib.AbstractContextManager[None]:
-        """Where it is open, it computes what `patchkern.models.wanted_rows` lets it."""
-        decoder, read = self.hf_model.get_decoder(), shape.logit_rows + shape.item_rows
-        layer = None if kind.fewest_rows is None or kind.sharded else last_layer(decoder)
+        """Where it is open, it computes what it must."""
+        decoder = self.hf_model.get_decoder()
+        layer = last_layer(decoder) if kind.labelled_alone and not kind.sharded else None
         network = None if layer is None or recomputes(decoder, layer) else feed_forward(layer)
-        if network is not None and kind.fewest_rows is not None:
-            fewest = torch.empty(kind.fewest_rows, self._output_weight.shape[1], device="meta")
-            if are_few(fewest, -(-read * kind.fewest_rows // shape.rows)):
-                return for_rows(network, torch.empty(max(read, 1), dtype=torch.int64))
-        return contextlib.nullcontext()
+        if network is None:
+            return contextlib.nullcontext()
+        return for_rows(network, torch.empty(max(shape.logit_rows + shape.item_rows, 1), dtype=torch.int64))
 
     @property
     def _output_weight(self) -> Tensor:

@@ -204,7 +204,6 @@ def plan_training(
         smoothing=label_smoothing > 0,
         n_items=n_items,
         prefixes=prefixes,
-        least_rows=least_rows,
         world_size=world_size,
         sharded=sharded,
         on_cuda=place.type == "cuda",

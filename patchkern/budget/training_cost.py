@@ -97,7 +97,6 @@ class TrainingCost:
         smoothing: bool = False,
         n_items: int | None = None,
         prefixes: bool = True,
-        least_rows: int = 2048,
         world_size: int = 1,
         sharded: bool = False,
         on_cuda: bool = False,
@@ -113,14 +112,13 @@ class TrainingCost:
             smoothing=smoothing,
             on_cuda=on_cuda,
             prefixes=prefixes,
-            fewest_rows=min(least_rows, shape.rows),
             chunks=Chunks.of(item_rows, n_items, on_cuda) if item_rows and n_items else None,
         )
         self._counted = lru_cache(maxsize=None)(self._count)
 
     def needed(self, rows: int, choice: Choice) -> TrainingBytes:
         """Of a step of so many rows, logits and the longest prefix in proportion."""
-        held = self._counted(choice.checkpointing, choice.lora).peak(rows)
+        held = self._step(choice, rows).peak(rows)
         fake = self._fake(choice.lora)
         trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trainable)
@@ -147,11 +145,16 @@ class TrainingCost:
 
     def row_bytes(self, choice: Choice) -> int:
         """What a row keeps from the forward to the backward pass."""
-        return self._counted(choice.checkpointing, choice.lora).kept_per_row
+        return self._step(choice, self._shape.rows).kept_per_row
 
-    def _count(self, checkpointing: bool, lora: Lora | None) -> StepBytes:
+    def _step(self, choice: Choice, rows: int) -> StepBytes:
+        fake: FakeModel = self._fake(choice.lora)
+        return self._counted(choice.checkpointing, choice.lora, fake.chooses(self._shape, rows))
+
+    def _count(self, checkpointing: bool, lora: Lora | None, labelled_alone: bool) -> StepBytes:
         fake: FakeModel = self._fake(lora)
-        return fake.count_step(self._shape, replace(self._kind, checkpointing=checkpointing))
+        kind = replace(self._kind, checkpointing=checkpointing, labelled_alone=labelled_alone)
+        return fake.count_step(self._shape, kind)
 
     def _state(self, fake: FakeModel, optimizer: str) -> int:
         kind = OPTIMIZERS[optimizer]

@@ -42,7 +42,7 @@ def test_jitter_is_of_the_generator_and_none_without_width() -> None:
     assert np.array_equal(histories.jittered(0, [30, 50], np.random.default_rng(0)).items, histories.items)
 
 
-@pytest.mark.parametrize(("width", "ends", "message"), [(-1.0, [5], "width"), (np.inf, [5], "width"), (2, [6], "pos")])
+@pytest.mark.parametrize(("width", "ends", "message"), [(-1.0, [5], "width"), (np.inf, [5], "width"), (2, [6], "ends")])
 def test_jitter_refuses(width: float, ends: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         numbered([5]).jittered(width, ends, np.random.default_rng(0))

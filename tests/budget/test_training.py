@@ -146,5 +146,6 @@ def test_what_is_no_model(model: Any) -> None:
     message = f"model: expected a transformers causal LM or its configuration, got {type(model).__name__}"
     with pytest.raises(TypeError, match=message):
         pk.plan_training(model)
+    message = f"model_config: expected a model or its configuration, got {type(model).__name__}"
     with pytest.raises(TypeError, match=message):
         pk.plan_memory(model, [10], "1GiB")

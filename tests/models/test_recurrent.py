@@ -289,7 +289,7 @@ def test_passes_with_the_models_own_memories(monkeypatch: pytest.MonkeyPatch) ->
     items = pk.Histories.from_sequences([HISTORIES[0]])
     batch = memory.planner.training(items, [[0, 16]], head="items")
     draws = iter([0.6, 0.4, 0.4])
-    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(next(draws)))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(next(draws)))
     evaluated = memory.eval()(batch).next_item
     memory.train()
     for module in memory.modules():

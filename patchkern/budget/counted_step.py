@@ -354,7 +354,8 @@ class FakeModel:
     def chooses(self, shape: PassShape, rows: int) -> bool:
         """Whether labels are few in so many rows like these, as `patchkern.models.wanted_rows` asks."""
         labelled = -(-(shape.logit_rows + shape.item_rows) * rows // shape.rows)
-        return are_few(torch.empty(rows, self._output_weight.shape[1], device="meta"), labelled)
+        width = self.hf_model.config.get_text_config().hidden_size
+        return are_few(torch.empty(rows, width, device="meta"), labelled)
 
     def _last_layer(self, shape: PassShape, kind: StepKind) -> contextlib.AbstractContextManager[None]:
         """Where it is open, it computes what it must."""

@@ -96,8 +96,9 @@ class _Softmax(torch.autograd.Function):
         for _ in range(1 + chunks.several):
             rows = states.narrow(0, 0, count)
             logits = (rows @ items.T).to(wide).add_(bias.to(wide))
-            torch.empty_like(logits)  # what logsumexp takes
-            slope = logits.to(states.dtype)
+            shares = torch.empty_like(logits)
+            del logits
+            slope = shares.to(states.dtype)
             if grads[0] is not None:
                 grads[0].narrow(0, 0, count).copy_(slope @ items)
             if grads[1] is not None:
@@ -105,9 +106,10 @@ class _Softmax(torch.autograd.Function):
                 # a CPU adds two dtypes by way of a copy, inside the operator
                 grads[1] += product if chunks.on_cuda else product.to(wide)
                 del product
+            del shares, slope
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         ctx.dtypes = [x.dtype for x in given]
-        return logits.new_empty(())
+        return states.new_empty((), dtype=wide)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -145,13 +145,16 @@ class _ItemSoftmax(torch.autograd.Function):
             own = logits.gather(1, label)
             if weights is not None:
                 logits.add_(weights).scatter_(1, label, own)
-            total = torch.logsumexp(logits, dim=1, keepdim=True)
+            shares = torch.softmax(logits, dim=1)
+            # of the sum of exponentials, without a second pass over them: the largest share is at least 1 / n
+            total = logits.amax(dim=1, keepdim=True).sub_(shares.amax(dim=1, keepdim=True).log_())
             loss += (total - own).sum()
             if smoothing:
                 loss += smoothing * (own - logits.mean(dim=1, keepdim=True)).sum()
+            del logits
             if not any(wants):
                 continue
-            slope = logits.sub_(total).exp_().sub_(smoothing / items.shape[0])  # of the loss by the logits
+            slope = shares.sub_(smoothing / items.shape[0]) if smoothing else shares  # of the loss by the logits
             slope.scatter_add_(1, label, slope.new_full((), smoothing - 1).expand_as(label))
             if of_bias is not None:
                 of_bias += slope.sum(dim=0)
@@ -160,6 +163,7 @@ class _ItemSoftmax(torch.autograd.Function):
                 of_states[first : first + chunk_rows] = slope @ items
             if of_items is not None:
                 of_items += slope.T @ rows
+            del shares, slope  # the next chunk takes their memory, which is in the caches
         grads = (of_states, of_items, of_bias)
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         ctx.dtypes = [tensor.dtype for tensor in (states, items, bias)]

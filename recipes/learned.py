@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,18 +91,27 @@ def prepared(model: Any, tokenizer: Any, policy: Any, args: argparse.Namespace, 
     if args.stage not in STAGES:
         return model
     model.tokenizer = tokenizer if model.tokenizer is None else model.tokenizer  # whose tokens the rows may be
-    model.policy = policy
-    if isinstance(policy, pk.Experts):
-        if policy.count:
-            longest = int(data.histories.lengths.max(initial=1))
-            rows = policy.count * max(int(policy.compressed_parts(policy.cuts(np.array(longest)))), 1)
-            add_experts(model, policy.count, max_positions=longest + len(model.prompt.prefix) + rows, seed=seed)
-        return model
-    if len(model.prompt.experts) < args.slots:
-        add_experts(model, args.slots, seed=seed)
-    memory = pk.RecurrentMemory(
-        model, consistency=args.consistency, reference_loss=args.reference_loss, rollout=args.rollout
-    )
-    if before is not None and before.map is not None and memory.map is not None:
+    options = {name: getattr(args, name) for name in ("consistency", "reference_loss", "rollout")}
+    memory = with_learned_rows(model, policy, data, seed, options)
+    if before is not None and before.map is not None and getattr(memory, "map", None) is not None:
         memory.map.load_state_dict(before.map.state_dict())
     return memory
+
+
+def with_learned_rows(
+    model: pk.PatchedCausalLM | pk.ItemModel, policy: Any, data: Interactions, seed: int, memory: Mapping[str, Any]
+) -> Any:
+    """The model with the policy and room for what that learns, for the longest history of the data.
+
+    Of a `patchkern.PreferenceMemory` it is a `patchkern.RecurrentMemory` with the options ``memory``.
+    """
+    model.policy = policy
+    if isinstance(policy, pk.Experts) and policy.count:
+        longest = int(data.histories.lengths.max(initial=1))
+        rows = policy.count * max(int(policy.compressed_parts(policy.cuts(np.array(longest)))), 1)
+        add_experts(model, policy.count, max_positions=longest + len(model.prompt.prefix) + rows, seed=seed)
+    if not isinstance(policy, pk.PreferenceMemory):
+        return model
+    if len(model.prompt.experts) < policy.slots:
+        add_experts(model, policy.slots, seed=seed)
+    return pk.RecurrentMemory(model, **memory)

@@ -4,13 +4,19 @@
     python recipes/learned_compression.py --data ml-100k --backbone sasrec --output_dir runs/learned --seeds 0
     python recipes/learned_compression.py --data ml-1m --backbone hstu --output_dir runs/learned-hstu
     python recipes/learned_compression.py --data ml-1m --backbone sasrec --output_dir runs/learned-1m --sweep
+    python recipes/learned_compression.py --data ml-1m --model tiny --output_dir runs/learned-lm --rows_per_pass 24576 \\
+        --processes 13
 
-A model of item ids for every row of the table and every seed, from random weights, all with the same epochs, the same
-targets a step and the same rates; kept is what recommends best for the validation split, of ten times in the run. What
-must be beaten: the same recent items alone (recent), and these with one row that is the mean of all that is old (mean).
+A model for every row of the table and every seed, from random weights, all with the same epochs, the same targets a
+step and the same rates; kept is what recommends best for the validation split, of ten times in the run. What must be
+beaten: the same recent items alone (recent), and these with one row that is the mean of all that is old (mean).
 --sweep adds other numbers of experts and slots, and other weights of --consistency, on the validation split.
 
+Models are of item ids, or with --model language models that read item patches: those of recipes/train.py --stage items
+--head items --item_embeddings --no_separator, with its settings for them.
+
 What is finished is not computed again: a run that was killed goes on with the same command, from its last checkpoint.
+--processes trains so many at once, on one GPU or with a share of the threads each; what one prints is in its log.txt.
 The table is printed and written to table.md in --output_dir; one line per sample of every row and seed goes to a CSV,
 any two of which recipes/compare.py compares. Errors are over users; a difference between rows is of the same samples.
 """
@@ -21,8 +27,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,63 +43,47 @@ import patchkern as pk
 from patchkern.budget.search import SearchCost, SearchSize
 from patchkern.data import Interactions
 from patchkern.data.preparation import add_arguments, load
-from patchkern.evaluation import estimate, paired_difference
 from patchkern.models.item_blocks import BLOCKS
-from patchkern.training import SETTINGS, PatchTrainer, checkpoints
-from recipes import per_sample
+from patchkern.models.scratch import SIZES
+from patchkern.training import SETTINGS, PatchTrainer, Settings, checkpoints
 from recipes.commands import Parser
-from recipes.item_models import catalog_of_ids, read_as_trained
+from recipes.item_models import catalog_of_ids
+from recipes.learned import with_learned_rows
+from recipes.learned_compression_rows import Row, all_rows
+from recipes.learned_compression_table import table
+from recipes.models import load_model
 from recipes.ranking import by_item_head
 from recipes.results import KS, Result, Results
-from recipes.tables import markdown_table
+from recipes.side_by_side import side_by_side
 from recipes.training_run import banner, read_arguments, write_arguments
 
 EVALUATIONS = 10  # of the validation split in a run
 EVALUATED_AT_ONCE = 256  # users
-SWEPT = (1, 16)
-WEIGHTS = (0.01, 0.1, 1.0)
-DEFAULTS = 4  # experts and slots
-MEASURES = [f"{kind}@{k}" for kind in ("HR", "NDCG") for k in KS]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        what: it reads, for people.
-        policy: by which it does.
-        memory: options of `patchkern.RecurrentMemory`, for a `patchkern.PreferenceMemory`.
-        of: the row whose models it uses, with memories made in one pass; None: its own.
-        beside: the row that it must beat.
-        split: of the data set.
-    """
-
-    what: str
-    policy: Any
-    memory: dict[str, Any] | None = None
-    of: str | None = None
-    beside: str | None = None
-    split: str = "test"
+SHAPE = {"width": 64, "layers": 4, "heads": 4}
+NOT_SHARED = ("rows", "seeds", "output_dir", "sweep", "processes")  # between the runs of a folder
+RESULT, LOG = "result.json", "log.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     args = parse(argv)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    shared = {name: value for name, value in vars(args).items() if name not in ("rows", "seeds", "output_dir", "sweep")}
+    shared = {name: value for name, value in vars(args).items() if name not in NOT_SHARED}
     shared = json.loads(json.dumps(shared, default=str))
     before = read_arguments(folder)
-    if before and before != shared:
-        changed = [name for name in shared if before.get(name) != shared[name]]
+    changed = [name for name in shared if before.get(name) != shared[name]]
+    if before and changed:
         raise ValueError(f"--output_dir: expected the arguments of the runs there, got other {', '.join(changed)}")
     write_arguments(folder, shared)
     data = load(args)
     print(f"{banner(device_of_runs())}\n{data}", flush=True)
     rows = {name: row for name, row in all_rows(args).items() if args.rows is None or name in args.rows}
-    for seed in args.seeds:
-        for name, row in rows.items():
-            measure(name, row, seed, args, data, folder)
+    if args.processes > 1:
+        measure_side_by_side(rows, args, folder)
+    else:
+        for seed in args.seeds:
+            for name, row in rows.items():
+                measure(name, row, seed, args, data, folder)
     lines, numbers = table(rows, args, data, folder)
     print("\n".join(lines), flush=True)
     (folder / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -104,13 +94,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--output_dir", required=True, help="of all runs and the table")
-    parser.add_argument("--backbone", choices=BLOCKS, default="sasrec")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--backbone", choices=BLOCKS, help="of models of item ids (default: sasrec)")
+    kind.add_argument("--model", choices=SIZES, help="language models of this size, which read item patches")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", help="only these (default: all)")
     parser.add_argument("--sweep", action="store_true", help="also other numbers of experts and slots, and weights")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=1, help="runs at once, each with its share of the threads")
+    for name, default in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, help=f"of a model of item ids (default: {default})")
     parser.add_argument("--keep", type=int, default=20, help="items that are always recent, with experts")
     parser.add_argument("--block", type=int, default=50, help="items of a segment")
     parser.add_argument("--group_size", type=int, default=5, help="items of a session patch")
@@ -118,9 +110,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--targets_per_step", type=int, default=2048)
     parser.add_argument("--rows_per_pass", type=int, default=4096)
-    parser.add_argument("--learning_rate", type=float, default=SETTINGS["ids"].learning_rate)
+    parser.add_argument("--learning_rate", type=float, help="(default: of recipes/train.py for such a model)")
     parser.add_argument("--limit", type=int, help="test samples, spread over all")
     args = parser.parse_args(argv)
+    if args.model is None:
+        args.backbone = args.backbone or "sasrec"
+    for name, default in SHAPE.items():
+        if args.model is not None and getattr(args, name) is not None:
+            parser.error(f"--{name}: expected none with --model, whose sizes have their own, got {getattr(args, name)}")
+        if args.model is None and getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.learning_rate is None:
+        args.learning_rate = settings_of(args).learning_rate
+    if args.processes < 1:
+        parser.error(f"--processes: expected at least 1, got {args.processes}")
     known = all_rows(args)
     for name in args.rows or ():
         if name not in known:
@@ -131,48 +134,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def all_rows(args: argparse.Namespace) -> dict[str, Row]:
-    """By the names that folders have."""
-    items, keep, block = pk.ItemPatches(keep_text=0, max_items=None), args.keep, args.block
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What recipes/train.py trains such a model with."""
+    return SETTINGS["ids" if args.model is None else "scratch-head"]
 
-    def experts(parts: str, count: int = DEFAULTS) -> Any:
-        return pk.Experts(items, count=count, keep=keep if parts == "one" else None, block=block, parts=parts)
 
-    def recent(keep: int) -> Any:
-        return pk.Experts(items, count=0, keep=keep, block=block)
+def measure_side_by_side(rows: Mapping[str, Row], args: argparse.Namespace, folder: Path) -> None:
+    """`measure` what is not finished, in several processes; rows that use another's models after all others.
 
-    def memory(mode: str = "overwrite", slots: int = DEFAULTS) -> Any:
-        return pk.PreferenceMemory(items, slots, block, mode)
+    Raises:
+        RuntimeError: some failed, when all others are finished.
+    """
+    failed: list[str] = []
+    for uses_others in (False, True):
+        tasks = {
+            f"{name}-{seed}": (name, seed, args)
+            for seed in args.seeds
+            for name, row in rows.items()
+            if (row.of is not None) == uses_others
+            and f"{row.of}-{seed}" not in failed
+            and not (folder / f"{name}-{seed}" / RESULT).exists()
+        }
+        if tasks:
+            print(f"each writes {LOG} in its folder: {', '.join(tasks)}", flush=True)
+        failed += side_by_side(measure_alone, tasks, args.processes)
+    if failed:
+        raise RuntimeError(
+            f"--processes: expected all runs to finish, got errors, which are above, of {', '.join(failed)}; the same "
+            "command goes on with these"
+        )
 
-    trained = {"consistency": args.consistency}
-    rows = {
-        "full": Row("whole history", items),
-        "recent": Row(f"recent items, at least {keep}", recent(keep)),
-        "recent-1": Row("recent items, at least 1", recent(1)),
-        "latest-100": Row("latest 100 to 199 items", read_as_trained(pk.ItemPatches(keep_text=0, max_items=100))),
-        "sessions": Row(
-            f"sessions of {args.group_size}", pk.SessionPatches(args.group_size, max_items=None, align="start")
-        ),
-        "mean": Row("recent and the mean of what is old", pk.MeanOfOld(keep, block), beside="recent"),
-        "mean-1": Row("the same, at least 1 recent", pk.MeanOfOld(1, block), beside="recent-1"),
-        "experts": Row("PerSRec, one part", experts("one"), beside="mean"),
-        "experts-blocks": Row("PerSRec, blocks", experts("blocks"), beside="mean-1"),
-        "memory": Row("Rec2PM overwrite, iterated", memory(), trained, beside="mean-1"),
-        "memory-once": Row("the same, one-time: its references", memory(), of="memory", beside="memory"),
-        "memory-append": Row("Rec2PM append, iterated", memory("append"), trained, beside="mean-1"),
-        "memory-free": Row("Rec2PM without consistency", memory(), {"consistency": 0.0}, beside="memory"),
-    }
-    if args.sweep:
-        for count in (SWEPT[0], DEFAULTS, *SWEPT[1:]):
-            rows[f"experts-{count}"] = Row(f"PerSRec, {count} experts, validation", experts("one", count), split="val")
-            rows[f"memory-{count}"] = Row(
-                f"Rec2PM, {count} slots, validation", memory(slots=count), trained, split="val"
-            )
-        for weight in WEIGHTS:
-            rows[f"memory-weight-{weight:g}"] = Row(
-                f"Rec2PM, consistency {weight:g}, validation", memory(), {"consistency": weight}, split="val"
-            )
-    return rows
+
+def measure_alone(name: str, seed: int, args: argparse.Namespace) -> None:
+    """`measure`, with what is printed of it in a file of its own."""
+    folder = Path(args.output_dir)
+    own = folder / f"{name}-{seed}"
+    own.mkdir(exist_ok=True)
+    with (own / LOG).open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log):
+        measure(name, all_rows(args)[name], seed, args, load(args), folder)
 
 
 # ------------------------------------------------------------------ one row, one seed
@@ -181,7 +180,7 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
 def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Interactions, folder: Path) -> None:
     """Train and evaluate, unless that was done."""
     own = folder / f"{name}-{seed}"
-    if (own / "result.json").exists():
+    if (own / RESULT).exists():
         return
     print(f"{name}, seed {seed}: {row.what}", flush=True)
     known: dict[str, float] = {}
@@ -205,7 +204,7 @@ def measure(name: str, row: Row, seed: int, args: argparse.Namespace, data: Inte
     known["bytes"] = float(stored_bytes(model, row.policy, histories).mean())
     unfinished = own / "result.part"
     unfinished.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(own / "result.json")
+    unfinished.replace(own / RESULT)
 
 
 def device_of_runs() -> torch.device:
@@ -217,9 +216,9 @@ def trained(
     row: Row, seed: int, args: argparse.Namespace, data: Interactions, own: Path
 ) -> tuple[Any, dict[str, float]]:
     """The best model of a run by the validation split, and what the run took."""
-    settings = SETTINGS["ids"]
+    settings = settings_of(args)
     set_seed(seed)
-    model = make_model(row, seed, args, data)
+    model, tokenizer = make_model(row, seed, args, data)
     arguments = settings.arguments(
         "items",
         own,
@@ -247,9 +246,11 @@ def trained(
         rows_per_pass=args.rows_per_pass,
         targets_per_step=args.targets_per_step,
         jitter=settings.jitter,
+        head="items",
         head_learning_rate=settings.head_learning_rate,
         eval_samples=data.samples("val"),
         eval_options={"search": "items", "batch_size": EVALUATED_AT_ONCE},
+        processing_class=tokenizer,
     )
     started = checkpoints(own)
     metrics = trainer.train(resume_from_checkpoint=str(started[-1]) if started else None).metrics
@@ -265,28 +266,34 @@ def trained(
     }
 
 
-def make_model(row: Row, seed: int, args: argparse.Namespace, data: Interactions) -> Any:
-    """With positions for whole histories, and room for what the row learns beside items."""
-    policy = row.policy
-    longest = int(data.histories.lengths.max(initial=1))
-    model = pk.ItemModel(
-        catalog_of_ids(data.titles),
-        policy,
-        block=args.backbone,
-        width=args.width,
-        layers=args.layers,
-        heads=args.heads,
-        dropout=SETTINGS["ids"].dropout,
-        max_positions=longest + 1,
-        seed=seed,
-    )
-    if isinstance(policy, pk.Experts) and policy.count:
-        parts = int(policy.compressed_parts(policy.cuts(np.array(longest))))
-        pk.add_experts(model, policy.count, max_positions=longest + 1 + policy.count * max(parts, 1), seed=seed)
-    if row.memory is None:
-        return model
-    pk.add_experts(model, policy.slots, max_positions=longest + 1 + policy.slots, seed=seed)
-    return pk.RecurrentMemory(model, **row.memory)
+def make_model(row: Row, seed: int, args: argparse.Namespace, data: Interactions) -> tuple[Any, Any]:
+    """With positions for whole histories and room for what the row learns beside items; and its tokenizer, if any."""
+    dropout = settings_of(args).dropout
+    model: Any
+    if args.model is not None:
+        model, tokenizer = load_model(
+            args.model,
+            data.titles,
+            item_embeddings=True,
+            item_head=True,
+            seed=seed,
+            dropout=dropout,
+            separator=False,
+        )
+        model.tokenizer = tokenizer
+    else:
+        tokenizer = None
+        model = pk.ItemModel(
+            catalog_of_ids(data.titles),
+            block=args.backbone,
+            width=args.width,
+            layers=args.layers,
+            heads=args.heads,
+            dropout=dropout,
+            max_positions=int(data.histories.lengths.max(initial=1)) + 1,
+            seed=seed,
+        )
+    return with_learned_rows(model, row.policy, data, seed, row.memory or {}), tokenizer
 
 
 def stored_bytes(model: Any, policy: Any, histories: pk.Histories) -> NDArray[np.float64]:
@@ -299,65 +306,6 @@ def stored_bytes(model: Any, policy: Any, histories: pk.Histories) -> NDArray[np
     else:
         rows = pk.row_counts(model.catalog, histories, policy, model.prompt)
     return rows.astype(np.float64) * SearchCost(model, SearchSize(1, 1)).row_bytes
-
-
-# ------------------------------------------------------------------ the table
-
-
-def table(
-    rows: dict[str, Row], args: argparse.Namespace, data: Interactions, folder: Path
-) -> tuple[list[str], dict[str, dict[str, float]]]:
-    """Means over seeds; errors over users, of each sample's mean over seeds; and the numbers by row and column."""
-    values: dict[str, dict[str, NDArray[np.float64]]] = {}
-    users: dict[str, NDArray[np.str_]] = {}
-    numbers: dict[str, dict[str, float]] = {}
-    header = ["row", *MEASURES, "sd over seeds", "rows read", "bytes a user", "rows a target", "s training"]
-    cells = [header]
-    for name, row in rows.items():
-        files = [per_sample.read(folder / f"{name}-{seed}" / f"{row.split}.csv") for seed in args.seeds]
-        known = [json.loads((folder / f"{name}-{seed}" / "result.json").read_text("utf-8")) for seed in args.seeds]
-        of_seeds = [measures_of(file.columns["rank"]) for file in files]
-        users[name] = files[0].users
-        values[name] = {measure: np.mean([own[measure] for own in of_seeds], axis=0) for measure in MEASURES}
-        main = [float(own[MEASURES[1]].mean()) for own in of_seeds]
-        spread = float(np.std(main, ddof=1)) if len(main) > 1 else float("nan")
-        means = {key: float(np.mean([own[key] for own in known])) for key in known[0]}
-        seconds = f"{means['seconds']:,.0f}{'+' * bool(means['resumed'])}" if "seconds" in means else ""
-        cells.append([
-            f"{name}: {row.what}",
-            *(str(estimate(values[name][measure], users[name])) for measure in MEASURES),
-            f"{spread:.4f}",
-            f"{means['rows']:.1f}",
-            f"{means['bytes']:,.0f}",
-            f"{means['rows per target']:.2f}" if "rows per target" in means else "",
-            seconds,
-        ])  # fmt: skip
-        numbers[name] = {measure: float(values[name][measure].mean()) for measure in MEASURES} | means
-    lines = [
-        f"{data.name}, {args.backbone}, {args.layers} layers of {args.width}, seeds {', '.join(map(str, args.seeds))}, "
-        f"{args.epochs:g} epochs, block {args.block}, keep {args.keep}; ± one standard error over users; +: resumed",
-        "",
-        *markdown_table(cells),
-    ]
-    differences = [["difference on the same samples", *MEASURES[1::2]]]
-    for name, row in rows.items():
-        if row.beside in rows:
-            pairs = ((values[name][measure], values[row.beside][measure]) for measure in MEASURES[1::2])
-            found = [str(paired_difference(one, other, users[name])) for one, other in pairs]
-            differences.append([f"{name} - {row.beside}", *found])
-    if len(differences) > 1:
-        lines += ["", *markdown_table(differences)]
-    return lines, numbers
-
-
-def measures_of(ranks: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """``{measure: (S,)}`` of the ranks of the targets, 0 where they are not in the list."""
-    found = {}
-    for k in KS:
-        listed = (ranks > 0) & (ranks <= k)
-        found[f"HR@{k}"] = listed.astype(np.float64)
-        found[f"NDCG@{k}"] = listed / np.log2(np.maximum(ranks, 1) + 1)
-    return {measure: found[measure] for measure in MEASURES}
 
 
 if __name__ == "__main__":

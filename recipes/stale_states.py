@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
@@ -30,6 +31,7 @@ from patchkern.evaluation import estimate, paired_difference
 from patchkern.training import item_log_probs
 from recipes.commands import Parser
 from recipes.learned_compression import device_of_runs
+from recipes.models import load_saved
 from recipes.ranking import ScoredItems
 from recipes.tables import markdown_table
 
@@ -85,8 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_model(folder: Path) -> Any:
     """The best model of a run."""
-    kind: Any = pk.RecurrentMemory if folder.parent.name.startswith("memory") else pk.ItemModel
-    return kind.from_pretrained(folder).to(device_of_runs()).eval()
+    model: Any = load_saved(folder, torch.float32)
+    return model.to(device_of_runs()).eval()
 
 
 def with_past(data: Interactions, samples: Samples, policies: Sequence[Any], blocks: int) -> Samples:

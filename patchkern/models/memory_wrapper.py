@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import Tensor, nn
@@ -139,3 +140,9 @@ class MemoryWrapper(wrapped.WrappedLM):
     def item_embedding(self) -> nn.Parameter | None:
         """As of the model."""
         return self.model.item_embedding
+
+    def load_item_embeddings(self, folder: str | os.PathLike[str]) -> None:
+        """As of the model, if that is a language model: others have none."""
+        if isinstance(self.model, ItemModel):
+            raise ValueError("item_embeddings: expected a model that was made with item_embeddings=True")
+        self.model.load_item_embeddings(folder)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import patchkern as pk
 from patchkern.data import open_dataset
 from patchkern.evaluation.metrics import evaluate
-from recipes import learned_compression, per_sample
+from recipes import learned_compression, models, per_sample, train, training_flags
 
 ROWS = ["recent", "recent-1", "mean-1", "experts", "memory", "memory-once"]
 
@@ -52,3 +54,75 @@ def test_the_table(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit):
             learned_compression.main([*flags, wrong])
         assert message in capsys.readouterr().err
+
+
+def test_language_models_in_several_processes(folder: str, tmp_path: Path) -> None:
+    flags = ["--data", folder, "--model", "tiny", "--epochs", "0.1", "--block", "4", "--targets_per_step", "60"]
+    flags += ["--seeds", "0", "--rows"]
+    several, alone = tmp_path / "several", tmp_path / "alone"
+    rows = ["mean-1", "memory", "memory-once"]
+    numbers = learned_compression.main(["--output_dir", str(several), "--processes", "2", *flags, *rows])
+    assert list(numbers) == rows
+    assert ", model tiny, seeds 0" in (several / "table.md").read_text()
+    numbers |= learned_compression.main(["--output_dir", str(alone), *flags, "mean-1", "experts-blocks"])
+    assert (alone / "mean-1-0" / "test.csv").read_bytes() == (several / "mean-1-0" / "test.csv").read_bytes()
+    assert not (alone / "mean-1-0" / learned_compression.LOG).exists()
+    assert "mean-1, seed 0: HR@" in (several / "mean-1-0" / learned_compression.LOG).read_text()
+
+    data = open_dataset(folder)
+    lengths = data.before(data.samples("test")).lengths
+    old = np.maximum(lengths - 1, 0) // 4
+    row = 2 * 2 * 128 * 4  # layers, keys and values
+    assert numbers["mean-1"]["rows"] == pytest.approx((3 + lengths - 4 * old + (old > 0)).mean())
+    assert numbers["experts-blocks"]["bytes"] == pytest.approx((old * 4 * row).mean())
+    assert numbers["memory"]["bytes"] == pytest.approx((old > 0).mean() * 4 * 128 * 4)
+    for runs, name in ((alone, "mean-1"), (alone, "experts-blocks"), (several, "memory")):
+        model = models.load_saved(runs / f"{name}-0" / "model", torch.float32)
+        lists = model.recommend(data.before(data.samples("test")), k=20, exclude_seen=True, search="items")
+        found = evaluate(lists, data.targets(data.samples("test")), (20,), catalog=model.catalog)
+        assert numbers[name]["HR@20"] == pytest.approx(found.hr(20))
+
+
+def test_a_language_model_is_the_one_of_the_training_recipe(folder: str) -> None:
+    data = open_dataset(folder)
+    common = ["--data", folder, "--model", "tiny", "--output_dir", "nowhere"]
+    args = learned_compression.parse(common)
+    model, tokenizer = learned_compression.make_model(learned_compression.all_rows(args)["full"], 3, args, data)
+    flags = ["--stage", "items", "--head", "items", "--item_embeddings", "--no_separator", *common]
+    theirs = training_flags.parse(training_flags.make_parser(None), flags)
+    _, settings = train.choose_settings(theirs, data)
+    expected, other = train.load_model(theirs, data, settings, 3)
+    assert learned_compression.settings_of(args) == settings and args.learning_rate == settings.learning_rate
+    assert model.prompt == expected.prompt and tokenizer.get_vocab() == other.get_vocab()
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert type(model.hf_model) is type(expected.hf_model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--width", "8"], "--width: expected none with --model, whose sizes have their own, got 8"),
+        (["--backbone", "hstu"], "not allowed with argument"),
+        (["--processes", "0"], "--processes: expected at least 1, got 0"),
+    ],
+)
+def test_what_does_not_go_together(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        learned_compression.parse(["--data", "synthetic", "--output_dir", "nowhere", "--model", "tiny", *wrong])
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_ends_no_other(folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", folder, "--output_dir", str(tmp_path), "--width", "8", "--layers", "1", "--heads", "1"]
+    flags += ["--epochs", "0.1", "--block", "4", "--seeds", "0", "--processes", "2"]
+    (tmp_path / "memory-0").mkdir()
+    (tmp_path / "memory-0" / "model").touch()  # where a folder should be
+    rows = ["--rows", "recent-1", "memory", "memory-once"]
+    with pytest.raises(RuntimeError, match="expected all runs to finish, got errors, which are above, of memory-0;"):
+        learned_compression.main([*flags, *rows])
+    told = capfd.readouterr()
+    assert "Process memory-0:" in told.err and "memory-0: failed (1)" in told.out
+    assert (tmp_path / "recent-1-0" / learned_compression.RESULT).exists() and not (tmp_path / "memory-once-0").exists()
+    (tmp_path / "memory-0" / "model").unlink()
+    assert list(learned_compression.main([*flags, "--processes", "1", *rows])) == rows[1:]

@@ -20,10 +20,10 @@ from patchkern.training.collators import MemoryCollator
 INNER = pk.ItemPatches(keep_text=0, max_items=None)
 
 
-def make_memory(kind: str, inner: Any = INNER, **options: Any) -> pk.RecurrentMemory:
+def make_memory(kind: str, inner: Any = INNER, item_embeddings: bool = False, **options: Any) -> pk.RecurrentMemory:
     policy = pk.PreferenceMemory(inner, slots=2, block=4)
     if kind == "lm":
-        model, _ = make_lm(item_head=True, vocab_size=290)
+        model, _ = make_lm(item_head=True, vector_dropout=0.0 if item_embeddings else None, vocab_size=290)
         model.policy = policy
         model.prompt = model.prompt.with_special(experts=[model.config.vocab_size - 1, model.config.vocab_size - 2])
     else:
@@ -92,12 +92,13 @@ def test_accumulation_weighs_passes_by_their_targets(tmp_path: Path) -> None:
     assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-5)
 
 
-def test_resuming_continues_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "item embeddings"])
+def test_resuming_continues_the_run(own: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"kind": "lm", "head": "items", "rows_per_pass": 1200, "jitter": 2.0, "max_steps": 4}
     options |= {"save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(tmp_path, memory=make_memory("lm", rollout=0.5), **options)
+    whole = make_trainer(tmp_path, memory=make_memory("lm", rollout=0.5, item_embeddings=own), **options)
     whole.train()
-    resumed = make_trainer(tmp_path, memory=make_memory("lm", rollout=0.5), **options)
+    resumed = make_trainer(tmp_path, memory=make_memory("lm", rollout=0.5, item_embeddings=own), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses_of(resumed)[-2:] == losses_of(whole)[-2:]
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):

@@ -4,8 +4,8 @@
     python recipes/learned_compression.py --data ml-100k --backbone sasrec --output_dir runs/learned --seeds 0
     python recipes/learned_compression.py --data ml-1m --backbone hstu --output_dir runs/learned-hstu
     python recipes/learned_compression.py --data ml-1m --backbone sasrec --output_dir runs/learned-1m --sweep
-    python recipes/learned_compression.py --data ml-1m --model tiny --output_dir runs/learned-lm --rows_per_pass 24576 \\
-        --processes 13
+    python recipes/learned_compression.py --data ml-1m --model tiny --output_dir runs/learned-lm --processes 13 \\
+        --rows_per_pass 24576
 
 A model for every row of the table and every seed, from random weights, all with the same epochs, the same targets a
 step and the same rates; kept is what recommends best for the validation split, of ten times in the run. What must be

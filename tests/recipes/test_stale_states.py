@@ -30,10 +30,19 @@ def test_the_gap_is_between_the_state_and_the_recent_items(policy: pk.Experts, l
         assert after[now:].tolist() == before[old:].tolist(), "what is recent stays"
 
 
-def test_columns(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--data", folder, "--output_dir", str(tmp_path), "--width", "8", "--layers", "1", "--heads", "1"]
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        (["--width", "8", "--layers", "1", "--heads", "1"], ["experts", "memory"]),
+        (["--model", "tiny"], ["experts-blocks", "memory-append"]),
+    ],
+    ids=["item ids", "language model"],
+)
+def test_columns(
+    kind: list[str], rows: list[str], folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", folder, "--output_dir", str(tmp_path), *kind]
     flags += ["--epochs", "0.5", "--block", "4", "--keep", "2", "--seeds", "0", "--rows"]
-    rows = ["experts", "memory"]
     learned_compression.main([*flags, *rows])
     capsys.readouterr()
     chosen = ["--data", folder, "--output_dir", str(tmp_path), "--lags", "1"]  # all rows that are there
@@ -47,11 +56,11 @@ def test_columns(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     samples = stale_states.with_past(data, data.samples("test"), [model.policy for model in models.values()], 2)
     assert f", {samples.users.size} samples; columns: how many blocks of 4 items ago" in printed
     for row, model in models.items():
-        lists = model.recommend(data.before(samples), k=20, exclude_seen=True)
+        lists = model.recommend(data.before(samples), k=20, exclude_seen=True, search="items")
         found = [target in dict(items) for target, items in zip(data.targets(samples), lists, strict=True)]
         assert numbers[row]["0"] == pytest.approx(np.mean(found)), "behind a new state, what is always recommended"
         stale = stale_states.gapped(data.before(samples), model.policy, 1)
-        lists = model.recommend(stale, k=40)
+        lists = model.recommend(stale, k=40, search="items")
         for number, items in enumerate(data.before(samples)):
             lists[number] = [item for item in lists[number] if item[0] not in set(items.tolist())][:20]
         found = [target in dict(items) for target, items in zip(data.targets(samples), lists, strict=True)]
@@ -62,7 +71,8 @@ def test_columns(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         stale_states.main([*chosen, "--lags", "-1"])
     assert "--lags: expected numbers of at least 0, got -1" in capsys.readouterr().err
-    for lacking, run in ((["--rows", "memory-append"], "memory-append-0"), (["--seeds", "3"], "experts-3")):
+    other = next(row for row in stale_states.ROWS if row not in rows)
+    for lacking, run in ((["--rows", other], f"{other}-0"), (["--seeds", "3"], "experts-3")):
         with pytest.raises(SystemExit):
             stale_states.main([*chosen, *lacking])
         told = f"--output_dir: expected runs of recipes/learned_compression.py, got no {tmp_path / run / 'model'}"

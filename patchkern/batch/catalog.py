@@ -229,12 +229,28 @@ class Catalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all titles' and texts' token ids, in order: the same on every machine, 32 hexadecimal digits."""
+        """A hash of all items in order, each its id and the token ids of its title and text.
+
+        The same on every machine, 32 hexadecimal digits. The ids 7 and "7" are not the same.
+        """
+        digest = hashlib.blake2b(self.token_fingerprint.encode(), digest_size=16)
+        digest.update(self.item_ids.dtype.kind.encode())
+        if self.item_ids.dtype.kind == "U":  # however wide the array has them
+            texts = self.item_ids.tolist()
+            digest.update(np.fromiter(map(len, texts), "<i4", len(texts)).tobytes())
+            digest.update("".join(texts).encode("utf-8", "surrogatepass"))
+        else:
+            digest.update(self.item_ids.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def token_fingerprint(self) -> str:
+        """As `fingerprint`, of the token ids alone: the same for items that are called something else."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (np.array([len(self)]), self.offsets, self.token_ids):
             digest.update(array.astype("<i4").tobytes())
         if self.texts is not None:
-            digest.update(self.texts.fingerprint.encode())
+            digest.update(self.texts.token_fingerprint.encode())
         return digest.hexdigest()
 
     def by_item(self) -> Catalog:

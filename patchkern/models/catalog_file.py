@@ -69,13 +69,18 @@ def read_catalog(path: str | os.PathLike[str]) -> Catalog:
             written = _unpacked("texts", arrays) if "texts_utf8" in arrays else None
             texts = Catalog(arrays["text_token_ids"], arrays["text_token_offsets"], ids, written)
         catalog = Catalog(arrays["token_ids"], arrays["offsets"], ids, titles, texts)
-        if catalog.fingerprint != fingerprint:
+        if not is_of(catalog, fingerprint):
             raise ValueError(f"fingerprint: expected {fingerprint}, as is written in it, got {catalog.fingerprint}")
     except KeyError as error:
         raise ValueError(f"{os.fspath(path)}: not a catalogue, or a damaged one: it has no {error}") from error
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{os.fspath(path)}: not a catalogue, or a damaged one: {error}") from error
     return catalog
+
+
+def is_of(catalog: Catalog, fingerprint: str | None) -> bool:
+    """Whether a fingerprint in a file is the catalogue's; in early files it is that of the token ids alone."""
+    return fingerprint in (catalog.fingerprint, catalog.token_fingerprint)
 
 
 def _packed(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:

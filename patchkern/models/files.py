@@ -23,7 +23,7 @@ from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import sources
 from patchkern.models.adapters import ADAPTER, ADAPTER_WEIGHTS, read_adapter
-from patchkern.models.catalog_file import read_catalog, write_catalog
+from patchkern.models.catalog_file import is_of, read_catalog, write_catalog
 from patchkern.models.folders import current, replacing
 from patchkern.ops.vector_dropout import check_vector_dropout
 
@@ -227,7 +227,7 @@ def choose_catalog(
             )
         return given, None
     saved = read_catalog(Path(folder) / CATALOG)
-    if saved.fingerprint != fingerprint:
+    if not is_of(saved, fingerprint):
         raise ValueError(f"folder: expected the catalog that {DESCRIPTION} tells of in {CATALOG}, got another one")
     if given is None:
         return saved, None

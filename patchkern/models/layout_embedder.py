@@ -15,6 +15,7 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
 from patchkern.models.embedding import EmbeddingScale, add_item_vectors, with_vectors
+from patchkern.models.searching import recompute_without_searches
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.ops.vector_dropout import check_vector_dropout
 
@@ -39,6 +40,7 @@ class LayoutEmbedder(wrapped.WrappedLM):
                 raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         self.vector_dropout = check_vector_dropout(vector_dropout, item_embeddings)
         self.hf_model = hf_model
+        recompute_without_searches(hf_model)
         self.catalog = catalog
         self.prompt = prompt
         for name, largest in (("catalog", catalog.max_token_id), ("prompt", prompt.max_token_id)):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers model made ready for a search."""
+"""A transformers model made ready for a search, and whom that would disturb."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,10 +33,43 @@ def lock_of(config: PretrainedConfig) -> threading.RLock:
 _locks: dict[int, threading.RLock] = {}
 
 
+def without_searches(config: PretrainedConfig) -> AbstractContextManager[Any]:
+    """Where it is open, no other thread searches with a model of this configuration; a compiler does not see it."""
+    return nullcontext() if torch.compiler.is_compiling() else lock_of(config)
+
+
+def recompute_without_searches(hf_model: Any) -> None:
+    """Let backward passes compute activations again only while no other thread searches.
+
+    They would be those of the search's mode and attention. Each layer waits on its own, in whatever thread autograd
+    computes it. Where activations are kept, and called again, this changes nothing.
+    """
+    for module in hf_model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, _WithoutSearches):
+            module._gradient_checkpointing_func = _WithoutSearches(checkpoint, hf_model.config)
+
+
+class _WithoutSearches:
+    """A checkpoint function, of functions that are computed and recomputed `without_searches`."""
+
+    def __init__(self, checkpoint: Callable[..., Any], config: PretrainedConfig) -> None:
+        self._checkpoint, self._config = checkpoint, config
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._checkpoint(functools.partial(_alone, self._config, function), *args, **kwargs)
+
+
+def _alone(config: PretrainedConfig, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with without_searches(config):
+        return function(*args, **kwargs)
+
+
 class Searching:
     """See `patchkern.search.protocol.SearchModel.searching`, for a `patchkern.PatchedCausalLM`.
 
-    Other threads that want to search with the model, to train it or to change its mode through it, wait.
+    Other threads that want to search with the model, to pass through it, to compute activations again in a backward
+    pass, or to change its mode through it, wait.
     """
 
     def __init__(self, model: Any) -> None:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from patchkern.batch.planned_layout import title_with
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.models.probe import base_of
 from patchkern.models.saved_lm import SavedLM
-from patchkern.models.searching import Searching, lock_of
+from patchkern.models.searching import Searching, recompute_without_searches, without_searches
 from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
 
@@ -42,7 +42,7 @@ def undisturbed(method: Callable[Concatenate[Wrapped, P], R]) -> Callable[Concat
 
     @functools.wraps(method)
     def alone(self: Wrapped, *args: P.args, **kwargs: P.kwargs) -> R:
-        with nullcontext() if torch.compiler.is_compiling() else lock_of(self.config):
+        with without_searches(self.config):
             return method(self, *args, **kwargs)
 
     return alone
@@ -101,6 +101,7 @@ class WrappedLM(SavedLM):
     ) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         checkpointing(self.hf_model, "enable")(activation_checkpointing_kwargs, **kwargs)
+        recompute_without_searches(self.hf_model)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""

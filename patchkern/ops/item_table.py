@@ -65,7 +65,7 @@ class ItemTable:
         if layout.catalog_fingerprint is None:
             raise ValueError("layout: expected one that knows its catalogue, as build_layout makes them, for a table")
         if layout.catalog_fingerprint != self.catalog_fingerprint:
-            raise ValueError("table: expected one of the layout's catalogue, got one of a catalogue with other titles")
+            raise ValueError("table: expected one of the layout's catalogue, got one of a catalogue with other items")
 
 
 def _version(tensor: Tensor) -> int | None:

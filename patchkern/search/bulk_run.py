@@ -108,7 +108,7 @@ class BulkRun:
             "users_per_part": users_per_part,
             "arguments": {name: described(self._arguments[name]) for name in sorted(self._arguments.keys() - _FREE)},
             **source,
-            "catalog": model.catalog.fingerprint,
+            "catalog": model.catalog.token_fingerprint,
             "items": described(model.catalog.item_ids),
             "prompt": model.prompt.to_dict(),
             "model": model_fingerprint(model),

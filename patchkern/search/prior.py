@@ -207,9 +207,8 @@ def log_mixture(table: NDArray[np.float64], share: NDArray[np.float64], populari
 
 
 def hash_of(catalog: Catalog, *arrays: NDArray[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(catalog.fingerprint.encode())
-    for array in (catalog.item_ids, *arrays):
+    digest = hashlib.blake2b(catalog.fingerprint.encode(), digest_size=16)
+    for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

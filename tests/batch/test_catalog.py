@@ -133,6 +133,31 @@ def test_catalog_pickles() -> None:
     assert copy.index_of(catalog.item_ids).tolist() == list(range(20))
 
 
+def test_fingerprints_are_of_ids_and_tokens() -> None:
+    titles = cases.make_titles(23)
+    catalog = cases.make_catalog(titles)
+    for again in (cases.make_catalog(titles), pickle.loads(pickle.dumps(catalog))):
+        assert (again.fingerprint, again.token_fingerprint) == (catalog.fingerprint, catalog.token_fingerprint)
+    # the same on every machine and in every version: files tell by it what they are of
+    one = pk.Catalog.from_token_ids([3, 1, 2], [0, 1, 3])
+    assert one.token_fingerprint == "ae164ba0741454dbb0dccc9375e4ef5f"
+    assert one.fingerprint == "5634fb73be08d68e2b669702f6e3385d"
+    others = [([3, 1, 2], [0, 2, 3]), ([3, 2, 1], [0, 1, 3]), ([3, 1], [0, 1, 2]), ([3, 1, 2], [0, 3]), ([], [0])]
+    made = [catalog, one, *(pk.Catalog.from_token_ids(*other) for other in others)]
+    assert len({x.token_fingerprint for x in made}) == len({x.fingerprint for x in made}) == len(others) + 2
+
+
+def test_fingerprints_tell_ids_apart() -> None:
+    """Of the same titles: exchanged ids, integers that strings spell, and strings that only together are the same."""
+    ids = [[0, 1], [1, 0], ["0", "1"], ["a", "bc"], ["ab", "c"], ["", "abc"], ["abc", ""], ["\ud83d", "0"], [0, 256]]
+    made = [pk.Catalog.from_token_ids([3, 1, 2], [0, 1, 3], names) for names in ids]
+    assert len({x.fingerprint for x in made}) == len(ids) and len({x.token_fingerprint for x in made}) == 1
+    wide = pk.Catalog.from_token_ids([3, 1, 2], [0, 1, 3], np.array(["a", "bc"], "<U40"))
+    assert wide.fingerprint == made[3].fingerprint
+    narrow = pk.Catalog.from_token_ids([3, 1, 2], [0, 1, 3], np.array([1, 0], np.uint8))
+    assert narrow.fingerprint == made[1].fingerprint
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

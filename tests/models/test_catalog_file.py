@@ -46,6 +46,13 @@ def test_round_trip(ids: str, titles: list[str], texts: bool, tmp_path: Path) ->
     assert again.index_of(item_ids).tolist() == list(range(len(titles)))
 
 
+def test_early_files_have_no_ids_in_the_fingerprint(tmp_path: Path) -> None:
+    catalog = pk.Catalog([5, 6, 7], [0, 1, 3], ["one", "two"], ["One", "Two"])
+    write_catalog(tmp_path / "c", catalog)
+    save_file(load_file(tmp_path / "c"), tmp_path / "early", {"fingerprint": catalog.token_fingerprint})
+    assert read_catalog(tmp_path / "early").fingerprint == catalog.fingerprint
+
+
 def damaged(change: dict[str, Any], metadata: dict[str, str] | None, path: Path) -> None:
     catalog = pk.Catalog([5, 6, 7], [0, 1, 3], ["one", "two"], ["One", "Two"])
     write_catalog(path, catalog)
@@ -68,6 +75,8 @@ def damaged(change: dict[str, Any], metadata: dict[str, str] | None, path: Path)
         ({"titles_offsets": np.array([0, 6])}, None, r"titles: expected one per item \(2\), got 1"),
         ({"titles_utf8": np.array([255] * 6, np.uint8)}, None, "can't decode"),
         ({"item_ids": np.array([1, 1])}, None, "item_ids: expected distinct ids"),
+        ({"item_ids": np.array([1, 2])}, None, "fingerprint: expected"),
+        ({"item_ids_utf8": np.frombuffer(b"onetwi", np.uint8)}, None, "fingerprint: expected"),
     ],
 )
 def test_damaged_files_are_named(

@@ -169,12 +169,23 @@ def test_folders_of_version_1_need_their_catalogue(tmp_path: Path) -> None:
 
 def test_a_catalogue_of_another_save_is_noticed(tmp_path: Path) -> None:
     PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "m")
-    write_catalog(tmp_path / "m" / "catalog.safetensors", titled({1: "9 10"}))
-    with pytest.raises(ValueError, match=r"folder: expected the catalog that patchkern\.json tells of"):
-        PatchedCausalLM.from_pretrained(tmp_path / "m")
+    exchanged = pk.Catalog(CATALOG.token_ids, CATALOG.offsets, CATALOG.item_ids[::-1].copy(), CATALOG.titles)
+    for other in (titled({1: "9 10"}), exchanged):
+        write_catalog(tmp_path / "m" / "catalog.safetensors", other)
+        with pytest.raises(ValueError, match=r"folder: expected the catalog that patchkern\.json tells of"):
+            PatchedCausalLM.from_pretrained(tmp_path / "m")
     (tmp_path / "m" / "catalog.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"folder: expected catalog\.safetensors in"):
         PatchedCausalLM.from_pretrained(tmp_path / "m", CATALOG)
+
+
+def test_folders_whose_fingerprint_has_no_ids_in_it_are_read(tmp_path: Path) -> None:
+    PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "patchkern.json"
+    description = json.loads(path.read_text())
+    description["catalog"]["fingerprint"] = CATALOG.token_fingerprint
+    path.write_text(json.dumps(description))
+    assert PatchedCausalLM.from_pretrained(tmp_path / "m").catalog.fingerprint == CATALOG.fingerprint
 
 
 # ------------------------------------------------------------------ whole or not at all

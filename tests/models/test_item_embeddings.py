@@ -231,6 +231,10 @@ def test_items_of_one_title_differ() -> None:
     layout = pk.build_layout(model.catalog, [[0, 5], [3, 5]], pk.ItemPatches(1), model.prompt)
     ours, theirs = model(layout).logits, without(model)(layout).logits
     assert torch.equal(theirs[0], theirs[1]) and (ours[0] - ours[1]).abs().max() > 1e-3
+    exchanged = cases.make_catalog({{0: 3, 3: 0}.get(item, item): title for item, title in TITLES.items()})
+    assert exchanged.token_fingerprint == model.catalog.token_fingerprint  # and 0 and 3 have each other's vectors
+    with pytest.raises(ValueError, match="layout: expected one of the model's catalog"):
+        model(pk.build_layout(exchanged, [[0, 5]], pk.ItemPatches(1), model.prompt))
 
 
 @pytest.mark.unpoisoned("the compiler cannot look into the stand-ins for torch.empty")

@@ -575,12 +575,14 @@ def test_what_inference_mode_leaves_behind_can_be_trained_with() -> None:
 def test_labels_of_another_catalogue_are_refused() -> None:
     model = make_model()
     others = cases.make_catalog(dict(reversed(TITLES.items())))
-    for build in (
-        lambda: pk.build_training_layout(others, HISTORIES, POLICIES["items"], model.prompt, RANGES, head="items"),
-        lambda: pk.build_layout(others, HISTORIES, POLICIES["items"], model.prompt, [0] * 4, head="items"),
-    ):
-        with pytest.raises(ValueError, match="layout: expected one of the model's catalog, whose items its labels are"):
-            model(build())
+    exchanged = cases.make_catalog(dict(zip(reversed(TITLES), TITLES.values(), strict=True)))
+    for catalog in (others, exchanged):
+        for layout in (
+            pk.build_training_layout(catalog, HISTORIES, POLICIES["items"], model.prompt, RANGES, head="items"),
+            pk.build_layout(catalog, HISTORIES, POLICIES["items"], model.prompt, [0] * 4, head="items"),
+        ):
+            with pytest.raises(ValueError, match="layout: expected one of the model's catalog, whose items its labels"):
+                model(layout)
     model(pk.build_layout(others, HISTORIES, POLICIES["items"], model.prompt, [0] * 4))  # of titles, which are tokens
 
 

@@ -303,6 +303,9 @@ def test_layouts_and_searches_that_it_cannot_serve_are_named() -> None:
     words = pk.build_layout(CATALOG, [[ITEM_IDS[0]]], model.policy, pk.Prompt(prefix=(200,)), head="items")
     with pytest.raises(ValueError, match=r"layout: expected one of the model's catalog, .* \(model.catalog\)"):
         model(words)
+    exchanged = pk.Catalog(CATALOG.token_ids, CATALOG.offsets, CATALOG.item_ids[::-1].copy()).by_item()
+    with pytest.raises(ValueError, match=r"layout: expected one of the model's catalog, .* \(model.catalog\)"):
+        model(pk.build_layout(exchanged, [[ITEM_IDS[0]]], model.policy, model.prompt, head="items"))
     titles = pk.build_layout(model.catalog, [[ITEM_IDS[0]]], model.policy, model.prompt, targets=[ITEM_IDS[1]])
     with pytest.raises(ValueError, match=r'layout: expected one for items \(head="items"\)'):
         model(titles)

@@ -109,6 +109,8 @@ def test_wrong_catalogues_and_files_are_refused(tmp_path: Path) -> None:
     prior, _ = example()
     path = tmp_path / "linear.safetensors"
     prior.save(path)
+    catalog = prior.catalog
+    exchanged = pk.Catalog(catalog.token_ids, catalog.offsets, np.roll(catalog.item_ids, 1), catalog.titles)
     for catalog, message in (
         (
             make_catalog({item: [3] for item in range(20, 25)}),
@@ -116,6 +118,7 @@ def test_wrong_catalogues_and_files_are_refused(tmp_path: Path) -> None:
         ),
         (make_catalog({"a": [3]}), "catalog: expected items that .* knows"),
         (make_catalog({item: [9 - item] for item in range(8)}), "catalog: .* got other titles for 4 of 4 item ids"),
+        (exchanged, "catalog: .* got other titles for 4 of 4 item ids"),
     ):
         with pytest.raises(ValueError, match=message):
             pk.LinearPrior.load(path, catalog)

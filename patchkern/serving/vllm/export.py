@@ -22,7 +22,7 @@ from patchkern.models.adapters import ADAPTER
 from patchkern.models.folders import current, replacing
 from patchkern.serving.vllm.plugin import ARCHITECTURES, PREFIX
 from patchkern.serving.vllm.requests import LOGITS_PROCESSOR
-from patchkern.serving.vllm.served import FOLDER, HEADS, identity_of
+from patchkern.serving.vllm.served import FOLDER, HEADS
 
 _OWN = (files.DESCRIPTION, files.CATALOG, files.ITEM_EMBEDDINGS, files.ITEM_HEAD)
 _STALE = ("*.safetensors", "*.bin", "model.safetensors.index.json", f"{FOLDER}/*.safetensors")
@@ -75,7 +75,7 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
     if head == "titles" and not description.prompt.response_end:
         raise ValueError("run: expected a prompt with a response_end, without which no title ends, got one without")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = _served_config(config, description, len(catalog), head, identity_of(catalog))
+    config = _served_config(config, description, len(catalog), head, catalog.fingerprint)
     with replacing(folder, "config.json", _STALE) as new:
         (new / FOLDER).mkdir()
         for path in sorted(source.iterdir()):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -35,14 +34,7 @@ class Served(NamedTuple):
     """what is predicted: "titles", token by token, or "items", at once"""
     item_embeddings: bool
     identity: str
-    """of the catalogue: a request that names another one is of another folder"""
-
-
-def identity_of(catalog: Catalog) -> str:
-    """A hash of a catalogue's titles and item ids in their order: what an item's token stands for."""
-    digest = hashlib.blake2b(catalog.fingerprint.encode(), digest_size=16)
-    digest.update(json.dumps(catalog.item_ids.tolist()).encode())
-    return digest.hexdigest()
+    """the catalogue's fingerprint: a request that names another one is of another folder"""
 
 
 def read_served(folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> Served:
@@ -78,7 +70,7 @@ def read_served(folder: str | os.PathLike[str], config: Mapping[str, Any] | None
         ) from error
     if head not in HEADS:
         raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
-    if identity != identity_of(catalog):
+    if identity != catalog.fingerprint:
         raise ValueError(
             "folder: expected the catalogue that its config.json tells of, got another one; export it anew"
         )

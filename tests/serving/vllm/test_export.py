@@ -17,7 +17,7 @@ import patchkern as pk
 from patchkern.serving.__main__ import main
 from patchkern.serving.vllm import plugin
 from patchkern.serving.vllm.export import export_model
-from patchkern.serving.vllm.served import identity_of, read_served
+from patchkern.serving.vllm.served import read_served
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,6 @@ def test_another_export_replaces_one(run: Path, tmp_path: Path) -> None:
     export_model(tmp_path / "plain", folder)
     assert read_served(folder).head == "titles"
     assert {path.name for path in (folder / "patchkern").iterdir()} == {"patchkern.json", "catalog.safetensors"}
-
-
-def test_the_identity_is_of_titles_and_ids() -> None:
-    model, tokenizer = make_model()
-    other = pk.Catalog.from_titles({item + 1: title for item, title in TITLES.items()}, tokenizer)
-    renamed = pk.Catalog.from_titles({**TITLES, ITEMS[0]: "Something Else"}, tokenizer)
-    assert len({identity_of(catalog) for catalog in (model.catalog, other, renamed)}) == 3
 
 
 def test_parts_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def in_batches(
     policy: AnyPolicy,
     size: SearchSize,
     depth: int,
-    compute: Callable[[Users, SearchPrompts, int | None], T],
+    begin: Callable[[Users], Callable[[SearchPrompts, int | None], T]],
     memory_budget: int | str | None = None,
     batch_size: int = 64,
     progress: bool = False,
@@ -59,21 +59,22 @@ def in_batches(
     head: str = "titles",
     user_states: UserStates | None = None,
 ) -> Iterator[tuple[Users, T]]:
-    """Run ``compute`` on users of about equal length together, the longest first.
+    """Compute users of about equal length together, the longest first.
 
     Args:
         model, histories, policy, memory_budget, batch_size, progress: as in `recommend`.
         size: of the search.
         depth: tokens of the longest title with its ``response_end``.
-        compute: called with the users of a batch, their prompts, and the rows of a prompt to compute at once. It is
-            called again, with fewer users, where memory did not suffice; so it must leave nothing behind but what it
-            returns.
+        begin: called with the users of a batch while nobody waits for the model, so that it may ask another model; what
+            it returns is called with their prompts, and the rows of a prompt to compute at once, while the model is
+            ready for a search. Both are called again, with fewer users, where memory did not suffice; so they must
+            leave nothing behind but what they return.
         names: what the users are called in errors; 0, 1, 2, ... where not given.
         head: what the prompts are for, as in `build_layout`.
         user_states: of users whose old items are compressed; computed where not given.
 
     Returns:
-        The users of each batch, as indices into ``histories``, and what ``compute`` returned for them: every user once.
+        The users of each batch, as indices into ``histories``, and what that returned for them: every user once.
 
     Raises:
         ValueError: a user whose prompt the model does not take, or who does not fit into the budget; it says how many
@@ -108,7 +109,7 @@ def in_batches(
                         waiting.extendleft((part, chunk_rows) for part in np.array_split(users, 2)[::-1])
                         continue
                 try:
-                    found = _searched(model, layout, depth, partial(compute, users, prompts, chunk_rows))
+                    found = _searched(model, layout, depth, partial(begin(users), prompts, chunk_rows))
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise

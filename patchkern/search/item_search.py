@@ -44,7 +44,7 @@ def best_items(
     log_probs: Tensor,
     users: NDArray[np.int64],
     items: ItemFilter,
-    known: ItemPrior | None,
+    known: Tensor | None,
     k: int,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def best_items(
         log_probs: ``(B, n_items)``; written to.
         users: ``(B,)`` whose they are.
         items: which of them a user may get.
-        known: a prior, which knows that too, or None.
+        known: ``(B, n_items)``, or one row for all, what a prior adds: -inf for what a user may not get; or None.
         k: how many, at most.
         normalize: over the items that a user may get.
 
@@ -62,7 +62,7 @@ def best_items(
         User (0..B - 1), catalogue position and score of every item found, ``(F,)`` each, user by user.
     """
     if known is not None:
-        log_probs += known.of(users, log_probs.device)
+        log_probs += known.to(log_probs.device)
     elif not items.is_open:
         log_probs.masked_fill_(~items.mask(users).to(log_probs.device), -math.inf)
     if normalize:
@@ -84,12 +84,15 @@ def size_of_items(model: SearchModel, known: ItemPrior | None, user_cache: UserC
     # rows of a table are copied once, others made first, and their own vectors added
     made = 0 if by_id == "dot" else 1 if own is None else 2
     wide = torch.promote_types(model.dtype, torch.float32).itemsize
-    # scores twice; or with what is known of the items, which takes more; and the best of them, put in order
-    scores = n_items * wide + max(n_items * wide, 0 if known is None else known.user_bytes)
+    # what is known of the items is there all along
+    prior = 0 if known is None else n_items * wide
+    # scores twice; or what it takes to know that, which is more; and the best of them, put in order
+    scores = n_items * wide + max(n_items * wide, 0 if known is None else known.user_bytes - prior)
     scores += min(_LISTED + _SLACK, n_items) * (4 * wide + 4 * 8)
     return SearchSize(
         width=1,
         kept_rows=1,
+        user_bytes=prior,
         fixed_bytes=fixed + (0 if user_cache is None else user_cache.max_bytes),
         user_logits=0,
         user_scores=scores,

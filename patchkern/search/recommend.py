@@ -9,7 +9,7 @@ full vocabulary; a prior adds to it what else is known of the user and the item.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -232,7 +232,13 @@ def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
     """The lists of a request's users, and what they lack."""
     model = request.model
     trie = prepared.trie
-    find = partial(_find_items, request) if trie is None else partial(_find_titles, request, prepared, trie)
+
+    def begin(users: NDArray[np.int64]) -> Callable[[SearchPrompts, int | None], tuple[Tensor, ...]]:
+        known = None if request.known is None else request.known.of(users, model.device)
+        if trie is None:
+            return partial(_find_items, request, users, known)
+        return partial(_find_titles, request, prepared, trie, users, known)
+
     results: list[Ranked] = [[] for _ in range(len(request.histories))]
     n_unproven = 0
     for users, (*found, unproven) in in_batches(
@@ -241,7 +247,7 @@ def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
         request.policy,
         prepared.size,
         prepared.depth,
-        find,
+        begin,
         request.memory_budget,
         request.batch_size,
         request.progress,
@@ -255,11 +261,11 @@ def run(request: Request, prepared: Prepared) -> tuple[list[Ranked], Summary]:
 
 
 def _find_items(
-    request: Request, users: NDArray[np.int64], layout: SearchPrompts, chunk_rows: int | None
+    request: Request, users: NDArray[np.int64], known: Tensor | None, layout: SearchPrompts, chunk_rows: int | None
 ) -> tuple[Tensor, ...]:
     """User, item and score of the best items of a batch; and of no user that anything is unproven."""
     log_probs = item_log_probs(request.model, layout, chunk_rows, request.user_cache, _named(request, users))
-    found = best_items(log_probs, users, request.items, request.known, request.k, request.normalize == "items")
+    found = best_items(log_probs, users, request.items, known, request.k, request.normalize == "items")
     return *found, torch.zeros(0, dtype=torch.bool, device="cpu")
 
 
@@ -268,12 +274,13 @@ def _find_titles(
     prepared: Prepared,
     trie: Trie,
     users: NDArray[np.int64],
+    known: Tensor | None,
     layout: SearchPrompts,
     chunk_rows: int | None,
 ) -> tuple[Tensor, ...]:
     """User, item and score of the best titles' items of a batch; and whether each user's list is unproven."""
-    model, k, num_beams, known = request.model, request.k, request.num_beams, request.known
-    best = None if known is None else trie.best_of(known.of(users, model.device)).expand(users.size)
+    model, k, num_beams = request.model, request.k, request.num_beams
+    best = None if known is None else trie.best_of(known).expand(users.size)
     allowed = request.items.mask(users).to(model.device) if best is None else best.items > float("-inf")
     running = trie.running_count(allowed).expand(users.size, -1)
     prompts = Prompts(
@@ -347,9 +354,21 @@ def generate_titles(
         owner = torch.arange(users.size, device=model.device).repeat_interleave(num_beams)
         return owner, trie.items[trie.begin[found.node]].flatten(), found.score.flatten()
 
+    def begin(users: NDArray[np.int64]) -> Callable[[SearchPrompts, int | None], tuple[Tensor, Tensor, Tensor]]:
+        return partial(compute, users)
+
     results: list[Ranked] = [[] for _ in range(len(histories))]
     for users, found in in_batches(
-        model, histories, policy, size, trie.depth, compute, memory_budget, batch_size, progress, names
+        model,
+        histories,
+        policy,
+        size,
+        trie.depth,
+        begin,
+        memory_budget,
+        batch_size,
+        progress,
+        names,
     ):
         _collect(results, users, model, *found)
     return results

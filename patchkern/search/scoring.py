@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def score_items(
             policy,
             size,
             depth,
-            compute,
+            lambda users: partial(compute, users),
             memory_budget,
             batch_size,
             progress,

@@ -12,6 +12,7 @@ import itertools
 import pickle
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -155,6 +156,39 @@ def test_passes_of_a_search_are_nobody_elses(asked: str) -> None:
         assert torch.equal(waiting.result(), expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("enabled", ["before it is wrapped", "after"])
+def test_activations_are_not_recomputed_during_a_search(reentrant: bool, enabled: str) -> None:
+    """In evaluation mode they would be others: gradients of another function, or an error."""
+    model = switched_model()
+    how = {"use_reentrant": reentrant}
+    if enabled == "after":
+        model.activation_checkpointing_enable(how)
+    else:
+        model.hf_model.activation_checkpointing_enable(how)
+        model = pk.PatchedCausalLM(model.hf_model, model.catalog, model.prompt, attn_implementation=None)
+    model = copy.deepcopy(model)
+    layout = pk.build_layout(model.catalog, make_histories(TITLES, [3]), POLICY, model.prompt, [next(iter(TITLES))])
+
+    def gradients(disturbed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = model(layout).loss
+        if disturbed:
+            with ThreadPoolExecutor(1) as other:
+                with model.searching():
+                    waiting = other.submit(loss.backward)
+                    time.sleep(0.1)
+                waiting.result()
+        else:
+            loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected, found = gradients(False), gradients(True)
+    assert len(found) == len(expected) > 10
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_two_models_around_one_network_take_turns() -> None:
     one = switched_model()
     other = pk.PatchedCausalLM(one.hf_model, one.catalog, one.prompt, attn_implementation=None)
@@ -224,6 +258,36 @@ def test_attention_of_the_parts_is_restored() -> None:
     with model.searching():
         assert model.config.get_text_config()._attn_implementation == "patchkern_varlen"
     assert [each._attn_implementation for each in (config, config.text_config, config.vision_config)] == before
+
+
+@pytest.mark.parametrize("search", ["items", "beam"])
+def test_two_models_that_are_each_others_priors(search: str) -> None:
+    """Each asks the other before it is made ready itself: else each would hold what the other waits for."""
+    parts = [make_model(TITLES) for _ in range(2)]
+    models = [pk.PatchedCausalLM(x.hf_model, x.catalog, x.prompt, POLICY, item_head=True) for x in parts]
+    histories = make_histories(TITLES, [3, 9])
+    both_ask = threading.Barrier(2)
+
+    def search_one(asked: int) -> list[list[tuple[Any, float]]]:
+        prior = pk.ItemHeadPrior(models[1 - asked])
+
+        def patient(users: pk.Histories) -> Any:
+            both_ask.wait(10)
+            other = ThreadPoolExecutor(1)  # whose time can be limited
+            try:
+                return other.submit(prior, users).result(5)
+            finally:
+                other.shutdown(wait=False)
+
+        return models[asked].recommend(histories, k=3, search=search, prior=patient)
+
+    for model in models:
+        model.eval()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(search_one, range(2)))
+    for asked, lists in enumerate(found):
+        prior = pk.ItemHeadPrior(models[1 - asked])
+        assert lists == models[asked].recommend(histories, k=3, search=search, prior=prior)
 
 
 # ------------------------------------------------------------------ interrupts

@@ -14,7 +14,16 @@ from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_layout import expert_row_counts
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories, HistoriesLike
-from patchkern.batch.policy_kinds import AnyPolicy, Level, PlanningPolicy, check_policy, cut, levels_of
+from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
+from patchkern.batch.policy_kinds import (
+    AnyPolicy,
+    Level,
+    PlanningPolicy,
+    check_policy,
+    cut,
+    cut_every_of,
+    levels_of,
+)
 from patchkern.batch.prompt import Prompt
 
 
@@ -52,7 +61,10 @@ def row_counts(catalog: Catalog, histories: HistoriesLike, policy: AnyPolicy, pr
 def longest_history(
     catalog: Catalog, history: Sequence[Any] | NDArray[Any], policy: AnyPolicy, prompt: Prompt, max_rows: int
 ) -> int:
-    """How many of a user's latest items make a prompt of at most ``max_rows`` rows.
+    """The most of a user's latest items that make a prompt of at most ``max_rows`` rows.
+
+    More items may have fewer rows, as where a group becomes a session. So where nothing is known of a policy, such as
+    one that draws at random, every count is looked at, which takes the square of the history's length.
 
     Args:
         catalog, policy, prompt: as in `patchkern.build_layout`.
@@ -64,4 +76,22 @@ def longest_history(
     def rows(count: int) -> int:
         return int(row_counts(catalog, Histories(items[len(items) - count :], [0, count]), policy, prompt)[0])
 
-    return bisect_right(range(1, len(items) + 1), max_rows, key=rows)
+    if items.size == 0 or rows(items.size) <= max_rows:
+        return int(items.size)
+    apart = _grows_every(policy)
+    if apart is None:
+        return next((count for count in range(items.size - 1, 0, -1) if rows(count) <= max_rows), 0)
+    cut_at = items.size if policy.max_items is None else min(items.size, policy.max_items)  # more are as many rows
+    found = 0
+    for first in range(1, min(apart, cut_at) + 1):
+        counts = range(first, cut_at, apart)
+        fitting = bisect_right(counts, max_rows, key=rows)
+        found = max(found, counts[fitting - 1] if fitting else 0)
+    return found
+
+
+def _grows_every(policy: AnyPolicy) -> int | None:
+    """How many items more never have fewer rows, up to ``max_items``; None where nobody knows."""
+    if type(policy) not in (TextOnly, ItemPatches, SessionPatches) or cut_every_of(policy) > 1:
+        return None
+    return policy.group_size if isinstance(policy, SessionPatches) and policy.align == "start" else 1

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 from typing import Any
 
@@ -259,13 +260,35 @@ def test_row_counts_are_those_of_the_layout(batch: Any) -> None:
     assert counts.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("policy", [pk.TextOnly(None), pk.ItemPatches(4, None), pk.SessionPatches(4, None)])
-def test_the_longest_history_fits_and_one_more_does_not(policy: Any) -> None:
-    model, (history,) = make_model(), users(200)
-    rows = [int(pk.row_counts(model.catalog, [history[200 - count :]], policy, PROMPT)[0]) for count in range(201)]
-    for limit in (rows[0], rows[1], rows[7] - 1, rows[60], rows[200] - 1, rows[200], 10**6):
-        count = longest_history(model.catalog, history, policy, PROMPT, limit)
-        assert count == max(n for n in range(201) if rows[n] <= limit)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pk.TextOnly(None),
+        pk.TextOnly(31, cut_every=7),
+        pk.ItemPatches(4, None),
+        pk.ItemPatches(0, 30),
+        pk.SessionPatches(4, None),
+        pk.SessionPatches(7, 40),
+        *(pk.SessionPatches(7, most, align="start") for most in (None, 34, 35, 36, 3)),
+        pk.SessionPatches(1, None, align="start"),
+        pk.SessionPatches(80, None, align="start"),
+        pk.SessionPatches(3, 30, align="start", cut_every=5),
+        pk.RandomItemPatches(0.5, None),
+        pk.FitRows(60, group_size=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("separator", [(), PROMPT.separator])
+def test_the_longest_history_is_the_longest_that_fits(policy: Any, separator: tuple[int, ...]) -> None:
+    """More items may have fewer rows: a complete group that becomes a session, a cut, a draw."""
+    model, (history,) = make_model(), users(60)
+    prompt = dataclasses.replace(PROMPT, separator=separator)
+    rows = [int(pk.row_counts(model.catalog, [history[60 - count :]], policy, prompt)[0]) for count in range(61)]
+    for limit in range(rows[0], max(rows) + 2):
+        count = longest_history(model.catalog, history, policy, prompt, limit)
+        assert count == max(n for n in range(61) if rows[n] <= limit)
+    assert longest_history(model.catalog, history, policy, prompt, rows[0] - 1) == 0
+    assert longest_history(model.catalog, [], policy, prompt, 0) == 0
 
 
 # ------------------------------------------------------------------ plans

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_offsets
 from patchkern.batch.columns import flat_array, id_array, is_sequence, title_mapping
 from patchkern.batch.control_tokens import control_tokens, encode_titles, first_control_token, is_tokenizer
 from patchkern.batch.frozen import adopted, freeze, frozen
-from patchkern.batch.histories import check_offsets
 
 _INT32_MAX = int(np.iinfo(np.int32).max)
 # An id table of this many entries per item is still smaller than the sorted search it replaces is slow.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.arguments import check_count
 from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly
 from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.prompt import Prompt

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.arguments import check_count
+from patchkern.batch.histories import Histories
 from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.segments import cuts
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories, check_count, check_max_items
+from patchkern.batch.arguments import check_count, check_max_items
+from patchkern.batch.histories import Histories
 from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.prompt import Prompt
 

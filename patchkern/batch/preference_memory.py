@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.arrangement import Table, arranged, spread
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.experts import SettledPolicy, check_settled, settled_levels
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.control_tokens import MARKERS, control_tokens
-from patchkern.batch.histories import is_sequence
 
 HISTORY_MARK = "[HISTORY_SEQUENCE]"
 _RESERVED = re.compile(r"reserved_special_token_(\d+)")

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.expert_layout import expert_layout, without_old
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, HistoriesLike, is_sequence
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_head, check_inputs, plan_layout, unlabelled, with_items
 from patchkern.batch.planning import Head, Int32, Spans

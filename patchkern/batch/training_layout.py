@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.arrangement import running
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_training import expert_training_layout, expert_training_rows
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, HistoriesLike, check_count, first_kept
+from patchkern.batch.histories import Histories, HistoriesLike, first_kept
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.list_layout import Lists, is_list, list_layout
 from patchkern.batch.planned_layout import (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from patchkern.batch.histories import check_count, check_number
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.budget.counted_memory import MemoryRows
 from patchkern.budget.counted_pass import check_weights_dtype, place_of
 from patchkern.budget.counted_step import Lora, PassShape

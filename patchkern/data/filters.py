@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from patchkern.batch.histories import check_count, check_number
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.data.interactions import Interactions, positions_of
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.columns import id_array, number_array
 from patchkern.batch.frozen import freeze, frozen
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.histories import Histories
 from patchkern.batch.instants import instants
 
 logger = logging.getLogger("patchkern.data")

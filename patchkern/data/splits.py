@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.columns import is_sequence
-from patchkern.batch.histories import check_count, check_number
 from patchkern.data.interactions import SPLITS, Interactions
 
 

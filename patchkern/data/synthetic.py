@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import check_count, check_number
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.data.interactions import Interactions
 from patchkern.data.splits import temporal_split
 from patchkern.data.synthetic_titles import GENRES, MAX_SERIES, titles_of

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.columns import id_array
-from patchkern.batch.histories import check_count
 
 _SIGNS_AT_ONCE = 1 << 22
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import number_array
-from patchkern.batch.histories import check_count
 from patchkern.evaluation.lists import check_catalog, listed_items
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import check_count, check_number
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.budget.search import parse_bytes
 from patchkern.budget.search_plan import in_units
 from patchkern.data.interactions import Interactions, Samples, positions_of

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.columns import id_array
-from patchkern.batch.histories import check_count
 from patchkern.data.interactions import Interactions, Samples, positions_of
 
 _SCORES_AT_ONCE = 1 << 22

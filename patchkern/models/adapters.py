@@ -11,8 +11,8 @@ import safetensors
 import torch
 from transformers import PreTrainedModel
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.control_tokens import control_tokens
-from patchkern.batch.histories import check_count
 from patchkern.batch.prompt import Prompt
 from patchkern.models.sources import locate, read_model
 

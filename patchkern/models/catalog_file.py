@@ -13,8 +13,8 @@ import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from patchkern.batch.arguments import check_offsets
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import check_offsets
 
 _LARGEST = 1 << 28  # bytes
 _NUMBERS = {

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
-from patchkern.batch.histories import check_count
 from patchkern.batch.policy_dict import policy_from_dict, policy_to_dict
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
-from patchkern.batch.histories import check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.prompt import Prompt

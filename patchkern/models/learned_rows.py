@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.arguments import check_count
 from patchkern.batch.prompt import Prompt, reserved_tokens
 from patchkern.models.item_model import ItemModel
 from patchkern.models.patched_lm import PatchedCausalLM

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryBatch, MemoryPlanner, memory_row_counts
 from patchkern.batch.policy_kinds import AnyPolicy

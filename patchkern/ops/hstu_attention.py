@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkern.batch.histories import check_number
+from patchkern.batch.arguments import check_number
 from patchkern.ops import span_attention_prefixed as prefixed
 from patchkern.ops.checks import records_gradient
 from patchkern.ops.span_checks import check_spans

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from patchkern.batch.histories import check_number
+from patchkern.batch.arguments import check_number
 
 # A chunk's logits stay in the caches of a CPU, and fill a GPU.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkern.batch.histories import check_count, check_number
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.ops import span_attention_prefixed as prefixed
 from patchkern.ops.span_attention_flash import cuda_kernel
 from patchkern.ops.span_checks import check_spans

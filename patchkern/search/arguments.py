@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchkern.batch.arguments import check_number
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, is_sequence
+from patchkern.batch.histories import Histories
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.budget.search import parse_bytes
 from patchkern.search.user_cache import UserCache
@@ -102,7 +104,7 @@ def of_users(name: str, value: Any, users: NDArray[np.int64], n_users: int) -> A
 
 def check_search(search: Any, length_penalty: Any, normalize: Any, max_expansions: Any) -> None:
     check_choice("search", search, SEARCHES)
-    _check_finite("length_penalty", length_penalty)
+    check_number("length_penalty", length_penalty)
     if normalize is not None:
         check_choice("normalize", normalize, NORMALIZATIONS, " or None")
     if search == "diverse" and length_penalty != 0:
@@ -149,7 +151,7 @@ def priors_of(prior: Any, prior_weight: Any = 1.0) -> tuple[list[Any], list[floa
     else:
         named = [("prior_weight", prior_weight)] * max(len(priors), 1)
     for name, weight in named:
-        _check_finite(name, weight)
+        check_number(name, weight)
         if weight < 0:
             raise ValueError(f"{name}: expected at least 0, got {weight}")
     if not priors and prior_weight != 1:
@@ -173,17 +175,6 @@ def check_prior(search: str, prior: Any, prior_weight: Any) -> None:
     priors_of(prior, prior_weight)
     if prior is not None and search == "diverse":
         raise ValueError('prior: expected None with search="diverse", whose protocol has none')
-
-
-def check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-
-
-def _check_finite(name: str, value: Any) -> None:
-    check_number(name, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -19,9 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.expert_layout import expert_row_counts, without_old
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.memory_layout import MemoryRowCounts, memory_row_counts
 from patchkern.batch.policies import ItemPatches, SessionPatches, TextOnly

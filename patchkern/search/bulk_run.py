@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, check_count, flat_array, is_sequence
+from patchkern.batch.columns import flat_array, is_sequence
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.policy_dict import policy_to_dict
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data.parquet import import_pyarrow

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
-from patchkern.search.arguments import check_answers_for, check_number
+from patchkern.batch.histories import Histories, HistoriesLike
+from patchkern.search.arguments import check_answers_for
 from patchkern.search.fingerprints import described
 from patchkern.search.weights import fit_weights, shortlist
 
@@ -53,14 +54,12 @@ class CombinedPrior:
 
     def __init__(self, priors: Sequence[Prior], weights: Sequence[float]) -> None:
         for place, weight in enumerate(weights := tuple(weights)):
-            check_number(f"weights[{place}]", weight)
+            check_number(f"weights[{place}]", weight, minimum=0)
         self.priors, self.weights = tuple(priors), tuple(map(float, weights))
         if not self.priors or not all(callable(prior) for prior in self.priors):
             raise TypeError(f"priors: expected callables, at least one, got {priors!r}")
         if len(self.weights) != len(self.priors):
             raise ValueError(f"weights: expected one per prior ({len(self.priors)}), got {len(self.weights)}")
-        if not all(0 <= weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights: expected finite numbers of at least 0, got {list(self.weights)}")
         if self.catalog is not None:
             self._check_order(self.catalog)
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.frozen import freeze
-from patchkern.batch.histories import Histories, is_sequence
+from patchkern.batch.histories import Histories
 from patchkern.search.arguments import check_answers_for, priors_of
 
 

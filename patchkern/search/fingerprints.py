@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchkern.batch.histories import is_sequence
+from patchkern.batch.columns import is_sequence
 from patchkern.search.protocol import SearchModel
 
 _VALUES = 4096  # of each parameter, to know a model by

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.histories import Histories
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.yardsticks import Follows, in_training
 from patchkern.search import prior_file
-from patchkern.search.arguments import check_number
 
 _KIND = "transition_prior"
 _SHAPES: prior_file.Shapes = {

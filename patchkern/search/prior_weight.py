@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories, HistoriesLike, check_count, is_sequence
+from patchkern.batch.columns import is_sequence
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.search.arguments import check_leniency, known_histories, of_users, priors_of, users_named

@@ -17,7 +17,8 @@ from typing import Any, Literal, overload
 
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.arguments import check_count
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data.parquet import import_pyarrow
 from patchkern.search.batching import plan_users

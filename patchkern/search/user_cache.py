@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchkern.batch.arguments import check_count
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.hashes import UInt64, row_hashes
-from patchkern.batch.histories import check_count, is_sequence
 from patchkern.batch.layout import PatchLayout
 from patchkern.search.prefix_cache import Layers, PrefixCache
 from patchkern.search.protocol import SearchModel, check_model

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.arguments import check_count
 
 OBJECTIVES = ("ndcg", "nll")
 

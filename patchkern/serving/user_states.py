@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.arguments import check_count
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, HistoriesLike, check_count, is_sequence
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.models.recurrent import RecurrentMemory

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policies import ItemDropout, RandomItemPatches
 from patchkern.batch.policy_kinds import AnyPolicy, TrunkPolicy, cut_every_of

@@ -20,8 +20,9 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, speed_metrics
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.experts import Experts
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.histories import Histories
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory

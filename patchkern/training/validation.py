@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories, check_count
+from patchkern.batch.arguments import check_count
+from patchkern.batch.histories import Histories
 from patchkern.batch.policy_kinds import AnyPolicy, cut_every_of
 from patchkern.batch.sample_layout import build_layout
 from patchkern.data.interactions import Samples

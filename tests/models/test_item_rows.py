@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import expert_model_cases as experts
@@ -14,28 +13,11 @@ import pytest
 import torch
 from item_model_cases import HISTORIES, POLICIES, make_model, scores_of
 from torch import Tensor, nn
+from wanted_rows_cases import Chooses
 
 import patchkern as pk
-from patchkern.models import item_network
 
 BLOCKS = ("sasrec", "hstu")
-
-
-class Chooses:
-    """Whether the last layer computes wanted rows alone."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-
-    def __call__(self, chooses: bool) -> None:
-        self._monkeypatch.setattr(item_network, "worthwhile", lambda rows, count: chooses)
-
-    def both(self, function: Callable[[], Any]) -> tuple[Any, Any]:
-        """What it gives with wanted rows alone, and with all."""
-        self(True)
-        few = function()
-        self(False)
-        return few, function()
 
 
 @pytest.fixture

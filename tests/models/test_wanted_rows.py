@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import model_families as families
@@ -15,6 +15,7 @@ import torch
 import transformers
 from model_families import CATALOG, PROMPT, TITLES
 from torch import Tensor, nn
+from wanted_rows_cases import Chooses
 
 import patchkern as pk
 from patchkern.models import wanted_rows
@@ -27,24 +28,6 @@ RANGES = [(len(history) // 2, len(history) - 1) for history in HISTORIES]
 # a feed-forward network by name in most, one of experts in some, none that takes rows alone in opt
 FAMILIES = ["llama", "gemma3_text", "qwen3", "qwen3_moe", "mixtral", "gpt2", "gpt_neox", "opt", "phi", "phi3", "olmo2"]
 FAMILIES += ["granite", "cohere2"]
-
-
-class Chooses:
-    """Whether the last layer computes wanted rows alone."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-
-    def __call__(self, chooses: bool) -> None:
-        for name in ("are_few", "worthwhile"):
-            self._monkeypatch.setattr(wanted_rows, name, lambda rows, count: chooses)
-
-    def both(self, function: Callable[[], Any]) -> tuple[Any, Any]:
-        """What it gives with wanted rows alone, and with all."""
-        self(True)
-        few = function()
-        self(False)
-        return few, function()
 
 
 @pytest.fixture

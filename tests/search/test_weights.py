@@ -170,7 +170,7 @@ def test_a_combined_prior_is_the_product() -> None:
         ([], [], TypeError, r"priors: expected callables, at least one, got \[\]"),
         ([np.zeros(3)], [1], TypeError, "priors: expected callables"),
         ([len], [1, 2], ValueError, r"weights: expected one per prior \(1\), got 2"),
-        ([len], [-1], ValueError, "weights: expected finite numbers of at least 0"),
+        ([len], [-1], ValueError, r"weights\[0\]: expected a finite number of at least 0, got -1"),
     ],
 )
 def test_combining_names_the_argument(priors: Any, weights: Any, error: type[Exception], message: str) -> None:

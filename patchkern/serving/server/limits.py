@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.arguments import check_count
 from patchkern.budget.search import parse_bytes
 
 

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.arguments import check_count
 from patchkern.serving.stores.protocol import (
     FORMAT_VERSION,
     StoreError,

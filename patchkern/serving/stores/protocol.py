@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from patchkern.batch.histories import check_count
+from patchkern.batch.arguments import check_count
 
 Value = bytes | bytearray | memoryview
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchkern.batch.histories import Histories, HistoriesLike, check_count
+from patchkern.batch.arguments import check_count
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.policy_kinds import AnyPolicy, check_policy
 from patchkern.batch.sample_layout import build_layout

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import check_count
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.layout_checks import check_readable
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import check_count
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files

@@ -3,7 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +119,64 @@ def test_a_server_without_masks_is_noticed(served: Any) -> None:
         ((best, _),) = model.recommend([HISTORIES[0]], k=1, search="items")[0]
         with pytest.raises(ServerError, match=r"without patchkern.serving.vllm.masks:ItemMasks"):
             client.recommend([[best, *HISTORIES[0]]], k=10, exclude_seen=True)
+
+
+@contextmanager
+def endpoint(*behaviours: str) -> Iterator[tuple[str, threading.Event]]:
+    """A server that names its model "0", "1", ... by how often it was asked, and behaves as told each time.
+
+    "late" answers when the event is set, "hangs up" closes the connection behind an answer that does not say so.
+    """
+    asked, released = itertools.count(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            number = next(asked)
+            content = json.dumps({"data": [{"id": str(number)}]}).encode()
+            if behaviours[number] == "late":
+                released.wait(30)
+            with contextlib.suppress(OSError):  # who asked may be gone
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            self.close_connection = behaviours[number] == "hangs up"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", released
+    finally:
+        released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_after_an_answer_that_did_not_come_the_next_is_of_its_own_request(served: Any) -> None:
+    """Not the late one, and not a refusal to send anything over a connection that still waits."""
+    with endpoint("late", "answers") as (url, released):
+        client = VllmClient(url, served[1], timeout=2.0)
+        with pytest.raises(TimeoutError):
+            client.model  # noqa: B018
+        released.set()
+        time.sleep(0.1)
+        assert client.model == "1"
+
+
+def test_a_kept_connection_that_the_server_closed_is_opened_again(served: Any) -> None:
+    with endpoint("hangs up", "answers") as (url, _):
+        client = VllmClient(url, served[1])
+        assert client.model == "0"
+        time.sleep(0.1)
+        client._model = None
+        assert client.model == "1"
 
 
 def test_no_users(served: Any) -> None:

@@ -25,12 +25,13 @@ from patchkern.data.filters import (
 )
 from patchkern.data.formats import open_dataset
 from patchkern.data.goodreads import read_goodreads
-from patchkern.data.interactions import MIN_HISTORY, SPLITS, Interactions, Samples
+from patchkern.data.interactions import MIN_HISTORY, SPLITS, Interactions
 from patchkern.data.merrec import read_merrec
 from patchkern.data.movielens import clean_title, read_movielens
 from patchkern.data.parquet import read_parquet, write_parquet
 from patchkern.data.preparation import prepare, samples_of
 from patchkern.data.recbole import read_recbole
+from patchkern.data.samples import Samples
 from patchkern.data.splits import leave_last_out, leave_one_out, temporal_split
 from patchkern.data.steam import read_steam
 from patchkern.data.synthetic import synthetic

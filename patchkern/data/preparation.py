@@ -10,7 +10,8 @@ from typing import Any
 
 from patchkern.data import filters
 from patchkern.data.formats import open_dataset
-from patchkern.data.interactions import MIN_HISTORY, Interactions, Samples
+from patchkern.data.interactions import MIN_HISTORY, Interactions
+from patchkern.data.samples import Samples
 from patchkern.data.splits import leave_last_out, temporal_split
 from patchkern.data.synthetic import synthetic
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from patchkern.batch.arguments import check_count, check_number
 from patchkern.budget.search import parse_bytes
 from patchkern.budget.search_plan import in_units
-from patchkern.data.interactions import Interactions, Samples, positions_of
+from patchkern.data.interactions import Interactions, positions_of
+from patchkern.data.samples import Samples
 from patchkern.evaluation.yardsticks import Ranking, by_popularity, in_training, rank
 
 FORMS = ("ridge", "ease")

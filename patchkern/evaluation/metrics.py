@@ -14,7 +14,7 @@ from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import is_sequence
 from patchkern.batch.histories import Histories
-from patchkern.data.interactions import chosen_of
+from patchkern.data.samples import chosen_of
 from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
 from patchkern.evaluation.lists import check_catalog, listed_items
 

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arguments import check_count
 from patchkern.batch.columns import id_array
-from patchkern.data.interactions import Interactions, Samples, positions_of
+from patchkern.data.interactions import Interactions, positions_of
+from patchkern.data.samples import Samples
 
 _SCORES_AT_ONCE = 1 << 22
 

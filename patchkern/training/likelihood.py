@@ -21,7 +21,7 @@ from patchkern.batch.policy_kinds import AnyPolicy, TrunkPolicy, cut_every_of
 from patchkern.batch.row_counts import row_counts
 from patchkern.batch.sample_layout import build_layout
 from patchkern.batch.training_layout import build_training_layout, training_rows
-from patchkern.data.interactions import Samples
+from patchkern.data.samples import Samples
 from patchkern.search.prompts import vectors_of
 from patchkern.search.protocol import policy_of
 from patchkern.training.modes import in_mode

@@ -26,7 +26,7 @@ from patchkern.batch.histories import Histories
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.batch.preference_memory import PreferenceMemory
-from patchkern.data.interactions import Samples
+from patchkern.data.samples import Samples
 from patchkern.models.learned_rows import experts_are_trained
 from patchkern.training.averaging import WeightAverage
 from patchkern.training.collators import LayoutCollator, MemoryCollator, PassCollator, pass_collator

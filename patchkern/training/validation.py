@@ -15,7 +15,7 @@ from patchkern.batch.arguments import check_count
 from patchkern.batch.histories import Histories
 from patchkern.batch.policy_kinds import AnyPolicy, cut_every_of
 from patchkern.batch.sample_layout import build_layout
-from patchkern.data.interactions import Samples
+from patchkern.data.samples import Samples
 from patchkern.evaluation.metrics import Evaluation, evaluate
 from patchkern.search.arguments import known_histories
 from patchkern.search.filters import ItemFilter

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 import patchkern as pk
-from patchkern.data.interactions import Samples
+from patchkern.data.samples import Samples
 from patchkern.models.scratch import from_scratch
 from patchkern.training import PatchTrainer, target_nll
 

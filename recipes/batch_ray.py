@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for number, row in enumerate(done.iter_rows(), start=1):
                 print(f"part {row['part']}, {number:,} of {len(missing):,}", flush=True)
+    run.nobody.warn(run.summary())
     return len(missing)
 
 

@@ -20,6 +20,7 @@ from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.search.arguments import SEARCHES
 from patchkern.training import find_model
+from recipes.training_run import search_of
 
 
 class UserFile:
@@ -123,7 +124,7 @@ def open_run(args: argparse.Namespace, device: str = "cpu") -> tuple[pk.BulkRun,
         source={"histories": users.fingerprint},
         k=args.k,
         num_beams=args.num_beams,
-        search=args.search or ("beam" if titles else "items"),
+        search=args.search or search_of(folder, saved.learns),
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
         memory_budget=args.memory_budget,

@@ -62,6 +62,7 @@ from recipes.prior_weights import fitted_weights, together, weights_beside_head,
 from recipes.priors import ABOUT, check_prior, make_priors
 from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
 from recipes.results import KS, Result, Results
+from recipes.training_run import search_of
 
 POLICIES = ("text", "items", "sessions")
 
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
             raise ValueError(f"--one_time: expected a model with a memory, got {type(model).__name__}")
         model.one_time = True
     if args.search is None:
-        args.search = "beam" if "titles" in model.learns else "items"
+        args.search = search_of(Path(args.checkpoint), model.learns)
     if args.search == "items" and args.metric == "strict" and args.memory_budget is not None:
         raise ValueError(
             f"--memory_budget: expected none with --search items, which is of {ROWS_PER_PASS:,} rows at a time, got "

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds = time.perf_counter() - started
             rest = (len(missing) - done - 1) * seconds / (done + 1)
             print(f"{shard[0]}/{shard[1]}: part {part}, {seconds:.0f} s, {rest:.0f} s to go", flush=True)
+    run.nobody.warn(run.summary(shard))
     return len(missing)
 
 

@@ -197,17 +197,20 @@ def _advice(hf_model: PreTrainedModel, device: torch.device, refused: str | None
     now = implementation_of(hf_model)
     others = [name for name in EVERYWHERE if name != (refused or now)]
     works: dict[str, bool] = {}  # whether also with branches
+    fails: list[bool] = []
     for name in others:
         try:
             hf_model.set_attn_implementation(name)
             if implementation_of(hf_model) == name:
                 works[name] = probe(hf_model, device) is None and name == attention.NAME
-        except (Refused, NotYet, ValueError, ImportError):
-            continue
+        except (Refused, NotYet, ValueError, ImportError) as error:
+            fails.append(isinstance(error, Refused) and error.__cause__ is not None)
         finally:
             hf_model.set_attn_implementation(now)
     if not works:
         names = " or ".join(map(repr, others))
+        if fails and all(fails):
+            return f"; with {names} it fails as well"
         return f"; with {names} users are not kept apart; docs/models.md lists the model families where they are"
     less = "" if any(works.values()) else ", without branches and without searches"
     return f"; attn_implementation={' or '.join(map(repr, works))} keeps users apart{less}"

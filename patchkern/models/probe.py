@@ -181,6 +181,8 @@ def _tolerance(hf_model: PreTrainedModel, device: torch.device, dtype: torch.dty
         dtypes.append(torch.get_autocast_dtype(device.type))
     if getattr(base_of(hf_model), "is_quantized", False):
         dtypes.append(torch.bfloat16)
+    if implementation_of(hf_model) == "eager":
+        dtypes.append(torch.float32)  # of its softmax in transformers, also in float64
     if device.type != "cpu" and torch.float32 in dtypes:
         dtypes.append(torch.float16)  # TensorFloat-32 rounds as coarsely
     return max(_TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]) for dtype in dtypes)

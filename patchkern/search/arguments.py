@@ -85,7 +85,7 @@ def known_histories(
         got, position = histories.items[at : at + 1].tolist()[0], at - int(histories.offsets[user])
         raise ValueError(
             f"histories: expected item ids of the catalog, got {got!r} at position {position} of user {names[user]!r}; "
-            f'{counts.sum()} of {np.count_nonzero(counts)} users are unknown, which unknown="drop" leaves out'
+            f'{counts.sum()} items of {np.count_nonzero(counts)} users are unknown, which unknown="drop" leaves out'
         )
     return histories.keep(is_known), counts
 

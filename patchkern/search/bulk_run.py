@@ -42,6 +42,7 @@ from patchkern.search.run_folder import (
     write_part,
     writing,
 )
+from patchkern.search.summary import Summary
 
 COLUMNS = ("user", "items", "scores")
 # arguments that may change when a run goes on
@@ -156,6 +157,12 @@ class BulkRun:
     def stamp(self, part: Part) -> Stamp | None:
         """What a part that is there says of itself."""
         return read_stamp(part, self.hash) if part.path.exists() else None
+
+    def summary(self, shard: tuple[int, int] | None = None) -> Summary:
+        """Short lists and unknown items in the parts that are there, of a shard or of all."""
+        rank, world = check_shard(shard)
+        stamps = [self.stamp(part) for part in self.parts[rank::world]]
+        return sum((stamp.summary for stamp in stamps if stamp is not None), Summary())
 
     def request(self, part: Part, histories: Histories, names: NDArray[Any]) -> Request:
         """The search for a part's users, checked."""

@@ -118,8 +118,7 @@ def recommend_to_disk(
         for number in bulk.missing(own_shard):
             users = bulk.range(number)
             bulk.write(number, histories.take(bulk.parts[number].users), names[users], own_shard)
-        stamps = [bulk.stamp(part) for part in bulk.parts[own_shard[0] :: own_shard[1]]]
-    nobody.warn(sum((stamp.summary for stamp in stamps if stamp is not None), Summary()))
+    nobody.warn(bulk.summary(own_shard))
     return bulk.folder
 
 

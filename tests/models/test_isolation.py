@@ -206,6 +206,15 @@ def test_in_every_dtype(dtype: torch.dtype, implementation: str) -> None:
             wrap(families.tiny_model(name).to(dtype), attn_implementation=implementation)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_eager_rounds_its_softmax_to_float32(name: str) -> None:
+    model = families.tiny_model(name).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # attention that is far from uniform
+    wrap(model, attn_implementation="eager")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2", "gemma3_text", "deepseek_v3", "olmo2", "phi3"])
 def test_rounding_is_no_reason(name: str, dtype: torch.dtype) -> None:
@@ -512,6 +521,13 @@ def test_dynamic_rope_never_leaves_its_length() -> None:
 def test_a_refusal_says_why_and_what_works(name: str, advice: str) -> None:
     with pytest.raises(ValueError, match=advice):
         wrap(families.tiny_model(name))
+
+
+def test_a_model_that_never_runs_is_not_said_to_mix_users() -> None:
+    model = llama().double()
+    model.model.layers[0].mlp.forward = lambda hidden: hidden.float() @ hidden
+    with pytest.raises(ValueError, match=r"a packed batch fails in it \(RuntimeError: .*; with 'sdpa' or 'eager' it fails"):
+        wrap(model)
 
 
 def test_attentions_that_the_cpu_may_not_have_wait() -> None:

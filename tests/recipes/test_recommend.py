@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,9 @@ def test_any_range_of_users(users: slice, folder: Path) -> None:
 def test_processes_share_the_parts_and_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert recommend.main(_flags(folder, tmp_path / "one")) == 7
+    with pytest.warns(pk.PartialListsWarning, match=r"items that the catalog does not hold were left out") as caught:
+        assert recommend.main(_flags(folder, tmp_path / "one")) == 7
+    assert caught[0].message.summary == pk.read_summary(tmp_path / "one")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert recommend.main(_flags(folder, tmp_path / "two")) == 3
@@ -72,6 +76,18 @@ def test_processes_share_the_parts_and_go_on(
         assert [item for item, _ in found] == [item for item, _ in user]
         np.testing.assert_allclose([score for _, score in found], [score for _, score in user], rtol=1e-5)
     assert pk.read_summary(tmp_path / "two").unknown_items > 0 and names.tolist() == users.tolist()
+
+
+@pytest.mark.parametrize("head", ["items", "both", None])
+def test_a_run_that_learned_no_titles_searches_items(head: str | None, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "run" / "checkpoint-1")
+    if head is not None:
+        (tmp_path / "run" / "arguments.json").write_text(json.dumps({"head": head}))
+    for checkpoint, output in (("run", "of-the-run"), ("run/checkpoint-1", "of-its-checkpoint")):
+        flags = ["--users", str(folder / "users" / "b.parquet"), "--output", str(tmp_path / output), "--k", "5"]
+        recommend.main([str(tmp_path / checkpoint), *flags])
+        described = json.loads((tmp_path / output / "run.json").read_text())
+        assert described["arguments"]["search"] == ("items" if head == "items" else "beam")
 
 
 def test_another_file_is_another_run(folder: Path, tmp_path: Path) -> None:

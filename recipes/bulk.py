@@ -20,7 +20,7 @@ from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.search.arguments import SEARCHES
 from patchkern.training import find_model
-from recipes.training_run import search_of
+from recipes.training_run import default_search
 
 
 class UserFile:
@@ -93,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--user_column", default="user", help="of their ids (default: %(default)s)")
     parser.add_argument("--items_column", default="items", help="of lists, oldest first (default: %(default)s)")
     parser.add_argument("--k", type=int, default=20, help="items per user (default: %(default)s)")
-    parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where no titles were learned)")
+    parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where the run learned no titles)")
     parser.add_argument("--num_beams", type=int, default=20, help="of all searches but items (default: %(default)s)")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
     parser.add_argument("--users_per_part", type=int, default=4096, help="of a file of lists (default: %(default)s)")
@@ -124,7 +124,7 @@ def open_run(args: argparse.Namespace, device: str = "cpu") -> tuple[pk.BulkRun,
         source={"histories": users.fingerprint},
         k=args.k,
         num_beams=args.num_beams,
-        search=args.search or search_of(folder, saved.learns),
+        search=args.search or default_search(folder, saved.learns),
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
         memory_budget=args.memory_budget,

@@ -62,7 +62,7 @@ from recipes.prior_weights import fitted_weights, together, weights_beside_head,
 from recipes.priors import ABOUT, check_prior, make_priors
 from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
 from recipes.results import KS, Result, Results
-from recipes.training_run import search_of
+from recipes.training_run import default_search
 
 POLICIES = ("text", "items", "sessions")
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
             raise ValueError(f"--one_time: expected a model with a memory, got {type(model).__name__}")
         model.one_time = True
     if args.search is None:
-        args.search = search_of(Path(args.checkpoint), model.learns)
+        args.search = default_search(Path(args.checkpoint), model.learns)
     if args.search == "items" and args.metric == "strict" and args.memory_budget is not None:
         raise ValueError(
             f"--memory_budget: expected none with --search items, which is of {ROWS_PER_PASS:,} rows at a time, got "
@@ -185,7 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ks", type=int, nargs="+", default=KS, help="list lengths counted (default: 10 20)")
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
-    parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where no titles were learned)")
+    parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where the run learned no titles)")
     parser.add_argument(
         "--num_beams", type=int, help="of all searches (default: the largest of --ks, which is the least)"
     )

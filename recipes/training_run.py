@@ -33,7 +33,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def search_of(folder: Path, learns: Sequence[str]) -> str:
+def default_search(folder: Path, learns: Sequence[str]) -> str:
     """How to recommend with a model that `learns` this, where nobody says: by the head if no titles were learned.
 
     Args:

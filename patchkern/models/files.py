@@ -148,9 +148,10 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
-        raise FileNotFoundError(
-            f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; was it saved by patchkern?"
-        )
+        # the last checkpoint of a run: numbers of more digits are larger
+        inside = max(path.parent.glob(f"*/{DESCRIPTION}"), key=lambda one: (len(one.parent.name), one), default=None)
+        hint = "was it saved by patchkern?" if inside is None else f"there is one in {os.fspath(inside.parent)!r}"
+        raise FileNotFoundError(f"folder: expected {DESCRIPTION} in {os.fspath(path.parent)!r}; {hint}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format_version"]

@@ -108,7 +108,9 @@ def compress_batch(
     Args:
         weight: ``(V, D)`` input embeddings, float32, bfloat16, float16 or float64.
         catalog, histories, policy, prompt, targets: as in `build_layout`.
-        backend, out, table, scale: as in `pool_rows`.
+        backend, out, table: as in `pool_rows`.
+        scale: by which the model's embedding multiplies its weight: Gemma's ``embed_scale``, 1 in most models. The
+            weight alone does not tell, and a batch without it is another.
 
     Returns:
         A `PackedBatch`, differentiable in ``weight``.

@@ -196,10 +196,12 @@ def cut_to_passes(
             high[between[~fits]] = middle[~fits] - 1
         rows = rows_of(first, low)
         if (rows > rows_per_pass).any():
-            at = int(np.argmax(rows > rows_per_pass))
+            each = np.arange(users.size)
+            alone = rows_of(each, each)
+            at = int(np.argmax(alone))
             raise ValueError(
-                f"rows_per_pass: expected at least {rows[at]} for the target of user {users[first[at]]} at position "
-                f"{positions[first[at]]}, got {rows_per_pass}"
+                f"rows_per_pass: expected at least {alone[at]} for the target of user {users[at]} at position "
+                f"{positions[at]}, which needs the most, got {rows_per_pass}"
             )
         columns = np.stack([users[first], positions[first], positions[low], rows], axis=1)
         runs += (Run(*run) for run in columns.tolist())

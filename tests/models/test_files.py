@@ -230,6 +230,12 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 def test_unreadable_descriptions(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected patchkern\.json in .*was it saved by patchkern"):
         PatchedCausalLM.from_pretrained(tmp_path, CATALOG)
+    for number in (9, 10):
+        PatchedCausalLM(tiny("llama"), CATALOG, PROMPT).save_pretrained(tmp_path / "run" / f"checkpoint-{number}")
+    with pytest.raises(
+        FileNotFoundError, match=r"expected patchkern\.json in '.*run'; there is one in '.*checkpoint-10'"
+    ):
+        PatchedCausalLM.from_pretrained(tmp_path / "run", CATALOG)
     good = {"format_version": 1, "prompt": PROMPT.to_dict(), "policy": None}
     for description, message in (
         ("{", "not a description"),

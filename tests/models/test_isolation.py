@@ -526,7 +526,9 @@ def test_a_refusal_says_why_and_what_works(name: str, advice: str) -> None:
 def test_a_model_that_never_runs_is_not_said_to_mix_users() -> None:
     model = llama().double()
     model.model.layers[0].mlp.forward = lambda hidden: hidden.float() @ hidden
-    with pytest.raises(ValueError, match=r"a packed batch fails in it \(RuntimeError: .*; with 'sdpa' or 'eager' it fails"):
+    with pytest.raises(
+        ValueError, match=r"a packed batch fails in it \(RuntimeError: .*; with 'sdpa' or 'eager' it fails"
+    ):
         wrap(model)
 
 

@@ -142,7 +142,9 @@ def test_unknown_items_are_as_if_they_had_never_been(policy: str, model: pk.Patc
     with pytest.warns(PartialListsWarning, match="4 items .* of 2 of 4 users, such as user 'ada', user 'bob'"):
         scores = model.score_items(gone, POLICIES[policy], unknown="drop", user_ids=NAMES)
     np.testing.assert_array_equal(scores, model.score_items(known, POLICIES[policy]))
-    message = "histories: .* got 99 at position 1 of user 'ada'; 4 items of 2 users are unknown, which unknown=.drop. leaves"
+    message = (
+        "histories: .* got 99 at position 1 of user 'ada'; 4 items of 2 users are unknown, which unknown=.drop. leaves"
+    )
     with pytest.raises(ValueError, match=message):
         model.recommend(gone, POLICIES[policy], 4, 4, user_ids=NAMES)
     with pytest.raises(ValueError, match=message):

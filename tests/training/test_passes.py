@@ -67,8 +67,15 @@ def test_passes_are_the_same_from_run_to_run_and_fill_every_step() -> None:
     for number in range(len(one)):
         assert one[number].users.tolist() == two[number].users.tolist()
     assert len(make_passes(200, steps=7, per_step=2)) == 14
-    with pytest.raises(ValueError, match=r"rows_per_pass: expected at least \d+ for the target of user"):
+
+
+def test_a_refusal_says_how_many_rows_are_enough_for_all() -> None:
+    with pytest.raises(ValueError, match=r"rows_per_pass: expected at least \d+ for the target of user") as refused:
         make_passes(10)
+    enough = int(str(refused.value).split("at least ")[1].split()[0])
+    assert make_passes(enough).num_targets == make_passes(200).num_targets
+    with pytest.raises(ValueError, match=f"expected at least {enough} for"):
+        make_passes(enough - 1)
 
 
 @pytest.mark.parametrize("per_step", [1, 3])

@@ -15,6 +15,7 @@ from patchkern.batch.layout import PatchLayout
 from patchkern.batch.prompt import Prompt
 from patchkern.models import files, wrapped
 from patchkern.models.embedding import EmbeddingScale, add_item_vectors, with_vectors
+from patchkern.models.merging import check_merged
 from patchkern.models.searching import recompute_without_searches
 from patchkern.ops.pool_rows import pool_rows
 from patchkern.ops.vector_dropout import check_vector_dropout
@@ -72,7 +73,8 @@ class LayoutEmbedder(wrapped.WrappedLM):
 
         Raises:
             ValueError: a token id beyond the embedding, vector rows and no vectors, an embedding that is sharded and
-                not gathered here, or, with item embeddings, a layout of another catalogue.
+                not gathered here, an adapter that was merged into tied embeddings, or, with item embeddings, a layout
+                of another catalogue.
         """
         return with_vectors(self._embed(layout, self.item_embedding), layout, vectors)
 
@@ -90,6 +92,7 @@ class LayoutEmbedder(wrapped.WrappedLM):
 
     def _pool(self, layout: PatchLayout) -> Tensor:
         """The rows of a layout from the model's input embedding alone."""
+        check_merged(self.hf_model)
         embedding = self.get_input_embeddings()
         if isinstance(embedding, nn.Embedding) and (scale := self._scale.of(embedding)) is not None:
             weight = embedding.weight

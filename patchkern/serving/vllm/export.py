@@ -63,7 +63,7 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
     if (source / ADAPTER).is_file():
         raise ValueError(
             f"run: expected a whole model, got an adapter in {os.fspath(run)!r}: merge it into its base first "
-            "(model.hf_model = model.hf_model.merge_and_unload(), then save_pretrained)"
+            "(model.hf_model = patchkern.models.merging.merge_and_unload(model.hf_model), then save_pretrained)"
         )
     if not description.tokenizer:
         raise ValueError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchkern.budget.search import parse_bytes
+from patchkern.serving.server.address import check_address
 from patchkern.serving.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache_bytes = 0 if args.cache is None else parse_bytes("cache", args.cache)
         states_bytes = None if args.states_bytes is None else parse_bytes("states_bytes", args.states_bytes)
         token = None if args.admin_token_file is None else _token(args.admin_token_file)
+        if limits.budget is not None and cache_bytes >= limits.budget:
+            raise ValueError(f"cache: expected less than memory_budget ({limits.budget}), got {cache_bytes} bytes")
+        if states_bytes is not None and args.states is None:
+            raise ValueError("states_bytes: expected with states, a place where users are kept, got none")
+        check_address(args.host, args.port)
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"serve: {error}")
     try:
@@ -50,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from patchkern.serving.server.app import create_app
         from patchkern.serving.server.kept_users import KeptUsers
         from patchkern.serving.server.priors import PriorFiles
+        from patchkern.serving.server.problems import Problem
         from patchkern.serving.server.served import Source
         from patchkern.serving.server.service import Service
     except ModuleNotFoundError as error:
@@ -74,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 PriorFiles(args.prior, args.prior_weight),
             )
             service = Service(source.read, limits)
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (ImportError, OSError, Problem, RuntimeError, TypeError, ValueError) as error:
             sys.exit(f"serve: {error}")
         config = uvicorn.Config(
             create_app(service, token),

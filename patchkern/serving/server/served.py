@@ -136,6 +136,9 @@ class Source:
         search, cache_bytes: as of `Served`.
         users: where compressed users are kept; None: nowhere.
         priors: files of them; None: there are none.
+
+    Raises:
+        ValueError: a device that torch cannot compute on here.
     """
 
     run: str
@@ -147,6 +150,15 @@ class Source:
     cache_bytes: int = 0
     users: KeptUsers | None = None
     priors: PriorFiles | None = None
+
+    def __post_init__(self) -> None:
+        if self.device is None:
+            return
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (AssertionError, RuntimeError) as error:  # an assertion is how torch says that it has no CUDA
+            first, *_ = str(error).splitlines() or [""]
+            raise ValueError(f"device: expected one that torch can use here, got {self.device!r} ({first})") from None
 
     def read(self) -> Served:
         """The model as it is on disk now.

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from server_cases import ITEMS, TITLES, TOKEN, assert_same, item_model, language_model, lists_of
 
 import patchkern as pk
@@ -114,11 +116,46 @@ def test_new_titles_need_the_models_tokenizer(tmp_path: Path) -> None:
         (["nowhere", "--memory_budget", "much"], "serve: memory_budget: expected bytes"),
         (["nowhere", "--max_waiting", "10"], "serve: max_users: expected at most max_waiting"),
         (["nowhere", "--admin_token_file", os.devnull], "serve: admin_token_file: expected at least 16 letters"),
+        (["nowhere", "--port", "99999"], "serve: port: expected a number from 0 to 65535, got 99999"),
+        (["nowhere", "--port", "-1"], "serve: port: expected a number from 0 to 65535, got -1"),
+        (["nowhere", "--host", "a" * 300], "serve: host: expected a name or an address of this machine"),
+        (["nowhere", "--cache", "1GiB", "--memory_budget", "1GiB"], "serve: cache: expected less than memory_budget"),
+        (["nowhere", "--states_bytes", "1MiB"], "serve: states_bytes: expected with states"),
+        (["nowhere", "--device", "nonsense"], "serve: device: expected one that torch can use here, got 'nonsense'"),
+        (["nowhere", "--device", "meta"], "serve: device: expected one that torch can use here, got 'meta'"),
     ],
 )
 def test_wrong_arguments_are_said_in_one_line(arguments: list[str], said: str) -> None:
-    with pytest.raises(SystemExit, match=re.escape(said)):
-        main(["serve", *arguments])
+    with pytest.raises(SystemExit, match=re.escape(said)) as stopped:
+        main(["serve", "--port", "0", *arguments])
+    assert len(str(stopped.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch without CUDA")
+def test_a_device_that_is_missing_is_said_in_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^serve: device: expected one that torch can use here, got 'cuda'"):
+        main(["serve", "nowhere", "--port", "0", "--device", "cuda"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
+def test_a_port_that_is_taken_is_said_before_the_model_is_read(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=rf"^serve: port: expected one that is free .*, got {port} "):
+            main(["serve", "nowhere", "--host", host, "--port", str(port)])
+    with pytest.raises(SystemExit, match=r"^serve: RUN: expected a model"):  # it is free again, and was left so
+        main(["serve", "nowhere", "--host", host, "--port", str(port)])
+
+
+@pytest.mark.parametrize("kind", ["titles", "ids"])
+def test_what_the_first_search_refuses_is_said_in_one_line(kind: str, tmp_path: Path) -> None:
+    model = item_model() if kind == "ids" else language_model()[0]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        SystemExit, match=r"^serve: memory_budget: expected at least \d+ bytes .*, got 1024,"
+    ) as stopped:
+        main(["serve", str(tmp_path), "--port", "0", "--memory_budget", "1KiB"])
+    assert len(str(stopped.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])

@@ -93,8 +93,8 @@ def sliced(samples: PerSample) -> dict[str, dict[str, NDArray[np.bool_]]]:
 def table(compared: Compared) -> list[str]:
     rows = [["", "first", "second", "difference", "p"]]
     for name, (first, second, difference) in compared.items():
-        gain = f"{difference.mean:+.4f} ± {difference.error:.4f}"
-        rows.append([name, str(first), str(second), gain, f"{difference.p:.4f}"])
+        gain, _, p = str(difference).partition(" (p ")  # one user's has no p
+        rows.append([name, str(first), str(second), gain, p.rstrip(")")])
     return markdown_table(rows)
 
 

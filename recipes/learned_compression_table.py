@@ -42,7 +42,7 @@ def table(
         cells.append([
             f"{name}: {row.what}",
             *(str(estimate(values[name][measure], users[name])) for measure in MEASURES),
-            f"{spread:.4f}",
+            "" if np.isnan(spread) else f"{spread:.4f}",
             f"{means['rows']:.1f}",
             f"{means['bytes']:,.0f}",
             f"{means['rows per target']:.2f}" if "rows per target" in means else "",

@@ -15,13 +15,16 @@ _SIGNS_AT_ONCE = 1 << 22
 
 
 class Estimate(NamedTuple):
-    """A mean over samples and its standard error, which is NaN with fewer than two users; without samples both are."""
+    """A mean over samples and its standard error, which is NaN with fewer than two users; without samples both are.
+
+    As text it says "one user" in place of an error that one user's samples do not have.
+    """
 
     mean: float
     error: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.error:.4f}"
+        return f"{self.mean:.4f} {_spread(self)}"
 
 
 class Difference(NamedTuple):
@@ -31,10 +34,16 @@ class Difference(NamedTuple):
     error: float
     """standard error over users: far smaller than that of either mean, as what the users have in common cancels"""
     p: float
-    """how often a difference as large, in either direction, would come about by chance; NaN where the mean is"""
+    """how often a difference as large, in either direction, would come about by chance, which with one user is always;
+    NaN where the mean is"""
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.error:.4f} (p {self.p:.4f})"
+        return f"{self.mean:+.4f} {_spread(self)}" + ("" if np.isnan(self.error) else f" (p {self.p:.4f})")
+
+
+def _spread(found: Estimate | Difference) -> str:
+    """An error as it is printed: a mean without one is that of one user."""
+    return "(one user)" if np.isnan(found.error) and not np.isnan(found.mean) else f"± {found.error:.4f}"
 
 
 def estimate(values: ArrayLike, users: ArrayLike | None = None) -> Estimate:

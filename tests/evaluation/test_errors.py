@@ -74,7 +74,19 @@ def test_little_or_nothing() -> None:
     assert mean == 0.6 and math.isnan(error)
     assert str(estimate([1, 0], [3, 4])) == "0.5000 ± 0.5000"
     assert all(math.isnan(x) for x in paired_difference([], []))
+    assert str(estimate([])) == "nan ± nan" and str(paired_difference([], [])) == "+nan ± nan"
     assert all(math.isnan(x) for x in paired_difference([1.0, math.nan], [0.0, 1.0]))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 50])
+@pytest.mark.parametrize("kind", [int, str])
+def test_one_user_has_no_error_and_is_said_to_be_one(samples: int, kind: type) -> None:
+    values, users = np.linspace(0.25, 0.75, samples + 2)[1:-1], [kind(7)] * samples
+    found, difference = estimate(values, users), paired_difference(np.zeros(samples), values, users)
+    assert str(found) == "0.5000 (one user)" and str(difference) == "-0.5000 (one user)"
+    assert math.isnan(found.error) and math.isnan(difference.error) and difference.p == 1
+    others = [kind(7 + at) for at in range(samples)]  # one sample, whoever's it is
+    assert ("(one user)" in str(estimate(values, others))) == ("(one user)" in str(estimate(values))) == (samples == 1)
 
 
 @pytest.mark.parametrize(

@@ -604,6 +604,16 @@ def test_two_files_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "training interactions of the target 1-4: 3 samples of 3 users" in printed
 
 
+def test_one_users_samples_have_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (written(tmp_path / f"{n}.csv", ["a", "a"], ranks) for n, ranks in enumerate([[1, 0], [1, 1]]))
+    compare.main([str(one), str(other)])
+    printed = capsys.readouterr().out
+    assert "2 samples of 1 users" in printed and "nan" not in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("| HR@1 ")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells == ["0.5000 (one user)", "1.0000 (one user)", "+0.5000 (one user)", ""]
+
+
 def test_another_order_is_the_same(tmp_path: Path) -> None:
     one = written(tmp_path / "1.csv", [1, 1, 2], [1, 0, 2])
     other = written(tmp_path / "2.csv", [2, 1, 1], [2, 0, 1], position=[2, 1, 0], target=[12, 11, 10])

@@ -76,6 +76,32 @@ def test_users_are_kept_and_gone_on_from(name: str) -> None:
         assert too_long.status_code == 422 and too_long.json()["detail"][0]["loc"] == ["body", "user_id"]
 
 
+LONG = {"experts": pk.Experts(PATCH, count=2, block=50, parts="blocks"), "memory": pk.PreferenceMemory(PATCH, 2, 500)}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_ten_thousand_items(name: str) -> None:
+    prompt = pk.Prompt(prefix=(N_ITEMS,), experts=[N_ITEMS + 1, N_ITEMS + 2])
+    model: Any = make_model(torch.float64, policy=LONG[name], prompt=prompt, max_positions=11_000)
+    model = pk.RecurrentMemory(model).eval() if name == "memory" else model
+    draw = np.random.default_rng(0)
+    users = [[ITEM_IDS[item] for item in draw.integers(0, N_ITEMS, length)] for length in (10_000, 3)]
+    expected, states = model.recommend(users, k=4, search="items"), pk.UserStates(model)
+    states.update(range(2), [history[:-60] for history in users])
+    states.update(range(2), users)
+    for found, own in zip(model.recommend(users, k=4, user_states=states, user_ids=range(2)), expected, strict=True):
+        assert_same(found, own)
+    for kept in (None, pk.UserStates(model, store=MemoryStore())):
+        with serving(model, Limits(memory_budget="64MiB"), states=kept) as client:
+            answers = client.post("/v1/recommend:batch", json=asked(users)).json()["users"]
+        for found, own in zip(lists_of(answers), expected, strict=True):
+            assert_same(found, own)
+    assert kept is not None and len(kept) == 1
+    with serving(model, Limits(memory_budget="1MiB"), states=states) as client:
+        answer = client.post("/v1/recommend", json=asked(users)["users"][0])
+        assert answer.status_code == 422 and "memory_budget: expected at least" in answer.json()["detail"][0]["msg"]
+
+
 def test_a_store_that_fails_costs_time_and_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, users = model_of("experts"), histories()
     states = pk.UserStates(model, store=MemoryStore())

@@ -93,8 +93,7 @@ def sliced(samples: PerSample) -> dict[str, dict[str, NDArray[np.bool_]]]:
 def table(compared: Compared) -> list[str]:
     rows = [["", "first", "second", "difference", "p"]]
     for name, (first, second, difference) in compared.items():
-        gain, _, p = str(difference).partition(" (p ")  # one user's has no p
-        rows.append([name, str(first), str(second), gain, p.rstrip(")")])
+        rows.append([name, str(first), str(second), difference.change, difference.chance])
     return markdown_table(rows)
 
 

@@ -23,8 +23,13 @@ class Estimate(NamedTuple):
     mean: float
     error: float
 
+    @property
+    def spread(self) -> str:
+        """The error as it is printed, or that one user has none."""
+        return "(one user)" if np.isnan(self.error) and not np.isnan(self.mean) else f"± {self.error:.4f}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.4f} {_spread(self)}"
+        return f"{self.mean:.4f} {self.spread}"
 
 
 class Difference(NamedTuple):
@@ -37,13 +42,18 @@ class Difference(NamedTuple):
     """how often a difference as large, in either direction, would come about by chance, which with one user is always;
     NaN where the mean is"""
 
+    @property
+    def change(self) -> str:
+        """The mean and its error, as printed."""
+        return f"{self.mean:+.4f} {Estimate(self.mean, self.error).spread}"
+
+    @property
+    def chance(self) -> str:
+        """p, as printed; empty with one user."""
+        return "" if np.isnan(self.error) else f"{self.p:.4f}"
+
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} {_spread(self)}" + ("" if np.isnan(self.error) else f" (p {self.p:.4f})")
-
-
-def _spread(found: Estimate | Difference) -> str:
-    """An error as it is printed: a mean without one is that of one user."""
-    return "(one user)" if np.isnan(found.error) and not np.isnan(found.mean) else f"± {found.error:.4f}"
+        return f"{self.change} (p {self.chance})" if self.chance else self.change
 
 
 def estimate(values: ArrayLike, users: ArrayLike | None = None) -> Estimate:

@@ -303,7 +303,7 @@ def test_wrong_arguments(make: Callable[..., UserStates]) -> None:
             ["ada"],
             [[1, 999]],
             ValueError,
-            r"histories: expected .* got 999 at position 1 of user 'ada'; 1 of 1 users are",
+            r"histories: expected .* got 999 at position 1 of user 'ada'; 1 items of 1 users are",
         ),
     ):
         with pytest.raises(error, match=message):

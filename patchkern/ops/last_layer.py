@@ -56,9 +56,8 @@ def for_rows(network: nn.Module, rows: Tensor) -> Generator[None, None, None]:
     def put_back(_: nn.Module, arguments: tuple[Any, ...], states: Tensor) -> Tensor:
         chosen = rows.to(states.device)
         if states.requires_grad:  # each of two that are one row gets the gradient of both
-            ones = torch.ones_like(chosen, dtype=states.dtype)
-            share = 1 / ones.new_zeros(total).index_add_(0, chosen, ones)[chosen]
-            states.register_hook(lambda gradient: gradient * share[:, None])
+            count = chosen.new_zeros(total).index_add_(0, chosen, torch.ones_like(chosen))[chosen, None]
+            states.register_hook(lambda gradient: gradient / count)
         return states.new_zeros(states.shape[0], total, states.shape[2]).index_copy(1, chosen, states)
 
     before, after = network.register_forward_pre_hook(choose), network.register_forward_hook(put_back)

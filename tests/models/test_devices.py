@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import memory_model_cases
 import numpy as np
 import pytest
 import torch
+from autocast_cases import like_cuda
 from model_cases import CATALOG, POLICIES, PROMPT, VOCABULARY, batch_of, lora, tiny
 from torch import nn
 from training_cases import losses_of, make_trainer
+from wanted_rows_cases import Chooses
 
 import patchkern as pk
 from patchkern.ops import span_rows
@@ -183,6 +186,47 @@ def test_training_on_a_device(stage: str, device: torch.device, tmp_path: Path) 
     assert trainer.model.device.type == device.type
     losses = losses_of(trainer)
     assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+
+
+@on_devices
+@pytest.mark.parametrize("wanted_alone", [False, True])
+@pytest.mark.parametrize("kind", ["titles", "items", "both", "sessions", "experts", "sasrec", "hstu", "memory"])
+def test_training_under_autocast(
+    kind: str, wanted_alone: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in float32, products in bfloat16; on the CPU by the rules of CUDA's autocast, which are not its own."""
+    Chooses(monkeypatch)(wanted_alone)
+    model, batch = autocast_case(kind)
+    copied = on(model, device, torch.float32)
+    with like_cuda() if device.type == "cpu" else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16):
+            output = copied(batch.to(device))
+        output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+    found = [torch.zeros(()) if parameter.grad is None else parameter.grad for parameter in trained]
+    expected = loss_and_gradients(on(copied, torch.device("cpu"), torch.float64), batch)
+    assert_close([output.loss.detach(), *found], expected, torch.bfloat16)
+
+
+def autocast_case(kind: str) -> tuple[Any, Any]:
+    """A model and a batch of its training."""
+    if kind == "memory":
+        memory = memory_model_cases.make_memory()
+        ranges = memory_model_cases.RANGES
+        return memory, memory.planner.training(memory_model_cases.HISTORIES, ranges, head="items").planned()
+    if kind in ("sasrec", "hstu"):
+        model: Any = item_model_cases.make_model(block=kind)
+        histories, head, ranges = item_model_cases.HISTORIES, "items", None
+    else:
+        policy = (
+            EXPERTS["blocks"] if kind == "experts" else POLICIES["sessions, start" if kind == "sessions" else "items"]
+        )
+        model = language_model(experts=2 if kind == "experts" else 0, policy=policy, item_embeddings=True)
+        histories, head = HISTORIES, kind if kind in ("titles", "both") else "items"
+    ranges = np.array([(0, len(items) - 1) for items in histories])
+    layout = pk.build_training_layout(model.catalog, histories, model.policy, model.prompt, ranges, head=head)
+    return model, layout.with_identities()
 
 
 # ------------------------------------------------------------------ models of item ids

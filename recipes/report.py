@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from patchkern.data import Interactions, Samples
 from patchkern.data.synthetic_titles import genre_of
-from patchkern.evaluation import Evaluation, estimate
+from patchkern.evaluation import Evaluation, estimate, paired_difference
 from patchkern.search.prior_weight import PriorFit
 from recipes import plots
 from recipes.tables import markdown_table
@@ -367,16 +368,18 @@ def _rate(found: Evaluation) -> tuple[float, float]:
 def _scores(found: Evaluation) -> list[str]:
     values = found.as_dict()
     return [f"{values[name]:.4f}" for measure in ("HR", "NDCG") for name in (f"{measure}@{k}" for k in KS)] + [
-        f"{values['HR@20 ±']:.4f}"
+        "" if isnan(values["HR@20 ±"]) else f"{values['HR@20 ±']:.4f}"
     ]
 
 
 def _verdict(one: Evaluation, other: Evaluation) -> str:
-    gain, error = one.estimate(one.hits(20) - other.hits(20))
-    if not abs(gain) > 2 * error:
+    found = paired_difference(one.hits(20), other.hits(20), one.users)
+    if isnan(found.error):
+        return f"one user shows no difference ({found.mean:+.4f})"
+    if not abs(found.mean) > 2 * found.error:
         of = f"{one.ranks.size:,} samples" if one.users is None else f"{one.num_users:,} users"
-        return f"no difference that {of} could show ({gain:+.3f} ± {error:.3f})"
-    return f"{'better' if gain > 0 else 'worse'} ({gain:+.3f} ± {error:.3f})"
+        return f"no difference that {of} could show ({found.change})"
+    return f"{'better' if found.mean > 0 else 'worse'} ({found.change})"
 
 
 def _genres(titles: Any) -> str:

@@ -141,10 +141,10 @@ def test_the_prior_alone_ranks_unseen_items_by_the_prior() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "said"),
     [
-        ([1] * 40, [0] * 20 + [1] * 20, "better (+0.500 ± 0.080)"),
-        ([0] * 20 + [1] * 20, [1] * 40, "worse (-0.500 ± 0.080)"),
-        ([1, 0, 30, 5], [0, 2, 30, 5], "no difference that 4 samples could show (+0.000 ± 0.408)"),
-        ([1] * 4, [2] * 4, "no difference that 4 samples could show (+0.000 ± 0.000)"),
+        ([1] * 40, [0] * 20 + [1] * 20, "better (+0.5000 ± 0.0801)"),
+        ([0] * 20 + [1] * 20, [1] * 40, "worse (-0.5000 ± 0.0801)"),
+        ([1, 0, 30, 5], [0, 2, 30, 5], "no difference that 4 samples could show (+0.0000 ± 0.4082)"),
+        ([1] * 4, [2] * 4, "no difference that 4 samples could show (+0.0000 ± 0.0000)"),
     ],
 )
 def test_a_difference_needs_two_standard_errors(one: list[int], other: list[int], said: str) -> None:
@@ -153,10 +153,13 @@ def test_a_difference_needs_two_standard_errors(one: list[int], other: list[int]
 
 def test_a_difference_is_judged_by_users() -> None:
     one, other = ranks(*[1] * 40), ranks(*[0] * 20, *[1] * 20)
-    assert reports._verdict(one, other) == "better (+0.500 ± 0.080)"
+    assert reports._verdict(one, other) == "better (+0.5000 ± 0.0801)"
     few = np.repeat([0, 1], 20)  # one user makes all of it
-    said = "no difference that 2 users could show (+0.500 ± 0.500)"
+    said = "no difference that 2 users could show (+0.5000 ± 0.5000)"
     assert reports._verdict(replace(one, users=few), replace(other, users=few)) == said
+    own, others = (replace(found, users=np.zeros(40, int)) for found in (one, other))
+    assert reports._verdict(own, others) == "one user shows no difference (+0.5000)"
+    assert reports._scores(own)[-1] == ""
 
 
 def test_weights_as_good_as_the_best() -> None:

@@ -22,6 +22,7 @@ from patchkern.models.scratch import SIZES, SMALLEST_VOCABULARY, fit_tokenizer, 
 from patchkern.models.sources import locate, read_model, read_tokenizer
 from patchkern.training import checkpoints, find_model
 from recipes.item_models import catalog_of_ids
+from recipes.training_run import ARGUMENTS
 
 SYSTEM = "You are a helpful assistant in recommendations."
 INSTRUCTION = "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
@@ -155,8 +156,12 @@ def _kind_of(folder: Path) -> tuple[Any, bool]:
 
 
 def is_saved(name: str) -> bool:
-    """Whether it is a folder that patchkern saved, or a run with checkpoints: these have prompt and policy."""
-    return Path(name).is_dir() and (is_model(name) or bool(checkpoints(name)))
+    """Whether it is a folder that patchkern saved, or a run: these have prompt and policy.
+
+    Also a run that saved nothing, for which `find_model` has a better answer than that it is no transformers model.
+    """
+    folder = Path(name)
+    return folder.is_dir() and (is_model(name) or bool(checkpoints(name)) or (folder / ARGUMENTS).is_file())
 
 
 def _catalog_for(

@@ -20,13 +20,14 @@ from patchkern.evaluation.metrics import evaluate as count
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from patchkern.search.weights import fit_weights
 from patchkern.training import target_nll
-from recipes import compare, evaluate, per_sample, ranking
+from recipes import cold_items, compare, evaluate, models, per_sample, ranking
 from recipes.baselines.prior import NetworkPrior
 from recipes.baselines.runs import Run, load_run
 from recipes.baselines.scoring import Ranker
 from recipes.baselines.train import main as train_baseline
 from recipes.item_models import catalog_of_ids
 from recipes.priors import names_of
+from recipes.training_run import write_arguments
 
 BASELINE = ["--width", "8", "--layers", "1", "--window", "6", "--bf16", "false", "--num_train_epochs", "1"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -226,6 +227,17 @@ def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         evaluate.parse([*flags, "--data", "synthetic"])
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_saved_nothing(tmp_path: Path) -> None:
+    """As with --save_strategy no, or the network of another recipe: nothing to ask for a policy."""
+    write_arguments(tmp_path / "run", {"stage": "items"})
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected a model saved by patchkern, or a run with check"):
+        evaluate.main([str(tmp_path / "run"), "--data", "synthetic"])
+    with pytest.raises(FileNotFoundError, match="runs: expected a model saved by patchkern, or a run with checkpoints"):
+        cold_items.main([str(tmp_path / "run"), "--data", "synthetic"])
+    with pytest.raises(FileNotFoundError, match="--model: expected a model saved by patchkern"):
+        models.load_model(str(tmp_path / "run"), {})
 
 
 # ------------------------------------------------------------------ the item head

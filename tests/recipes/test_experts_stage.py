@@ -13,6 +13,7 @@ from patchkern.training import checkpoints
 from recipes import evaluate, train
 
 FAST = ["--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1", "--bf16", "False", "--max_steps", "2"]
+FAST += ["--rows_per_pass", "500"]
 CUTS = ["--keep", "3", "--block", "5"]
 
 
@@ -49,7 +50,7 @@ def test_it_goes_on_from_another_stage_and_from_itself(
 @pytest.mark.parametrize("parts", ["one", "blocks"])
 def test_from_scratch(folder: str, tmp_path: Path, parts: str, flags: list[str]) -> None:
     cuts = ["--block", "5", "--parts", parts, *(["--keep", "3"] if parts == "one" else [])]
-    trainer = run("experts", folder, tmp_path, *flags, "--rows_per_pass", "500", *cuts)
+    trainer = run("experts", folder, tmp_path, *flags, *cuts)
     policy = trainer.model.policy
     assert (policy.parts, policy.count, policy.block, policy.keep) == (parts, 4, 5, 3 if parts == "one" else 1)
     (found,) = evaluated(tmp_path, folder, "--search", "items")["this model"]

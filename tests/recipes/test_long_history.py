@@ -24,6 +24,11 @@ from recipes import long_history, long_history_report
 TINY = ["--shape", "tiny", "--k", "3", "--num_beams", "4", "--device", "cpu", "--dtype", "float32"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tinier_models() -> None:
+    """As they are: their bytes are compared."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("long") / "data"

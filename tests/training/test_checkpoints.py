@@ -6,7 +6,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,6 @@ class _Kill(TrainerCallback):
 
 def _killed_run(folder: str, step: int | None) -> None:
     """A run that dies in ``step``, or, for None, between the model and the state of its second checkpoint."""
-    torch.set_num_threads(1)
     callbacks = [] if step is None else [_Kill(step)]
     trainer = make_trainer(folder, "pretrain", save_strategy="steps", save_steps=4, callbacks=callbacks)
     if step is None:
@@ -108,25 +106,37 @@ def _killed_run(folder: str, step: int | None) -> None:
     trainer.train()
 
 
-def _spawn(target: Callable[..., None], *arguments: Any) -> int | None:
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+def _killed_runs(runs: dict[str, int | None]) -> None:
+    """Each in a fork of this process, which has imported everything and never computed a gradient."""
+    torch.set_num_threads(1)
+    for folder, step in runs.items():
+        child = os.fork()
+        if child == 0:
+            try:
+                _killed_run(folder, step)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_killed_runs_resume_to_the_same_losses(tmp_path: Path) -> None:
+    runs = {"in-mid-epoch": 7, "in-a-checkpoint": None}
+    process = multiprocessing.get_context("spawn").Process(
+        target=_killed_runs, args=({str(tmp_path / name): step for name, step in runs.items()},)
+    )
     process.start()
     process.join(timeout=300)
-    return process.exitcode
-
-
-@pytest.mark.parametrize("step", [7, None], ids=["in-mid-epoch", "in-a-checkpoint"])
-def test_killed_run_resumes_to_the_same_losses(step: int | None, tmp_path: Path) -> None:
-    assert _spawn(_killed_run, str(tmp_path / "killed"), step) == -signal.SIGKILL
-    assert [path.name for path in checkpoints(tmp_path / "killed")] == ["checkpoint-4"]
+    assert process.exitcode == 0
     whole = make_trainer(tmp_path / "whole", "pretrain", save_strategy="steps", save_steps=4)
     whole.train()
-    resumed = make_trainer(tmp_path / "killed", "pretrain", save_strategy="steps", save_steps=4)
-    resumed.train(resume_from_checkpoint=True)
-    assert losses_of(resumed) == losses_of(whole)
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
-        path.name for path in (tmp_path / "whole").iterdir()
-    }
+    for name in runs:
+        assert [path.name for path in checkpoints(tmp_path / name)] == ["checkpoint-4"]
+        resumed = make_trainer(tmp_path / name, "pretrain", save_strategy="steps", save_steps=4)
+        resumed.train(resume_from_checkpoint=True)
+        assert losses_of(resumed) == losses_of(whole)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            path.name for path in (tmp_path / "whole").iterdir()
+        }
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,14 @@ SEARCHES: dict[str, dict[str, Any]] = {
 MODES = {"train, sdpa": (True, "sdpa"), "eval, eager": (False, "eager"), "train, spans": (True, "patchkern_varlen")}
 
 
-@pytest.mark.parametrize(("mode", "cached"), [*((mode, False) for mode in MODES), ("train, sdpa", True)])
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize(
+    ("search", "mode", "cached"),
+    [
+        *(("beam", mode, False) for mode in MODES),
+        ("exact", "train, sdpa", True),
+        ("diverse", "train, spans", True),
+    ],
+)
 def test_every_thread_gets_its_lists(search: str, mode: str, cached: bool, impatient: None) -> None:
     model = switched_model(*MODES[mode])
     users = [make_histories(TITLES, lengths) for lengths in ([9, 2, 5], [1, 7], [12, 3, 3], [4])]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from memory_cases import hf_model, make_model
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 import patchkern as pk
 from patchkern.budget.counted_step import Lora
@@ -18,7 +20,10 @@ from patchkern.budget.training_cost import Choice, TrainingBytes
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hf_model("llama", torch.float32)
+    """Of two layers: what is tried in which order is the same for more, and each operator of them is counted."""
+    config = copy.deepcopy(hf_model("llama", torch.float32).config)
+    config.num_hidden_layers = 2
+    return LlamaForCausalLM(config).eval()
 
 
 def needed(model: Any, rows: int, **options: Any) -> int:

@@ -127,7 +127,7 @@ def test_rows_are_those_of_the_passes(mode: str, policy: Any, one_time: bool) ->
 @pytest.mark.parametrize("mode", ["overwrite", "append"])
 def test_a_budget_is_kept(mode: str, one_time: bool) -> None:
     model = of_text("llama", mode, one_time)
-    histories = users(model, *[130] * 10, 50, 7)
+    histories = users(model, *[90] * 6, 50, 7)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     alone = max(planned_items(model, rows_of(model, [history])).peak for history in histories)
     options = {"k": 3, "search": "items"}

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,20 +51,20 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[SearchPlan]:
 # ------------------------------------------------------------------ predicted and measured
 
 
-@pytest.mark.parametrize("width", [1, 20])
-@pytest.mark.parametrize("lengths", [(700,), (300, 10, 200, 150, 250, 300)], ids=["one user", "six users"])
-@pytest.mark.parametrize("policy", ["text", "items", "sessions-end"])
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        ("llama", torch.float32),
-        ("qwen3", torch.float32),
-        ("gpt2", torch.float32),
-        ("phi3", torch.float32),
-        ("llama", torch.bfloat16),
-    ],
-    ids=["llama", "qwen3", "gpt2", "phi3", "llama-bfloat16"],
-)
+MODELS = [(family, torch.float32) for family in ("llama", "qwen3", "gpt2", "phi3")] + [("llama", torch.bfloat16)]
+LENGTHS = {"one user": (700,), "six users": (300, 10, 200, 150, 250, 300)}
+
+
+def predicted_cases() -> Iterator[Any]:
+    """All; those in which every two values of two axes meet are quick."""
+    for (m, model), (p, policy) in itertools.product(enumerate(MODELS), enumerate(("text", "items", "sessions-end"))):
+        for (n, name), (w, width) in itertools.product(enumerate(LENGTHS), enumerate((1, 20))):
+            quick = n == (m + p) % 2 and w == (m + p // 2) % 2
+            label = f"{model[0]}-{str(model[1]).removeprefix('torch.')}-{policy}-{name}-{width}"
+            yield pytest.param(*model, policy, LENGTHS[name], width, id=label, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "dtype", "policy", "lengths", "width"), predicted_cases())
 def test_the_prediction_is_close_and_never_low(
     family: str, dtype: torch.dtype, policy: str, lengths: tuple[int, ...], width: int, plans: list[SearchPlan]
 ) -> None:
@@ -70,8 +72,15 @@ def test_the_prediction_is_close_and_never_low(
     assert found <= plans[0].peak <= 1.1 * found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [512, 2048])
+@pytest.mark.parametrize(
+    ("chunk", "dtype"),
+    [
+        (512, torch.float32),
+        (2048, torch.bfloat16),
+        pytest.param(2048, torch.float32, marks=pytest.mark.slow),
+        pytest.param(512, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_are_predicted_too(
     dtype: torch.dtype, chunk: int, plans: list[SearchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +293,7 @@ def test_the_longest_history_is_the_longest_that_fits(policy: Any, separator: tu
     model, (history,) = make_model(), users(60)
     prompt = dataclasses.replace(PROMPT, separator=separator)
     rows = [int(pk.row_counts(model.catalog, [history[60 - count :]], policy, prompt)[0]) for count in range(61)]
-    for limit in range(rows[0], max(rows) + 2):
+    for limit in {*rows, *(count - 1 for count in rows if count > rows[0]), max(rows) + 1}:  # where another one fits
         count = longest_history(model.catalog, history, policy, prompt, limit)
         assert count == max(n for n in range(61) if rows[n] <= limit)
     assert longest_history(model.catalog, history, policy, prompt, rows[0] - 1) == 0
@@ -508,8 +517,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Exception, most_users: int) 
     return sizes
 
 
-@pytest.mark.parametrize("name", FAILURES)
-@pytest.mark.parametrize("search", ["beam", "diverse"])
+@pytest.mark.parametrize(
+    ("search", "name"), [*(("beam", name) for name in FAILURES), ("diverse", next(iter(FAILURES)))]
+)
 def test_batches_are_halved_and_nothing_is_lost(name: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, histories = make_model(dtype=torch.float64), users(30, 3, 25, 4, 20, 6, 2, 1, 9, 12, 15)
     whole = model.recommend(histories, POLICIES["items"], 5, 5, search=search)

@@ -47,9 +47,17 @@ def plain_logits(
 # ------------------------------------------------------------------ results
 
 
-@pytest.mark.parametrize("through_operator", [False, True])
-@pytest.mark.parametrize("prompt", [None, LONG], ids=["short prompt", "long prompt"])
-@pytest.mark.parametrize("chunk_rows", [None, 7, 1])
+@pytest.mark.parametrize(
+    ("chunk_rows", "prompt", "through_operator"),  # every two values of two of them meet
+    [
+        pytest.param(None, None, False, id="whole, short prompt"),
+        pytest.param(None, LONG, True, id="whole, long prompt, operator"),
+        pytest.param(7, None, False, id="chunks, short prompt"),
+        pytest.param(7, LONG, True, id="chunks, long prompt, operator"),
+        pytest.param(1, LONG, False, id="rows, long prompt"),
+        pytest.param(1, None, True, id="rows, short prompt, operator"),
+    ],
+)
 @pytest.mark.parametrize("family", HF_MODELS)
 def test_logits_are_those_of_each_user_alone(
     family: str,

@@ -64,7 +64,7 @@ def draw_histories(data: st.DataObject, titles: Titles) -> list[list[int]]:
 # ------------------------------------------------------------------ the k best of all
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(catalogues, ends, families, st.sampled_from(PENALTIES), st.booleans(), st.booleans(), st.data())
 def test_exact_is_brute_force(
     sequences: list[list[int]],

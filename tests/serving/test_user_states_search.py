@@ -58,8 +58,16 @@ def assert_alike(found: list[Any], expected: list[Any]) -> None:
         np.testing.assert_allclose([score for _, score in own], [score for _, score in other], atol=1e-10)
 
 
-@pytest.mark.parametrize("subject", ["titles", "items"])
-@pytest.mark.parametrize("name", [*POLICIES, *MEMORIES])
+@pytest.mark.parametrize(
+    ("name", "subject", "kind"),  # in this process, and in each other store a few
+    [
+        (name, subject, kind)
+        for n, name in enumerate([*POLICIES, *MEMORIES])
+        for s, subject in enumerate(["titles", "items"])
+        for kind in ("memory", ("lmdb", "sqlite", "redis")[(n + s) % 3])
+    ],
+    indirect=["kind"],
+)
 def test_lists_are_those_without_states(name: str, subject: str, open_one: Opener) -> None:
     model = model_of(subject, (POLICIES | MEMORIES)[name])
     options: dict[str, Any] = {"k": 5} | ({"num_beams": 5} if subject == "titles" else {"search": "items"})

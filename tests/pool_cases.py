@@ -20,13 +20,29 @@ HARD_LENGTHS = [0, 1, 23, 2, 0, 40]
 by_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 in_double = pytest.mark.parametrize("dtype", [torch.float64], ids=["float64"])
 by_policy = pytest.mark.parametrize("name", cases.POLICIES)
+# How a narrow dtype is loaded and stored depends on no policy: one of each structure.
+by_policy_and_dtype = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+        for name in cases.POLICIES
+        for dtype in cases.DTYPES
+        if dtype.itemsize > 2 or name in ("text", "items", "sessions-end", "sessions-start-cut", "random")
+    ],
+)
 
 
 def hard_lengths(backend: str, dtype: torch.dtype) -> list[int]:
-    """Items of each user. Triton's interpreter, at a millisecond a row, gets them all in float32; in narrow dtypes,
-    whose loads and stores do not depend on the policy, one user with patches of every kind beside short ones."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    return [0, 17, 1, 0] if narrow and cases.interpreted(backend) else HARD_LENGTHS
+    """Items of each user. Triton's interpreter, at milliseconds a row, gets one user with patches of every kind beside
+    short ones; in float32 one whom every policy cuts, as loads and stores of narrow dtypes depend on no policy."""
+    if not cases.interpreted(backend):
+        return HARD_LENGTHS
+    return [0, 17, 1, 0] if dtype in (torch.bfloat16, torch.float16) else [0, 1, 2, 0, 33]
+
+
+def few_lengths(backend: str) -> list[int]:
+    """Items of each user where no more is asked of a layout than sessions, item patches and text."""
+    return [0, 8, 1] if cases.interpreted(backend) else [0, 17, 1]
 
 
 def gradient(weight: torch.Tensor, layout: pk.PatchLayout, grad_rows: torch.Tensor, **options: Any) -> torch.Tensor:

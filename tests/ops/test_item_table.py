@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import cases
 import oracle
 import pytest
 import torch
-from pool_cases import hard_lengths
+from pool_cases import by_policy_and_dtype, hard_lengths
 
 import patchkern as pk
 from patchkern.ops import item_table
@@ -76,28 +77,32 @@ def test_a_line_says_what_it_is() -> None:
 # ------------------------------------------------------------------ pooling with it
 
 
-@by_dtype
-@pytest.mark.parametrize("name", cases.POLICIES)
+@functools.cache
+def table_of_23(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, pk.ItemTable]:
+    """A weight and the table of the catalogue that `make_batch` has, made once: by Triton's interpreter in a second."""
+    weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
+    return weight, pk.item_table(cases.make_catalog(cases.make_titles(23)), weight, backend=backend)
+
+
+@by_policy_and_dtype
 def test_pooling_with_a_table(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
     """Text and item patches bit for bit; sessions within one rounding of each item patch."""
     batch = cases.make_batch(cases.POLICIES[name], hard_lengths(backend, dtype))
-    weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
+    weight, table = table_of_23(backend, device, dtype)
     layout = batch.layout(device)
-    table = pk.item_table(batch.catalog, weight, backend=backend)
     without = pk.pool_rows(weight, layout, backend=backend)
-    got = pk.pool_rows(weight, layout, backend=backend, table=table)
+    out = torch.full_like(without, 777.0)
+    got = pk.pool_rows(weight, layout, backend=backend, table=table, out=out)
+    assert got is out
     alone = layout.hi - layout.lo.clamp(min=-1) == 1
     assert torch.equal(got[alone], without[alone])
     assert_pooled_twice(got, weight, batch.rows(), 1.0, cases.truncates(backend, dtype))
-    out = torch.full_like(got, 777.0)
-    assert pk.pool_rows(weight, layout, backend=backend, table=table, out=out) is out
-    assert torch.equal(out, got)
 
 
 @by_dtype
 @pytest.mark.parametrize("width", [1, 64, 1000])
 def test_scale_and_width(backend: str, device: torch.device, width: int, dtype: torch.dtype) -> None:
-    batch = cases.make_batch(pk.SessionPatches(3), LENGTHS)
+    batch = cases.make_batch(pk.SessionPatches(3), hard_lengths(backend, dtype))
     weight = cases.make_weight(cases.VOCABULARY, width, dtype, device=device)
     table = pk.item_table(batch.catalog, weight, backend=backend)
     got = pk.pool_rows(weight, batch.layout(device), backend=backend, table=table, scale=-45.25)

@@ -12,7 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_cases import WIDTHS, assert_gradient, assert_pooled, by_dtype, by_policy, gradient, hard_lengths, takers
+from pool_cases import (
+    WIDTHS,
+    assert_gradient,
+    assert_pooled,
+    by_dtype,
+    by_policy,
+    by_policy_and_dtype,
+    few_lengths,
+    gradient,
+    hard_lengths,
+    takers,
+)
 
 import patchkern as pk
 from patchkern.ops import backends
@@ -75,8 +86,7 @@ def test_a_session_is_a_mean_of_means(backend: str, device: torch.device) -> Non
 # ------------------------------------------------------------------ forward against the oracle
 
 
-@by_dtype
-@by_policy
+@by_policy_and_dtype
 def test_forward_of_every_policy(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
     batch = cases.make_batch(cases.POLICIES[name], hard_lengths(backend, dtype))
     weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
@@ -89,7 +99,7 @@ def test_forward_of_every_policy(backend: str, device: torch.device, name: str, 
 def test_forward_of_every_width(
     backend: str, device: torch.device, width: int, dtype: torch.dtype, strided: bool
 ) -> None:
-    batch = cases.make_batch(pk.SessionPatches(3), [0, 17, 1])
+    batch = cases.make_batch(pk.SessionPatches(3), few_lengths(backend))
     weight = cases.make_weight(cases.VOCABULARY, width, dtype, strided, device=device)
     assert weight.is_contiguous() != strided or width == 1
     assert_pooled(backend, pk.pool_rows(weight, batch.layout(device), backend=backend), weight, batch.rows())
@@ -193,7 +203,7 @@ def test_what_is_not_written_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", [1, 41, 64])
 @pytest.mark.parametrize("slack", [0, 5], ids=["contiguous", "row-stride"])
 def test_out(backend: str, device: torch.device, dtype: torch.dtype, width: int, slack: int) -> None:
-    batch = cases.make_batch(pk.SessionPatches(3), [0, 17, 1])
+    batch = cases.make_batch(pk.SessionPatches(3), few_lengths(backend))
     weight = cases.make_weight(cases.VOCABULARY, width, dtype, device=device)
     layout = batch.layout(device)
     canvas = torch.full((layout.num_rows + 2, width + slack), 777.0, dtype=dtype, device=device)
@@ -215,11 +225,17 @@ def test_out(backend: str, device: torch.device, dtype: torch.dtype, width: int,
 SCALES = [2.0, -0.37, 45.25483399593904, 0.0]
 
 
-@by_dtype
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    ("scale", "dtype"),  # a narrow dtype is rounded to once, whatever the product is
+    [
+        pytest.param(scale, dtype, id=f"{scale}-{str(dtype).removeprefix('torch.')}")
+        for dtype in cases.DTYPES
+        for scale in (SCALES if dtype.itemsize > 2 else SCALES[1:3])
+    ],
+)
 def test_scale(backend: str, device: torch.device, dtype: torch.dtype, scale: float) -> None:
     """Rounded once, after the product: text is what PyTorch's own product is."""
-    batch = cases.make_batch(pk.SessionPatches(3), [0, 17, 1])
+    batch = cases.make_batch(pk.SessionPatches(3), few_lengths(backend))
     weight = cases.make_weight(cases.VOCABULARY, 41, dtype, device=device)
     layout = batch.layout(device)
     got = pk.pool_rows(weight, layout, backend=backend, scale=scale)

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_cases import (
-    HARD_LENGTHS,
     WIDTHS,
     assert_gradient,
     by_dtype,
-    by_policy,
+    by_policy_and_dtype,
+    few_lengths,
     gradient,
     hard_lengths,
     in_double,
@@ -27,8 +27,7 @@ from pool_cases import (
 import patchkern as pk
 
 
-@by_dtype
-@by_policy
+@by_policy_and_dtype
 def test_backward_of_every_policy(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
     batch = cases.make_batch(cases.POLICIES[name], hard_lengths(backend, dtype))
     layout, rows = batch.layout(device), batch.rows()
@@ -43,7 +42,7 @@ def test_backward_of_every_policy(backend: str, device: torch.device, name: str,
 def test_backward_of_every_width(
     backend: str, device: torch.device, width: int, dtype: torch.dtype, strided: bool
 ) -> None:
-    batch = cases.make_batch(pk.SessionPatches(3), [0, 17, 1])
+    batch = cases.make_batch(pk.SessionPatches(3), few_lengths(backend))
     layout, rows = batch.layout(device), batch.rows()
     grad_rows = cases.make_weight(len(rows), width, dtype, strided, seed=1, device=device)
     grad = pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend=backend)
@@ -91,7 +90,7 @@ def test_gradcheck(backend: str, device: torch.device, name: str, dtype: torch.d
 
 
 def test_dense_compact_and_autograd_agree(backend: str, device: torch.device) -> None:
-    batch = cases.make_batch(pk.SessionPatches(4), HARD_LENGTHS)
+    batch = cases.make_batch(pk.SessionPatches(4), hard_lengths(backend, torch.float32))
     layout = batch.layout(device)
     weight = cases.make_weight(cases.VOCABULARY, 41, device=device)
     grad_rows = cases.make_weight(layout.num_rows, 41, seed=1, device=device)
@@ -125,7 +124,7 @@ def test_adding_to_a_gradient(
     backend: str, device: torch.device, dtype: torch.dtype, strided: bool, scale: float
 ) -> None:
     """The sum is rounded once, and nothing but the batch's rows is touched."""
-    batch = cases.make_batch(pk.SessionPatches(4), HARD_LENGTHS)
+    batch = cases.make_batch(pk.SessionPatches(4), hard_lengths(backend, dtype))
     layout, rows = batch.layout(device), batch.rows()
     grad_rows = cases.make_weight(len(rows), 41, dtype, seed=1, device=device)
     before = cases.make_weight(cases.VOCABULARY, 41, dtype, strided, seed=2, device=device)
@@ -141,7 +140,7 @@ def test_adding_to_a_gradient(
 
 
 def test_adding_to_no_gradient_is_the_gradient(backend: str, device: torch.device) -> None:
-    layout = cases.make_batch(pk.SessionPatches(4), HARD_LENGTHS).layout(device)
+    layout = cases.make_batch(pk.SessionPatches(4), hard_lengths(backend, torch.float32)).layout(device)
     grad_rows = cases.make_weight(layout.num_rows, 41, seed=1, device=device)
     expected = pk.pool_rows_grad(grad_rows, layout, cases.VOCABULARY, backend=backend)
     zeros = torch.zeros(cases.VOCABULARY, 41, device=device)

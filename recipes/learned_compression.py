@@ -17,7 +17,7 @@ Models are of item ids, or with --model language models that read item patches: 
 
 What is finished is not computed again: a run that was killed goes on with the same command, from its last checkpoint.
 --processes trains so many at once, on one GPU or with a share of the threads each; what one prints is in its log.txt.
-On a GPU they compute by turns unless CUDA's multi-process service runs (nvidia-cuda-mps-control -d): twice as fast.
+On a GPU they compute by turns unless CUDA's multi-process service runs (nvidia-cuda-mps-control -d).
 The table is printed and written to table.md in --output_dir; one line per sample of every row and seed goes to a CSV,
 any two of which recipes/compare.py compares. Errors are over users; a difference between rows is of the same samples.
 """

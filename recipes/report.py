@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from patchkern.data import Interactions, Samples
 from patchkern.data.synthetic_titles import genre_of
-from patchkern.evaluation import Evaluation, estimate, paired_difference
+from patchkern.evaluation import Evaluation, estimate
 from patchkern.search.prior_weight import PriorFit
 from recipes import plots
 from recipes.tables import markdown_table
@@ -373,13 +373,14 @@ def _scores(found: Evaluation) -> list[str]:
 
 
 def _verdict(one: Evaluation, other: Evaluation) -> str:
-    found = paired_difference(one.hits(20), other.hits(20), one.users)
+    found = one.estimate(one.hits(20) - other.hits(20))
     if isnan(found.error):
         return f"one user shows no difference ({found.mean:+.4f})"
+    change = f"({found.mean:+.4f} {found.spread})"
     if not abs(found.mean) > 2 * found.error:
         of = f"{one.ranks.size:,} samples" if one.users is None else f"{one.num_users:,} users"
-        return f"no difference that {of} could show ({found.change})"
-    return f"{'better' if found.mean > 0 else 'worse'} ({found.change})"
+        return f"no difference that {of} could show {change}"
+    return f"{'better' if found.mean > 0 else 'worse'} {change}"
 
 
 def _genres(titles: Any) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 # of torch's list "CUDA Ops that autocast to float32", what a model may call and the CPU's autocast leaves as it is
-IN_FLOAT32 = (
+IN_FLOAT32 = [
     "cumprod",
     "cumsum",
     "exp",
@@ -23,10 +23,20 @@ IN_FLOAT32 = (
     "log",
     "log1p",
     "log_softmax.int",
-)
-IN_FLOAT32 += ("logsumexp", "native_layer_norm", "pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal")
-IN_FLOAT32 += ("rms_norm", "rsqrt", "softmax.int", "softplus", "sum", "sum.dim_IntList")
-AS_IT_IS = ("index_copy",)  # the CPU's promotes what differs in dtype
+    "logsumexp",
+    "native_layer_norm",
+    "pow.Scalar",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "reciprocal",
+    "rms_norm",
+    "rsqrt",
+    "softmax.int",
+    "softplus",
+    "sum",
+    "sum.dim_IntList",
+]
+AS_IT_IS = ["index_copy"]  # the CPU's promotes what differs in dtype
 
 
 @contextmanager

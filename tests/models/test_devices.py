@@ -217,11 +217,10 @@ def autocast_case(kind: str) -> tuple[Any, Any]:
         return memory, memory.planner.training(memory_model_cases.HISTORIES, ranges, head="items").planned()
     if kind in ("sasrec", "hstu"):
         model: Any = item_model_cases.make_model(block=kind)
-        histories, head, ranges = item_model_cases.HISTORIES, "items", None
+        histories, head = item_model_cases.HISTORIES, "items"
     else:
-        policy = (
-            EXPERTS["blocks"] if kind == "experts" else POLICIES["sessions, start" if kind == "sessions" else "items"]
-        )
+        policies = {"experts": EXPERTS["blocks"], "sessions": POLICIES["sessions, start"]}
+        policy = policies.get(kind, POLICIES["items"])
         model = language_model(experts=2 if kind == "experts" else 0, policy=policy, item_embeddings=True)
         histories, head = HISTORIES, kind if kind in ("titles", "both") else "items"
     ranges = np.array([(0, len(items) - 1) for items in histories])

@@ -34,7 +34,7 @@ YARDSTICKS = ["most popular", "transitions", "prior alone"]
 
 @pytest.fixture(scope="module", autouse=True)
 def tinier_models() -> None:
-    """As they are: a model that learned little gets another weight of the prior here, fitted on the candidates of lists,
+    """As they are: a model that learned little gets another weight of the prior here, fitted on lists' candidates,
     than in evaluate.py, fitted on all items."""
 
 

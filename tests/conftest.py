@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none here"))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now, some million objects of libraries and of tests, stays: collections need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 # ------------------------------------------------------------------ backends and devices

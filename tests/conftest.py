@@ -61,6 +61,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries find their objects alive at the end, and say so
+
+
 # ------------------------------------------------------------------ backends and devices
 
 CPU_BACKENDS = ["reference", "native", "triton"]

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import patchkern as pk
-from patchkern.budget.counted_step import Lora
+from patchkern.budget.counted_step import Lora, PassShape
 from patchkern.budget.training import TrainingTooLarge
-from patchkern.budget.training_cost import Choice, TrainingBytes
+from patchkern.budget.training_cost import Choice, TrainingBytes, TrainingCost
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +26,15 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def needed(model: Any, rows: int, **options: Any) -> int:
-    return pk.plan_training(model, rows, logit_rows=max(rows // 100, 1), **options).peak
+ASKED = Choice(False, "adamw", None)
 
 
 def test_less_is_changed_first(model: Any) -> None:
-    asked = Choice(False, "adamw", None)
-    wants = [needed(model, 1000)]
-    wants.append(needed(model, 1000, checkpointing=True))
-    wants.append(needed(model, 1000, checkpointing=True, optimizer="adamw_bnb_8bit"))
-    wants.append(needed(model, 1000, checkpointing=True, lora=16))
-    assert wants == sorted(wants, reverse=True)
-    choices = [asked, asked._replace(checkpointing=True), Choice(True, "adamw_bnb_8bit", None)]
+    choices = [ASKED, ASKED._replace(checkpointing=True), Choice(True, "adamw_bnb_8bit", None)]
     choices.append(Choice(True, "adamw", Lora()))
+    cost = TrainingCost(model, PassShape(1000, 10, 0, 1000))
+    wants = [cost.needed(1000, choice).peak for choice in choices]
+    assert wants == sorted(wants, reverse=True)
     flags = [(), ("--activation_checkpointing",), ("--activation_checkpointing", "--optim adamw_bnb_8bit")]
     flags.append(("--activation_checkpointing", "--lora 16"))
     for budget, choice, changed in zip(wants, choices, flags, strict=True):
@@ -51,7 +47,7 @@ def test_less_is_changed_first(model: Any) -> None:
 
 
 def test_as_many_rows_as_fit(model: Any) -> None:
-    budget = needed(model, 3000)
+    budget = pk.plan_training(model, 3000, logit_rows=30).peak
     plan = pk.plan_training(model, 5000, budget, logit_rows=50, least_rows=500)
     assert 2900 <= plan.rows_per_pass <= 3000 and plan.choice.checkpointing is False
     assert plan.flags == (f"--rows_per_pass {plan.rows_per_pass}",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -41,31 +42,54 @@ def without_code(page: Path) -> str:
 # ------------------------------------------------------------------ code
 
 
-def run(code: str, folder: Path) -> str:
-    """What a fresh interpreter prints that is given the code in an empty folder."""
+def run(code: str, folder: Path, given: str = "") -> tuple[str, str]:
+    """What a fresh interpreter prints, and its errors, that is given the code in an empty folder."""
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("pyarrow", reason="needs pyarrow")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=environment, input=given, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def test_the_readmes_block_runs_as_it_stands(tmp_path: Path) -> None:
     (block,) = code_blocks(README)
-    printed = run(block, tmp_path)
+    printed, _ = run(block, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     rates = dict(re.findall(r"^(model|most popular): +HR@10 (0\.\d+)", printed, flags=re.MULTILINE))
     assert float(rates["model"]) > float(rates["most popular"]), printed
     assert len(re.findall(r"^(?:latest|recommended): +\S", printed, flags=re.MULTILINE)) == 2, printed
 
 
-# The reference shows signatures, which are no programs.
-@pytest.mark.parametrize("page", [page for page in DOCS if page.name != "api.md" and code_blocks(page)], ids=name_of)
-def test_a_pages_blocks_run_one_after_the_other(page: Path, tmp_path: Path) -> None:
-    run("\n".join(code_blocks(page)), tmp_path)
+# A page's blocks run one after the other in a process of their own. All are forked from one that has imported what
+# takes seconds, and nothing else.
+EVERY_PAGE = """
+import json, os, sys
+import pyarrow, patchkern.search, patchkern.training
+for code, folder in json.load(sys.stdin):
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        exec(compile(code, folder, "exec"), {"__name__": "__main__"})
+        break
+    if os.waitpid(child, 0)[1]:
+        print("failed:", os.path.basename(folder), flush=True)
+"""
+
+
+def test_the_blocks_of_every_page_run(tmp_path: Path) -> None:
+    # the reference shows signatures, which are no programs
+    pages = {page.name: "\n".join(code_blocks(page)) for page in DOCS if page.name != "api.md" and code_blocks(page)}
+    for name in pages:
+        (tmp_path / name).mkdir()
+    assert len(pages) > 5
+    printed, errors = run(
+        EVERY_PAGE, tmp_path, json.dumps([(code, str(tmp_path / name)) for name, code in pages.items()])
+    )
+    assert "failed:" not in printed, printed + errors
 
 
 def test_the_equivalent_computes_the_same_rows() -> None:

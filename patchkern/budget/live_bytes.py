@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import profiler
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -46,9 +45,10 @@ class LiveBytes(TorchDispatchMode):
             return func(*args)  # a question about a fake tensor, and two of three calls
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # what a model asks the values of its inputs, positions for instance, has no answer here
-        arguments = {tensor.untyped_storage()._cdata for tensor in _counted_tensors((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in _counted_tensors(result):
+        kwargs = kwargs or {}
+        arguments = {tensor.untyped_storage()._cdata for tensor in _counted_tensors((args, *kwargs.values()))}
+        result = func(*args, **kwargs)
+        for tensor in _counted_tensors((result,)):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._counted and key not in arguments:
@@ -88,8 +88,14 @@ class LiveBytes(TorchDispatchMode):
         self._add(self._counted.pop(key), -size)
 
 
-def _counted_tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and _is_counted(leaf))
+def _counted_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Of what an operator takes or returns: tensors, and lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if _is_counted(value):
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _counted_tensors(value)
 
 
 def _is_counted(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
-from patchkern.budget.counted_step import Lora, PassShape
+from patchkern.budget.step import Lora, PassShape
 from patchkern.budget.training_cost import Choice, TrainingCost
 from patchkern.models.scratch import LLAMA_1B
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,85 +22,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchkern.budget.counted_attention import CountedAttention
-from patchkern.budget.counted_items import Chunks, CountedItems, IndexedRows
+from patchkern.budget.counted_items import CountedItems, IndexedRows
 from patchkern.budget.counted_memory import CountedMap, CountedMemory, MemoryRows
 from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.counted_sums import is_in_place, sole_references
 from patchkern.budget.live_bytes import LiveBytes
+from patchkern.budget.step import HeldBytes, Lora, PassShape, StepBytes, StepKind
 from patchkern.ops.last_layer import feed_forward, for_rows, last_layer, recomputes
 from patchkern.ops.span_rows import are_few
 from patchkern.ops.vector_dropout import drop_vectors
 
 _ROW_INTEGERS = 64  # bytes of a row of the layout, of its transpose, of positions and masks of integers
 _TITLE_INTEGERS = 12  # bytes of a token of the titles that a layout has as patches, and of its transpose
-
-
-class Lora(NamedTuple):
-    """Adapters of low rank, as `peft.LoraConfig` has them."""
-
-    rank: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-
-
-class PassShape(NamedTuple):
-    """Of the rows that are computed together."""
-
-    rows: int
-    logit_rows: int
-    """those with logits: whose next token is supervised"""
-    item_rows: int
-    """those that predict an item, with an item head"""
-    longest: int
-    """of the longest prefix"""
-    memory: MemoryRows | None = None
-    """of a recurrent memory, both of whose passes have the rows together"""
-
-    def times(self, factor: int) -> PassShape:
-        """So many passes as one."""
-        rows, logit_rows, item_rows, longest, memory = self
-        memory = None if memory is None else memory.times(factor)
-        return PassShape(factor * rows, factor * logit_rows, factor * item_rows, factor * longest, memory)
-
-
-class HeldBytes(NamedTuple):
-    """What a step holds beside weights and the optimiser's state, by what made it."""
-
-    gradients: int
-    activations: int
-    attention: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(self)
-
-
-class StepBytes:
-    """A step's memory after each of its operators, by part, for every number of rows.
-
-    The operators are the same whatever the rows, and a tensor has a size that is a constant or grows with them: two
-    counted steps say all.
-
-    Args:
-        rows: of the first counted step; the second has twice as many.
-        first, second: ``(operators, 4)`` bytes.
-        layers_end: after how many operators the forward pass of the layers ends.
-    """
-
-    def __init__(self, rows: int, first: NDArray[np.int64], second: NDArray[np.int64], layers_end: int) -> None:
-        self._rows, self._first, self._per_row = rows, first, (second - first) / rows
-        self._layers_end = layers_end
-
-    def peak(self, rows: int) -> HeldBytes:
-        """At the worst moment."""
-        held = self._first + (rows - self._rows) * self._per_row
-        return HeldBytes(*map(math.ceil, held[held.sum(1).argmax()]))
-
-    @property
-    def kept_per_row(self) -> int:
-        """Of activations and attention, from the forward to the backward pass."""
-        return math.ceil(self._per_row[self._layers_end].sum())
 
 
 class _Timeline(LiveBytes):
@@ -122,33 +54,6 @@ class _Timeline(LiveBytes):
 
     def after_operator(self) -> None:
         self.held.append(tuple(self.live_of.get(part, 0) for part in HeldBytes._fields))
-
-
-@dataclass(frozen=True)
-class StepKind:
-    """How a step is computed, whatever its rows.
-
-    Attributes:
-        autocast: dtype; None: that of the weights.
-        checkpointing: whether activations are recomputed.
-        accumulates: whether gradients of a pass before are there.
-        sharded: whether gradients go elsewhere as soon as they are made.
-        smoothing: whether labels are smoothed.
-        on_cuda: whose kernels run.
-        prefixes: whether spans have prefixes, as the branches of a trunk do.
-        labelled_alone: whether the last layer computes the rows with a label alone, see `FakeModel.chooses`.
-        chunks: of the item head's loss; None where items are not learned.
-    """
-
-    autocast: torch.dtype | None = None
-    checkpointing: bool = False
-    accumulates: bool = False
-    sharded: bool = False
-    smoothing: bool = False
-    on_cuda: bool = False
-    prefixes: bool = True
-    labelled_alone: bool = False
-    chunks: Chunks | None = None
 
 
 class FakeModel:

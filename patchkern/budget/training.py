@@ -15,9 +15,9 @@ from transformers import PretrainedConfig
 from patchkern.batch.arguments import check_count, check_number
 from patchkern.budget.counted_memory import MemoryRows
 from patchkern.budget.counted_pass import check_weights_dtype, place_of
-from patchkern.budget.counted_step import Lora, PassShape
 from patchkern.budget.search import parse_bytes
 from patchkern.budget.search_plan import in_units
+from patchkern.budget.step import Lora, PassShape
 from patchkern.budget.training_cost import OPTIMIZERS, Choice, TrainingBytes, TrainingCost
 from patchkern.ops.checks import check_flag
 

@@ -32,7 +32,8 @@ import torch
 from torch import nn
 
 from patchkern.budget.counted_items import Chunks
-from patchkern.budget.counted_step import FakeModel, Lora, PassShape, StepBytes, StepKind
+from patchkern.budget.counted_step import FakeModel
+from patchkern.budget.step import Lora, PassShape, StepBytes, StepKind
 
 _CUBLAS_WORKSPACE = 64 << 20  # of cuBLAS and of cuBLASLt on Hopper, from the memory that PyTorch counts; less before
 _MARGIN = 0.01

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import patchkern as pk
-from patchkern.budget.counted_step import Lora, PassShape
+from patchkern.budget.step import Lora, PassShape
 from patchkern.budget.training import TrainingTooLarge
 from patchkern.budget.training_cost import Choice, TrainingBytes, TrainingCost
 

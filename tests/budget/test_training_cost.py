@@ -12,7 +12,8 @@ from step_cases import Step, layout_of, measured_step, model_of, planned_step
 from transformers import LlamaConfig
 
 from patchkern.budget import counted_attention
-from patchkern.budget.counted_step import FakeModel, PassShape, StepKind
+from patchkern.budget.counted_step import FakeModel
+from patchkern.budget.step import PassShape, StepKind
 from patchkern.budget.training import plan_training
 
 

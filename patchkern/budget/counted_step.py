@@ -119,7 +119,14 @@ class FakeModel:
         Raises:
             ValueError: a model that does not run on fake tensors.
         """
-        (first, end), (second, _) = (self._follow(shape.times(n), kind) for n in (1, 2))
+        return self._count(shape, kind, backward=True)
+
+    def kept_per_row(self, shape: PassShape, kind: StepKind) -> int:
+        """`StepBytes.kept_per_row`, for which forward passes are enough; raises the same."""
+        return self._count(shape, kind, backward=False).kept_per_row
+
+    def _count(self, shape: PassShape, kind: StepKind, *, backward: bool) -> StepBytes:
+        (first, end), (second, _) = (self._follow(shape.times(n), kind, backward) for n in (1, 2))
         if first.shape != second.shape:
             raise ValueError(
                 f"model: expected one that runs the same operators for {shape.rows} rows and for {2 * shape.rows}, to "
@@ -127,7 +134,7 @@ class FakeModel:
             )
         return StepBytes(shape.rows, first, second, end)
 
-    def _follow(self, shape: PassShape, kind: StepKind) -> tuple[NDArray[np.int64], int]:
+    def _follow(self, shape: PassShape, kind: StepKind, backward: bool) -> tuple[NDArray[np.int64], int]:
         """``(operators, 4)`` bytes after each, and at which the layers' forward pass ends."""
         hooks_before = dict(self._embedding_hooks)
         _set_checkpointing(self.hf_model, kind.checkpointing)
@@ -164,8 +171,10 @@ class FakeModel:
                         for parameter in trainable:
                             parameter.grad = torch.empty_like(parameter)
                 layout = torch.empty(self._layout_bytes(shape), dtype=torch.uint8)
-                self._loss(shape, kind, counter, states).backward()
-                del layout  # which the backward pass of the rows needs last
+                loss = self._loss(shape, kind, counter, states)
+                if backward:
+                    loss.backward()
+                del loss, layout  # which the backward pass of the rows needs last
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise ValueError(
                 f"model: expected one whose training step runs on fake tensors, to count its memory; "

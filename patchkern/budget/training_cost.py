@@ -115,7 +115,7 @@ class TrainingCost:
             prefixes=prefixes,
             chunks=Chunks.of(item_rows, n_items, on_cuda) if item_rows and n_items else None,
         )
-        self._counted = lru_cache(maxsize=None)(self._count)
+        self._counted: dict[tuple[bool, Lora | None, bool], StepBytes] = {}
 
     def needed(self, rows: int, choice: Choice) -> TrainingBytes:
         """Of a step of so many rows, logits and the longest prefix in proportion."""
@@ -146,16 +146,26 @@ class TrainingCost:
 
     def row_bytes(self, choice: Choice) -> int:
         """What a row keeps from the forward to the backward pass."""
-        return self._step(choice, self._shape.rows).kept_per_row
+        labelled_alone = self._labelled_alone(choice, self._shape.rows)
+        counted = self._counted.get((choice.checkpointing, choice.lora, labelled_alone))
+        if counted is not None:
+            return counted.kept_per_row
+        return self._fake(choice.lora).kept_per_row(self._shape, self._kind_of(choice, labelled_alone))
 
     def _step(self, choice: Choice, rows: int) -> StepBytes:
-        fake: FakeModel = self._fake(choice.lora)
-        return self._counted(choice.checkpointing, choice.lora, fake.chooses(self._shape, rows))
+        labelled_alone = self._labelled_alone(choice, rows)
+        key = (choice.checkpointing, choice.lora, labelled_alone)
+        if key not in self._counted:
+            fake: FakeModel = self._fake(choice.lora)
+            self._counted[key] = fake.count_step(self._shape, self._kind_of(choice, labelled_alone))
+        return self._counted[key]
 
-    def _count(self, checkpointing: bool, lora: Lora | None, labelled_alone: bool) -> StepBytes:
-        fake: FakeModel = self._fake(lora)
-        kind = replace(self._kind, checkpointing=checkpointing, labelled_alone=labelled_alone)
-        return fake.count_step(self._shape, kind)
+    def _labelled_alone(self, choice: Choice, rows: int) -> bool:
+        fake: FakeModel = self._fake(choice.lora)
+        return fake.chooses(self._shape, rows)
+
+    def _kind_of(self, choice: Choice, labelled_alone: bool) -> StepKind:
+        return replace(self._kind, checkpointing=choice.checkpointing, labelled_alone=labelled_alone)
 
     def _state(self, fake: FakeModel, optimizer: str) -> int:
         kind = OPTIMIZERS[optimizer]

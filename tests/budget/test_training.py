@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import patchkern as pk
-from patchkern.budget.step import Lora, PassShape
+from patchkern.budget.counted_step import FakeModel
+from patchkern.budget.step import Lora, PassShape, StepKind
 from patchkern.budget.training import TrainingTooLarge
 from patchkern.budget.training_cost import Choice, TrainingBytes, TrainingCost
 
@@ -44,6 +45,13 @@ def test_less_is_changed_first(model: Any) -> None:
     with pytest.raises(TrainingTooLarge, match=r"budget: expected at least \d+ bytes for 1000 rows per pass") as error:
         pk.plan_training(model, 1000, wants[-1] - 1, logit_rows=10, least_rows=1000)
     assert error.value.needed == wants[-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_forward_pass_says_what_a_row_keeps(model: Any, checkpointing: bool) -> None:
+    fake, shape = FakeModel(model, None, None, None), PassShape(1000, 10, 0, 1000)
+    kind = StepKind(checkpointing=checkpointing)
+    assert fake.kept_per_row(shape, kind) == fake.count_step(shape, kind).kept_per_row > 0
 
 
 def test_as_many_rows_as_fit(model: Any) -> None:

@@ -118,9 +118,9 @@ def test_a_billion_parameters_on_cuda_are_what_a_formula_says() -> None:
     wide = 4 * (2 * hidden + 2 * hidden)
     narrow = 2 * (2 * hidden + hidden + 2 * keys + hidden + 4 * ffn) + 4 * heads
     assert 2 * (wide + narrow) <= counted.kept_per_row <= 1.35 * 2 * (wide + narrow)
-    recomputed = fake.count_step(PassShape(1000, 100, 0, 1000), StepKind(torch.bfloat16, True, on_cuda=True))
+    recomputed = fake.kept_per_row(PassShape(1000, 100, 0, 1000), StepKind(torch.bfloat16, True, on_cuda=True))
     # each layer's input, sine and cosine, and what follows the layers
-    assert 2 * 4 * hidden <= recomputed.kept_per_row <= 2 * 4 * hidden + 6 * 4 * hidden
+    assert 2 * 4 * hidden <= recomputed <= 2 * 4 * hidden + 6 * 4 * hidden
     many = fake.count_step(PassShape(4000, 4000, 0, 4000), StepKind(torch.bfloat16, True, on_cuda=True))
     assert 3 * 4 * 4000 * 128256 <= many.peak(4000).logits <= 4 * 4 * 4000 * 128256
 
@@ -133,7 +133,7 @@ def test_keys_that_torch_repeats_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
         kept = []
         for repeated in (False, True):
             monkeypatch.setattr(counted_attention, "repeats_keys", lambda repeated=repeated: repeated)
-            kept.append(fake.count_step(shape, kind).kept_per_row)
+            kept.append(fake.kept_per_row(shape, kind))
         assert kept[1] - kept[0] == pytest.approx(extra, abs=64)
 
 

@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there now, some million objects of libraries and of tests, stays: collections need not look at it."""
+    """What is there now, of libraries and of tests, stays: collections need not look at it."""
     gc.collect()
     gc.freeze()
 

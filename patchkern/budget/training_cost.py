@@ -115,7 +115,7 @@ class TrainingCost:
             prefixes=prefixes,
             chunks=Chunks.of(item_rows, n_items, on_cuda) if item_rows and n_items else None,
         )
-        self._counted: dict[tuple[bool, Lora | None, bool], StepBytes] = {}
+        self._counted: dict[tuple[Lora | None, StepKind], StepBytes] = {}
 
     def needed(self, rows: int, choice: Choice) -> TrainingBytes:
         """Of a step of so many rows, logits and the longest prefix in proportion."""
@@ -146,25 +146,22 @@ class TrainingCost:
 
     def row_bytes(self, choice: Choice) -> int:
         """What a row keeps from the forward to the backward pass."""
-        labelled_alone = self._labelled_alone(choice, self._shape.rows)
-        counted = self._counted.get((choice.checkpointing, choice.lora, labelled_alone))
+        kind = self._kind_of(choice, self._shape.rows)
+        counted = self._counted.get((choice.lora, kind))
         if counted is not None:
             return counted.kept_per_row
-        return self._fake(choice.lora).kept_per_row(self._shape, self._kind_of(choice, labelled_alone))
+        fake: FakeModel = self._fake(choice.lora)
+        return fake.kept_per_row(self._shape, kind)
 
     def _step(self, choice: Choice, rows: int) -> StepBytes:
-        labelled_alone = self._labelled_alone(choice, rows)
-        key = (choice.checkpointing, choice.lora, labelled_alone)
+        kind = self._kind_of(choice, rows)
+        key = (choice.lora, kind)
         if key not in self._counted:
-            fake: FakeModel = self._fake(choice.lora)
-            self._counted[key] = fake.count_step(self._shape, self._kind_of(choice, labelled_alone))
+            self._counted[key] = self._fake(choice.lora).count_step(self._shape, kind)
         return self._counted[key]
 
-    def _labelled_alone(self, choice: Choice, rows: int) -> bool:
-        fake: FakeModel = self._fake(choice.lora)
-        return fake.chooses(self._shape, rows)
-
-    def _kind_of(self, choice: Choice, labelled_alone: bool) -> StepKind:
+    def _kind_of(self, choice: Choice, rows: int) -> StepKind:
+        labelled_alone = self._fake(choice.lora).chooses(self._shape, rows)
         return replace(self._kind, checkpointing=choice.checkpointing, labelled_alone=labelled_alone)
 
     def _state(self, fake: FakeModel, optimizer: str) -> int:

@@ -7,6 +7,7 @@ import gc
 import os
 import random
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from poison import poison_memory
 # Without a GPU, Triton's kernels are interpreted. Triton reads this when it is first imported, which torch puts off.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from interpreter import patch_once
+
+        patch_once()
 
 from patchkern.batch import planning
 from patchkern.ops import backends
@@ -108,7 +113,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # `torch.manual_seed` keeps, where no GPU was used yet, a stack trace of every call for when one is
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture(autouse=True)

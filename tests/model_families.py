@@ -182,9 +182,16 @@ def tiny_model(name: str, reach: int = 4, seed: int = 0) -> PreTrainedModel:
 
 
 class Verdict(NamedTuple):
-    """Why a family is refused with an attention implementation, and why its branches are; None where it is not."""
+    """What the library makes of a family with an attention implementation.
 
-    refused: str | None
+    Attributes:
+        model: None where it is refused.
+        refused: why; None where it is not.
+        no_branches: why its branches are; None where they are not.
+    """
+
+    model: PatchedCausalLM | None
+    refused: str | None = None
     no_branches: str | None = None
 
 
@@ -194,15 +201,15 @@ def verdict(model: PreTrainedModel, implementation: str) -> Verdict:
         try:
             wrapped = PatchedCausalLM(model, CATALOG, PROMPT, attn_implementation=implementation)
         except ValueError as error:
-            return Verdict(str(error))
+            return Verdict(None, str(error))
     layout = pk.build_training_layout(CATALOG, [[0, 1, 2, 3]], pk.TextOnly(), PROMPT, [[1, 3]])
     try:
         with torch.no_grad():
             wrapped(layout)
         wrapped.recommend([[0, 1]], pk.TextOnly(), 1, 1)
     except ValueError as error:
-        return Verdict(None, str(error))
-    return Verdict(None)
+        return Verdict(wrapped, None, str(error))
+    return Verdict(wrapped)
 
 
 # what the errors say, in the words of the table

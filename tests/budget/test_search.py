@@ -280,7 +280,7 @@ def test_row_counts_are_those_of_the_layout(batch: Any) -> None:
         pk.SessionPatches(7, 40),
         *(pk.SessionPatches(7, most, align="start") for most in (None, 34, 35, 36, 3)),
         pk.SessionPatches(1, None, align="start"),
-        pk.SessionPatches(80, None, align="start"),
+        pk.SessionPatches(60, None, align="start"),
         pk.SessionPatches(3, 30, align="start", cut_every=5),
         pk.RandomItemPatches(0.5, None),
         pk.FitRows(60, group_size=4),
@@ -290,12 +290,12 @@ def test_row_counts_are_those_of_the_layout(batch: Any) -> None:
 @pytest.mark.parametrize("separator", [(), PROMPT.separator])
 def test_the_longest_history_is_the_longest_that_fits(policy: Any, separator: tuple[int, ...]) -> None:
     """More items may have fewer rows: a complete group that becomes a session, a cut, a draw."""
-    model, (history,) = make_model(), users(60)
+    model, (history,) = make_model(), users(45)
     prompt = dataclasses.replace(PROMPT, separator=separator)
-    rows = [int(pk.row_counts(model.catalog, [history[60 - count :]], policy, prompt)[0]) for count in range(61)]
+    rows = [int(pk.row_counts(model.catalog, [history[45 - count :]], policy, prompt)[0]) for count in range(46)]
     for limit in {*rows, *(count - 1 for count in rows if count > rows[0]), max(rows) + 1}:  # where another one fits
         count = longest_history(model.catalog, history, policy, prompt, limit)
-        assert count == max(n for n in range(61) if rows[n] <= limit)
+        assert count == max(n for n in range(46) if rows[n] <= limit)
     assert longest_history(model.catalog, history, policy, prompt, rows[0] - 1) == 0
     assert longest_history(model.catalog, [], policy, prompt, 0) == 0
 

@@ -127,15 +127,14 @@ def rounds_by_batch(model: nn.Module) -> bool:
 def test_a_family_keeps_users_apart_or_is_refused(name: str) -> None:
     """With layers that see four rows, what the library accepts is measured; with layers that see all of a probe's rows,
     it must say the same, for what a probe cannot see must be refused too. That is what the page says of the family."""
-    accepted = []
+    accepted, hf_model = [], families.tiny_model(name)
     for implementation in EVERYWHERE:
-        hf_model = families.tiny_model(name)
         verdict = families.verdict(hf_model, implementation)
         accepted.append("no" if verdict.refused else "yes")
-        if verdict.refused is not None:
+        model = verdict.model
+        if model is None:
             assert re.match(r"hf_model: expected .*|attn_implementation: expected .*", verdict.refused)
             continue
-        model = PatchedCausalLM(hf_model, CATALOG, PROMPT, attn_implementation=implementation)
         leak, alone, backward = measure(model)
         assert leak <= (1e-5 if rounds_by_batch(hf_model) else 0.0), implementation
         assert alone <= 1e-5, implementation

@@ -98,7 +98,7 @@ test-vllm: $(VLLM_INSTALLED) ## optional: the tests and the benchmark of the vLL
 lint: $(INSTALLED) ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## rewrite the sources in the project's style

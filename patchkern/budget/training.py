@@ -226,9 +226,9 @@ def plan_training(
             f"{budget}",
             least_needed,
         )
+    needed = cost.needed(rows, choice)  # first: what a row keeps is known from it
     kept, recomputed = (cost.row_bytes(choice._replace(checkpointing=on)) for on in (False, True))
-    asked_for = (rows_per_pass, asked)
-    return TrainingPlan(rows, choice, cost.needed(rows, choice), budget, kept, recomputed, tuple(tried), asked_for)
+    return TrainingPlan(rows, choice, needed, budget, kept, recomputed, tuple(tried), (rows_per_pass, asked))
 
 
 def _labelled(name: str, given: int | None, rows: int, wanted: bool) -> int:

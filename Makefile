@@ -62,16 +62,17 @@ bench-quick: $(BUILT) ## run the small suites in two minutes; PYTEST_ARGS=--benc
 
 # ------------------------------------------------------------------ checks
 
-# Two worker processes of one thread each: tests that are about threads set the number themselves. What a GPU computes
-# is tested by `make gpu`: here there is none, and Triton's kernels are interpreted, on any machine.
+# Two worker processes of one thread each: tests that are about threads set the number themselves. Each gets half of the
+# tests, neighbours together, and then what the other has not begun. What a GPU computes is tested by `make gpu`: here
+# there is none, and Triton's kernels are interpreted, on any machine.
 test test-all: export CUDA_VISIBLE_DEVICES =
 test: export OMP_NUM_THREADS = 1
 test: $(BUILT) ## run the tests, but for the slow ones and those for a GPU
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu' $(PYTEST_ARGS)
 
 test-all: export OMP_NUM_THREADS = 1
 test-all: $(BUILT) ## run the slow tests too
-	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu' $(PYTEST_ARGS)
 
 # An environment of its own: Ray brings much that nothing else here needs.
 RAY := build/ray

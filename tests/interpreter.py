@@ -46,7 +46,7 @@ class _PatchOnce:
 
 
 def patch_once() -> None:
-    """Where the interpreter is of a version that this is known of; others stay as they are."""
+    """An interpreter without such a function stays as it is."""
     patch = getattr(interpreter, "_patch_lang", None)
     if patch is not None and not isinstance(patch, _PatchOnce):
         interpreter._patch_lang = _PatchOnce(patch)

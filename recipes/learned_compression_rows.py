@@ -49,15 +49,17 @@ def all_rows(args: argparse.Namespace) -> dict[str, Row]:
     def memory(mode: str = "overwrite", slots: int = DEFAULTS) -> Any:
         return pk.PreferenceMemory(items, slots, block, mode)
 
+    # as many recent items as where a group of them is text, which here has rows like all others
+    sessions = pk.SessionPatches(
+        args.group_size, max_items=None, align="start", keep_text=0, keep_items=2 * args.group_size
+    )
     trained = {"consistency": args.consistency}
     rows = {
         "full": Row("whole history", items),
         "recent": Row(f"recent items, at least {keep}", recent(keep)),
         "recent-1": Row("recent items, at least 1", recent(1)),
         "latest-100": Row("latest 100 to 199 items", read_as_trained(pk.ItemPatches(keep_text=0, max_items=100))),
-        "sessions": Row(
-            f"sessions of {args.group_size}", pk.SessionPatches(args.group_size, max_items=None, align="start")
-        ),
+        "sessions": Row(f"sessions of {args.group_size}", sessions),
         "mean": Row("recent and the mean of what is old", pk.MeanOfOld(keep, block), beside="recent"),
         "mean-1": Row("the same, at least 1 recent", pk.MeanOfOld(1, block), beside="recent-1"),
         "experts": Row("PerSRec, one part", experts("one"), beside="mean"),

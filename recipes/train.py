@@ -236,7 +236,7 @@ def choose_settings(args: argparse.Namespace, data: Interactions) -> tuple[str, 
     name = name or next((known for known in SETTINGS if data.name.startswith(known)), None)
     if name is None:
         raise ValueError(f"--settings: expected one of {', '.join(SETTINGS)}, as none is known for {data.name!r}")
-    fields = ("keep_text", "group_size", "jitter", "head_learning_rate")
+    fields = ("keep_text", "group_size", "sessions_keep_text", "align", "jitter", "head_learning_rate")
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     return name, replace(SETTINGS[name], **given)
 

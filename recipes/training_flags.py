@@ -26,6 +26,8 @@ HANDED_ON: dict[str, Any] = {
     "settings": None,
     "keep_text": None,
     "group_size": None,
+    "sessions_keep_text": None,
+    "align": None,
     "max_items": 100,
     "head": "titles",
     "hold_out_items": 0.0,
@@ -107,6 +109,18 @@ def make_parser(description: str | None) -> Parser:
         "--keep_text", type=int, help="latest items that stay text in the items stage (default: of the settings)"
     )
     group.add_argument("--group_size", type=int, help="items of a session patch (default: of the settings)")
+    group.add_argument(
+        "--sessions_keep_text",
+        type=int,
+        help="latest items that stay text in the sessions stage (default: of the settings; as many as a session has, "
+        "0 for small models with an item head)",
+    )
+    group.add_argument(
+        "--align",
+        choices=("end", "start"),
+        help="of a history, where sessions are counted from; from the start, and without text, targets of an item head "
+        "share most of their rows (default: of the settings; the end, the start for small models with an item head)",
+    )
     group.add_argument(
         "--item_dropout",
         type=float,

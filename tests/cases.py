@@ -70,7 +70,8 @@ def oracle_entries(policy: Any, length: int, drawn: Iterator[bool] | None = None
         return oracle.item_patches(length, policy.keep_text)
     if isinstance(policy, pk.SessionPatches):
         rule = {"end": oracle.session_patches_end, "start": oracle.session_patches_start}[policy.align]
-        return rule(length, policy.group_size)
+        kept = (policy.group_size if kept is None else kept for kept in (policy.keep_text, policy.keep_items))
+        return rule(length, policy.group_size, *kept)
     assert drawn is not None
     return oracle.chosen_patches([next(drawn) for _ in range(length)])
 
@@ -156,6 +157,7 @@ POLICIES = {
     "sessions-start": pk.SessionPatches(group_size=5, max_items=None, align="start"),
     "sessions-start-cut": pk.SessionPatches(group_size=4, max_items=30, align="start"),
     "sessions-of-one": pk.SessionPatches(group_size=1, max_items=None),
+    "sessions-no-text": pk.SessionPatches(group_size=4, max_items=None, align="start", keep_text=0),
     "random": pk.RandomItemPatches(probability=0.3, max_items=None),
     "random-none": pk.RandomItemPatches(probability=0.0),
     "random-all": pk.RandomItemPatches(probability=1.0),
@@ -172,6 +174,8 @@ def policies() -> st.SearchStrategy[Any]:
             group_size=st.integers(1, 12),
             max_items=max_items,
             align=st.sampled_from(["end", "start"]),
+            keep_text=st.none() | st.integers(0, 12),
+            keep_items=st.none() | st.integers(0, 12),
         ),
         st.builds(
             pk.RandomItemPatches,

@@ -15,7 +15,7 @@ CATALOG = pk.Catalog.from_token_ids(np.concatenate(TITLES), np.cumsum([0, *map(l
 PROMPT = pk.Prompt(prefix=[100, 101], separator=[102], suffix=[103, 104], response_end=[105])
 IDS = [110, 111, 112]
 TEXT, PATCH, SESSIONS = pk.TextOnly(None), pk.ItemPatches(0, None), pk.SessionPatches(2, None, align="start")
-TAIL = pk.ItemPatches(2, None)
+TAIL, NO_TEXT = pk.ItemPatches(2, None), pk.SessionPatches(2, None, align="start", keep_text=0, keep_items=1)
 
 POLICIES: dict[str, pk.Experts] = {
     "one, items": pk.Experts(PATCH, count=2, keep=3, block=4, boundaries=None),
@@ -23,6 +23,7 @@ POLICIES: dict[str, pk.Experts] = {
     "one, nothing kept": pk.Experts(PATCH, count=2, keep=0, block=3, boundaries=None),
     "one, text last": pk.Experts(TAIL, count=3, keep=3, block=5, boundaries=None),
     "one, sessions": pk.Experts(SESSIONS, count=2, keep=2, block=4, boundaries=None),
+    "one, sessions without text": pk.Experts(NO_TEXT, count=2, keep=2, block=4, boundaries=None),
     "one, two forms": pk.Experts(PATCH, recent=TEXT, count=2, keep=2, block=4),
     "one, sessions and text": pk.Experts(SESSIONS, recent=TAIL, count=1, keep=3, block=2),
     "one, drawn": pk.Experts(PATCH, count=2, keep=2, block=3, boundaries=1, seed=5),
@@ -30,6 +31,7 @@ POLICIES: dict[str, pk.Experts] = {
     "blocks, items": pk.Experts(PATCH, count=2, block=4, parts="blocks"),
     "blocks, text": pk.Experts(TEXT, count=1, block=3, parts="blocks"),
     "blocks, sessions": pk.Experts(SESSIONS, count=2, block=4, parts="blocks"),
+    "blocks, sessions without text": pk.Experts(PATCH, recent=NO_TEXT, count=1, block=4, parts="blocks"),
     "blocks, two forms": pk.Experts(PATCH, recent=TEXT, count=2, block=3, parts="blocks"),
     "blocks, none": pk.Experts(PATCH, count=0, block=3, parts="blocks"),
 }
@@ -92,10 +94,11 @@ def entries_of(items: list[int], policy: pk.Experts, compressed: bool) -> list[t
     inner = policy.policy if compressed else policy.recents
     if isinstance(inner, pk.SessionPatches):
         g, n = inner.group_size, len(items)
-        pooled = n if compressed else max(n - 2 * g, 0) // g * g
+        text, patches = (g if kept is None else kept for kept in (inner.keep_text, inner.keep_items))
+        pooled = n if compressed else max(n - text - patches, 0) // g * g
         entries = [("patch", items[at : at + g]) for at in range(0, pooled, g)]
-        rest = items[pooled:]
-        return entries + [("patch", [i]) for i in rest[: max(len(rest) - g, 0)]] + [("text", [i]) for i in rest[-g:]]
+        border = max(n - text, pooled)
+        return entries + [("patch", [i]) for i in items[pooled:border]] + [("text", [i]) for i in items[border:]]
     if isinstance(inner, pk.TextOnly):
         return [("text", [item]) for item in items]
     tail = 0 if compressed else inner.keep_text

@@ -39,15 +39,15 @@ def item_patches(length: int, keep_text: int) -> list[Entry]:
     return [("item" if i < length - min(keep_text, length) else "text", [i]) for i in range(length)]
 
 
-def session_patches_end(length: int, group_size: int) -> list[Entry]:
+def session_patches_end(length: int, group_size: int, text: int, patches: int) -> list[Entry]:
     """Sessions counted back from the item patches; only the oldest may be short."""
     entries: list[Entry] = []
     position = length
-    for _ in range(group_size):
+    for _ in range(text):
         if position > 0:
             position -= 1
             entries.append(("text", [position]))
-    for _ in range(group_size):
+    for _ in range(patches):
         if position > 0:
             position -= 1
             entries.append(("item", [position]))
@@ -58,15 +58,15 @@ def session_patches_end(length: int, group_size: int) -> list[Entry]:
     return entries[::-1]
 
 
-def session_patches_start(length: int, group_size: int) -> list[Entry]:
-    """Sessions are the complete groups counted from the first item that end at or before `length - 2 * group_size`."""
+def session_patches_start(length: int, group_size: int, text: int, patches: int) -> list[Entry]:
+    """Sessions are the complete groups counted from the first item that end at or before `length - text - patches`."""
     entries: list[Entry] = []
     position = 0
-    while position + group_size <= length - 2 * group_size:
+    while position + group_size <= length - text - patches:
         entries.append(("session", list(range(position, position + group_size))))
         position += group_size
     while position < length:
-        entries.append(("text" if position >= length - group_size else "item", [position]))
+        entries.append(("text" if position >= length - text else "item", [position]))
         position += 1
     return entries
 

@@ -22,8 +22,9 @@ from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_head, plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policy_kinds import Level, Levels
+from patchkern.batch.policy_kinds import Levels
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.runs import Runs
 
 
 class Parts(NamedTuple):
@@ -58,9 +59,8 @@ class Parts(NamedTuple):
         place = np.arange(items.items.size) - np.repeat(items.offsets[:-1], items.lengths)
         levels = settled_levels(policy.policy, place)
         levels[~np.repeat(is_old, items.lengths)] = policy.recents.levels(recents)
-        index = catalog.index_of(items.items, "histories")
-        rows = entry_rows(catalog, items, index, levels, len(prompt.separator))
-        return cls(user, nth, is_old, items, index, levels, rows)
+        runs = Runs.of(catalog, items, levels)
+        return cls(user, nth, is_old, *runs[:3], runs.whole(len(prompt.separator)))
 
     def planned(
         self, catalog: Catalog, prompt: Prompt, chosen: NDArray[np.bool_], targets: Int32 | None
@@ -90,13 +90,6 @@ class Parts(NamedTuple):
         begin = np.zeros(self.user.size, np.int64)
         begin[chosen] = layout.cu_seqlens.numpy()[:-1] + len(prompt.prefix) * first
         return layout, begin
-
-
-def entry_rows(catalog: Catalog, items: Histories, index: Int32, levels: Levels, separator: int) -> Int64:
-    """``(Q,)`` rows of the entries of each part, and of the separators between them."""
-    rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
-    rows, entries = (np.diff(running(counts)[items.offsets]) for counts in (rows, levels != Level.JOIN))
-    return rows + np.maximum(entries - 1, 0) * separator
 
 
 def without_old(histories: Histories, policy: Experts) -> Histories | None:

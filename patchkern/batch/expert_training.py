@@ -18,16 +18,16 @@ from __future__ import annotations
 import numpy as np
 
 from patchkern.batch.arrangement import Table, arranged, running, spread
+from patchkern.batch.branches import Branches
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.expert_layout import entry_rows
 from patchkern.batch.expert_trunks import Groups, Samples, Trunks, shared_items
 from patchkern.batch.experts import Experts, settled_levels
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import plan_layout, unlabelled, with_items
 from patchkern.batch.planning import Head, Int64, Spans
-from patchkern.batch.policy_kinds import Level
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.runs import Runs
 
 
 def expert_training_layout(
@@ -89,53 +89,37 @@ class _Rows:
         self.trunks, self.groups, self.samples = shared_items(policy, *samples, draw, head == "items")
         position, split = self.samples.position, self.samples.split
         self.targets = catalog.index_of(histories.at(*samples), "histories")
-        separator = len(prompt.separator)
 
-        self.items = histories.between(*self.trunks[:3])
-        place = np.arange(self.items.items.size) - np.repeat(self.items.offsets[:-1], self.items.lengths)
-        is_read = np.repeat(self.trunks.is_read, self.items.lengths)
-        self.levels = np.where(
-            is_read, settled_levels(policy.recents, place), settled_levels(policy.policy, place)
-        ).astype(np.uint8)
-        self.index = catalog.index_of(self.items.items, "histories")
-        of_titles = catalog.inputs.lengths[self.index]
-        self.running_rows = running(np.where(self.levels == Level.TEXT, of_titles, self.levels == Level.PATCH))
-        self.running_entries = running(self.levels != Level.JOIN)
+        items = histories.between(*self.trunks[:3])
+        place = np.arange(items.items.size) - np.repeat(items.offsets[:-1], items.lengths)
+        is_read = np.repeat(self.trunks.is_read, items.lengths)
+        levels = np.where(is_read, settled_levels(policy.recents, place), settled_levels(policy.policy, place))
+        self.runs = Runs.of(catalog, items, levels.astype(np.uint8))
 
-        # a title has a branch; an item is predicted from the trunk where that holds its whole history
-        self.branched = np.arange(position.size) if head != "items" else np.flatnonzero(split < position)
-        which = self.branched
-        self.own = histories.between(self.samples.user[which], split[which], position[which])
-        self.own_index = catalog.index_of(self.own.items, "histories")
-        self.own_levels = policy.recents.levels(self.own)
-        self.leads = (self.rows_before(self.samples.trunk, split)[which] > 0) & (self.own.lengths > 0)
-        self.own_rows = entry_rows(catalog, self.own, self.own_index, self.own_levels, separator)
-        self.own_rows += self.leads * separator
+        own = histories.between(self.samples.user, split, position)
+        # targets behind different borders share none: where those are drawn, some of them may read other trunks
+        trunks = self.samples.trunk, split, policy.cuts(position)
+        self.branches = Branches.behind(catalog, own, policy.recents.levels(own), *trunks, head=head)
+        self.leads = self.branches.leads(self.rows_before(self.samples.trunk, split))
+        self.own_rows = self.branches.rows(self.leads, len(prompt.separator))
 
     def rows_before(self, trunk: Int64, position: Int64) -> Int64:
         """Rows of trunks before items at these positions of their users' histories."""
-        begin = self.items.offsets[trunk]
-        at = begin + position - self.trunks.start[trunk]
-        rows = self.running_rows[at] - self.running_rows[begin]
-        entries = self.running_entries[at] - self.running_entries[begin]
-        return rows + np.maximum(entries - 1, 0) * len(self.prompt.separator)
-
-    def own_trunk_rows(self) -> Int64:
-        """``(N,)`` rows of each trunk's items."""
-        return self.rows_before(np.arange(self.trunks.user.size), self.trunks.end)
+        return self.runs.before(trunk, position - self.trunks.start[trunk], len(self.prompt.separator))
 
     def trunk_rows(self) -> Int64:
         """``(N,)`` rows of each trunk, of the experts before it, and of the prompt before a user's first."""
-        rows = self.own_trunk_rows()
+        rows = self.runs.whole(len(self.prompt.separator))
         rows[self.groups.before] += self.policy.count
         first = np.unique(self.trunks.user, return_index=True)[1]
         rows[first] += len(self.prompt.prefix)
         return rows
 
     def branch_rows(self) -> Int64:
-        """``(S,)`` rows of each sample's branch."""
-        rows = np.zeros(self.samples.user.size, np.int64)
-        rows[self.branched] = self.own_rows
+        """``(S,)`` rows of the branch that each sample's own items are all of; of those that share another's, 0."""
+        branched = self.branches.sample
+        rows = np.zeros_like(self.own_rows)
+        rows[branched] = self.own_rows[branched]
         if self.head != "items":
             response = self.catalog.lengths[self.targets] + len(self.prompt.response_end)
             rows += response + len(self.prompt.suffix)
@@ -145,28 +129,17 @@ class _Rows:
 
     def planned(self) -> PatchLayout:
         """Trunks, the first of every user with the prompt, and then branches, without experts."""
-        if self.head != "items" and not self.prompt.suffix and bool((self.own.lengths == 0).any()):
+        if self.head != "items" and not self.prompt.suffix and bool((self.branches.own == 0).any()):
             raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
-        n_trunks = self.trunks.user.size
-        heads = np.full(n_trunks + self.branched.size, Head.NOTHING, np.uint8)
+        n_trunks, branched = self.trunks.user.size, self.branches.sample
+        heads = np.full(n_trunks + branched.size, Head.NOTHING, np.uint8)
         heads[np.unique(self.trunks.user, return_index=True)[1]] = Head.PREFIX
         heads[n_trunks:][self.leads] = Head.SEPARATOR
         titles = np.full(heads.size, -1, np.int32)
         if self.head != "items":
-            titles[n_trunks:] = self.targets[self.branched]
-        items = Histories._owned(
-            np.concatenate([self.items.items, self.own.items]),
-            np.append(self.items.offsets[:-1], self.items.items.size + self.own.offsets),
-        )
-        layout = plan_layout(
-            self.catalog,
-            items,
-            np.concatenate([self.index, self.own_index]),
-            np.concatenate([self.levels, self.own_levels]),
-            self.prompt,
-            titles,
-            Spans(heads, np.zeros(heads.size, np.int64)),
-        )
+            titles[n_trunks:] = self.targets[branched]
+        runs = self.runs.then(self.branches.runs)
+        layout = plan_layout(self.catalog, *runs[:3], self.prompt, titles, Spans(heads, np.zeros(heads.size, np.int64)))
         return layout if self.head != "items" else unlabelled(layout)
 
     def positions(self) -> Int64:
@@ -193,10 +166,11 @@ class _Rows:
         starts = planned.cu_seqlens.numpy().astype(np.int64)
         users, first, owner = np.unique(trunks.user, return_index=True, return_inverse=True)
         owner = owner.reshape(-1)
-        begin, rows, positions = starts[:n_trunks].copy(), self.own_trunk_rows(), self.positions()
+        rows, positions = self.runs.whole(len(self.prompt.separator)), self.positions()
+        begin, branched = starts[:n_trunks].copy(), self.branches.sample
         begin[first] += first_rows
-        trunk = samples.trunk[self.branched]
-        hidden = self.rows_before(trunk, samples.split[self.branched])
+        trunk = samples.trunk[branched]
+        hidden = self.rows_before(trunk, samples.split[branched])
         compressed = self.rows_before(groups.of, groups.upto)
         # a user's trunks follow each other, each behind its experts; with blocks, all experts come first
         rank = 2 * np.arange(n_trunks) + 2
@@ -237,8 +211,8 @@ class _Rows:
             return np.where(rows > 0, at_bodies[trunk] + rows, ahead[trunk] + 1) - 1
 
         item_rows = before(samples.trunk, samples.split)
-        inside = np.flatnonzero(self.own_rows > 0)
-        item_rows[self.branched[inside]] = at[branches][inside] + self.own_rows[inside] - 1
+        inside = np.flatnonzero(self.own_rows)
+        item_rows[inside] = at[branches][self.branches.of[inside]] + self.own_rows[inside] - 1
         labels, more = self.targets, self._more_labels() if self.head == "items" else None
         if more is not None:
             item_rows = np.concatenate([item_rows, before(*more[0]), at_experts[more[1]] + count - 1])

@@ -23,12 +23,13 @@ from torch import Tensor
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_pieces import MemoryPieces, Rows, Runs, Spliced, each_of, starts_of
+from patchkern.batch.memory_pieces import MemoryPieces, Rows, Spliced, each_of, starts_of
 from patchkern.batch.memory_stages import References, Training
 from patchkern.batch.planned_layout import check_head
 from patchkern.batch.planning import Int64
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.runs import Runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ class MemoryPlanner(MemoryPieces):
         first, groups = len(self.prompt.prefix), policy.memory_rows(absorbed) // policy.slots
         memory = self.memory(users, groups, first)
         behind = first + policy.slots * groups
-        rows = runs.before(users, segments.lengths, len(self.prompt.separator))
+        rows = runs.whole(len(self.prompt.separator))
         spliced = Spliced(
             self.prefix(users, rows.sum()),
             memory._replace(begin=memory.begin + rows.sum()),
@@ -194,8 +195,7 @@ class MemoryPlanner(MemoryPieces):
     def _item_rows(self, items: Histories) -> Int64:
         """``(B,)`` rows of the prompt's beginning and the items."""
         runs = Runs.of(self.catalog, items, self.policy.settled(items))
-        of_items = runs.before(np.arange(len(items)), items.lengths, len(self.prompt.separator))
-        return len(self.prompt.prefix) + of_items
+        return len(self.prompt.prefix) + runs.whole(len(self.prompt.separator))
 
 
 def memory_row_counts(

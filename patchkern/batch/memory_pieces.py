@@ -8,15 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from patchkern.batch.arrangement import Pieces, arranged, running
+from patchkern.batch.arrangement import Pieces, arranged
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
 from patchkern.batch.planned_layout import check_inputs, plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policy_kinds import Level, Levels
 from patchkern.batch.preference_memory import PreferenceMemory
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.runs import Runs
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,7 @@ class MemoryPieces:
         count = len(runs.items)
         layout = plan_layout(
             self.catalog,
-            runs.items,
-            runs.of_catalog,
-            runs.levels,
+            *runs[:3],
             self.prompt,
             np.full(count, -1, np.int32) if titles is None else titles,
             Spans(
@@ -93,32 +90,6 @@ class Rows(NamedTuple):
     rows: Int64
     position: Int64
     span: Int64
-
-
-class Runs(NamedTuple):
-    """Runs of items that stand together, with running counts of their rows."""
-
-    items: Histories
-    of_catalog: Int32
-    levels: Levels
-    rows: Int64
-    entries: Int64
-
-    @classmethod
-    def of(cls, catalog: Catalog, items: Histories, levels: Levels) -> Runs:
-        index = catalog.index_of(items.items, "histories")
-        rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
-        return cls(items, index, levels, running(rows), running(levels != Level.JOIN))
-
-    def counted(self, sums: Int64, run: Int64, count: Int64) -> Int64:
-        """Of the first ``count`` items of each of some runs."""
-        begin = self.items.offsets[run]
-        return sums[begin + count] - sums[begin]
-
-    def before(self, run: Int64, count: Int64, separator: int) -> Int64:
-        """Rows of the first ``count`` items of each of some runs, and of the separators between them."""
-        entries = self.counted(self.entries, run, count)
-        return self.counted(self.rows, run, count) + np.maximum(entries - 1, 0) * separator
 
 
 class Spliced:

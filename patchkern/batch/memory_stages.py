@@ -6,12 +6,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from patchkern.batch.branches import Branches
 from patchkern.batch.histories import Histories
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.memory_pieces import MemoryPieces, Rows, Runs, Spliced, each_of, starts_of
+from patchkern.batch.memory_pieces import MemoryPieces, Rows, Spliced, each_of, starts_of
 from patchkern.batch.planned_layout import target_samples, with_items
 from patchkern.batch.planning import Head, Int64
 from patchkern.batch.policies import SessionPatches
+from patchkern.batch.runs import Runs
 
 
 class References:
@@ -23,7 +25,7 @@ class References:
         self.owner, nth = each_of(end - begin)
         self.span = users + starts_of(end - begin)
         self.query_span = self.span[self.owner] + 1 + nth
-        rows = self.runs.before(users, items.lengths, separator)
+        rows = self.runs.whole(separator)
         first = len(planner.prompt.prefix)
         after = (begin[self.owner] + nth + 1) * planner.policy.block
         self.seen = first + self.runs.before(self.owner, after, separator)
@@ -92,40 +94,36 @@ class Training:
         held = np.zeros(self.unit_owner.size, np.int64)
         np.maximum.at(held, self.unit, self.split)
         held[is_whole] = block
-        self.branched = np.flatnonzero(self.split < recent) if head == "items" else np.arange(owner.size)
         begin = self.segment * block
-        trunks = histories.between(self.users[self.unit_owner], begin, begin + held)
-        begin = segment * block + self.split
-        branches = histories.between(user[self.branched], begin[self.branched], self.position[self.branched])
-        joined = Histories._owned(
-            np.concatenate([trunks.items, branches.items]),
-            np.append(trunks.offsets[:-1], trunks.items.size + branches.offsets),
-        )
-        self.runs = Runs.of(catalog, joined, np.append(policy.settled(trunks), inner.levels(branches)))
+        items = histories.between(self.users[self.unit_owner], begin, begin + held)
+        self.trunks = Runs.of(catalog, items, policy.settled(items))
+        own = histories.between(user, segment * block + self.split, self.position)
+        self.branches = Branches.behind(catalog, own, inner.levels(own), self.unit, self.split, head=head)
         self._place(units, last_segment, is_whole & (self.segment > 0))
 
     def _place(self, units: Int64, last_segment: Int64, updated: NDArray[np.bool_]) -> None:
         """Which rows stand where."""
-        planner, runs, policy, prompt = self.planner, self.runs, self.planner.policy, self.planner.prompt
+        planner, policy, prompt = self.planner, self.planner.policy, self.planner.prompt
         slots, appends = policy.slots, policy.mode == "append"
         first, separator = len(prompt.prefix), len(prompt.separator)
-        trunk, branch = np.arange(self.segment.size), self.segment.size + np.arange(self.branched.size)
-        of_branch = self.unit[self.branched]
-        leads = runs.counted(runs.entries, of_branch, self.split[self.branched]) > 0
-        leads &= runs.counted(runs.entries, branch, runs.items.lengths[branch]) > 0
+        branched = self.branches.sample
+        trunk, branch = np.arange(self.segment.size), self.segment.size + np.arange(branched.size)
+        of_branch = self.unit[branched]
+        of_trunk = self.trunks.before(self.unit, self.split, separator)
+        leads = self.branches.leads(of_trunk)
         self.heads = np.append(np.full(trunk.size, Head.NOTHING), np.where(leads, Head.SEPARATOR, Head.NOTHING))
-        self.own = runs.before(branch, runs.items.lengths[branch], separator) + leads * separator
-        rows = self.own.copy()
+        own = self.branches.rows(leads, separator)
+        rows = own[branched]
         if self.head != "items":
             if not prompt.suffix and bool((rows == 0).any()):
                 raise ValueError(
                     "prompt: expected a suffix, which a branch without text of its own begins with, got none"
                 )
             rows += len(prompt.suffix) + planner.catalog.lengths[self.targets] + len(prompt.response_end)
-        held = runs.before(trunk, runs.items.lengths[trunk], separator)
+        held = self.trunks.whole(separator)
         rows = np.append(held, rows)
 
-        branches = np.bincount(self.owner[self.branched], minlength=units.size)
+        branches = np.bincount(self.owner[branched], minlength=units.size)
         self.span = starts_of(1 + units + branches)
         unit_span = self.span[self.unit_owner] + 1 + each_of(units)[1]
         branch_owner, nth = each_of(branches)
@@ -133,7 +131,7 @@ class Training:
         # what a unit sees of the span before it, and the memory rows in its own
         seen = first + (slots * self.segment if appends else np.zeros_like(self.segment))
         memory = np.zeros_like(self.segment) if appends else slots * (self.segment > 0)
-        before = memory[self.unit] + runs.before(self.unit, self.split, separator)
+        before = memory[self.unit] + of_trunk
         if appends:
             vectors = planner.memory(self.span, last_segment, first)
             self.held_by, nth = each_of(last_segment)
@@ -141,7 +139,7 @@ class Training:
         else:
             vectors = planner.memory(unit_span, memory // slots, seen)
             self.held_by, self.memory_of = (x[memory > 0] for x in (self.unit_owner, self.segment - 1))
-        position = np.append(seen + memory, seen[of_branch] + before[self.branched])
+        position = np.append(seen + memory, seen[of_branch] + before[branched])
         self.updated_units = np.flatnonzero(updated)
         total = rows.sum()
         self.spliced = Spliced(
@@ -157,11 +155,12 @@ class Training:
         self.prefix[unit_span, 0, 1] = banks[self.unit_owner] + seen
         self.prefix[branch_span, 0] = self.prefix[unit_span[of_branch], 0]
         self.prefix[branch_span, 1:, 0] = begin[of_branch, None]
-        self.prefix[branch_span, 1:, 1] = (begin[of_branch] + before[self.branched])[:, None]
+        self.prefix[branch_span, 1:, 1] = (begin[of_branch] + before[branched])[:, None]
         # an item is predicted from the last row of the history before it
         self.item_rows = np.where(before > 0, begin[self.unit] + before, banks[self.owner] + first) - 1
-        inside = np.flatnonzero(self.own)
-        self.item_rows[self.branched[inside]] = self.spliced.starts[2][branch[inside]] + self.own[inside] - 1
+        inside = np.flatnonzero(own)
+        at = self.spliced.starts[2][branch]
+        self.item_rows[inside] = at[self.branches.of[inside]] + own[inside] - 1
         self.banks = banks
 
     def stage1(self) -> PatchLayout:
@@ -179,7 +178,7 @@ class Training:
         titles = None
         if self.head != "items":
             titles = np.append(np.full(self.segment.size, -1, np.int32), self.targets)
-        planned = self.planner.planned(self.runs, self.heads, titles)
+        planned = self.planner.planned(self.trunks.then(self.branches.runs), self.heads, titles)
         layout = self.spliced.layout(planned, self.planner, self.prefix, vectors=1)
         if self.head == "titles":
             return layout

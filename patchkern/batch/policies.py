@@ -33,9 +33,9 @@ class _Cut:
     cut_every: int = field(default=1, kw_only=True)
 
     def __repr__(self) -> str:
-        """The arguments, with ``cut_every`` last, and only where it says something."""
-        names = [each.name for each in fields(self) if each.name != "cut_every"]
-        names += ["cut_every"] * (self.cut_every != 1)
+        """The arguments; those by name only come last, and only where they say something."""
+        names = [each.name for each in fields(self) if not each.kw_only]
+        names += [each.name for each in fields(self) if each.kw_only and getattr(self, each.name) != each.default]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
@@ -99,8 +99,12 @@ class SessionPatches(_Cut):
 
     ``align="end"`` counts sessions of ``group_size`` back from the item patches, so only the oldest may be short.
     ``align="start"`` counts complete groups from the first item: their borders never move while a history grows
-    (with ``max_items=None``), so that a user's successive prompts share a growing prefix; between ``group_size`` and
-    ``2 * group_size - 1`` items stand as item patches.
+    (with ``max_items=None``), so that a user's successive prompts share a growing prefix; up to ``group_size - 1``
+    items more stand as item patches.
+
+    ``keep_text`` and ``keep_items`` are the items as text, and at least as item patches, where they are not a group's:
+    with ``keep_text=0, align="start"`` an item has one row until it joins a session, and targets of an item head that
+    are read behind the same sessions share one branch (`build_training_layout`), for two or three rows a target.
 
     Examples:
         A P starts a patch, the items J after it join it, a T is an item as text.
@@ -111,14 +115,22 @@ class SessionPatches(_Cut):
         'PJPJJPPPTTT'
         >>> "".join(pk.Level(level).name[0] for level in pk.SessionPatches(3, align="start").levels(histories))
         'PJJPPPPPTTT'
+        >>> policy = pk.SessionPatches(3, align="start", keep_text=0)
+        >>> "".join(pk.Level(level).name[0] for level in policy.levels(histories))
+        'PJJPJJPPPPP'
     """
 
     group_size: int = 5
     max_items: int | None = 100
     align: str = "end"
+    keep_text: int | None = field(default=None, kw_only=True)
+    keep_items: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count("group_size", self.group_size, minimum=1)
+        for name in ("keep_text", "keep_items"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), minimum=0)
         check_max_items(self.max_items, self.cut_every)
         if not isinstance(self.align, str) or self.align not in ("end", "start"):
             raise ValueError(f'align: expected "end" or "start", got {self.align!r}')
@@ -132,16 +144,21 @@ class SessionPatches(_Cut):
         levels = np.where(position % g == 0, np.uint8(Level.PATCH), np.uint8(Level.JOIN))
         levels[histories.offsets[:-1][lengths > 0]] = Level.PATCH
         levels[position >= np.repeat(pooled + shift, lengths)] = Level.PATCH
-        _set_latest(levels, histories, g, Level.TEXT)
+        _set_latest(levels, histories, self._text, Level.TEXT)
         return levels
 
     def trunks(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         pooled = self._pooled(lengths)
         return pooled % self.group_size, pooled
 
+    @property
+    def _text(self) -> int:
+        return self.group_size if self.keep_text is None else self.keep_text
+
     def _pooled(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Items in sessions."""
-        pooled = np.maximum(lengths - 2 * self.group_size, 0)
+        patches = self.group_size if self.keep_items is None else self.keep_items
+        pooled = np.maximum(lengths - self._text - patches, 0)
         return pooled - pooled % self.group_size if self.align == "start" else pooled
 
 

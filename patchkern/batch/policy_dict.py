@@ -42,9 +42,12 @@ def policy_to_dict(policy: AnyPolicy) -> dict[str, Any]:
     """A JSON-ready description of one of the library's policies."""
     if not isinstance(policy, _KINDS):
         raise TypeError(f"policy: expected one of {', '.join(_POLICIES)}, got {type(policy).__name__}")
-    arguments = {field.name: _described(getattr(policy, field.name)) for field in fields(policy)}
-    if arguments.get("cut_every") == 1:
-        del arguments["cut_every"]  # as it was before there was such a thing
+    arguments = {
+        field.name: _described(getattr(policy, field.name))
+        for field in fields(policy)
+        # as it was before there was such a thing
+        if not field.kw_only or getattr(policy, field.name) != field.default
+    }
     return {"name": type(policy).__name__, **arguments}
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arguments import check_count
-from patchkern.batch.arrangement import running
+from patchkern.batch.branches import Branches, numbered
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.expert_training import expert_training_layout, expert_training_rows
 from patchkern.batch.experts import Experts
@@ -32,9 +32,10 @@ from patchkern.batch.planned_layout import (
     unlabelled,
     with_items,
 )
-from patchkern.batch.planning import Head, Int32, Int64, Spans
-from patchkern.batch.policy_kinds import AnyPolicy, Level, Levels, TrunkPolicy, cut_every_of
+from patchkern.batch.planning import Head, Int64, Spans
+from patchkern.batch.policy_kinds import AnyPolicy, TrunkPolicy, cut_every_of
 from patchkern.batch.prompt import Prompt
+from patchkern.batch.runs import Runs
 
 _BLOCK_SIZE = 50
 
@@ -91,7 +92,8 @@ def build_training_layout(
         head: "titles"; "items", for a model's item head: every target is predicted from the last row of the history
             before it, which costs no row of its own where the trunk holds that history (`TextOnly`,
             `RandomItemPatches`, ``ItemPatches(keep_text=0)``), and else a branch of the recent items alone, without
-            suffix or response; "both", the rows of titles with the labels of both.
+            suffix or response, that all targets share whose recent items it begins with in the same form, as with
+            ``SessionPatches(align="start", keep_text=0)``; "both", the rows of titles with the labels of both.
 
     Returns:
         A layout whose spans are the trunks and then the branches, with labels on the responses, or ``item_labels``, in
@@ -134,44 +136,43 @@ def build_training_layout(
         return layout.with_transpose() if transpose else layout
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
-    parts = _parts(catalog, histories, policy, samples, head)
+    parts = _parts(catalog, histories, policy, samples, head, len(prompt.separator))
     listed = head != "items" and is_list(catalog, policy, prompt)
-    if head != "items" and not prompt.suffix and bool((parts.items.lengths[parts.trunks :] == 0).any()):
+    if head != "items" and not prompt.suffix and bool((parts.branches.own == 0).any()):
         raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
     targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
-    hidden = _rows_before(parts, prompt, samples)
-    of_branches = hidden[parts.branched]
-    titles = targets[parts.branched] if head != "items" else np.full(parts.branched.size, -1, np.int32)
+    trunks, hidden = len(parts.trunks.items), len(prompt.prefix) + parts.before
+    branched = parts.branches.sample
+    of_branches = hidden[branched]
+    titles = targets[branched] if head != "items" else np.full(branched.size, -1, np.int32)
     if listed:
         layout = list_layout(catalog, histories, prompt, Lists.of(samples.user, samples.start, samples.position))
     else:
-        heads = np.where(_leads(parts, samples), np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
-        heads = np.append(np.full(parts.trunks, Head.PREFIX, np.uint8), heads)
+        heads = np.where(parts.leads, np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
+        heads = np.append(np.full(trunks, Head.PREFIX, np.uint8), heads)
+        runs = parts.trunks.then(parts.branches.runs)
         layout = plan_layout(
             catalog,
-            parts.items,
-            parts.of_catalog,
-            parts.levels,
+            *runs[:3],
             prompt,
-            np.append(np.full(parts.trunks, -1, np.int32), titles),
-            Spans(heads, np.append(np.zeros(parts.trunks, np.int64), of_branches)),
+            np.append(np.full(trunks, -1, np.int32), titles),
+            Spans(heads, np.append(np.zeros(trunks, np.int64), of_branches)),
         )
     _check_rows(layout, max_rows)
     cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
     trunk_starts = cu_seqlens[samples.trunk]
-    if not listed and (head != "items" or parts.branched.size):
-        prefix = np.zeros((len(parts.items), 2), np.int32)
-        prefix[parts.trunks :, 0] = trunk_starts[parts.branched]
-        prefix[parts.trunks :, 1] = prefix[parts.trunks :, 0] + of_branches
+    if not listed and (head != "items" or branched.size):
+        prefix = np.zeros((trunks + branched.size, 2), np.int32)
+        prefix[trunks:, 0] = trunk_starts[branched]
+        prefix[trunks:, 1] = prefix[trunks:, 0] + of_branches
         changed = {"prefix": torch.from_numpy(prefix), "max_prefix": int(of_branches.max(initial=0))}
         layout = PatchLayout._trusted({**layout.__dict__, **changed})
     if head == "items":
         layout = unlabelled(layout)
     if head != "titles":
         rows = trunk_starts + hidden - 1
-        own = _own_rows(parts, samples, len(prompt.separator))
-        inside = np.flatnonzero(own)
-        rows[parts.branched[inside]] = cu_seqlens[parts.trunks + inside] + own[inside] - 1
+        inside = np.flatnonzero(parts.own)
+        rows[inside] = cu_seqlens[trunks + parts.branches.of[inside]] + parts.own[inside] - 1
         layout = with_items(layout, rows, trunk_starts, targets)
     return layout.with_transpose() if transpose else layout
 
@@ -213,16 +214,17 @@ def training_rows(
         lists = Lists.of(samples.user, samples.start, samples.position)
         np.add.at(rows, lists.user, lists.rows(catalog, histories, prompt))
         return rows
-    parts = _parts(catalog, histories, policy, samples, head)
-    of_trunks = len(prompt.prefix) + _entry_rows(parts, len(prompt.separator))[: parts.trunks]
-    of_branches = _own_rows(parts, samples, len(prompt.separator))
+    parts = _parts(catalog, histories, policy, samples, head, len(prompt.separator))
+    of_trunks = len(prompt.prefix) + parts.trunks.whole(len(prompt.separator))
+    branched = parts.branches.sample
+    of_branches = parts.own[branched]
     if head != "items":
         titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
         of_branches += titles + len(prompt.suffix) + len(prompt.response_end)
     owner = np.zeros(of_trunks.size, np.int64)
     owner[samples.trunk] = samples.user
     np.add.at(rows, owner, of_trunks)
-    np.add.at(rows, samples.user[parts.branched], of_branches)
+    np.add.at(rows, samples.user[branched], of_branches)
     return rows
 
 
@@ -232,15 +234,13 @@ def _check_rows(layout: PatchLayout, max_rows: int | None) -> None:
 
 
 class _Parts(NamedTuple):
-    """The parts of histories that are the spans of a batch: the trunks, and then a branch per sample."""
+    """The spans of a batch: the trunks, and then the branches."""
 
-    items: Histories
-    of_catalog: Int32  # (N,) catalogue positions of the items
-    levels: Levels
-    trunks: int
-    branched: Int64  # (n_branches,) the samples that have a branch
-    rows: Int64  # (N + 1,) running count of the rows of entries
-    entries: Int64  # (N + 1,) running count of entries
+    trunks: Runs
+    branches: Branches
+    leads: NDArray[np.bool_]  # (n_branches,) whether a separator leads each
+    before: Int64  # (S,) rows of its trunk's entries that each sample reads
+    own: Int64  # (S,) and of its branch
 
 
 def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkPolicy:
@@ -259,21 +259,12 @@ def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike
     user, position = target_samples(histories, target_ranges)
     start = first_kept(position, policy.max_items, block_size)
     key, split = policy.trunks(position - start)
-    return _Samples(user, position, start, split, _numbered(user, start, key))
+    return _Samples(user, position, start, split, numbered(user, start, key))
 
 
-def _numbered(*columns: Int64) -> Int64:
-    """``(S,)`` the rank of each sample's columns among the distinct ones, the first column counting most."""
-    order = np.lexsort(columns[::-1])
-    new = np.zeros(order.size, np.bool_)
-    for column in columns:
-        new[1:] |= np.diff(column[order]) != 0
-    rank = np.empty(order.size, np.int64)
-    rank[order] = np.cumsum(new)
-    return rank
-
-
-def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples, head: str) -> _Parts:
+def _parts(
+    catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples, head: str, separator: int
+) -> _Parts:
     order = np.lexsort((samples.split, samples.trunk))
     longest = order[np.flatnonzero(np.diff(samples.trunk[order], append=-1) != 0)]
     user, start, split = samples.user[longest], samples.start[longest], samples.split[longest]
@@ -281,43 +272,9 @@ def _parts(catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples:
     whole = histories.between(user, start, samples.position[longest])
     place = np.arange(whole.items.size) - np.repeat(whole.offsets[:-1], whole.lengths)
     of_trunks = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
-    trunks = histories.between(user, start, start + split)
-    # a title always has a branch; an item is predicted from the trunk where that holds its whole history
-    begin = samples.start + samples.split
-    branched = np.arange(begin.size) if head != "items" else np.flatnonzero(begin < samples.position)
-    branches = histories.between(samples.user[branched], begin[branched], samples.position[branched])
-    items = Histories._owned(
-        np.concatenate([trunks.items, branches.items]),
-        np.concatenate([trunks.offsets[:-1], trunks.items.size + branches.offsets]),
-    )
-    levels = np.concatenate([of_trunks, policy.levels(branches)])
-    index = catalog.index_of(items.items, "histories")
-    rows = np.where(levels == Level.TEXT, catalog.inputs.lengths[index], levels == Level.PATCH)
-    entries = (levels != Level.JOIN) & (levels != Level.DROP)
-    return _Parts(items, index, levels, len(trunks), branched, running(rows), running(entries))
-
-
-def _leads(parts: _Parts, samples: _Samples) -> NDArray[np.bool_]:
-    """``(n_branches,)`` whether a separator leads the branch: where entries stand on both sides of the border."""
-    starts = parts.items.offsets[samples.trunk[parts.branched]]
-    before = parts.entries[starts + samples.split[parts.branched]] - parts.entries[starts]
-    own = np.diff(parts.entries[parts.items.offsets])[parts.trunks :]
-    return (before > 0) & (own > 0)
-
-
-def _own_rows(parts: _Parts, samples: _Samples, separator: int) -> Int64:
-    """``(n_branches,)`` rows of each branch's history, its leading separator included."""
-    return _entry_rows(parts, separator)[parts.trunks :] + _leads(parts, samples) * separator
-
-
-def _entry_rows(parts: _Parts, separator: int) -> Int64:
-    """Rows of each part's entries and of the separators between them."""
-    rows, entries = (np.diff(running[parts.items.offsets]) for running in (parts.rows, parts.entries))
-    return rows + np.maximum(entries - 1, 0) * separator
-
-
-def _rows_before(parts: _Parts, prompt: Prompt, samples: _Samples) -> Int64:
-    """``(S,)`` rows of its trunk that each sample sees."""
-    start = parts.items.offsets[samples.trunk]
-    rows, entries = (running[start + samples.split] - running[start] for running in (parts.rows, parts.entries))
-    return len(prompt.prefix) + rows + np.maximum(entries - 1, 0) * len(prompt.separator)
+    trunks = Runs.of(catalog, histories.between(user, start, start + split), of_trunks)
+    before = trunks.before(samples.trunk, samples.split, separator)
+    own = histories.between(samples.user, samples.start + samples.split, samples.position)
+    branches = Branches.behind(catalog, own, policy.levels(own), samples.trunk, samples.split, head=head)
+    leads = branches.leads(before)
+    return _Parts(trunks, branches, leads, before, branches.rows(leads, separator))

@@ -26,6 +26,8 @@ class Settings:
         batch_size: samples per optimisation step.
         keep_text: items that stay text in the items stage.
         group_size: items per session in the sessions stage.
+        sessions_keep_text: items that stay text in the sessions stage; None: as many as a session has.
+        align: from where sessions are counted, see `patchkern.SessionPatches`.
         weight_decay, adam_betas: of AdamW.
         label_smoothing: share of the labels' weight that goes to all tokens alike.
         dropout: of a model that starts from random weights, see `patchkern.models.scratch.scratch_model`.
@@ -41,6 +43,8 @@ class Settings:
     batch_size: int = 64
     keep_text: int = 5
     group_size: int = 5
+    sessions_keep_text: int | None = None
+    align: str = "end"
     weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.9, 0.999)
     label_smoothing: float = 0.0
@@ -56,7 +60,7 @@ class Settings:
         if _stage(stage) == "sft":
             return TextOnly(max_items)
         if stage == "sessions":
-            return SessionPatches(self.group_size, max_items)
+            return SessionPatches(self.group_size, max_items, self.align, keep_text=self.sessions_keep_text)
         return ItemPatches(self.keep_text, max_items)
 
     def defaults(self, stage: str) -> dict[str, Any]:
@@ -124,6 +128,8 @@ SETTINGS = {
         learning_rate=2e-3,
         sessions_learning_rate=2e-3,
         keep_text=0,
+        sessions_keep_text=0,
+        align="start",
         weight_decay=0.0,
         adam_betas=(0.9, 0.98),
         dropout=0.2,
@@ -137,6 +143,8 @@ SETTINGS = {
         learning_rate=2e-3,
         sessions_learning_rate=2e-3,
         keep_text=0,
+        sessions_keep_text=0,
+        align="start",
         adam_betas=(0.9, 0.98),
         dropout=0.3,
         warmup=100,

@@ -170,6 +170,9 @@ class Planner:
             "max_items": training.max_items,
             "item_dropout": training.dropped,
         }
+        if training.stage == "sessions":  # in the published form, whatever the settings prefer
+            size = training.group_size or self.settings.group_size
+            flags |= {"align": "end", "sessions_keep_text": size}
         if training.start is None:
             flags |= {"model": chosen.model, "head": chosen.head}
         else:
@@ -288,6 +291,8 @@ class Planner:
             self.settings,
             keep_text=training.keep_text or self.settings.keep_text,
             group_size=training.group_size or self.settings.group_size,
+            sessions_keep_text=None,
+            align="end",
         )
         max_items = latest or training.max_items or self.reader.max_items
         if training.dropped is not None:

@@ -106,6 +106,23 @@ def more_labels(kind: str) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("head", ["titles", "items"])
+@pytest.mark.parametrize("kind", ["one, items", "one, text last", "one, sessions", "one, sessions without text"])
+def test_no_draw_takes_more_rows_than_are_counted(kind: str, head: str) -> None:
+    policy = replace(POLICIES[kind], boundaries=1)
+    counted = pk.training_rows(CATALOG, HISTORIES, policy, prompt_of(policy), RANGES, head=head)
+    for user, (history, most) in enumerate(zip(HISTORIES, counted.tolist(), strict=True)):
+        taken = {
+            pk.build_training_layout(
+                *(CATALOG, [history], replace(policy, seed=seed), prompt_of(policy), RANGES[user : user + 1]),
+                head=head,
+                transpose=False,
+            ).num_rows
+            for seed in range(12)
+        }
+        assert max(taken) == most if len(taken) > 1 else max(taken) <= most
+
+
+@pytest.mark.parametrize("head", ["titles", "items"])
 def test_borders_are_drawn_anew_with_every_seed(head: str) -> None:
     policy = POLICIES["one, drawn"]
     prompt = prompt_of(policy)

@@ -25,6 +25,8 @@ POLICIES = {
     "sessions-end": pk.SessionPatches(3, None),
     "sessions-start": pk.SessionPatches(3, None, align="start"),
     "sessions-of-one": pk.SessionPatches(1, None),
+    "sessions-no-text": pk.SessionPatches(3, None, align="start", keep_text=0, keep_items=5),
+    "sessions-alone": pk.SessionPatches(3, None, keep_text=0, keep_items=0),
 }
 TRUNK_ALONE = {"text", "items-no-text"}
 LENGTHS = [1, 2, 40, 0, 13]
@@ -159,7 +161,7 @@ def test_item_rows_see_what_their_samples_see(planner: str, name: str, head: str
     assert checked.transpose is not None
     if head == "items":
         assert layout.labels is layout.logit_rows is layout.logit_labels is None
-        assert (layout.prefix is None) == (name in TRUNK_ALONE)
+        assert (layout.prefix is None) == (name in {*TRUNK_ALONE, "sessions-alone"})
         if name in TRUNK_ALONE:
             assert layout.num_users == 4
     else:
@@ -259,6 +261,20 @@ def test_training_rows(planner: str, name: str, head: str) -> None:
         assert alone.num_rows == counted[user]
     with pytest.raises(ValueError, match=rf"max_rows: expected at least {counted.sum()} "):
         plan(batch, RANGES, head=head, max_rows=int(counted.sum()) - 1)
+
+
+def test_targets_behind_the_same_sessions_share_a_branch(planner: str) -> None:
+    """Three of them where sessions are of three items: five to seven rows for three targets, instead of for one."""
+    policy = POLICIES["sessions-no-text"]
+    batch = make_batch(policy, [60], separator=0)
+    layout = plan(batch, [[7, 59]])
+    assert layout.prefix is not None
+    # behind the prefix and 0 to 18 sessions; the last branch has a single target
+    prefix = len(batch.prompt.prefix)
+    assert layout.prefix[1:, 1].tolist() == [prefix + n for n in range(19)]
+    assert np.diff(layout.cu_seqlens).tolist() == [prefix + 18, *[7] * 18, 5]
+    text = plan(make_batch(replace(policy, keep_text=None), [60], separator=0), [[7, 59]])
+    assert text.num_users > 50 and text.num_rows > 4 * layout.num_rows
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -72,12 +72,26 @@ def test_by_hand() -> None:
         *(patch, text, text),
         *(patch, join, patch, patch, patch, text, text),
     ]
+    assert pk.SessionPatches(group_size=2, keep_text=0, keep_items=1).levels(histories).tolist() == [
+        *(patch,),
+        *(patch, join, patch),
+        *(patch, join, patch, join, patch, join, patch),
+    ]
+    assert pk.SessionPatches(group_size=3, align="start", keep_text=1, keep_items=0).levels(histories).tolist() == [
+        *(text,),
+        *(patch, patch, text),
+        *(patch, join, join, patch, join, join, text),
+    ]
 
 
 def test_defaults() -> None:
     assert pk.TextOnly() == pk.TextOnly(max_items=100)
     assert pk.ItemPatches() == pk.ItemPatches(keep_text=5, max_items=100)
     assert pk.SessionPatches() == pk.SessionPatches(group_size=5, max_items=100, align="end")
+    histories = histories_of(range(30))
+    for align in ("end", "start"):
+        said = pk.SessionPatches(4, None, align, keep_text=4, keep_items=4)
+        assert np.array_equal(said.levels(histories), pk.SessionPatches(4, None, align).levels(histories))
     assert pk.RandomItemPatches() == pk.RandomItemPatches(probability=0.3, max_items=100, seed=0)
 
 
@@ -339,6 +353,8 @@ def test_nan_probability() -> None:
         (lambda: pk.SessionPatches(max_items=0), ValueError, r"max_items: .*got 0"),
         (lambda: pk.SessionPatches(align="middle"), ValueError, r'align: expected "end" or "start", got \'middle\''),
         (lambda: pk.SessionPatches(align=None), ValueError, r"align: .*got None"),
+        (lambda: pk.SessionPatches(keep_text=-1), ValueError, r"keep_text: .*got -1"),
+        (lambda: pk.SessionPatches(keep_items=1.0), TypeError, r"keep_items: expected an integer, got float"),
         (lambda: pk.RandomItemPatches(probability=1.5), ValueError, r"probability: expected .* 0\.\.1, got 1.5"),
         (lambda: pk.RandomItemPatches(probability=-0.1), ValueError, r"probability: .*got -0.1"),
         (lambda: pk.RandomItemPatches(probability=float("inf")), ValueError, r"probability: .*got inf"),

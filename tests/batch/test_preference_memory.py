@@ -23,6 +23,7 @@ INNER: dict[str, Any] = {
     "text": pk.TextOnly(None),
     "items": pk.ItemPatches(keep_text=2, max_items=None),
     "sessions": pk.SessionPatches(3, max_items=None, align="start"),
+    "sessions without text": pk.SessionPatches(3, max_items=None, align="start", keep_text=0, keep_items=1),
 }
 
 

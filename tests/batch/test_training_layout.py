@@ -26,6 +26,8 @@ POLICIES = {
     "sessions-end": pk.SessionPatches(3, None),
     "sessions-start": pk.SessionPatches(3, None, align="start"),
     "sessions-of-one": pk.SessionPatches(1, None),
+    "sessions-no-text": pk.SessionPatches(3, None, align="start", keep_text=0, keep_items=5),
+    "sessions-alone": pk.SessionPatches(3, None, keep_text=0, keep_items=0),
 }
 
 

@@ -165,6 +165,16 @@ def test_steps_are_shared_between_tables(data: str) -> None:
         steps.distinct([Step("a", "x.py", ("1",)), Step("a", "x.py", ("2",))])
 
 
+def test_sessions_are_of_the_published_form_whatever_small_models_prefer(data: str) -> None:
+    reader = Reader.of("tiny", open_dataset(data), head="items", max_items=30)
+    options = Options(data_flags=("--data", data), name="few", model="tiny", head="items")
+    items, published = Planner(options, reader), pk.SessionPatches(5, 30)
+    assert items.settings.align == "start" and items.policy(items.training("sessions")) == published
+    (step,) = (step for step in items.plan(["2"], []) if step.key == "sessions-s0")
+    flags = dict(zip(step.arguments[:-1], step.arguments[1:], strict=True))
+    assert flags["--align"] == "end" and flags["--sessions_keep_text"] == "5"
+
+
 def test_dropped_and_latest_items_leave_the_rows_of_patches(data: str) -> None:
     every = planner(data, max_items=30)
     samples = every.reader.data.samples("train")

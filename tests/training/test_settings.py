@@ -34,6 +34,8 @@ def test_settings_are_the_papers(tmp_path: Path) -> None:
     assert "adamw" in arguments.optim
     assert SETTINGS["ml-100k"].arguments("items", tmp_path, learning_rate=0.5).learning_rate == 0.5
     assert SETTINGS["ml-100k"].policy("sessions") == pk.SessionPatches(20, 100)
+    without_text = pk.SessionPatches(5, None, align="start", keep_text=0)
+    assert SETTINGS["scratch-head"].policy("sessions", None) == SETTINGS["ids"].policy("sessions", None) == without_text
     assert SETTINGS["ml-1m"].policy("items", None) == pk.ItemPatches(5, None)
     assert SETTINGS["ml-1m"].policy("sft") == pk.TextOnly(100)
 

@@ -66,6 +66,7 @@ FORMS: dict[str, Callable[[int], Any]] = {
     "text": lambda count: pk.TextOnly(max_items=None),
     "items": lambda count: PATCHES,
     "sessions": lambda count: pk.SessionPatches(20, max_items=None, align="start"),
+    "sessions, no text": lambda count: pk.SessionPatches(20, max_items=None, align="start", keep_text=0),
     "experts, one": lambda count: pk.Experts(PATCHES, count=count, keep=20, block=BLOCK),
     "experts, blocks": lambda count: pk.Experts(PATCHES, count=count, block=BLOCK, parts="blocks"),
     "memory, overwrite": lambda count: pk.PreferenceMemory(PATCHES, slots=count, block=BLOCK),

@@ -11,9 +11,11 @@ r"""The item head against titles, in training and in recommending, and its produ
 published; "titles, patches alone" under the policy of "items", which has no text: what is left of the difference is the
 head's. Histories are not cut.
 
+"titles, sessions" and "items, sessions" are the same under sessions: as published, and without text.
+
 "search": the same users' lists of 20, "beam" with 20 beams and "items", which is ``search="items"``; "items, same
 prompts" reads the five items as text that the beam reads, and with "stored prompts" both have a `UserCache` that holds
-them: what is left is the search itself.
+them: what is left is the search itself. "sessions": as in training.
 
 "catalogue": one user and 200,000 items. "product" is what follows the forward pass: the scores of all items, made to
 log-probabilities, and the 20 best that the user has not seen; "faiss IndexFlatIP" the 20 best inner products, with the
@@ -30,6 +32,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ from patchkern.search.item_search import best_items
 
 PARTS = ("training", "search", "catalogue")
 PATCHES, PUBLISHED = pk.ItemPatches(0, None), pk.ItemPatches(5, None)
+SESSIONS, SESSIONS_PUBLISHED = pk.SessionPatches(5, None, "start", keep_text=0), pk.SessionPatches(5, None)
 K = 20
 
 
@@ -94,13 +98,16 @@ def training(table: Table, args: argparse.Namespace) -> None:
     workload = ml1m(args.vocab_size)
     histories, ranges = whole_users(workload, args.users, 0, args.most_items)
     count = int((ranges[:, 1] - ranges[:, 0] + 1).sum())
-    check_loss(workload, args)
+    for checked in (PATCHES, SESSIONS):
+        check_loss(workload, checked, args)
     everybody = workload.histories
     of_all = np.stack([np.full(len(everybody), 3), everybody.lengths - 1], axis=1)
-    providers = {
+    providers: dict[str, tuple[pk.Policy, str]] = {
         "titles": (PUBLISHED, "titles"),
         "titles, patches alone": (PATCHES, "titles"),
         "items": (PATCHES, "items"),
+        "titles, sessions": (SESSIONS_PUBLISHED, "titles"),
+        "items, sessions": (SESSIONS, "items"),
     }
     calls: dict[str, Callable[[], object]] = {}
     for name, (policy, head) in providers.items():
@@ -119,8 +126,12 @@ def training(table: Table, args: argparse.Namespace) -> None:
         table.add(name, "training", "rows per target, all users", "rows", (rows_each,) * 3, own)
         p20, p50, p80 = (count / seconds for seconds in timing.quantiles(name))
         table.add(name, "training", "speed", "targets/s", (p80, p50, p20), own)
-    for name in ("titles", "titles, patches alone"):
-        table.add("items", "training", f"speed-up over {name}", "x", timing.ratio(name, "items"), config)
+    for slow, fast in (
+        ("titles", "items"),
+        ("titles, patches alone", "items"),
+        ("titles, sessions", "items, sessions"),
+    ):
+        table.add(fast, "training", f"speed-up over {slow}", "x", timing.ratio(slow, fast), config)
 
 
 def one_step(model: pk.PatchedCausalLM, optimizer: torch.optim.Optimizer, *batch: Any) -> float:
@@ -128,20 +139,20 @@ def one_step(model: pk.PatchedCausalLM, optimizer: torch.optim.Optimizer, *batch
     return sum(losses)
 
 
-def check_loss(workload: Workload, args: argparse.Namespace) -> None:
+def check_loss(workload: Workload, policy: pk.Policy, args: argparse.Namespace) -> None:
     model = make_patched(workload, args).eval()
     (history,), (target,) = workload.samples(1)[0].latest(20), workload.samples(1)[1]
     users = [[*history.tolist(), target]]
     ranges = [[len(history) - 2, len(history)]]
-    layout = pk.build_training_layout(workload.catalog, users, PATCHES, workload.prompt, ranges, head="items")
+    layout = pk.build_training_layout(workload.catalog, users, policy, workload.prompt, ranges, head="items")
     before = [users[0][:position] for position in range(len(history) - 2, len(history) + 1)]
     labels = workload.catalog.index_of([users[0][len(part)] for part in before])
     with torch.no_grad():
         got = float(model(layout).loss)
-        scores = dense_scores(model, states_of(model, before, PATCHES))
+        scores = dense_scores(model, states_of(model, before, policy))
         expected = float(F.nll_loss(scores, torch.from_numpy(labels.astype(np.int64))))
     if not np.isclose(got, expected, rtol=TOLERANCE, atol=0):
-        sys.exit(f"training: expected a loss of {expected}, got {got}; nothing was timed")
+        sys.exit(f"training: expected a loss of {expected} under {policy}, got {got}; nothing was timed")
 
 
 # ------------------------------------------------------------------ search
@@ -151,10 +162,13 @@ def search(table: Table, args: argparse.Namespace) -> None:
     workload = ml1m(args.vocab_size)
     model = make_patched(workload, args).eval()
     histories = workload.samples(args.search_users)[0].latest(100)
-    check_lists(model, histories.take(np.arange(min(4, len(histories)))), "search")
+    for checked in (PATCHES, SESSIONS):
+        check_lists(model, histories.take(np.arange(min(4, len(histories)))), checked, "search")
     text, patches = pk.ItemPatches(5, 100), pk.ItemPatches(0, 100)
-    policies = {"beam": text, "items": patches, "items, same prompts": text}
+    policies: dict[str, pk.Policy] = {"beam": text, "items": patches, "items, same prompts": text}
     policies |= {"beam, stored prompts": text, "items, stored prompts": patches}
+    policies["beam, sessions"] = replace(SESSIONS_PUBLISHED, max_items=100)
+    policies["items, sessions"] = replace(SESSIONS, max_items=100)
     calls: dict[str, Callable[[], object]] = {}
     for name, policy in policies.items():
         cache = pk.UserCache(model, 1 << 28) if "stored" in name else None
@@ -170,15 +184,17 @@ def search(table: Table, args: argparse.Namespace) -> None:
         ("beam", "items"),
         ("beam", "items, same prompts"),
         ("beam, stored prompts", "items, stored prompts"),
+        ("beam, sessions", "items, sessions"),
+        ("beam", "items, sessions"),
     ):
         table.add(fast, "search", f"speed-up over {slow}", "x", timing.ratio(slow, fast), config)
 
 
-def check_lists(model: pk.PatchedCausalLM, histories: pk.Histories, part: str) -> None:
-    expected = dense_scores(model, states_of(model, histories, PATCHES)).detach()
+def check_lists(model: pk.PatchedCausalLM, histories: pk.Histories, policy: pk.Policy, part: str) -> None:
+    expected = dense_scores(model, states_of(model, histories, policy)).detach()
     k = min(K, len(model.catalog))
     for history, user, row in zip(
-        histories, model.recommend(histories, PATCHES, k, search="items"), expected, strict=True
+        histories, model.recommend(histories, policy, k, search="items"), expected, strict=True
     ):
         places = torch.from_numpy(model.catalog.index_of([item for item, _ in user]).astype(np.int64))
         scores = torch.tensor([score for _, score in user], dtype=row.dtype)
@@ -186,7 +202,7 @@ def check_lists(model: pk.PatchedCausalLM, histories: pk.Histories, part: str) -
         if not (
             torch.allclose(scores, best, rtol=0, atol=1e-3) and torch.allclose(row[places], best, rtol=0, atol=1e-3)
         ):
-            sys.exit(f"{part}: other items than the definition's after {len(history)} items; nothing was timed")
+            sys.exit(f"{part}: other items than the definition's after {len(history)} items under {policy}")
 
 
 # ------------------------------------------------------------------ one user, many items
@@ -198,7 +214,7 @@ def catalogue(table: Table, args: argparse.Namespace) -> None:
     histories = pk.Histories(np.random.default_rng(0).integers(0, len(titles), 100), [0, 100])
     workload = Workload("random titles", titles, plain.prompt, histories)
     model = make_patched(workload, args).eval()
-    check_lists(model, histories, "catalogue")
+    check_lists(model, histories, PATCHES, "catalogue")
     state = states_of(model, histories, PATCHES)
     unseen = ItemFilter(titles, histories, None, exclude_seen=True)
     everybody = np.zeros(1, np.int64)

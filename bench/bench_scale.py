@@ -54,6 +54,7 @@ WHOLE: dict[str, pk.Policy] = {
     "items": pk.ItemPatches(0, None),
     "sessions of 5": pk.SessionPatches(5, None, align="start"),
     "sessions of 20": pk.SessionPatches(20, None, align="start"),
+    "sessions of 20, no text": pk.SessionPatches(20, None, align="start", keep_text=0),
 }
 # words that a chat template puts around a history; no separators, which patches need none of
 PROMPT = pk.Prompt(prefix=tuple(range(32)), suffix=(33,), response_end=(34,))

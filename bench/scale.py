@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-POLICIES = ("text", "items", "sessions of 5", "sessions of 20")
+POLICIES = ("text", "items", "sessions of 5", "sessions of 20", "sessions of 20, no text")
 PUBLISHED = Path(__file__).parent / "results/scale.csv"
 INT32 = 2**31 - 1
 GIB = 2**30

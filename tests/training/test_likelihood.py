@@ -28,7 +28,9 @@ def expected(model: pk.PatchedCausalLM, family: str, policy: Any) -> list[float]
 
 
 @pytest.mark.parametrize("rows_per_pass", [1, 60, 4096])
-@pytest.mark.parametrize("policy", ["text", "text-cut", "items", "sessions-end", "sessions-start-cut"])
+@pytest.mark.parametrize(
+    "policy", ["text", "text-cut", "items", "sessions-end", "sessions-start-cut", "sessions-no-text"]
+)
 def test_against_forced_titles(policy: str, rows_per_pass: int) -> None:
     model = make_model(TITLES)
     got = target_nll(model, WHOLE, SAMPLES, POLICIES[policy], rows_per_pass=rows_per_pass)
@@ -182,7 +184,9 @@ def with_head() -> pk.PatchedCausalLM:
 
 
 @pytest.mark.parametrize("rows_per_pass", [1, 60, 4096])
-@pytest.mark.parametrize("policy", ["text", "text-cut", "items", "items-all", "sessions-end", "sessions-start-cut"])
+@pytest.mark.parametrize(
+    "policy", ["text", "text-cut", "items", "items-all", "sessions-end", "sessions-start-cut", "sessions-no-text"]
+)
 def test_items_against_the_scores_of_each_history(
     policy: str, rows_per_pass: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,7 +202,8 @@ def check_lists(model: pk.PatchedCausalLM, histories: pk.Histories, policy: pk.P
         if not (
             torch.allclose(scores, best, rtol=0, atol=1e-3) and torch.allclose(row[places], best, rtol=0, atol=1e-3)
         ):
-            sys.exit(f"{part}: other items than the definition's after {len(history)} items under {policy}")
+            where = f"{policy}, after {len(history)} items"
+            sys.exit(f"{part}: other items than the definition's under {where}; nothing was timed")
 
 
 # ------------------------------------------------------------------ one user, many items

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import oracle
 import peft
@@ -33,15 +34,10 @@ COMPOSITIONS = {
 
 def entries_of(policy: pk.Policy, histories: list[list[int]]) -> list[list[oracle.Entry]]:
     """What each user's (already cut) items become."""
-    if isinstance(policy, pk.RandomItemPatches):
-        drawn = policy.levels(pk.Histories.from_sequences(histories)).astype(bool).tolist()
-        return [oracle.chosen_patches([drawn.pop(0) for _ in history]) for history in histories]
-    if isinstance(policy, pk.ItemPatches):
-        return [oracle.item_patches(len(history), policy.keep_text) for history in histories]
-    if isinstance(policy, pk.SessionPatches):
-        sessions = oracle.session_patches_end if policy.align == "end" else oracle.session_patches_start
-        return [sessions(len(history), policy.group_size) for history in histories]
-    return [oracle.text_only(len(history)) for history in histories]
+    is_random = isinstance(policy, pk.RandomItemPatches)
+    drawn = policy.levels(pk.Histories.from_sequences(histories)).astype(bool) if is_random else ()
+    left = iter(drawn)
+    return [cases.oracle_entries(policy, len(history), left) for history in histories]
 
 
 def loop_built(

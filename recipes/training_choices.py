@@ -18,7 +18,7 @@ from patchkern.budget.counted_memory import MemoryRows
 from patchkern.data import Interactions, samples_of
 from patchkern.training.collators import MemoryCollator, PassCollator
 from patchkern.training.passes import Pass, PassDataset
-from patchkern.training.precision import measure_autocast
+from patchkern.training.precision import measure_autocast, product_ratio
 from patchkern.training.protocol import TrainableModel
 
 CHECKPOINTING = next(
@@ -30,6 +30,7 @@ CHECKPOINTING = next(
 
 _PROBE_ROWS = 256
 _TRIED_PASSES = 4
+_HOPELESS = 2.0  # products that take so many times as long make no pass faster
 
 
 def choose_bf16(
@@ -40,7 +41,10 @@ def choose_bf16(
 ) -> bool:
     """Whether autocast is faster on this CPU: measured by the first process, for all."""
     chosen = [False]
-    if arguments.process_index == 0:
+    ratio = product_ratio(model.device) if arguments.process_index == 0 else 0.0
+    if ratio > _HOPELESS:
+        print(f"bfloat16 products take {ratio:.1f} times as long as float32's here: bfloat16 off", flush=True)
+    elif arguments.process_index == 0:
         users, positions = samples_of(data, "train")
         spread = np.linspace(0, users.size - 1, 2 + _PROBE_ROWS).astype(int)[1:-1]
         users, ranges = users[spread], np.stack([positions[spread]] * 2, axis=1)

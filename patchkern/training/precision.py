@@ -16,6 +16,7 @@ from patchkern.training.protocol import TrainableModel
 
 _ROUNDS = 4
 _SECONDS = 3.0  # after which no further round begins
+_PRODUCT = 512  # rows and columns
 _GAIN = 1.2  # a gain that is smaller may be another one the next time
 
 
@@ -61,6 +62,23 @@ def measure_autocast(model: TrainableModel, layout: PatchLayout) -> Speed:
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient
     return Speed(best[torch.float32], best[torch.bfloat16])
+
+
+def product_ratio(device: torch.device) -> float:
+    """How many times as long a product in bfloat16 takes as one in float32: ten and more where a CPU must emulate it.
+
+    Milliseconds to tell what a pass would take minutes for.
+    """
+    best = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = torch.ones(_PRODUCT, _PRODUCT, dtype=dtype, device=device)
+        seconds = []
+        for _ in range(_ROUNDS):
+            begin = time.perf_counter()
+            float((rows @ rows)[0, 0])  # waits for a GPU
+            seconds.append(time.perf_counter() - begin)
+        best.append(min(seconds))
+    return best[1] / best[0]
 
 
 def share_at_rest(parameters: Iterable[Tensor], learning_rate: float) -> float:

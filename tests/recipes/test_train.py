@@ -361,6 +361,7 @@ def test_bfloat16_is_measured_once_a_run(
         return Speed(2.0, 1.0 if pays else 1.9)
 
     monkeypatch.setattr(training_choices, "measure_autocast", measure)
+    monkeypatch.setattr(training_choices, "product_ratio", lambda device: 0.5)
     flags = ["--stage", "items", "--data", folder, "--output_dir", str(tmp_path), "--model", "tiny", "--vocab_size"]
     flags += ["300", "--max_items", "12", "--max_steps", "2", "--save_steps", "1", "--rows_per_pass", "600"]
     trainer = train.main(flags)
@@ -370,6 +371,16 @@ def test_bfloat16_is_measured_once_a_run(
     monkeypatch.setattr(training_choices, "measure_autocast", lambda *_: pytest.fail("measured again"))
     assert train.main([*flags, "--resume"]).args.bf16 == pays
     assert len(measured) == 1 and 0 < measured[0] <= 400
+
+
+def test_no_pass_is_tried_in_bfloat16_that_a_cpu_must_emulate(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_choices, "measure_autocast", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(training_choices, "product_ratio", lambda device: 12.34)
+    flags = ["--stage", "items", "--data", folder, "--output_dir", str(tmp_path), "--model", "tiny", "--vocab_size"]
+    assert not train.main([*flags, "300", "--max_items", "12", "--max_steps", "1", "--rows_per_pass", "600"]).args.bf16
+    assert "bfloat16 products take 12.3 times as long as float32's here: bfloat16 off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from training_cases import UNTUNED, make_data, make_model
 
 import patchkern as pk
 from patchkern.training import PatchTrainer
-from patchkern.training.precision import Speed, measure_autocast, share_at_rest
+from patchkern.training.precision import Speed, measure_autocast, product_ratio, share_at_rest
 
 
 def test_measuring_leaves_no_trace() -> None:
@@ -29,6 +29,11 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.random.get_rng_state(), state) and not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_products_are_compared() -> None:
+    ratio = product_ratio(torch.device("cpu"))
+    assert 0 < ratio < float("inf")
 
 
 def test_a_small_gain_is_none() -> None:

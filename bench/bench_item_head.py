@@ -11,11 +11,12 @@ r"""The item head against titles, in training and in recommending, and its produ
 published; "titles, patches alone" under the policy of "items", which has no text: what is left of the difference is the
 head's. Histories are not cut.
 
-"titles, sessions" and "items, sessions" are the same under sessions: as published, and without text.
+"titles, sessions" and "items, sessions" are the same under sessions: as published, and without text. "bare" has no
+separators between items either, which is how recipes train small models with an item head (``--no_separator``).
 
 "search": the same users' lists of 20, "beam" with 20 beams and "items", which is ``search="items"``; "items, same
 prompts" reads the five items as text that the beam reads, and with "stored prompts" both have a `UserCache` that holds
-them: what is left is the search itself. "sessions": as in training.
+them: what is left is the search itself. "sessions" and "bare": as in training.
 
 "catalogue": one user and 200,000 items. "product" is what follows the forward pass: the scores of all items, made to
 log-probabilities, and the 20 best that the user has not seen; "faiss IndexFlatIP" the 20 best inner products, with the
@@ -35,7 +36,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,21 @@ PARTS = ("training", "search", "catalogue")
 PATCHES, PUBLISHED = pk.ItemPatches(0, None), pk.ItemPatches(5, None)
 SESSIONS, SESSIONS_PUBLISHED = pk.SessionPatches(5, None, "start", keep_text=0), pk.SessionPatches(5, None)
 K = 20
+
+
+class Reading(NamedTuple):
+    """How a provider reads histories."""
+
+    policy: pk.Policy
+    head: str  # or the search
+    bare: bool = False
+
+    def of(self, workload: Workload) -> Workload:
+        """The workload with the prompt that this reads."""
+        return workload._replace(prompt=replace(workload.prompt, separator=())) if self.bare else workload
+
+    def __str__(self) -> str:
+        return f"{self.policy}{', no separators' if self.bare else ''}"
 
 
 def make_patched(workload: Workload, args: argparse.Namespace) -> pk.PatchedCausalLM:
@@ -98,30 +114,35 @@ def training(table: Table, args: argparse.Namespace) -> None:
     workload = ml1m(args.vocab_size)
     histories, ranges = whole_users(workload, args.users, 0, args.most_items)
     count = int((ranges[:, 1] - ranges[:, 0] + 1).sum())
-    for checked in (PATCHES, SESSIONS):
-        check_loss(workload, checked, args)
     everybody = workload.histories
     of_all = np.stack([np.full(len(everybody), 3), everybody.lengths - 1], axis=1)
-    providers: dict[str, tuple[pk.Policy, str]] = {
-        "titles": (PUBLISHED, "titles"),
-        "titles, patches alone": (PATCHES, "titles"),
-        "items": (PATCHES, "items"),
-        "titles, sessions": (SESSIONS_PUBLISHED, "titles"),
-        "items, sessions": (SESSIONS, "items"),
+    providers = {
+        "titles": Reading(PUBLISHED, "titles"),
+        "titles, patches alone": Reading(PATCHES, "titles"),
+        "titles, patches alone, bare": Reading(PATCHES, "titles", bare=True),
+        "items": Reading(PATCHES, "items"),
+        "items, bare": Reading(PATCHES, "items", bare=True),
+        "titles, sessions": Reading(SESSIONS_PUBLISHED, "titles"),
+        "items, sessions": Reading(SESSIONS, "items"),
+        "items, sessions, bare": Reading(SESSIONS, "items", bare=True),
     }
     calls: dict[str, Callable[[], object]] = {}
-    for name, (policy, head) in providers.items():
-        model = make_patched(workload, args)
-        if head == "titles":
+    for name, reading in providers.items():
+        read = reading.of(workload)
+        if reading.head == "items":
+            check_loss(read, reading.policy, args)
+        model = make_patched(read, args)
+        if reading.head == "titles":
             model.item_head = None
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        calls[name] = partial(one_step, model, optimizer, workload, histories, ranges, policy, args.rows_per_pass, head)
+        batch = (read, histories, ranges, reading.policy, args.rows_per_pass, reading.head)
+        calls[name] = partial(one_step, model, optimizer, *batch)
     timing = measure(calls, args.seconds, args.rounds, 100)
     config = {"data": workload.name, "users": args.users, "targets": count, "most_items": args.most_items}
     config |= {name: getattr(args, name) for name in ("hidden_size", "layers", "vocab_size", "rows_per_pass")}
-    for name, (policy, head) in providers.items():
-        own = config | {"policy": str(policy)}
-        rows = pk.training_rows(workload.catalog, everybody, policy, workload.prompt, of_all, head=head).sum()
+    for name, reading in providers.items():
+        own, prompt = config | {"policy": str(reading)}, reading.of(workload).prompt
+        rows = pk.training_rows(workload.catalog, everybody, reading.policy, prompt, of_all, head=reading.head).sum()
         rows_each = float(rows / np.maximum(everybody.lengths - 3, 0).sum())
         table.add(name, "training", "rows per target, all users", "rows", (rows_each,) * 3, own)
         p20, p50, p80 = (count / seconds for seconds in timing.quantiles(name))
@@ -129,7 +150,10 @@ def training(table: Table, args: argparse.Namespace) -> None:
     for slow, fast in (
         ("titles", "items"),
         ("titles, patches alone", "items"),
+        ("titles", "items, bare"),
+        ("titles, patches alone, bare", "items, bare"),
         ("titles, sessions", "items, sessions"),
+        ("titles, sessions", "items, sessions, bare"),
     ):
         table.add(fast, "training", f"speed-up over {slow}", "x", timing.ratio(slow, fast), config)
 
@@ -160,32 +184,41 @@ def check_loss(workload: Workload, policy: pk.Policy, args: argparse.Namespace) 
 
 def search(table: Table, args: argparse.Namespace) -> None:
     workload = ml1m(args.vocab_size)
-    model = make_patched(workload, args).eval()
     histories = workload.samples(args.search_users)[0].latest(100)
-    for checked in (PATCHES, SESSIONS):
-        check_lists(model, histories.take(np.arange(min(4, len(histories)))), checked, "search")
-    text, patches = pk.ItemPatches(5, 100), pk.ItemPatches(0, 100)
-    policies: dict[str, pk.Policy] = {"beam": text, "items": patches, "items, same prompts": text}
-    policies |= {"beam, stored prompts": text, "items, stored prompts": patches}
-    policies["beam, sessions"] = replace(SESSIONS_PUBLISHED, max_items=100)
-    policies["items, sessions"] = replace(SESSIONS, max_items=100)
+    text, patches, sessions = pk.ItemPatches(5, 100), pk.ItemPatches(0, 100), replace(SESSIONS, max_items=100)
+    providers = {
+        "beam": Reading(text, "beam"),
+        "items": Reading(patches, "items"),
+        "items, same prompts": Reading(text, "items"),
+        "items, bare": Reading(patches, "items", bare=True),
+        "beam, stored prompts": Reading(text, "beam"),
+        "items, stored prompts": Reading(patches, "items"),
+        "beam, sessions": Reading(replace(SESSIONS_PUBLISHED, max_items=100), "beam"),
+        "items, sessions": Reading(sessions, "items"),
+        "items, sessions, bare": Reading(sessions, "items", bare=True),
+    }
     calls: dict[str, Callable[[], object]] = {}
-    for name, policy in policies.items():
+    for name, reading in providers.items():
+        model = make_patched(reading.of(workload), args).eval()
+        if reading.head == "items":
+            check_lists(model, histories.take(np.arange(min(4, len(histories)))), reading.policy, "search")
         cache = pk.UserCache(model, 1 << 28) if "stored" in name else None
-        how = "beam" if name.startswith("beam") else "items"
-        calls[name] = partial(model.recommend, histories, policy, K, K, how, user_cache=cache)
+        calls[name] = partial(model.recommend, histories, reading.policy, K, K, reading.head, user_cache=cache)
     timing = measure(calls, args.seconds, args.rounds, 100)
     config = {"data": workload.name, "users": len(histories), "k": K, "items": len(workload.catalog)}
     config |= {name: getattr(args, name) for name in ("hidden_size", "layers", "vocab_size")}
-    for name, policy in policies.items():
+    for name, reading in providers.items():
         p20, p50, p80 = (len(histories) / seconds for seconds in timing.quantiles(name))
-        table.add(name, "search", "speed", "users/s", (p80, p50, p20), config | {"policy": str(policy)})
+        table.add(name, "search", "speed", "users/s", (p80, p50, p20), config | {"policy": str(reading)})
     for slow, fast in (
         ("beam", "items"),
         ("beam", "items, same prompts"),
+        ("beam", "items, bare"),
         ("beam, stored prompts", "items, stored prompts"),
         ("beam, sessions", "items, sessions"),
         ("beam", "items, sessions"),
+        ("beam, sessions", "items, sessions, bare"),
+        ("beam", "items, sessions, bare"),
     ):
         table.add(fast, "search", f"speed-up over {slow}", "x", timing.ratio(slow, fast), config)
 

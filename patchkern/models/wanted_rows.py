@@ -3,7 +3,7 @@
 
 A search reads what the model gives for the rows that end a prompt, and a loss what it gives for the rows with a label.
 So of the last layer the feed-forward network, most of a layer's work, takes those few rows alone; in a search on a CPU
-its attention does too. What the pass gives for the other rows means nothing then.
+its attention does too, from their queries to its output. What the pass gives for the other rows means nothing then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from patchkern.models.probe import base_of
-from patchkern.ops.last_layer import feed_forward, for_rows, last_layer, recomputes
+from patchkern.ops.last_layer import feed_forward, for_rows, last_layer, query_and_output, recomputes
 from patchkern.ops.span_rows import are_few, worthwhile
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -47,7 +47,12 @@ def only(hf_model: Any, wanted: Tensor, rows: Tensor) -> Generator[Mapping[str, 
         network = feed_forward(layer)
         if network is not None and not network._forward_pre_hooks and _takes_rows_apart(network, rows):
             opened.enter_context(for_rows(network, wanted))
-        yield {"wanted_rows": wanted} if worthwhile(rows, wanted.shape[0]) else {}
+        attends = worthwhile(rows, wanted.shape[0])
+        if attends and not torch.is_grad_enabled():
+            for projection in query_and_output(layer):
+                if not projection._forward_pre_hooks:
+                    opened.enter_context(for_rows(projection, wanted))
+        yield {"wanted_rows": wanted} if attends else {}
 
 
 def _last_layer(hf_model: Any) -> nn.Module | None:

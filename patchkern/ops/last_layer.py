@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last layer of a transformers decoder, and its feed-forward network for some rows of a pass alone.
+"""The last layer of a transformers decoder, and what of it takes each row by itself, for some rows of a pass alone.
 
 Nothing comes after the last layer but what is read, so of the rows that are not read it owes the others no more than
 its keys and values.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_OUTPUT = ("o_proj", "out_proj")
 
 
 def last_layer(decoder: Any) -> nn.Module | None:
@@ -28,6 +29,13 @@ def feed_forward(layer: nn.Module) -> nn.Module | None:
     """A layer's feed-forward network, by its name; None without one."""
     found = next((part for name in _FEED_FORWARD if (part := getattr(layer, name, None)) is not None), None)
     return found if isinstance(found, nn.Module) else None
+
+
+def query_and_output(layer: nn.Module) -> list[nn.Linear]:
+    """What makes the queries of a layer's attention and what its result goes through, by name; none of other kinds."""
+    attentions = [part for part in layer.modules() if hasattr(part, "q_proj")]
+    found = [getattr(part, name, None) for part in attentions for name in ("q_proj", *_OUTPUT)]
+    return [part for part in found if isinstance(part, nn.Linear)] if len(attentions) == 1 else []
 
 
 def recomputes(decoder: Any, layer: nn.Module) -> bool:

@@ -95,13 +95,36 @@ def test_searches(search: str, layers: int, choose: Chooses) -> None:
 @pytest.mark.parametrize("search", ["beam", "items"])
 def test_the_rows_that_are_computed(search: str, choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(3)
-    first, last = (counted(model.hf_model.model.layers[at].mlp, monkeypatch) for at in (0, 2))
+    first, last = (model.hf_model.model.layers[at] for at in (0, 2))
+    every = counted(first.mlp, monkeypatch)
+    few = [counted(part, monkeypatch) for part in (last.mlp, last.self_attn.q_proj, last.self_attn.o_proj)]
+    keys = counted(last.self_attn.k_proj, monkeypatch)
     choose(True)
     model.recommend(HISTORIES, k=1, search=search)
     whole = pk.build_layout(model.catalog, HISTORIES, POLICY, model.prompt, head="items").num_rows
-    assert max(first) >= whole / 2, "all, but for what users share"
-    assert len(HISTORIES) in last
-    assert max(first) not in last
+    assert max(every) >= whole / 2, "all, but for what users share"
+    assert max(keys) == max(every)
+    for counts in few:
+        assert len(HISTORIES) in counts
+        assert max(every) not in counts
+
+
+@torch.no_grad()
+def test_what_else_is_called_as_a_projection(choose: Chooses) -> None:
+    """In the feed-forward network, and in a layer of two attentions, of which nobody knows which is whose."""
+    model = make_model()
+    rows, asked = torch.randn(7, 16, dtype=torch.float64), torch.tensor([2, 6])
+    layer = model.hf_model.model.layers[-1]
+    layer.mlp.out_proj, layer.self_attn.o_proj.q_proj = nn.Linear(16, 16), None
+    choose(True)
+    with wanted_rows.only(model.hf_model, asked, rows):
+        assert not layer.mlp.out_proj._forward_hooks and not layer.self_attn.q_proj._forward_hooks
+    del layer.self_attn.o_proj.q_proj
+    with wanted_rows.only(model.hf_model, asked, rows):
+        assert not layer.mlp.out_proj._forward_hooks and not layer.self_attn.k_proj._forward_hooks
+        assert layer.self_attn.q_proj._forward_hooks and layer.self_attn.o_proj._forward_hooks
+    with torch.enable_grad(), wanted_rows.only(model.hf_model, asked, rows):
+        assert not layer.self_attn.q_proj._forward_hooks, "a loss reads attention of all rows"
 
 
 def test_chunks_that_end_no_prompt(choose: Chooses, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from cases import make_catalog, make_histories, make_titles
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,6 +20,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import patchkern as pk
@@ -36,6 +40,14 @@ def hf_model(family: str, dtype: torch.dtype) -> Any:
     elif family == "qwen3":
         config = Qwen3Config(**SIZE, **rest, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
         model = Qwen3ForCausalLM(config)
+    elif family == "qwen3_moe":
+        experts = {"moe_intermediate_size": 104, "num_experts": 8, "num_experts_per_tok": 2}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZE, **rest, **experts, num_key_value_heads=1, head_dim=32))
+    elif family == "deepseek_v3":  # whose configuration says neither what its keys nor what its values are
+        latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4}
+        experts = {"moe_intermediate_size": 104, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2}
+        experts |= {"topk_group": 1, "first_k_dense_replace": 1}
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**SIZE, **rest, **latent, **experts, num_key_value_heads=4))
     elif family == "phi3":
         model = Phi3ForCausalLM(Phi3Config(**SIZE, **rest, num_key_value_heads=2, resid_pdrop=0.1, pad_token_id=0))
     else:

@@ -14,6 +14,32 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from patchkern.budget.live_bytes import LiveBytes
 
 
+class AttentionShape(NamedTuple):
+    """Of what one layer's attention is given, which no configuration tells of every family."""
+
+    heads: int
+    """of queries"""
+    kv_heads: int
+    key_width: int
+    """of queries, too"""
+    value_width: int
+
+    @property
+    def group(self) -> int:
+        """Heads of queries to one of keys."""
+        return self.heads // self.kv_heads
+
+    @property
+    def width(self) -> int:
+        """The larger one."""
+        return max(self.key_width, self.value_width)
+
+    @property
+    def stored(self) -> int:
+        """Numbers in a row's keys and values."""
+        return self.kv_heads * (self.key_width + self.value_width)
+
+
 class PassBytes(NamedTuple):
     """Bytes that one forward pass holds, per row."""
 
@@ -21,6 +47,8 @@ class PassBytes(NamedTuple):
     """anywhere but in attention, at most"""
     at_attention: int
     """when attention begins, at most"""
+    attentions: tuple[AttentionShape, ...]
+    """in the order of the layers"""
 
 
 class _Attention:
@@ -31,14 +59,20 @@ class _Attention:
     def __init__(self, counter: LiveBytes) -> None:
         self._counter = counter
         self.live = 0
+        self.shapes: list[AttentionShape] = []
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         self.live = max(self.live, self._counter.live)
+        self.shapes.append(AttentionShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3]))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Any:
-    return kwargs["span_cache"].attend(module, query, key, value, kwargs.get("scaling")), None
+    if (stand_in := kwargs.get("span_cache")) is None:
+        raise ValueError(
+            f"model: expected one whose attention is told of spans, to count its memory; {type(module).__name__} is not"
+        )
+    return stand_in.attend(module, query, key, value, kwargs.get("scaling")), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -107,7 +141,7 @@ def count_pass(model: Any, packed: bool) -> PassBytes:
                 f"model: expected one whose forward pass runs on the meta device, to count its memory; "
                 f"{type(model).__name__} does not: {error}"
             ) from error
-    return PassBytes(-(-counter.peak // rows), -(-stand_in.live // rows))
+    return PassBytes(-(-counter.peak // rows), -(-stand_in.live // rows), tuple(stand_in.shapes))
 
 
 def on_meta(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ from patchkern.budget.counted_pass import on_meta, without_memory
 from patchkern.budget.counted_sums import is_in_place, sole_references
 from patchkern.budget.live_bytes import LiveBytes
 from patchkern.budget.step import HeldBytes, Lora, PassShape, StepBytes, StepKind
-from patchkern.ops.last_layer import feed_forward, for_rows, last_layer, recomputes
+from patchkern.ops.last_layer import decoder_of, feed_forward, for_rows, last_layer, recomputes
 from patchkern.ops.span_rows import are_few
 from patchkern.ops.vector_dropout import drop_vectors
 
@@ -161,7 +161,7 @@ class FakeModel:
             counter.part = "activations"
 
         hooks += [parameter.register_post_accumulate_grad_hook(gradient_is_there) for parameter in trainable]
-        hooks.append(self.hf_model.get_decoder().register_forward_hook(logits_begin))
+        hooks.append(decoder_of(self.hf_model).register_forward_hook(logits_begin))
         collected = gc.isenabled()
         gc.disable()  # whose moments are not the same from step to step
         try:
@@ -273,7 +273,7 @@ class FakeModel:
 
     def _last_layer(self, shape: PassShape, kind: StepKind) -> contextlib.AbstractContextManager[None]:
         """Where it is open, it computes what it must."""
-        decoder = self.hf_model.get_decoder()
+        decoder = decoder_of(self.hf_model)
         layer = last_layer(decoder) if kind.labelled_alone and not kind.sharded else None
         network = None if layer is None or recomputes(decoder, layer) else feed_forward(layer)
         if network is None:

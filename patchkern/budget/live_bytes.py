@@ -18,6 +18,8 @@ from torch.autograd import profiler
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
+
 
 class LiveBytes(TorchDispatchMode):
     """While it is active, count the bytes that the tensors made since would hold, as long as they are referenced.
@@ -45,6 +47,8 @@ class LiveBytes(TorchDispatchMode):
             return args[0].fake_device  # two of three calls ask for it
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # what a model asks the values of its inputs, positions for instance, has no answer here
+        if func is _GROUPED_MM:
+            func = _grouped_product
         kwargs = kwargs or {}
         arguments = {tensor.untyped_storage()._cdata for tensor in _counted_tensors((args, *kwargs.values()))}
         result = func(*args, **kwargs)
@@ -86,6 +90,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int, size: int) -> None:
         self._add(self._counted.pop(key), -size)
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Of experts. For tensors without memory torch knows it in bfloat16 alone, and devices multiply every type."""
+    groups = () if a.ndim != b.ndim else offs.shape if a.ndim == 2 else a.shape[:1]
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]))
 
 
 def _counted_tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -6,8 +6,8 @@ The peak of a batch of B users with T prompt rows, the longest with L, in which 
     peak = weights + max(store + max(prefill, decode + logits), absorbing)
 
 - ``weights``: parameters and buffers.
-- ``store``: keys and values, ``2 * layers * kv_heads * head_dim`` numbers a row, of T prompt rows; the items that each
-  user may get; the tree of titles; on CUDA the workspace of cuBLAS.
+- ``store``: keys and values, ``2 * layers * kv_heads * head_dim`` numbers a row in a Llama, of T prompt rows; the items
+  that each user may get; the tree of titles; on CUDA the workspace of cuBLAS.
 - ``prefill``: computing the prompts, c = `chunk_rows` at a time: ``c * forward``, where ``forward`` is what one row
   holds at the worst moment of a layer. In a Llama that is in the MLP: four vectors of the hidden size (the embedding,
   the residual stream, its normalised copy and the sum), three of the intermediate size, and sine and cosine. It is not
@@ -43,7 +43,14 @@ from numpy.typing import NDArray
 
 from patchkern.batch.memory_layout import MemoryRowCounts
 from patchkern.budget.batch_rows import Absorbed, BatchRows, OrderedRows, taken
-from patchkern.budget.counted_pass import check_weights_dtype, count_pass, on_meta, place_of, without_memory
+from patchkern.budget.counted_pass import (
+    AttentionShape,
+    check_weights_dtype,
+    count_pass,
+    on_meta,
+    place_of,
+    without_memory,
+)
 from patchkern.budget.search_plan import MicroBatch, SearchBytes, SearchPlan
 from patchkern.ops import native
 from patchkern.ops.span_attention_native import forward_scratch
@@ -153,16 +160,14 @@ class SearchCost:
             self.weights += item_embedding.nbytes
         if (item_head := getattr(model, "item_head", None)) is not None:
             self.weights += sum(parameter.nbytes for parameter in item_head.parameters())
-        self._heads = config.num_attention_heads
-        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._layers = config.num_hidden_layers
         self._vocabulary = config.vocab_size
         self._item = torch.finfo(copied.dtype).bits // 8
         self._wide = max(self._item, 4)
         self._prompt = count_pass(copied, packed=True)
         self._step = count_pass(copied, packed=False)
-        self.row_bytes = 2 * self._layers * self._kv_heads * self._head_dim * self._item
+        self._attentions = set(self._prompt.attentions)
+        self._layer_bytes = max(one.stored for one in self._attentions) * self._item
+        self.row_bytes = sum(one.stored for one in self._prompt.attentions) * self._item
         """keys and values of one row"""
         self._vector = config.hidden_size * self._item
 
@@ -178,7 +183,6 @@ class SearchCost:
         size = self._size
         width, kept_rows, user_logits = size.width, size.kept_rows, size.user_logits
         hypotheses, suffix_rows = n_users * width, n_users * kept_rows
-        one_layer = self.row_bytes // self._layers
         held = n_users * size.user_bytes + size.fixed_bytes + (_CUBLAS_WORKSPACE if self._on_cuda else 0)
         held += absorbed.vectors * self._vector
         store = self.row_bytes * n_rows + held
@@ -206,7 +210,7 @@ class SearchCost:
             hypotheses * self._vocabulary * self._item + at_once * (last - self._vocabulary * self._item + logits),
         )
         # the pool of suffixes grows layer by layer, and only in one layer stand its old and new rows side by side
-        decode = in_step + (self.row_bytes + one_layer) * suffix_rows
+        decode = in_step + (self.row_bytes + self._layer_bytes) * suffix_rows
         return SearchBytes(self.weights, store, prefill, decode, user_logits * n_users * logits, absorbing)
 
     def _absorbing(self, absorbed: Absorbed) -> int:
@@ -327,22 +331,28 @@ class SearchCost:
 
     def _prefill_attention(self, rows: int, longest: int, has_prefix: bool) -> int:
         """Output and sums of all rows, and on the CPU what the native kernels hold, or else the tiles."""
-        query = self._heads * self._head_dim
-        needed = rows * (2 * query * self._item + self._heads * self._wide)
-        if self._on_cuda:
+
+        def of(one: AttentionShape) -> int:
+            query = one.heads * one.key_width
+            needed = rows * one.heads * ((one.key_width + one.value_width) * self._item + self._wide)
+            if self._on_cuda:
+                return needed
+            if native.unusable_reason() is None:
+                return needed + torch.get_num_threads() * forward_scratch(one.group, one.width, self._wide)
+            if has_prefix:
+                needed += 4 * (min(_TILE_ROWS, rows) * query + _TILE_SCORES) * self._wide
+                if self._item < self._wide:
+                    needed += longest * one.stored * self._wide
             return needed
-        if native.unusable_reason() is None:
-            group = self._heads // self._kv_heads
-            return needed + torch.get_num_threads() * forward_scratch(group, self._head_dim, self._wide)
-        if has_prefix:
-            needed += 4 * (min(_TILE_ROWS, rows) * query + _TILE_SCORES) * self._wide
-            if self._item < self._wide:
-                needed += 2 * longest * self._kv_heads * self._head_dim * self._wide
-        return needed
+
+        return max(map(of, self._attentions))
 
     def _step_attention(self) -> int:
         """Per hypothesis: its query and output in several forms, and the keys and values of its own tokens."""
-        query = self._heads * self._head_dim
         own_rows = self._size.kept_rows // self._size.width
-        gathered = own_rows * (2 * self._kv_heads * self._head_dim * self._item + self._heads * self._wide)
-        return query * (3 * self._item + 4 * self._wide) + gathered
+
+        def of(one: AttentionShape) -> int:
+            gathered = own_rows * (one.stored * self._item + one.heads * self._wide)
+            return one.heads * one.width * (3 * self._item + 4 * self._wide) + gathered
+
+        return max(map(of, self._attentions))

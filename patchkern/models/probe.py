@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from patchkern.batch.layout import PatchLayout
 from patchkern.models import attention
+from patchkern.ops.last_layer import decoder_of
 from patchkern.ops.packed import packed_kwargs
 
 # Wrong positions or masks change rows by tenths; rounding changes them, relative to their length, by far less.
@@ -307,4 +308,4 @@ def _stateful(model: nn.Module) -> str | None:
 
 def _text_part(base: PreTrainedModel) -> nn.Module:
     """The model without its head, and without the towers of other modalities."""
-    return base.get_decoder() if hasattr(base, "get_decoder") else base
+    return decoder_of(base) if hasattr(base, "get_decoder") else base

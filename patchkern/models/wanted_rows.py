@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from patchkern.models.probe import base_of
-from patchkern.ops.last_layer import feed_forward, for_rows, last_layer, query_and_output, recomputes
+from patchkern.ops.last_layer import decoder_of, feed_forward, for_rows, last_layer, query_and_output, recomputes
 from patchkern.ops.span_rows import are_few, worthwhile
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -57,8 +57,7 @@ def only(hf_model: Any, wanted: Tensor, rows: Tensor) -> Generator[Mapping[str, 
 
 def _last_layer(hf_model: Any) -> nn.Module | None:
     """The decoder's; None where it is not known, or others would see that hooks come and go, or that rows are zeros."""
-    base = base_of(hf_model)
-    decoder = base.get_decoder()
+    base, decoder = base_of(hf_model), decoder_of(hf_model)
     layer = last_layer(decoder)
     if layer is None or recomputes(decoder, layer):
         return None

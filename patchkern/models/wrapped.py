@@ -26,6 +26,7 @@ from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.models.probe import base_of
 from patchkern.models.saved_lm import SavedLM
 from patchkern.models.searching import Searching, recompute_without_searches, without_searches
+from patchkern.ops.last_layer import decoder_of
 from patchkern.search.recommend import recommend
 from patchkern.search.scoring import score_items
 
@@ -212,8 +213,7 @@ def hidden_states(hf_model: PreTrainedModel, wanted: bool = True) -> Generator[l
             )
         found.append(states[0])
 
-    base: Any = base_of(hf_model)
-    handle = base.get_decoder().register_forward_hook(keep)
+    handle = decoder_of(hf_model).register_forward_hook(keep)
     try:
         yield found
     finally:

@@ -18,6 +18,16 @@ _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _OUTPUT = ("o_proj", "out_proj")
 
 
+def decoder_of(hf_model: Any) -> nn.Module:
+    """A transformers model, or one within adapters, without what makes logits of its states.
+
+    Its ``get_decoder`` goes by names, and some models have their output matrix by such a name.
+    """
+    base = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    decoder: nn.Module = base.get_decoder()
+    return base.base_model if decoder is base.get_output_embeddings() else decoder
+
+
 def last_layer(decoder: Any) -> nn.Module | None:
     """The last of a decoder's layers; None where it is not known which these are."""
     count = decoder.config.get_text_config().num_hidden_layers

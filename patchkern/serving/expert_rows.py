@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from patchkern.batch.experts import Experts
@@ -42,12 +41,10 @@ class ExpertRows:
         return np.where(self._experts.compressed_parts(cuts) > 0, cuts, 0)
 
     def like(self, old: int) -> Tensors:
-        config = self._model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rows = self._experts.count * int(self._experts.compressed_parts(np.array(old)))
-        one = torch.empty(heads, rows, width, dtype=self._model.dtype, device="meta")
-        return 2 * config.num_hidden_layers * (one,)
+        # a configuration does not tell every family's keys and values
+        anybody = Histories(np.repeat(self._model.catalog.item_ids[:1], old), [0, old])
+        (kept,) = compress(self._model, anybody, self._experts, None, chunk_rows=_CHUNK_ROWS)
+        return tuple(tensor.to("meta") for tensor in kept)
 
     def compress(self, histories: Histories, known: Sequence[Known | None]) -> list[Tensors]:
         users = np.arange(len(histories))

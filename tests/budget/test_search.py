@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import model_families as families
 import numpy as np
 import pytest
 import torch
@@ -51,7 +52,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[SearchPlan]:
 # ------------------------------------------------------------------ predicted and measured
 
 
-MODELS = [(family, torch.float32) for family in ("llama", "qwen3", "gpt2", "phi3")] + [("llama", torch.bfloat16)]
+MODELS = [(family, torch.float32) for family in ("llama", "qwen3", "gpt2", "phi3", "qwen3_moe", "deepseek_v3")]
+MODELS += [("llama", torch.bfloat16)]
 LENGTHS = {"one user": (700,), "six users": (300, 10, 200, 150, 250, 300)}
 
 
@@ -147,6 +149,19 @@ def test_a_configuration_says_what_its_model_says() -> None:
     assert of_model.weights == sum(parameter.nbytes for parameter in model.parameters()) + _buffers(model)
     half = SearchCost(model.config, size, torch.bfloat16)
     assert half.row_bytes * 2 == of_model.row_bytes == 2 * 3 * 2 * 16 * 4
+
+
+# latent attention, other widths in one layer, one head of keys: none is what the configuration's fields multiply to
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "minicpm3", "gemma4_unified_text", "gpt_bigcode"])
+def test_keys_and_values_are_counted_as_they_are_kept(name: str) -> None:
+    if name not in families.names():
+        pytest.skip(f"the installed transformers has no {name}")
+    hf_model, catalog = families.tiny_model(name, reach=64), families.CATALOG
+    model = pk.PatchedCausalLM(hf_model, catalog, families.PROMPT, pk.ItemPatches(0), item_head=True).eval()
+    cache = pk.UserCache(model, 1 << 24)
+    model.recommend([[1, 2, 3]], k=1, search="items", user_cache=cache)
+    rows = pk.build_layout(catalog, [[1, 2, 3]], pk.ItemPatches(0), model.prompt, head="items").num_rows
+    assert cache.num_bytes == rows * SearchCost(model, size_of_items(model, None, None)).row_bytes
 
 
 def _buffers(model: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import model_families as families
 import pytest
 import torch
 from memory_cases import hf_model
@@ -39,6 +40,8 @@ def check(step: Step) -> None:
         Step("qwen3", users=1, targets=1, autocast=True),  # one gradient of the tied weights is added to the other
         Step("qwen3", users=1, targets=1, head="items"),  # as are those of an item head and of its rows
         Step("qwen3", users=1, targets=1, head="both"),
+        Step("qwen3_moe", autocast=True),
+        Step("deepseek_v3", head="items", targets=18, users=10),
     ],
     ids=str,
 )
@@ -171,3 +174,5 @@ def test_models_that_cannot_be_followed_are_refused() -> None:
             plan_training(model, 100)
     finally:
         del model.model.layers[0].mlp.forward
+    with pytest.raises(ValueError, match="model: expected one whose attention is told of spans"):
+        plan_training(families.tiny_model("stablelm"), 100)

@@ -28,6 +28,8 @@ RANGES = [(len(history) // 2, len(history) - 1) for history in HISTORIES]
 # a feed-forward network by name in most, one of experts in some, none that takes rows alone in opt
 FAMILIES = ["llama", "gemma3_text", "qwen3", "qwen3_moe", "mixtral", "gpt2", "gpt_neox", "opt", "phi", "phi3", "olmo2"]
 FAMILIES += ["granite", "cohere2"]
+# has its output matrix where others have their decoder
+FAMILIES += ["modernbert-decoder"]
 
 
 @pytest.fixture

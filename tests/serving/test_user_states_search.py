@@ -14,6 +14,7 @@ from patchkern.serving.stores import StoreError
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 import model_cases
+import model_families as families
 import torch
 from item_model_cases import ITEM_IDS, N_ITEMS, make_model
 
@@ -165,3 +166,17 @@ def test_states_of_another_model_or_policy_are_refused() -> None:
         next(model.parameters()).add_(0.5)
     with pytest.raises(ValueError, match="user_states: expected the model as it was when they were made"):
         model.recommend([history], k=5, user_states=states)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_bytes_of_a_user_are_those_that_are_kept(name: str) -> None:
+    """Keys of one width and values of another, too."""
+    if name not in families.names():
+        pytest.skip(f"the installed transformers has no {name}")
+    policy = POLICIES["blocks"]
+    model = pk.PatchedCausalLM(families.tiny_model(name, reach=64), families.CATALOG, families.PROMPT, policy)
+    pk.add_experts(model, policy.count)
+    states = pk.UserStates(model)
+    states.update(["ada"], [range(policy.block + policy.keep)])
+    with states.store.reading(list(states.store)) as (value,):
+        assert value is not None and value.nbytes == states.bytes_per_user

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen3Config,
@@ -48,6 +50,9 @@ def hf_model(family: str, dtype: torch.dtype) -> Any:
         experts = {"moe_intermediate_size": 104, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2}
         experts |= {"topk_group": 1, "first_k_dense_replace": 1}
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**SIZE, **rest, **latent, **experts, num_key_value_heads=4))
+    elif family == "opt":  # whose attention takes more than its feed-forward network
+        sizes = SIZE | {"ffn_dim": 64, "word_embed_proj_dim": 64, "max_position_embeddings": 20_000}
+        model = OPTForCausalLM(OPTConfig(**sizes))
     elif family == "phi3":
         model = Phi3ForCausalLM(Phi3Config(**SIZE, **rest, num_key_value_heads=2, resid_pdrop=0.1, pad_token_id=0))
     else:

@@ -76,7 +76,7 @@ def for_rows(network: nn.Module, rows: Tensor) -> Generator[None, None, None]:
         if states.requires_grad:  # each of two that are one row gets the gradient of both
             count = chosen.new_zeros(total).index_add_(0, chosen, torch.ones_like(chosen))[chosen, None]
             states.register_hook(lambda gradient: gradient / count)
-        return states.new_zeros(states.shape[0], total, states.shape[2]).index_copy(1, chosen, states)
+        return states.new_zeros(states.shape[0], total, states.shape[2]).index_copy_(1, chosen, states)
 
     before, after = network.register_forward_pre_hook(choose), network.register_forward_hook(put_back)
     try:

@@ -52,7 +52,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[SearchPlan]:
 # ------------------------------------------------------------------ predicted and measured
 
 
-MODELS = [(family, torch.float32) for family in ("llama", "qwen3", "gpt2", "phi3", "qwen3_moe", "deepseek_v3")]
+MODELS = [(family, torch.float32) for family in ("llama", "qwen3", "gpt2", "phi3", "qwen3_moe", "deepseek_v3", "opt")]
 MODELS += [("llama", torch.bfloat16)]
 LENGTHS = {"one user": (700,), "six users": (300, 10, 200, 150, 250, 300)}
 

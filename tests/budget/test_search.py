@@ -152,16 +152,31 @@ def test_a_configuration_says_what_its_model_says() -> None:
 
 
 # latent attention, other widths in one layer, one head of keys: none is what the configuration's fields multiply to
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "minicpm3", "gemma4_unified_text", "gpt_bigcode"])
+ODD = {"llama", "deepseek_v3", "minicpm3", "gemma4_unified_text", "gpt_bigcode"}
+ASKS_ITS_DATA = {"dbrx", "jetmoe", "longcat_flash"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ODD else pytest.mark.slow) for name in families.names()]
+)
 def test_keys_and_values_are_counted_as_they_are_kept(name: str) -> None:
-    if name not in families.names():
-        pytest.skip(f"the installed transformers has no {name}")
-    hf_model, catalog = families.tiny_model(name, reach=64), families.CATALOG
-    model = pk.PatchedCausalLM(hf_model, catalog, families.PROMPT, pk.ItemPatches(0), item_head=True).eval()
-    cache = pk.UserCache(model, 1 << 24)
-    model.recommend([[1, 2, 3]], k=1, search="items", user_cache=cache)
-    rows = pk.build_layout(catalog, [[1, 2, 3]], pk.ItemPatches(0), model.prompt, head="items").num_rows
-    assert cache.num_bytes == rows * SearchCost(model, size_of_items(model, None, None)).row_bytes
+    catalog, histories = families.CATALOG, [[1, 2, 3]]
+    try:
+        hf_model = families.tiny_model(name, reach=64)
+        model = pk.PatchedCausalLM(hf_model, catalog, families.PROMPT, pk.ItemPatches(0), item_head=True).eval()
+        cache = pk.UserCache(model, 1 << 24)
+        model.recommend(histories, k=1, search="items", user_cache=cache)
+    except ValueError as error:
+        if name in ODD:
+            raise
+        pytest.skip(f"no search: {error}")
+    size = size_of_items(model, None, None)
+    if name in ASKS_ITS_DATA:
+        with pytest.raises(ValueError, match="model: expected one whose forward pass runs on the meta device"):
+            SearchCost(model, size)
+        return
+    rows = pk.build_layout(catalog, histories, pk.ItemPatches(0), model.prompt, head="items").num_rows
+    assert cache.num_bytes == rows * SearchCost(model, size).row_bytes
 
 
 def _buffers(model: Any) -> int:

@@ -119,7 +119,10 @@ class UserStates:
 
     @property
     def bytes_per_user(self) -> int:
-        """Bytes that are kept of a user, a header of fixed size included; with ``parts="blocks"`` of one block."""
+        """Bytes that are kept of a user, a header of fixed size included; with ``parts="blocks"`` of one block.
+
+        With `Experts` the model compresses a block to say so.
+        """
         return record_bytes(self._compressor.like(self._compressor.block))
 
     def update(

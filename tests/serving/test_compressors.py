@@ -215,16 +215,12 @@ def test_without_experts_nothing_is_kept() -> None:
     ],
 )
 def test_bytes_are_those_of_the_formula(config: dict[str, int], count: int, expected: int) -> None:
-    """Llama-3.2-1B and a tiny model, in bfloat16."""
+    """Llama-3.2-1B's layers and tiny ones, in bfloat16."""
     small = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 83}
-    with torch.device("meta"):
-        network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **config)).bfloat16()
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **config)).bfloat16()
+    catalog = pk.Catalog.from_token_ids(range(9, 69), range(61))
     prompt = model_cases.PROMPT.with_special(experts=range(83 - count, 83))
-
-    class Shapes:
-        config, dtype = network.config, network.dtype
-
-    Shapes.prompt = prompt  # type: ignore[attr-defined]
     for parts, blocks in (("one", 1), ("blocks", 3)):
-        compressor = ExpertRows(Shapes(), pk.Experts(PATCH, count=count, block=50, parts=parts))  # type: ignore[arg-type]
+        policy = pk.Experts(PATCH, count=count, block=50, parts=parts)
+        compressor = ExpertRows(pk.PatchedCausalLM(network, catalog, prompt, policy), policy)
         assert sum(like.nbytes for like in compressor.like(150)) == blocks * expected

@@ -157,7 +157,12 @@ ASKS_ITS_DATA = {"dbrx", "jetmoe", "longcat_flash"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ODD else pytest.mark.slow) for name in families.names()]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ODD else pytest.mark.slow)
+        for name in families.names()
+        if not families.multimodal(name)
+    ],
 )
 def test_keys_and_values_are_counted_as_they_are_kept(name: str) -> None:
     catalog, histories = families.CATALOG, [[1, 2, 3]]

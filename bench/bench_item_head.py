@@ -12,7 +12,7 @@ published; "titles, patches alone" under the policy of "items", which has no tex
 head's. Histories are not cut.
 
 "titles, sessions" and "items, sessions" are the same under sessions: as published, and without text. "bare" has no
-separators between items either, which is how recipes train small models with an item head (``--no_separator``).
+separators between items either, as the small models with an item head of docs/accuracy.md (``--no_separator``).
 
 "search": the same users' lists of 20, "beam" with 20 beams and "items", which is ``search="items"``; "items, same
 prompts" reads the five items as text that the beam reads, and with "stored prompts" both have a `UserCache` that holds

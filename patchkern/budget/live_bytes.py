@@ -92,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
         self._add(self._counted.pop(key), -size)
 
 
-def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+def _grouped_product(a: Tensor, b: Tensor, offs: Any = None, *_: Any, **__: Any) -> Tensor:
     """Of experts. For tensors without memory torch knows it in bfloat16 alone, and devices multiply every type."""
     groups = () if a.ndim != b.ndim else offs.shape if a.ndim == 2 else a.shape[:1]
     return a.new_empty((*groups, a.shape[-2], b.shape[-1]))

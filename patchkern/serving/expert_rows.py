@@ -41,6 +41,8 @@ class ExpertRows:
         return np.where(self._experts.compressed_parts(cuts) > 0, cuts, 0)
 
     def like(self, old: int) -> Tensors:
+        if not self._experts.count:
+            return ()
         # a configuration does not tell every family's keys and values
         anybody = Histories(np.repeat(self._model.catalog.item_ids[:1], old), [0, old])
         (kept,) = compress(self._model, anybody, self._experts, None, chunk_rows=_CHUNK_ROWS)

@@ -151,7 +151,7 @@ def test_a_configuration_says_what_its_model_says() -> None:
     assert half.row_bytes * 2 == of_model.row_bytes == 2 * 3 * 2 * 16 * 4
 
 
-# latent attention, other widths in one layer, one head of keys: none is what the configuration's fields multiply to
+# beside a Llama: latent attention, other widths in one layer, one head of keys, which no fields of a configuration tell
 ODD = {"llama", "deepseek_v3", "minicpm3", "gemma4_unified_text", "gpt_bigcode"}
 ASKS_ITS_DATA = {"dbrx", "jetmoe", "longcat_flash"}
 

@@ -205,6 +205,7 @@ def test_without_experts_nothing_is_kept() -> None:
     policy = pk.Experts(PATCH, count=0, keep=3, block=4)
     states = pk.UserStates(model_of("sasrec", policy))
     assert states.update(None, histories_of("sasrec")) == (4, 0, 0, 0, 0) and len(states) == 0
+    assert states.bytes_per_user == 64, "a header alone"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ POLICIES: dict[str, pk.TrunkPolicy] = {
     "items(5)": pk.ItemPatches(5, 100),
     "items(0)": pk.ItemPatches(0, 100),
     "sessions(20)": pk.SessionPatches(20, 100),
+    "sessions(20, from the start)": pk.SessionPatches(20, 100, align="start"),
     "sessions(20, no text)": pk.SessionPatches(20, 100, align="start", keep_text=0),
 }
 TEMPLATE = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n"

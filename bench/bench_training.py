@@ -6,7 +6,8 @@ r"""One optimisation step, written the obvious way and with patchkern: samples p
     python bench/bench_training.py --hidden_size 512 --layers 16 --batch_size 4 --output runs/bench/deep.csv
     python bench/bench_training.py --targets all --most_items 300 --rounds 5 --output runs/bench/passes-128k.csv
     python bench/bench_training.py --targets all --vocab_size 4096 --hidden_size 128 --layers 2 --batch_size 32 \
-        --rows_per_pass 4096 --rounds 3 --output runs/bench/passes.csv
+        --rows_per_pass 4096 --rounds 3 --policies text items sessions sessions-start sessions-no-text \
+        --output runs/bench/passes.csv
 
 "reference" is what a training script does without patchkern: a Python loop embeds item by item and pools the old ones,
 the sequences are padded on the right, and the model computes all logits under an attention mask and a cross-entropy.
@@ -17,7 +18,8 @@ With --targets all, two ways to learn every target of a whole user are compared,
 a sample for each target, with a history of its own; "all per pass" computes the history once (`build_training_layout`).
 Both take passes of about --rows_per_pass rows, whose gradients add up to one step; a user who needs more is several
 runs of targets, each with a trunk of its own, as in training. Histories are not cut, so that the two losses are the
-same. The fourth command is for one user at a time, where the logits are most of what is left, and
+same. Counted from the start, sessions are the same for several targets, which then share the items behind them too. The
+fourth command is for one user at a time, where the logits are most of what is left, and
 leaves out the longest, for whom the difference is largest; the fifth is a model as one trains it from scratch.
 
 Each provider is a process of its own, so that its peak memory is its own: the largest resident set, less what the
@@ -52,10 +54,16 @@ import patchkern as pk
 from bench import output
 from bench.timing import Table, Timing
 from bench.training_providers import PASSES, PROVIDERS, TOLERANCE, make_model, rows_per_target, take_step, whole_users
-from bench.workloads import POLICIES, VOCABULARY, ml1m
+from bench.workloads import POLICIES as USUAL
+from bench.workloads import VOCABULARY, ml1m
 
 # The largest powers of two with which the reference step stays below 8 GiB.
 BATCH_SIZES = {"text": 8, "items": 16, "sessions": 32}
+POLICIES: dict[str, pk.Policy] = {
+    **{name: USUAL[name] for name in BATCH_SIZES},
+    "sessions-start": pk.SessionPatches(5, 100, align="start"),
+    "sessions-no-text": pk.SessionPatches(5, 100, align="start", keep_text=0),
+}
 
 
 class Turn(NamedTuple):
@@ -145,7 +153,7 @@ def compare(args: argparse.Namespace, policy: pk.Policy) -> tuple[dict[str, list
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", choices=BATCH_SIZES, default=list(BATCH_SIZES))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, help=f"(default: {', '.join(BATCH_SIZES)})")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--targets", choices=PROVIDERS, default="one", help="of a user in one pass")
     parser.add_argument("--batch_size", type=int, help=f"default: {BATCH_SIZES}; with --targets all 1 user")
@@ -163,10 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     workload = ml1m(args.vocab_size)
     data = workload.name
     slow, fast = PROVIDERS[args.targets]
-    sizes = BATCH_SIZES if args.targets == "one" else dict.fromkeys(BATCH_SIZES, 1)
-    sizes = sizes if args.batch_size is None else dict.fromkeys(BATCH_SIZES, args.batch_size)
-    for mode in args.policies:
-        args.batch_size = sizes[mode]
+    given = args.batch_size
+    for mode in args.policies or BATCH_SIZES:
+        args.batch_size = given or (BATCH_SIZES.get(mode, BATCH_SIZES["sessions"]) if args.targets == "one" else 1)
         chosen: Any = POLICIES[mode]
         policy: pk.Policy = chosen if args.targets == "one" else replace(chosen, max_items=None)
         config = {"data": data, "policy": str(policy), "vocabulary": args.vocab_size or VOCABULARY, "dtype": "float32"}

@@ -119,6 +119,13 @@ def make_batch(policy: Any, lengths: Sequence[int], with_targets: bool = True, s
     return Batch(titles, histories, policy, targets=targets, **parts)
 
 
+def rows_before(layout: pk.PatchLayout, span: int) -> list[int]:
+    """The rows that a span sees besides its own, in the order of their positions."""
+    if layout.ranges is None:
+        return []
+    return [row for begin, end in layout.ranges[span].tolist() for row in range(begin, end)]
+
+
 def make_weight(
     rows: int,
     width: int,

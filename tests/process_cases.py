@@ -37,7 +37,7 @@ ALIKE: dict[str, dict[str, Any]] = {
     "samples": _SHORT | EARLY,
     "passes": _SHORT | _FIRST | {"rows_per_pass": 250, "label_smoothing_factor": 0.1},
     "pre-training on passes": _SHORT | EARLY | {"rows_per_pass": 500, "stage": "pretrain"},
-    "a number of targets": _SHORT | EARLY | {"rows_per_pass": 250, "targets_per_step": 25},
+    "a number of targets": _SHORT | EARLY | {"rows_per_pass": 220, "targets_per_step": 25},
     "titles beside an item head": _STEPS | {"config": {"item_head": True, **_VECTORS}},
     "items": _STEPS | {"head": "items", "config": _VECTORS},
     "both": _STEPS | {"head": "both", "config": {"tie_word_embeddings": False, **_VECTORS}},

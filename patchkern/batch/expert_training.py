@@ -99,9 +99,8 @@ class _Rows:
         own = histories.between(self.samples.user, split, position)
         # targets behind different borders share none: where those are drawn, some of them may read other trunks
         trunks = self.samples.trunk, split, policy.cuts(position)
-        self.branches = Branches.behind(catalog, own, policy.recents.levels(own), *trunks, head=head)
-        self.leads = self.branches.leads(self.rows_before(self.samples.trunk, split))
-        self.own_rows = self.branches.rows(self.leads, len(prompt.separator))
+        before = self.rows_before(self.samples.trunk, split)
+        self.branches = Branches.of_samples(catalog, prompt, own, policy.recents.levels(own), trunks, before, head)
 
     def rows_before(self, trunk: Int64, position: Int64) -> Int64:
         """Rows of trunks before items at these positions of their users' histories."""
@@ -116,10 +115,9 @@ class _Rows:
         return rows
 
     def branch_rows(self) -> Int64:
-        """``(S,)`` rows of the branch that each sample's own items are all of; of those that share another's, 0."""
-        branched = self.branches.sample
-        rows = np.zeros_like(self.own_rows)
-        rows[branched] = self.own_rows[branched]
+        """``(S,)`` rows of the branches that each sample's own items are in; of what is read from another's, 0."""
+        rows = np.zeros_like(self.targets, np.int64)
+        np.add.at(rows, self.branches.sample, self.branches.rows)
         if self.head != "items":
             response = self.catalog.lengths[self.targets] + len(self.prompt.response_end)
             rows += response + len(self.prompt.suffix)
@@ -129,15 +127,11 @@ class _Rows:
 
     def planned(self) -> PatchLayout:
         """Trunks, the first of every user with the prompt, and then branches, without experts."""
-        if self.head != "items" and not self.prompt.suffix and bool((self.branches.own == 0).any()):
-            raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
-        n_trunks, branched = self.trunks.user.size, self.branches.sample
-        heads = np.full(n_trunks + branched.size, Head.NOTHING, np.uint8)
+        n_trunks, branches = self.trunks.user.size, self.branches
+        heads = np.append(np.full(n_trunks, Head.NOTHING, np.uint8), branches.heads)
         heads[np.unique(self.trunks.user, return_index=True)[1]] = Head.PREFIX
-        heads[n_trunks:][self.leads] = Head.SEPARATOR
-        titles = np.full(heads.size, -1, np.int32)
-        if self.head != "items":
-            titles[n_trunks:] = self.targets[branched]
+        titles = np.where(branches.titles, self.targets[branches.sample], np.int32(-1))
+        titles = np.append(np.full(n_trunks, -1, np.int32), titles)
         runs = self.runs.then(self.branches.runs)
         layout = plan_layout(self.catalog, *runs[:3], self.prompt, titles, Spans(heads, np.zeros(heads.size, np.int64)))
         return layout if self.head != "items" else unlabelled(layout)
@@ -167,10 +161,10 @@ class _Rows:
         users, first, owner = np.unique(trunks.user, return_index=True, return_inverse=True)
         owner = owner.reshape(-1)
         rows, positions = self.runs.whole(len(self.prompt.separator)), self.positions()
-        begin, branched = starts[:n_trunks].copy(), self.branches.sample
+        begin, of_samples = starts[:n_trunks].copy(), self.branches
         begin[first] += first_rows
-        trunk = samples.trunk[branched]
-        hidden = self.rows_before(trunk, samples.split[branched])
+        trunk = samples.trunk[of_samples.sample]
+        hidden = self.rows_before(trunk, samples.split[of_samples.sample])
         compressed = self.rows_before(groups.of, groups.upto)
         # a user's trunks follow each other, each behind its experts; with blocks, all experts come first
         rank = 2 * np.arange(n_trunks) + 2
@@ -180,7 +174,8 @@ class _Rows:
         learned, of = np.full(groups.of.size, planned.num_rows), owner[groups.of]
         experts = table.add(learned, count, positions[groups.before] - count, True, of, rank[groups.before] - 1)
         sizes, place = np.diff(starts)[n_trunks:], np.arange(trunk.size)
-        branches = table.add(starts[n_trunks:-1], sizes, positions[trunk] + hidden, True, users.size, place)
+        at_branches = positions[trunk] + hidden + of_samples.ahead
+        branches = table.add(starts[n_trunks:-1], sizes, at_branches, True, users.size, place)
         pieces, order, at = table.ordered()
 
         prompt_at, at_bodies, at_experts = at[prompts][owner], at[bodies], at[experts]
@@ -188,13 +183,16 @@ class _Rows:
         if not in_blocks:
             leads[groups.before] = at_experts
         bank = prompt_at + first_rows + in_blocks * count * trunks.follows
-        ranges = np.zeros((2, 2, order.size), np.int64)
+        chained = np.flatnonzero(of_samples.behind >= 0)
+        ranges = np.zeros((2 + bool(chained.size), 2, order.size), np.int64)
         ranges[0, :, bodies] = prompt_at, bank
         ranges[1, :, bodies] = leads, at_bodies
         whole = trunks.is_whole[trunk]
         ranges[0, :, branches] = prompt_at[trunk], np.where(whole, at_bodies[trunk] + hidden, bank[trunk])
         ranges[1, :, branches] = np.where(whole, 0, [leads[trunk], at_bodies[trunk] + hidden])
         ends = at_bodies[groups.of] + compressed
+        ranges[2:, :, branches.start + chained] = at[branches][of_samples.behind[chained]]
+        ranges[2:, 1, branches.start + chained] += of_samples.ahead[chained]
         ranges[0, :, experts] = prompt_at[groups.of], bank[groups.of] if in_blocks else ends
         if in_blocks:
             ranges[1, :, experts] = at_bodies[groups.of], ends
@@ -210,9 +208,7 @@ class _Rows:
             rows = self.rows_before(trunk, position)
             return np.where(rows > 0, at_bodies[trunk] + rows, ahead[trunk] + 1) - 1
 
-        item_rows = before(samples.trunk, samples.split)
-        inside = np.flatnonzero(self.own_rows)
-        item_rows[inside] = at[branches][self.branches.of[inside]] + self.own_rows[inside] - 1
+        item_rows = of_samples.last_rows(at[branches], before(samples.trunk, samples.split))
         labels, more = self.targets, self._more_labels() if self.head == "items" else None
         if more is not None:
             item_rows = np.concatenate([item_rows, before(*more[0]), at_experts[more[1]] + count - 1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchkern.batch.arrangement import Pieces, arranged
 from patchkern.batch.catalog import Catalog
@@ -67,7 +68,7 @@ class MemoryPieces:
         at = np.broadcast_to(position, spans.shape)[owner] + self.policy.slots * nth
         return self.query(spans[owner], at, 0)
 
-    def planned(self, runs: Runs, heads: Int64 | None = None, titles: Int32 | None = None) -> PatchLayout:
+    def planned(self, runs: Runs, heads: NDArray[np.uint8] | None = None, titles: Int32 | None = None) -> PatchLayout:
         """Rows of runs of items alone, or with what follows them where there are ``titles``."""
         count = len(runs.items)
         layout = plan_layout(
@@ -76,7 +77,7 @@ class MemoryPieces:
             self.prompt,
             np.full(count, -1, np.int32) if titles is None else titles,
             Spans(
-                np.full(count, Head.NOTHING, np.uint8) if heads is None else heads.astype(np.uint8),
+                np.full(count, Head.NOTHING, np.uint8) if heads is None else heads,
                 np.zeros(count, np.int64),
             ),
         )

@@ -98,7 +98,10 @@ class Training:
         items = histories.between(self.users[self.unit_owner], begin, begin + held)
         self.trunks = Runs.of(catalog, items, policy.settled(items))
         own = histories.between(user, segment * block + self.split, self.position)
-        self.branches = Branches.behind(catalog, own, inner.levels(own), self.unit, self.split, head=head)
+        of_trunk = self.trunks.before(self.unit, self.split, len(planner.prompt.separator))
+        self.branches = Branches.of_samples(
+            catalog, planner.prompt, own, inner.levels(own), (self.unit, self.split), of_trunk, head
+        )
         self._place(units, last_segment, is_whole & (self.segment > 0))
 
     def _place(self, units: Int64, last_segment: Int64, updated: NDArray[np.bool_]) -> None:
@@ -106,20 +109,12 @@ class Training:
         planner, policy, prompt = self.planner, self.planner.policy, self.planner.prompt
         slots, appends = policy.slots, policy.mode == "append"
         first, separator = len(prompt.prefix), len(prompt.separator)
-        branched = self.branches.sample
+        branched, titled = self.branches.sample, self.branches.titles
         trunk, branch = np.arange(self.segment.size), self.segment.size + np.arange(branched.size)
         of_branch = self.unit[branched]
-        of_trunk = self.trunks.before(self.unit, self.split, separator)
-        leads = self.branches.leads(of_trunk)
-        self.heads = np.append(np.full(trunk.size, Head.NOTHING), np.where(leads, Head.SEPARATOR, Head.NOTHING))
-        own = self.branches.rows(leads, separator)
-        rows = own[branched]
-        if self.head != "items":
-            if not prompt.suffix and bool((rows == 0).any()):
-                raise ValueError(
-                    "prompt: expected a suffix, which a branch without text of its own begins with, got none"
-                )
-            rows += len(prompt.suffix) + planner.catalog.lengths[self.targets] + len(prompt.response_end)
+        rows = self.branches.rows.copy()
+        titles = planner.catalog.lengths[self.targets[branched[titled]]]
+        rows[titled] += len(prompt.suffix) + titles + len(prompt.response_end)
         held = self.trunks.whole(separator)
         rows = np.append(held, rows)
 
@@ -127,11 +122,13 @@ class Training:
         self.span = starts_of(1 + units + branches)
         unit_span = self.span[self.unit_owner] + 1 + each_of(units)[1]
         branch_owner, nth = each_of(branches)
-        branch_span = self.span[branch_owner] + 1 + units[branch_owner] + nth
+        branch_span = np.empty_like(branched)
+        by_owner = np.argsort(self.owner[branched], kind="stable")
+        branch_span[by_owner] = self.span[branch_owner] + 1 + units[branch_owner] + nth
         # what a unit sees of the span before it, and the memory rows in its own
         seen = first + (slots * self.segment if appends else np.zeros_like(self.segment))
         memory = np.zeros_like(self.segment) if appends else slots * (self.segment > 0)
-        before = memory[self.unit] + of_trunk
+        before = memory[self.unit] + self.trunks.before(self.unit, self.split, separator)
         if appends:
             vectors = planner.memory(self.span, last_segment, first)
             self.held_by, nth = each_of(last_segment)
@@ -139,7 +136,7 @@ class Training:
         else:
             vectors = planner.memory(unit_span, memory // slots, seen)
             self.held_by, self.memory_of = (x[memory > 0] for x in (self.unit_owner, self.segment - 1))
-        position = np.append(seen + memory, seen[of_branch] + before[branched])
+        position = np.append(seen + memory, seen[of_branch] + before[branched] + self.branches.ahead)
         self.updated_units = np.flatnonzero(updated)
         total = rows.sum()
         self.spliced = Spliced(
@@ -150,17 +147,20 @@ class Training:
         )
         banks = self.spliced.starts[0]
         begin = self.spliced.starts[2][trunk] - memory
-        self.prefix = np.zeros((self.span.size + trunk.size + branch.size, 1 + bool(branch.size), 2), np.int64)
+        chained = np.flatnonzero(self.branches.behind >= 0)
+        ranges = 1 + bool(branch.size) + bool(chained.size)
+        self.prefix = np.zeros((self.span.size + trunk.size + branch.size, ranges, 2), np.int64)
         self.prefix[unit_span, 0, 0] = banks[self.unit_owner]
         self.prefix[unit_span, 0, 1] = banks[self.unit_owner] + seen
         self.prefix[branch_span, 0] = self.prefix[unit_span[of_branch], 0]
-        self.prefix[branch_span, 1:, 0] = begin[of_branch, None]
-        self.prefix[branch_span, 1:, 1] = (begin[of_branch] + before[branched])[:, None]
-        # an item is predicted from the last row of the history before it
-        self.item_rows = np.where(before > 0, begin[self.unit] + before, banks[self.owner] + first) - 1
-        inside = np.flatnonzero(own)
+        self.prefix[branch_span, 1:2, 0] = begin[of_branch, None]
+        self.prefix[branch_span, 1:2, 1] = (begin[of_branch] + before[branched])[:, None]
         at = self.spliced.starts[2][branch]
-        self.item_rows[inside] = at[self.branches.of[inside]] + own[inside] - 1
+        self.prefix[branch_span[chained], 2:] = at[self.branches.behind[chained], None, None]
+        self.prefix[branch_span[chained], 2:, 1] += self.branches.ahead[chained, None]
+        # an item is predicted from the last row of the history before it
+        last = np.where(before > 0, begin[self.unit] + before, banks[self.owner] + first) - 1
+        self.item_rows = self.branches.last_rows(at, last)
         self.banks = banks
 
     def stage1(self) -> PatchLayout:
@@ -177,8 +177,10 @@ class Training:
     def stage2(self) -> PatchLayout:
         titles = None
         if self.head != "items":
-            titles = np.append(np.full(self.segment.size, -1, np.int32), self.targets)
-        planned = self.planner.planned(self.trunks.then(self.branches.runs), self.heads, titles)
+            titles = np.where(self.branches.titles, self.targets[self.branches.sample], np.int32(-1))
+            titles = np.append(np.full(self.segment.size, -1, np.int32), titles)
+        heads = np.append(np.full(self.segment.size, Head.NOTHING, np.uint8), self.branches.heads)
+        planned = self.planner.planned(self.trunks.then(self.branches.runs), heads, titles)
         layout = self.spliced.layout(planned, self.planner, self.prefix, vectors=1)
         if self.head == "titles":
             return layout

@@ -5,7 +5,8 @@ A sample (history, target) as `patchkern.build_layout` packs it repeats the whol
 user's *trunk* is the prompt's prefix and the part of the history that many samples begin with, and a sample's *branch*
 is the rest of it: the recent items that its policy treats apart, the suffix and the response. A branch is a span whose
 prefix is its trunk up to its own point, with positions that go on from there, so that every row sees exactly the rows
-that it sees in a sample of its own. Loss and gradients are those of the samples, packed.
+that it sees in a sample of its own. Recent items that several targets read alike behind the same point stand once, in a
+branch that these see besides. Loss and gradients are those of the samples, packed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from patchkern.batch.arguments import check_count
 from patchkern.batch.branches import Branches, numbered
@@ -91,13 +92,14 @@ def build_training_layout(
         transpose: also plan the embeddings' gradient.
         head: "titles"; "items", for a model's item head: every target is predicted from the last row of the history
             before it, which costs no row of its own where the trunk holds that history (`TextOnly`,
-            `RandomItemPatches`, ``ItemPatches(keep_text=0)``), and else a branch of the recent items alone, without
-            suffix or response, that all targets share whose recent items it begins with in the same form, as with
-            ``SessionPatches(align="start", keep_text=0)``; "both", the rows of titles with the labels of both.
+            `RandomItemPatches`, ``ItemPatches(keep_text=0)``) or a branch that targets share
+            (``SessionPatches(align="start", keep_text=0)``), and else a branch of recent items alone, without suffix or
+            response; "both", the rows of titles with the labels of both.
 
     Returns:
-        A layout whose spans are the trunks and then the branches, with labels on the responses, or ``item_labels``, in
-        the order of the targets, or both. Without branches it has no prefixes.
+        A layout whose spans are the trunks, the branches that targets share and those of one target each, with labels
+        on the responses, or ``item_labels``, in the order of the targets, or both. Without branches it has no prefixes,
+        and with shared ones two ranges of each span.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -136,44 +138,44 @@ def build_training_layout(
         return layout.with_transpose() if transpose else layout
     policy = _trunk_policy(catalog, policy, prompt)
     samples = _samples(histories, policy, target_ranges, block_size)
-    parts = _parts(catalog, histories, policy, samples, head, len(prompt.separator))
+    trunks, before, branches = _parts(catalog, histories, policy, samples, head, prompt)
     listed = head != "items" and is_list(catalog, policy, prompt)
-    if head != "items" and not prompt.suffix and bool((parts.branches.own == 0).any()):
-        raise ValueError("prompt: expected a suffix, which a branch without text of its own begins with, got none")
     targets = catalog.index_of(histories.at(samples.user, samples.position), "histories")
-    trunks, hidden = len(parts.trunks.items), len(prompt.prefix) + parts.before
-    branched = parts.branches.sample
-    of_branches = hidden[branched]
-    titles = targets[branched] if head != "items" else np.full(branched.size, -1, np.int32)
+    n_trunks, hidden = len(trunks.items), len(prompt.prefix) + before
+    branched = branches.sample
+    seen = hidden[branched] + branches.ahead
     if listed:
         layout = list_layout(catalog, histories, prompt, Lists.of(samples.user, samples.start, samples.position))
     else:
-        heads = np.where(parts.leads, np.uint8(Head.SEPARATOR), np.uint8(Head.NOTHING))
-        heads = np.append(np.full(trunks, Head.PREFIX, np.uint8), heads)
-        runs = parts.trunks.then(parts.branches.runs)
+        runs = trunks.then(branches.runs)
+        titles = np.where(branches.titles, targets[branched], np.int32(-1))
         layout = plan_layout(
             catalog,
             *runs[:3],
             prompt,
-            np.append(np.full(trunks, -1, np.int32), titles),
-            Spans(heads, np.append(np.zeros(trunks, np.int64), of_branches)),
+            np.append(np.full(n_trunks, -1, np.int32), titles),
+            Spans(
+                np.append(np.full(n_trunks, Head.PREFIX, np.uint8), branches.heads),
+                np.append(np.zeros(n_trunks, np.int64), seen),
+            ),
         )
     _check_rows(layout, max_rows)
     cu_seqlens = layout.cu_seqlens.numpy().astype(np.int64)
-    trunk_starts = cu_seqlens[samples.trunk]
+    starts, begin = cu_seqlens[samples.trunk], cu_seqlens[n_trunks:-1]
     if not listed and (head != "items" or branched.size):
-        prefix = np.zeros((trunks + branched.size, 2), np.int32)
-        prefix[trunks:, 0] = trunk_starts[branched]
-        prefix[trunks:, 1] = prefix[trunks:, 0] + of_branches
-        changed = {"prefix": torch.from_numpy(prefix), "max_prefix": int(of_branches.max(initial=0))}
+        prefix = np.zeros((n_trunks + branched.size, 2, 2), np.int32)
+        prefix[n_trunks:, 0] = starts[branched, None]
+        prefix[n_trunks:, 0, 1] += hidden[branched]
+        chained = np.flatnonzero(branches.behind >= 0)
+        prefix[n_trunks + chained, 1] = begin[branches.behind[chained], None]
+        prefix[n_trunks + chained, 1, 1] += branches.ahead[chained]
+        ranges = prefix if chained.size else prefix[:, 0].copy()
+        changed = {"prefix": torch.from_numpy(ranges), "max_prefix": int(seen.max(initial=0))}
         layout = PatchLayout._trusted({**layout.__dict__, **changed})
     if head == "items":
         layout = unlabelled(layout)
     if head != "titles":
-        rows = trunk_starts + hidden - 1
-        inside = np.flatnonzero(parts.own)
-        rows[inside] = cu_seqlens[trunks + parts.branches.of[inside]] + parts.own[inside] - 1
-        layout = with_items(layout, rows, trunk_starts, targets)
+        layout = with_items(layout, branches.last_rows(begin, starts + hidden - 1), starts, targets)
     return layout.with_transpose() if transpose else layout
 
 
@@ -214,33 +216,21 @@ def training_rows(
         lists = Lists.of(samples.user, samples.start, samples.position)
         np.add.at(rows, lists.user, lists.rows(catalog, histories, prompt))
         return rows
-    parts = _parts(catalog, histories, policy, samples, head, len(prompt.separator))
-    of_trunks = len(prompt.prefix) + parts.trunks.whole(len(prompt.separator))
-    branched = parts.branches.sample
-    of_branches = parts.own[branched]
-    if head != "items":
-        titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
-        of_branches += titles + len(prompt.suffix) + len(prompt.response_end)
+    trunks, _, branches = _parts(catalog, histories, policy, samples, head, prompt)
+    of_trunks = len(prompt.prefix) + trunks.whole(len(prompt.separator))
     owner = np.zeros(of_trunks.size, np.int64)
     owner[samples.trunk] = samples.user
     np.add.at(rows, owner, of_trunks)
-    np.add.at(rows, samples.user[branched], of_branches)
+    np.add.at(rows, samples.user[branches.sample], branches.rows)
+    if head != "items":
+        titles = catalog.lengths[catalog.index_of(histories.at(samples.user, samples.position), "histories")]
+        np.add.at(rows, samples.user, titles + len(prompt.suffix) + len(prompt.response_end))
     return rows
 
 
 def _check_rows(layout: PatchLayout, max_rows: int | None) -> None:
     if max_rows is not None and layout.num_rows > max_rows:
         raise ValueError(f"max_rows: expected at least {layout.num_rows} for these users and targets, got {max_rows}")
-
-
-class _Parts(NamedTuple):
-    """The spans of a batch: the trunks, and then the branches."""
-
-    trunks: Runs
-    branches: Branches
-    leads: NDArray[np.bool_]  # (n_branches,) whether a separator leads each
-    before: Int64  # (S,) rows of its trunk's entries that each sample reads
-    own: Int64  # (S,) and of its branch
 
 
 def _trunk_policy(catalog: Catalog, policy: AnyPolicy, prompt: Prompt) -> TrunkPolicy:
@@ -263,8 +253,9 @@ def _samples(histories: Histories, policy: TrunkPolicy, target_ranges: ArrayLike
 
 
 def _parts(
-    catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples, head: str, separator: int
-) -> _Parts:
+    catalog: Catalog, histories: Histories, policy: TrunkPolicy, samples: _Samples, head: str, prompt: Prompt
+) -> tuple[Runs, Int64, Branches]:
+    """The trunks of a batch, how many rows of its trunk's entries each sample reads, and what follows those."""
     order = np.lexsort((samples.split, samples.trunk))
     longest = order[np.flatnonzero(np.diff(samples.trunk[order], append=-1) != 0)]
     user, start, split = samples.user[longest], samples.start[longest], samples.split[longest]
@@ -273,8 +264,7 @@ def _parts(
     place = np.arange(whole.items.size) - np.repeat(whole.offsets[:-1], whole.lengths)
     of_trunks = policy.levels(whole)[place < np.repeat(split, whole.lengths)]
     trunks = Runs.of(catalog, histories.between(user, start, start + split), of_trunks)
-    before = trunks.before(samples.trunk, samples.split, separator)
+    before = trunks.before(samples.trunk, samples.split, len(prompt.separator))
     own = histories.between(samples.user, samples.start + samples.split, samples.position)
-    branches = Branches.behind(catalog, own, policy.levels(own), samples.trunk, samples.split, head=head)
-    leads = branches.leads(before)
-    return _Parts(trunks, branches, leads, before, branches.rows(leads, separator))
+    behind = samples.trunk, samples.split
+    return trunks, before, Branches.of_samples(catalog, prompt, own, policy.levels(own), behind, before, head)

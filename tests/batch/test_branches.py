@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Branches that several targets read: what each reads is its own items, and nobody shares a patch that goes on."""
+"""Branches: what each sample reads there is its own items; what several read alike stands once; no patch goes on."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import cases
@@ -14,37 +13,91 @@ from hypothesis import strategies as st
 
 import patchkern as pk
 from patchkern.batch.branches import Branches, numbered
+from patchkern.batch.planning import Head
 
 T, P, J, D = pk.Level.TEXT, pk.Level.PATCH, pk.Level.JOIN, pk.Level.DROP
 CATALOG = cases.make_catalog(cases.make_titles(8))
+SEPARATOR = "|"
 
 
-def branches_of(items: list[list[int]], levels: list[list[int]], *trunks: list[int], head: str = "items") -> Branches:
-    """Of samples' own items and their levels."""
+def branches_of(
+    items: list[list[int]],
+    levels: list[list[int]],
+    *trunks: list[int],
+    head: str = "items",
+    before: int = 0,
+    separator: int = 1,
+    suffix: int = 1,
+) -> Branches:
+    """Of samples' own items and their levels, behind so many rows of entries."""
     flat = np.array([level for sample in levels for level in sample], np.uint8)
-    keys = [np.array(trunk, np.int64) for trunk in trunks]
-    return Branches.behind(CATALOG, pk.Histories.from_sequences(items), flat, *keys, head=head)
+    keys = tuple(np.array(trunk, np.int64) for trunk in trunks)
+    prompt = pk.Prompt(prefix=[90], separator=[91] * separator, suffix=[92] * suffix)
+    histories, rows = pk.Histories.from_sequences(items), np.full(len(items), before)
+    return Branches.of_samples(CATALOG, prompt, histories, flat, keys, rows, head)
+
+
+def rows_of(items: list[int], levels: list[int], led: bool, separator: int) -> list[Any]:
+    """The rows of items, each as what it is the mean of."""
+    entries: list[list[Any]] = []
+    for item, level in zip(items, levels, strict=True):
+        if level == T:
+            entries.append([(item, token) for token in range(CATALOG.lengths[item])])
+        elif level == P:
+            entries.append([(item,)])
+        elif level == J:
+            entries[-1][0] += (item,)
+    rows = []
+    for number, entry in enumerate(entries):
+        rows += [SEPARATOR] * (separator if led or number else 0) + entry
+    return rows
+
+
+def rows_read(branches: Branches, separator: int) -> list[list[Any]]:
+    """Of each sample all rows behind its trunk."""
+    levels, offsets = branches.runs.levels.tolist(), branches.runs.items.offsets.tolist()
+    held = [
+        rows_of(list(items), levels[begin:end], bool(head == Head.SEPARATOR), separator)
+        for items, begin, end, head in zip(branches.runs.items, offsets, offsets[1:], branches.heads, strict=False)
+    ]
+    assert [len(rows) for rows in held] == branches.rows.tolist()
+    read = []
+    for of, count in zip(branches.of.tolist(), branches.read.tolist(), strict=True):
+        if of < 0:
+            read.append([])
+            continue
+        behind = branches.behind[of]
+        read.append((held[behind][: branches.ahead[of]] if behind >= 0 else []) + held[of][:count])
+    return read
 
 
 @pytest.mark.parametrize(
-    ("levels", "of"),
+    ("levels", "of", "behind"),
     [
-        ([[], [P], [P, P], [P, P, P]], [-1, 0, 0, 0]),
-        ([[P], [P, J], [P, J, P], [P, J, P, P]], [0, 1, 1, 1]),  # the first one's patch goes on
-        ([[P], [T, P], [T, P, T]], [0, 1, 1]),
-        ([[P], [P, T], [T, P, T]], [0, 1, 2]),
-        ([[P], [P, D, J], [D]], [0, 1, 2]),  # what joins behind the item that is left out
-        ([[T, T], [T], [T, T, T], []], [0, 0, 0, -1]),
+        ([[], [P], [P, P], [P, P, P]], [-1, 0, 0, 0], [-1]),
+        ([[P], [P, J], [P, J, P], [P, J, P, P]], [1, 0, 0, 0], [-1, -1]),  # the first one's patch goes on
+        ([[P], [T, P], [T, P, T]], [1, 0, 0], [-1, -1]),
+        ([[P], [P, T], [T, P, T]], [0, 1, 2], [-1, -1, -1]),
+        ([[P], [P, D, J], [D]], [0, 1, 2], [-1, -1, -1]),  # what joins behind the item that is left out
+        ([[T, T], [T], [T, T, T], []], [0, 0, 0, -1], [-1]),
+        ([[T], [P, T], [P, P, T], [P, P, P, T]], [1, 2, 3, 0], [-1, -1, 0, 0]),  # the latest is text
+        ([[P, J, T], [P, J, P, T]], [1, 0], [-1, 0]),
+        ([[P, T], [P, J, P]], [0, 1], [-1, -1]),
     ],
 )
-def test_by_hand(levels: list[list[int]], of: list[int]) -> None:
+def test_by_hand(levels: list[list[int]], of: list[int], behind: list[int]) -> None:
     items = [list(range(len(sample))) for sample in levels]
     trunk = [0] * len(levels)
     branches = branches_of(items, levels, trunk)
-    assert branches.of.tolist() == of and branches.own.tolist() == [len(sample) for sample in levels]
-    assert [list(run) for run in branches.runs.items] == [items[sample] for sample in branches.sample]
+    assert branches.of.tolist() == of and branches.behind.tolist() == behind and not branches.titles.any()
+    expected = [rows_of(*sample, False, 1) for sample in zip(items, levels, strict=True)]
+    assert rows_read(branches, 1) == expected
     for head in ("titles", "both"):
-        assert branches_of(items, levels, trunk, head=head).of.tolist() == list(range(len(levels)))
+        titled = branches_of(items, levels, trunk, head=head)
+        shared = len(titled.sample) - len(items)
+        assert titled.of.tolist() == [shared + sample for sample in range(len(items))]
+        assert titled.titles.tolist() == [False] * shared + [True] * len(items)
+        assert rows_read(titled, 1) == expected
 
 
 def test_only_what_is_read_before_them_alike_is_shared() -> None:
@@ -52,6 +105,28 @@ def test_only_what_is_read_before_them_alike_is_shared() -> None:
     assert branches_of(items, levels, [0, 0, 1, 1], [5, 5, 5, 5]).of.tolist() == [0, 0, 1, 1]
     assert branches_of(items, levels, [0, 0, 0, 0], [5, 7, 5, 7]).of.tolist() == [0, 1, 0, 1]
     assert branches_of([], [], []).of.tolist() == []
+
+
+def test_a_title_follows_a_row_of_its_branch() -> None:
+    """Without a suffix an entry is left for it, and one that has none is refused."""
+    items, levels = [[3], [3, 4], [3, 4, 5]], [[P], [P, P], [P, P, P]]
+    branches = branches_of(items, levels, [0, 0, 0], head="titles", suffix=0, before=1)
+    assert branches.behind.tolist() == [-1, -1, 0, 0] and branches.ahead.tolist() == [0, 0, 2, 4]
+    assert branches.rows.tolist() == [4, 2, 2, 2]
+    with pytest.raises(ValueError, match="prompt: expected a suffix, which a branch without text of its own begins"):
+        branches_of([[3], []], [[D], []], [0, 1], head="titles", suffix=0)
+    assert branches_of([[3], []], [[D], []], [0, 1], head="items", suffix=0).rows.tolist() == [0]
+
+
+def test_last_rows() -> None:
+    items, levels = [[], [1], [1, 2], [1, 2, 3]], [[], [T], [P, T], [P, P, T]]
+    branches = branches_of(items, levels, [0] * 4, before=1)
+    assert branches.of.tolist() == [-1, 1, 2, 0] and branches.behind.tolist() == [-1, -1, 0]
+    last = branches.last_rows(np.array([100, 200, 300]), np.array([7, 7, 7, 7]))
+    texts = CATALOG.lengths[[1, 2, 3]]
+    assert last.tolist() == [7, 200 + texts[0], 300 + texts[1], 100 + 4 + texts[2]]
+    titled = branches_of(items, [[P] * n for n in range(4)], [0] * 4, head="titles")
+    assert titled.last_rows(np.arange(100, 600, 100), np.full(4, 7)).tolist() == [7, 100, 102, 104]
 
 
 def test_numbers_are_ranks() -> None:
@@ -70,40 +145,32 @@ def samples(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], list[int
                 form[place] = P
         for length in sorted(draw(st.sets(st.integers(0, len(whole)), max_size=5))):
             own = list(form[:length])
-            if length and draw(st.integers(0, 3)) == 0:
-                own[-1] = draw(st.sampled_from([T, P]))
+            for place in range(length - draw(st.integers(0, length)), length):
+                own[place] = draw(st.sampled_from([T, P]))
             items.append(whole[:length])
             levels.append(own)
             trunks.append(trunk)
     return items, levels, trunks
 
 
-@given(samples(), st.integers(0, 2), st.booleans())
-def test_every_sample_reads_its_own_items(drawn: Any, separator: int, led: bool) -> None:
+@given(samples(), st.integers(0, 2), st.booleans(), st.sampled_from(["items", "titles"]), st.integers(0, 1))
+def test_every_sample_reads_its_own_items(drawn: Any, separator: int, led: bool, head: str, suffix: int) -> None:
     items, levels, trunks = drawn
-    branches = branches_of(items, levels, trunks)
-    flat, offsets = branches.runs.levels.tolist(), branches.runs.items.offsets.tolist()
-    leads = branches.leads(np.full(len(items), int(led)))
-    rows = branches.rows(leads, separator)
-    longest: dict[int, int] = defaultdict(int)
-    for own, trunk in zip(items, trunks, strict=True):
-        longest[trunk] = max(longest[trunk], len(own))
-    for sample, (own, form, trunk) in enumerate(zip(items, levels, trunks, strict=True)):
-        branch = branches.of[sample]
-        if not own:
-            assert branch == -1 and rows[sample] == 0
-            continue
-        held, has = list(branches.runs.items[branch]), flat[offsets[branch] : offsets[branch + 1]]
-        assert trunks[branches.sample[branch]] == trunk
-        assert held[: len(own)] == own and has[: len(own)] == form
-        after = [level for level in has[len(own) :] if level != D]
-        assert not after or after[0] != J, "no patch goes on behind what a sample reads"
-        entries = sum(level in (T, P) for level in form)
-        expected = sum(
-            CATALOG.lengths[item] if level == T else level == P for item, level in zip(own, form, strict=True)
-        )
-        own_separators = max(entries - 1, 0) + (led and entries > 0)
-        assert rows[sample] == expected + own_separators * separator
-        if len(has) < longest[trunk]:
-            assert branches.sample[branch] == sample, "those that do not begin the longest read alone"
-    assert sorted(set(branches.of.tolist()) - {-1}) == list(range(len(branches.sample)))
+    titled = head == "titles"
+    expected = [rows_of(*sample, led, separator) for sample in zip(items, levels, strict=True)]
+    options: dict[str, Any] = {"head": head, "before": int(led), "separator": separator, "suffix": suffix}
+    if titled and not suffix and not all(expected):
+        with pytest.raises(ValueError, match="expected a suffix"):
+            branches_of(items, levels, trunks, **options)
+        return
+    branches = branches_of(items, levels, trunks, **options)
+    assert rows_read(branches, separator) == expected
+    # none takes more rows than it would on its own
+    assert branches.rows.sum() <= sum(map(len, expected))
+    assert branches.titles.sum() == len(items) * titled
+    for of, sample in zip(branches.of.tolist(), range(len(items)), strict=True):
+        if branches.titles.any():
+            assert branches.titles[of] and branches.sample[of] == sample
+            assert suffix or branches.read[sample], "a row that the title follows"
+        if of >= 0 and branches.behind[of] >= 0:
+            assert trunks[branches.sample[branches.behind[of]]] == trunks[sample]

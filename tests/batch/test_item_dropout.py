@@ -54,13 +54,11 @@ def test_targets_of_a_trunk_read_what_was_drawn_for_it(probability: float, keep_
         cu = layout.cu_seqlens.tolist()
         if head == "titles":
             span = number + 1
-            hidden = layout.prefix[span].tolist()
-            rows = [*range(*hidden), *range(cu[span], cu[span + 1])][: alone.num_rows]
+            rows = [*cases.rows_before(layout, span), *range(cu[span], cu[span + 1])][: alone.num_rows]
         else:
             last = int(layout.item_rows[number])
             span = next(place for place in range(len(cu) - 1) if cu[place] <= last < cu[place + 1])
-            hidden = [0, 0] if layout.prefix is None else layout.prefix[span].tolist()
-            rows = [*range(*hidden), *range(cu[span], last + 1)]
+            rows = [*cases.rows_before(layout, span), *range(cu[span], last + 1)]
         assert layout.lo[rows].tolist() == alone.lo.tolist()
         assert layout.position_ids[rows].tolist() == alone.position_ids.tolist()
 

@@ -43,8 +43,7 @@ def seen_by_item_rows(layout: pk.PatchLayout) -> list[tuple[Seen, int]]:
     found = []
     for at, label in zip(layout.item_rows.tolist(), layout.item_labels.tolist(), strict=True):
         span = int(np.searchsorted(cu, at, side="right")) - 1
-        begin, end = (0, 0) if layout.prefix is None else layout.prefix[span].tolist()
-        seen = rows[begin:end] + rows[cu[span] : at + 1]
+        seen = [rows[row] for row in [*cases.rows_before(layout, span), *range(cu[span], at + 1)]]
         assert layout.position_ids[at] == len(seen) - 1
         found.append((seen, label))
     return found
@@ -269,12 +268,29 @@ def test_targets_behind_the_same_sessions_share_a_branch(planner: str) -> None:
     batch = make_batch(policy, [60], separator=0)
     layout = plan(batch, [[7, 59]])
     assert layout.prefix is not None
-    # behind the prefix and 0 to 18 sessions; the last branch has a single target
+    # behind the prefix and 1 to 17 sessions; and two that have a single target each
     prefix = len(batch.prompt.prefix)
-    assert layout.prefix[1:, 1].tolist() == [prefix + n for n in range(19)]
+    assert layout.prefix[1:, 1].tolist() == [prefix + n for n in [*range(1, 18), 0, 18]]
     assert np.diff(layout.cu_seqlens).tolist() == [prefix + 18, *[7] * 18, 5]
-    text = plan(make_batch(replace(policy, keep_text=None), [60], separator=0), [[7, 59]])
-    assert text.num_users > 50 and text.num_rows > 4 * layout.num_rows
+
+
+def test_titles_and_text_follow_shared_rows(planner: str) -> None:
+    """Of five to seven items as patches, and of what is patches before three items of text."""
+    policy, ranges = POLICIES["sessions-no-text"], [[8, 58]]
+    batch = make_batch(policy, [60], separator=0)
+    suffix, end = len(batch.prompt.suffix), len(batch.prompt.response_end)
+    titles = [len(batch.titles[item]) for item in batch.histories[0][8:59]]
+    layout = plan(batch, ranges, head="titles")
+    n_trunk, items = len(batch.prompt.prefix) + 17, 17 * 7
+    assert layout.num_rows == n_trunk + items + sum(titles) + 51 * (suffix + end)
+    assert layout.ranges.shape == (1 + 17 + 51, 2, 2)
+    assert [len(cases.rows_before(layout, span)) - len(batch.prompt.prefix) for span in range(18, 24)] == [
+        6, 7, 8, 7, 8, 9
+    ]  # fmt: skip
+    text = plan(make_batch(replace(policy, keep_text=3, keep_items=2), [60], separator=0), ranges)
+    alone = sum(len(batch.titles[item]) for at in range(8, 59) for item in batch.histories[0][at - 3 : at])
+    # the longest's text stands behind what it shares, once more
+    assert text.num_rows < n_trunk + 17 * 4 + alone and text.num_users == 1 + 17 + 51 - 17
 
 
 @pytest.mark.parametrize("name", POLICIES)

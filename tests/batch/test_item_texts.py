@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -122,8 +123,7 @@ def test_training(policy: Any, head: str, prompt: pk.Prompt) -> None:
     seen = []
     for span in range(layout.num_users):
         first, end = layout.cu_seqlens[span : span + 2].tolist()
-        before = [] if layout.prefix is None else range(*layout.prefix[span].tolist())
-        seen.append([meaning(layout, row) for row in [*before, *range(first, end)]])
+        seen.append([meaning(layout, row) for row in [*cases.rows_before(layout, span), *range(first, end)]])
     if head == "items":
         assert layout.item_labels is not None
         assert layout.item_labels.tolist() == [both.index_of([history[at]])[0] for history, at in positions]

@@ -8,6 +8,7 @@ import pickle
 from dataclasses import replace
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,37 @@ def test_layouts_of_random_users_are_whole_and_counted(inner: str, mode: str, pl
         unplaced = torch.zeros(batch.stage2.num_rows, dtype=torch.bool)
         unplaced[learned] = not placed
         assert torch.equal(batch.stage2.position_ids < 0, unplaced)
+
+
+def read_by(layout: pk.PatchLayout, row: int) -> list[Any]:
+    """All rows that one sees, the last of them itself: what each is the mean of, and its position."""
+    span = int(np.searchsorted(layout.cu_seqlens.numpy(), row, side="right")) - 1
+    seen = [*cases.rows_before(layout, span), *range(int(layout.cu_seqlens[span]), row + 1)]
+    lo, hi, titles = layout.lo.tolist(), layout.hi.tolist(), layout.title_index[layout.items.long()].tolist()
+    return [(lo[at] if lo[at] < 0 else tuple(titles[lo[at] : hi[at]]), int(layout.position_ids[at])) for at in seen]
+
+
+@pytest.mark.parametrize("head", ["titles", "items", "both"])
+@pytest.mark.parametrize("mode", ["overwrite", "append"])
+@pytest.mark.parametrize("inner", INNER)
+def test_targets_are_read_as_they_are_served(inner: str, mode: str, head: str) -> None:
+    policy = pk.PreferenceMemory(INNER[inner], 3, 6, mode)
+    histories = histories_of(2)
+    ranges = _ranges(histories)
+    layout = MemoryPlanner(CATALOG, policy, LEARNED).training(histories, ranges, head=head).stage2
+    users = np.repeat(np.arange(len(histories)), histories.lengths)
+    places = np.concatenate([np.arange(n) for n in histories.lengths])
+    served = pk.build_layout(
+        CATALOG, histories.before(users, places), policy, LEARNED, histories.at(users, places), head=head
+    )
+    for name in ("item_rows", "logit_rows"):
+        rows, alone = getattr(layout, name), getattr(served, name)
+        assert (rows is None) == (alone is None)
+        if rows is not None:
+            assert [read_by(layout, row) for row in rows.tolist()] == [read_by(served, row) for row in alone.tolist()]
+    for name in ("item_labels", "logit_labels"):
+        labels, alone = getattr(layout, name), getattr(served, name)
+        assert labels is alone is None or torch.equal(labels, alone)
 
 
 def test_batches_move_and_are_pickled() -> None:

@@ -33,9 +33,8 @@ POLICIES = {
 
 def rows_seen(layout: pk.PatchLayout, span: int) -> list[Any]:
     """A span's rows with its prefix's, as the tokens that they pool."""
-    assert layout.prefix is not None
-    cu, prefix = layout.cu_seqlens.tolist(), layout.prefix.tolist()
-    rows = [*range(*prefix[span]), *range(cu[span], cu[span + 1])]
+    cu = layout.cu_seqlens.tolist()
+    rows = [*cases.rows_before(layout, span), *range(cu[span], cu[span + 1])]
     offsets, tokens = layout.offsets.tolist(), layout.token_ids.tolist()
     titles = [tuple(tokens[offsets[item] : offsets[item + 1]]) for item in layout.items.tolist()]
     pairs = zip(layout.lo[rows].tolist(), layout.hi[rows].tolist(), strict=True)
@@ -51,7 +50,7 @@ def branches_of(layout: pk.PatchLayout) -> dict[tuple[Any, ...], list[Any]]:
         own = slice(cu[span], cu[span + 1])
         if not (layout.labels[own] >= 0).any():
             continue
-        hidden = int(layout.prefix[span].diff())
+        hidden = len(cases.rows_before(layout, span))
         rows = rows_seen(layout, span)
         assert layout.position_ids[own].tolist() == list(range(hidden, len(rows)))
         labels = [-100] * hidden + layout.labels[own].tolist()

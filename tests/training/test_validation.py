@@ -137,7 +137,7 @@ class _Weights(TrainerCallback):
 
 def test_a_resumed_run_remembers_what_was_best(tmp_path: Path) -> None:
     config = {"dropout": 0.3}
-    arguments = {"rows_per_pass": 250, "max_steps": 16, "label_smoothing_factor": 0.1, "learning_rate": 1e-2}
+    arguments = {"rows_per_pass": 200, "max_steps": 16, "label_smoothing_factor": 0.1, "learning_rate": 1e-2}
     early = {**EARLY, **arguments, "save_total_limit": None}
 
     def trainer() -> PatchTrainer:

@@ -39,6 +39,7 @@ from patchkern.training import TrainableModel, item_log_probs
 from recipes import models
 from recipes.commands import Parser
 from recipes.tables import markdown_table
+from recipes.training_run import read_arguments
 
 Floats = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
@@ -105,6 +106,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--limit: expected at least 1, got {args.limit}")
     if len(set(args.runs)) < len(args.runs):
         parser.error("runs: expected each once")
+    if args.item_text is None:
+        texts = {run: read_arguments(Path(run)).get("item_text") for run in args.runs}
+        if len(set(texts.values())) > 1:
+            parser.error(f"runs: expected some that read the same of an item, got {texts}")
+        args.item_text = texts[args.runs[0]]
     return args
 
 

@@ -62,7 +62,7 @@ from recipes.prior_weights import fitted_weights, together, weights_beside_head,
 from recipes.priors import ABOUT, check_prior, make_priors
 from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
 from recipes.results import KS, Result, Results
-from recipes.training_run import default_search
+from recipes.training_run import default_search, read_arguments
 
 POLICIES = ("text", "items", "sessions")
 
@@ -196,8 +196,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="items that longer histories lose at a time, and a user's samples share the rest (default: as trained)",
     )
-    parser.add_argument("--keep_text", type=int, help="latest items that stay text beside item patches")
-    parser.add_argument("--group_size", type=int, help="items of a session patch")
+    parser.add_argument(
+        "--keep_text", type=int, help="latest items that stay text beside item patches (default: as trained, else 5)"
+    )
+    parser.add_argument("--group_size", type=int, help="items of a session patch (default: as trained, else 5)")
     parser.add_argument("--one_time", action="store_true", help="make memories in one pass over all old items")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out items of the user's history")
     parser.add_argument("--prior", nargs="+", default=[], help=f"another row, with these priors: {ABOUT}")
@@ -216,6 +218,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="the CSV (default: beside the model)")
     parser.add_argument("--run", metavar="FILE", help="also the lists and, as FILE.qrels, the targets in TREC's format")
     args = parser.parse_args(argv)
+    if args.item_text is None:
+        args.item_text = read_arguments(Path(args.checkpoint)).get("item_text")
     least = {"limit": 1, "max_items": 1, "cut_every": 1, "keep_text": 0, "group_size": 1, "batch_size": 1}
     for name, smallest in least.items():
         value = getattr(args, name)
@@ -253,7 +257,10 @@ def chosen_policy(model: TrainableModel, args: argparse.Namespace) -> AnyPolicy:
     policy: Any = model.policy
     if args.policy is not None:
         kinds = {"text": pk.TextOnly(), "items": pk.ItemPatches(), "sessions": pk.SessionPatches(align="start")}
-        policy = kinds[args.policy]
+        trained = {} if policy is None else {field.name: getattr(policy, field.name) for field in fields(policy)}
+        if type(policy) is not type(kinds[args.policy]):
+            shared = ("max_items", "cut_every")
+            policy = replace(kinds[args.policy], **{name: trained[name] for name in shared if name in trained})
     if policy is None:
         raise ValueError(f"--policy: expected one, as {args.checkpoint!r} was saved without")
     own = {field.name for field in fields(policy)}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,8 @@ def _of_passes(rows_per_pass: int, data: Interactions, collator: PassCollator | 
     dataset = PassDataset(
         *samples_of(data, "train"), collator.rows, rows_per_pass, 1.0, _TRIED_PASSES, 1, collator.seed
     )
+    if isinstance(collator, PassCollator) and collator.pretrain_steps is not None:
+        collator = replace(collator, pretrain_steps=dataset.steps)
     batches = [collator([dataset[number]])["layout"] for number in range(len(dataset))]
     labelled = [batch.stage2 if isinstance(batch, MemoryBatch) else batch for batch in batches]
     sizes = [rows_per_pass / batch.num_rows for batch in batches]

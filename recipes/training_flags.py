@@ -31,6 +31,7 @@ HANDED_ON: dict[str, Any] = {
     "max_items": 100,
     "head": "titles",
     "hold_out_items": 0.0,
+    "item_text": None,
 }
 _NOT_KEPT = ("resume", "dry_run", "processes")
 # Twenty evaluations a run; --eval_steps and --save_steps change that.
@@ -118,8 +119,8 @@ def make_parser(description: str | None) -> Parser:
     group.add_argument(
         "--align",
         choices=("end", "start"),
-        help="of a history, where sessions are counted from; from the start, and without text, targets of an item head "
-        "share most of their rows (default: of the settings; the end, the start for small models with an item head)",
+        help="of a history, where sessions are counted from; from the start, targets share the items between sessions "
+        "and text (default: of the settings; the end, the start for small models with an item head)",
     )
     group.add_argument(
         "--item_dropout",
@@ -229,10 +230,14 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         ),
         *(
             (args.backbone is not None and bool(getattr(args, name)), f"--{name}: expected none with --backbone")
-            for name in ("item_embeddings", "vector_dropout", "lora", "prompt", "random_weights")
+            for name in ("item_embeddings", "vector_dropout", "lora", "prompt", "random_weights", "item_text")
         ),
         (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),
         (args.item_tokens and args.model not in SIZES, f"--item_tokens: {scratch} keep their titles"),
+        (
+            args.item_tokens and args.item_text is not None,
+            "--item_text: expected none with --item_tokens, by which an item is read",
+        ),
         *(
             (share is not None and not 0 <= share < 1, f"--{name}: expected at least 0 and below 1, got {share}")
             for name, share in (("vector_dropout", args.vector_dropout), ("hold_out_items", args.hold_out_items))
@@ -298,6 +303,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     for name, otherwise in HANDED_ON.items():
         if getattr(args, name) is None:
             setattr(args, name, before.get(name, otherwise))
+    for name, head in (("title_weight", "items"), ("item_weight", "titles")):
+        if args.head == head and getattr(args, name) != 1.0:
+            parser.error(f"--{name}: expected none with --head {head}, which has no such loss")
     return args
 
 

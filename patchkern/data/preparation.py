@@ -132,7 +132,7 @@ def add_arguments(parser: Any, *, default: str | None = None, item_text: bool = 
         parser.add_argument(
             "--item_text",
             help='what the model reads of an item: "title (brand, categories)", of fields that the data has; it '
-            "generates the title alone (default: reads that too)",
+            "generates the title alone (default: as the run that it comes from, else the title)",
         )
     add_filters(parser)
 

@@ -7,6 +7,7 @@ import copy
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,36 @@ def test_zero_shot(
     assert not list(Path(plain).glob("*.csv"))
 
 
+@pytest.mark.parametrize(
+    ("trained", "flags", "policy"),
+    [
+        (pk.ItemPatches(1, 12), ["items"], pk.ItemPatches(1, 12)),
+        (pk.ItemPatches(1, 12, cut_every=4), ["text"], pk.TextOnly(12, cut_every=4)),
+        (pk.SessionPatches(3, None), ["sessions", "--max_items", "9"], pk.SessionPatches(3, 9)),
+        (pk.SessionPatches(3, None), ["items"], pk.ItemPatches(5, None)),
+        (pk.RandomItemPatches(0.3, 30), ["items", "--keep_text", "0"], pk.ItemPatches(0, 30)),
+        (pk.Experts(pk.ItemPatches(0, None), count=2, keep=3), ["text"], pk.TextOnly(100)),
+        (None, ["sessions"], pk.SessionPatches(align="start")),
+    ],
+)
+def test_a_policy_is_as_trained_but_for_what_is_given(trained: Any, flags: list[str], policy: Any) -> None:
+    args = evaluate.parse(["run", "--data", "synthetic", "--policy", *flags])
+    assert evaluate.chosen_policy(SimpleNamespace(policy=trained), args) == policy
+
+
+def test_a_run_knows_what_its_model_reads_of_an_item(data: Any, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    write_arguments(tmp_path / "run", {"item_text": "title (year)"})
+    for flags, expected in ([], "title (year)"), (["--item_text", "title"], "title"):
+        args = evaluate.parse([str(tmp_path / "run"), "--data", "somewhere", *flags])
+        assert args.item_text == expected
+    runs = [str(tmp_path / "run"), run[0]]
+    assert cold_items.parse([runs[0], "--data", "somewhere"]).item_text == "title (year)"
+    with pytest.raises(SystemExit):
+        cold_items.parse([*runs, "--data", "somewhere"])
+    assert cold_items.parse([*runs, "--data", "somewhere", "--item_text", "title"]).item_text == "title"
+
+
 def test_another_policy_than_the_model_was_saved_with(data: Any, run: Any, tmp_path: Path) -> None:
     flags = ["--data", data[0], "--limit", "12", "--output", str(tmp_path / "x.csv")]
     samples = data[1].samples("test").spread(12)
@@ -192,8 +223,8 @@ def test_another_policy_than_the_model_was_saved_with(data: Any, run: Any, tmp_p
         lists = run[1].recommend(data[1].before(samples), policy)
         return count(lists, data[1].targets(samples), catalog=run[1].catalog).ranks.tolist()
 
-    (found,) = evaluate.main([run[0], *flags, "--policy", "text"])["this model"]
-    assert found.ranks.tolist() == ranks(pk.TextOnly())
+    (found,) = evaluate.main([run[0], *flags, "--policy", "text", "--max_items", "5"])["this model"]
+    assert found.ranks.tolist() == ranks(pk.TextOnly(5))
     (found,) = evaluate.main([run[0], *flags, "--keep_text", "3"])["this model"]
     assert found.ranks.tolist() == ranks(pk.ItemPatches(3, None))
     with pytest.raises(ValueError, match="--group_size: expected only with a policy that has it, got ItemPatches"):

@@ -316,6 +316,8 @@ def test_a_model_of_item_ids_learns_and_is_evaluated(
         (("--head", "titles"), "--head: expected items with --backbone"),
         (("--model", "tiny"), "--model, --from, --backbone: expected one of them"),
         (("--item_embeddings",), "--item_embeddings: expected none with --backbone"),
+        (("--item_text", "title"), "--item_text: expected none with --backbone"),
+        (("--title_weight", "0.5"), "--title_weight: expected none with --head items, which has no such loss"),
     ):
         with pytest.raises(SystemExit):
             _train("items", folder, tmp_path / "wrong", "--backbone", "sasrec", *wrong)
@@ -345,6 +347,9 @@ def test_a_budget_chooses_the_passes(
     shutil.rmtree(tmp_path / "narrow" / "checkpoint-2")
     again = _train("items", folder, tmp_path / "narrow", *flags, "80MiB", "--resume")
     assert again.train_dataset.rows_per_pass == narrow.train_dataset.rows_per_pass and _losses(again) == _losses(narrow)
+    # twice the rows, of which a growing share is patches
+    twice = _train("pretrain", folder, tmp_path / "pretrain", *flags, "80MiB")
+    assert 2048 <= twice.train_dataset.rows_per_pass < 4000
     with pytest.raises(ValueError, match=r"--memory_budget: (expected 8MiB to be enough|budget: expected)"):
         _train("items", folder, tmp_path / "none", *flags, "8MiB")
     assert not (tmp_path / "none").exists()
@@ -390,6 +395,11 @@ def test_no_pass_is_tried_in_bfloat16_that_a_cpu_must_emulate(
         (["--model", "tiny", "--ema_decay", "1"], "--ema_decay: expected above 0 and below 1, got 1.0"),
         (["--model", "tiny", "--ema_decay", "0.9", "--dry_run"], "--ema_decay: expected none with --memory_budget or"),
         (["--from", "runs/sft", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
+        (
+            ["--model", "tiny", "--item_weight", "2"],
+            "--item_weight: expected none with --head titles, which has no such",
+        ),
+        (["--model", "tiny", "--item_tokens", "--item_text", "title"], "--item_text: expected none with --item_tokens"),
         (["--model", "somewhere", "--dropout", "0.1"], "--dropout: expected only with --model tiny or small"),
         (["--from", "runs/sft", "--no_separator"], "--no_separator: expected only with --model tiny or small"),
         ([], "--model, --from, --backbone: expected one of them"),

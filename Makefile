@@ -121,11 +121,12 @@ SANITIZER_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -
 # CXXFLAGS is not a variable of the target: its prerequisite, the ordinary build, would inherit it. libstdc++ is loaded
 # up front too: ASan must find it before torch throws its first exception.
 # --capture=sys leaves the reports of ASan and UBSan on the terminal.
-sanitize: $(BUILT) ## run the tests of native code under ASan and UBSan
+sanitize: $(BUILT) ## run the tests of native code, and CUDA's on the host, under ASan and UBSan
 	CXXFLAGS='$(SANITIZER_FLAGS)' PATCHKERN_CUDA=0 $(BIN)/python setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PATCHKERN_FUZZ_CALLS=$(FUZZ_CALLS) \
 	PYTHONPATH=$(SANITIZE)/lib:.:tests $(BIN)/pytest -o pythonpath= --capture=sys -n 2 $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow tests/ops/test_pool_rows_cuda.py -k sanitizers
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist patchkern.egg-info patchkern/_native.*.so patchkern/_cuda.*.so patchkern/_build_info.json $(BUILT)

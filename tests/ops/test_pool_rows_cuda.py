@@ -371,6 +371,7 @@ class TestOnHost:
 SANITIZED = "(widths and not 2048 and not 4096) or (long_sessions and float32) or cross_tiles or table or nothing_to_do"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("PATCHKERN_HOST_FLAGS" in os.environ, reason="this is the sanitized run")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_on_host_under_sanitizers(tmp_path: Path) -> None:

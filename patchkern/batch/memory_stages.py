@@ -102,9 +102,9 @@ class Training:
         self.branches = Branches.of_samples(
             catalog, planner.prompt, own, inner.levels(own), (self.unit, self.split), of_trunk, head
         )
-        self._place(units, last_segment, is_whole & (self.segment > 0))
+        self._place(units, last_segment, is_whole & (self.segment > 0), of_trunk)
 
-    def _place(self, units: Int64, last_segment: Int64, updated: NDArray[np.bool_]) -> None:
+    def _place(self, units: Int64, last_segment: Int64, updated: NDArray[np.bool_], of_trunk: Int64) -> None:
         """Which rows stand where."""
         planner, policy, prompt = self.planner, self.planner.policy, self.planner.prompt
         slots, appends = policy.slots, policy.mode == "append"
@@ -128,7 +128,7 @@ class Training:
         # what a unit sees of the span before it, and the memory rows in its own
         seen = first + (slots * self.segment if appends else np.zeros_like(self.segment))
         memory = np.zeros_like(self.segment) if appends else slots * (self.segment > 0)
-        before = memory[self.unit] + self.trunks.before(self.unit, self.split, separator)
+        before = memory[self.unit] + of_trunk
         if appends:
             vectors = planner.memory(self.span, last_segment, first)
             self.held_by, nth = each_of(last_segment)

@@ -104,7 +104,7 @@ class SessionPatches(_Cut):
 
     ``keep_text`` and ``keep_items`` are the items as text, and at least as item patches, where they are not a group's:
     with ``keep_text=0, align="start"`` an item has one row until it joins a session, which all targets share that are
-    read behind the same sessions (`build_training_layout`), for two or three rows a target beside its title's.
+    read behind the same sessions (`build_training_layout`), for two to four rows a target beside its title's.
 
     Examples:
         A P starts a patch, the items J after it join it, a T is an item as text.

@@ -26,10 +26,12 @@ help: ## list the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The package is built without isolation, from the pinned build requirements.
+# The package is built without isolation, from the pinned build requirements. pip would compile what it installs on one
+# core, which takes as long as all else; what cannot be compiled (a template, say) is no fault.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt setuptools ninja
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt setuptools ninja
+	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(wildcard csrc/*)

@@ -103,12 +103,21 @@ def number_array(name: str, values: Any) -> NDArray[np.float64]:
     return numbers
 
 
+def mask_array(name: str, values: Any, size: int) -> NDArray[np.bool_]:
+    """``(size,)`` booleans."""
+    array = flat_array(name, values)
+    if array.shape != (size,) or (size and array.dtype != np.bool_):
+        raise ValueError(f"{name}: expected {size} booleans, got {array.dtype} of shape {array.shape}")
+    return array.astype(np.bool_, copy=False)
+
+
 def title_mapping(titles: Any, argument: str = "titles") -> Mapping[Any, str]:
     """``{item id: title}`` of a mapping or a pandas Series indexed by item id."""
     if isinstance(titles, Mapping):
         return titles
     if not (hasattr(titles, "to_dict") and hasattr(titles, "index") and getattr(titles, "ndim", 0) == 1):
-        raise TypeError(f"{argument}: expected a mapping of item id to title, got {type(titles).__name__}")
+        noun = argument.removesuffix("s")
+        raise TypeError(f"{argument}: expected a mapping of item id to {noun}, got {type(titles).__name__}")
     mapping: Mapping[Any, str] = titles.to_dict()
     if len(mapping) != len(titles):
         raise ValueError(f"{argument}: expected distinct item ids, got {len(titles) - len(mapping)} more than once")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arguments import check_max_items, check_number, check_offsets
 from patchkern.batch.arrow import arrow_lists
-from patchkern.batch.columns import as_array, flat_array, id_array, is_sequence
+from patchkern.batch.columns import as_array, flat_array, id_array, is_sequence, mask_array
 from patchkern.batch.frozen import adopted, freeze, frozen
 from patchkern.batch.instants import instants
 
@@ -26,8 +26,7 @@ def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
-def _sequence_array(user: int, sequence: Any) -> NDArray[Any]:
-    name = f"histories[{user}]"
+def _sequence_array(name: str, sequence: Any) -> NDArray[Any]:
     if not is_sequence(sequence):
         raise TypeError(f"{name}: expected a sequence of item ids, got {type(sequence).__name__}")
     array = flat_array(name, sequence)
@@ -111,8 +110,8 @@ class Histories:
         Histories.__init__(self, *(adopted(slots[name]) for name in self.__slots__))
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Sequence[Any]]) -> Histories:
-        """Build from one sequence of item ids per user.
+    def from_sequences(cls, sequences: Sequence[Sequence[Any]], argument: str = "histories") -> Histories:
+        """Build from one sequence of item ids per user; complaints name ``argument``.
 
         Examples:
             >>> import patchkern as pk
@@ -124,33 +123,34 @@ class Histories:
         """
         if not is_sequence(sequences):
             raise TypeError(
-                f"histories: expected Histories or a list of item-id sequences, got {type(sequences).__name__}"
+                f"{argument}: expected Histories or a list of item-id sequences, got {type(sequences).__name__}"
             )
-        arrays = [_sequence_array(user, sequence) for user, sequence in enumerate(sequences)]
+        arrays = [_sequence_array(f"{argument}[{user}]", sequence) for user, sequence in enumerate(sequences)]
         offsets = np.zeros(len(arrays) + 1, np.int64)
         np.cumsum([array.size for array in arrays], out=offsets[1:])
         filled = [array for array in arrays if array.size]
         kinds = {"text" if array.dtype.kind == "U" else "number" for array in filled}
         if len(kinds) > 1:
-            raise TypeError("histories: expected item ids of one kind, got integers and strings")
+            raise TypeError(f"{argument}: expected item ids of one kind, got integers and strings")
         return cls(freeze(np.concatenate(filled) if filled else np.zeros(0, np.int64)), freeze(offsets))
 
     @classmethod
-    def from_arrow(cls, items: Any, timestamps: Any = None) -> Histories:
+    def from_arrow(cls, items: Any, timestamps: Any = None, argument: str = "histories") -> Histories:
         """Build from an arrow column of lists, one per user; integers are shared with arrow, not copied.
 
         Args:
             items: a ``pyarrow`` array of lists (list, large list, fixed size list or list view), whole or in chunks, or
                 any object with the arrow C interface, such as a column of polars. Only chunks are copied together.
             timestamps: lists of as many numbers (seconds) or arrow timestamps, or None.
+            argument: what complaints call the items.
 
         Raises:
             ImportError: pyarrow is missing.
             TypeError: a column of something else.
             ValueError: a missing list, id or time, or other lengths of ``timestamps``.
         """
-        values, offsets = arrow_lists("histories", items)
-        items = as_array("histories", values)
+        values, offsets = arrow_lists(argument, items)
+        items = as_array(argument, values)
         if timestamps is None:
             return cls(items, offsets)
         times, others = arrow_lists("timestamps", timestamps)
@@ -162,13 +162,14 @@ class Histories:
         return cls(items, offsets, times)
 
     @classmethod
-    def coerce(cls, histories: HistoriesLike) -> Histories:
+    def coerce(cls, histories: HistoriesLike, argument: str = "histories") -> Histories:
         """Histories of what callers bring.
 
         Args:
             histories: a `Histories`, returned as it is; one sequence of item ids per user, in a list, an object array
                 or a column of pandas; a mapping of users to such sequences, in its order; an arrow column of lists (see
                 `from_arrow`); a 2-D array or tensor, one row per user, every entry an item; a nested tensor.
+            argument: what complaints call them.
 
         Raises:
             TypeError, ValueError: naming the user by position, what was expected and what came.
@@ -177,23 +178,25 @@ class Histories:
         if isinstance(given, cls):
             return given
         if isinstance(given, Mapping):
-            return cls.from_sequences(list(given.values()))
+            return cls.from_sequences(list(given.values()), argument)
         if getattr(given, "is_nested", False):
-            return cls.from_sequences(list(given.unbind()))
+            return cls.from_sequences(list(given.unbind()), argument)
         is_arrow = hasattr(given, "__arrow_c_array__") or hasattr(given, "__arrow_c_stream__")
         # pandas offers to make arrow of its objects; they are sequences already
         if is_arrow and getattr(given, "dtype", None) != np.dtype(object):
-            return cls.from_arrow(given)
+            return cls.from_arrow(given, argument=argument)
         if not isinstance(given, Sequence) and is_sequence(given):
-            given = as_array("histories", given)
+            given = as_array(argument, given)
             if given.ndim == 2 and given.dtype.kind in "iuU":
                 return cls(given.reshape(-1), np.arange(len(given) + 1) * given.shape[1])
-        return cls.from_sequences(given)
+        return cls.from_sequences(given, argument)
 
     def __len__(self) -> int:
         return self.offsets.size - 1
 
     def __getitem__(self, user: int) -> NDArray[Any]:
+        if isinstance(user, bool) or not isinstance(user, (int, np.integer)):
+            raise TypeError(f"user: expected an integer, as take() has several, got {type(user).__name__}")
         if not -len(self) <= user < len(self):
             raise IndexError(f"user: expected an index below {len(self)}, got {user}")
         user %= len(self)
@@ -233,10 +236,9 @@ class Histories:
         index = self._users(users)
         return self._gather(self.offsets[index], self.lengths[index])
 
-    def keep(self, mask: NDArray[np.bool_]) -> Histories:
+    def keep(self, mask: ArrayLike) -> Histories:
         """The same users with those items alone for which ``mask``, ``(N,)`` in the order of ``items``, is true."""
-        if mask.dtype != np.bool_ or mask.shape != self.items.shape:
-            raise ValueError(f"mask: expected booleans of shape {self.items.shape}, got {mask.dtype} {mask.shape}")
+        mask = mask_array("mask", mask, self.items.size)
         times = None if self.timestamps is None else self.timestamps[mask]
         return Histories._owned(self.items[mask], np.append(0, np.cumsum(mask))[self.offsets], times)
 

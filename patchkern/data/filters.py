@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
 from patchkern.batch.arguments import check_count, check_number
-from patchkern.data.interactions import Interactions, positions_of
+from patchkern.data.interactions import Interactions, check_interactions, positions_of
 
 
 def rating_above(interactions: Interactions, threshold: float) -> Interactions:
@@ -17,6 +18,7 @@ def rating_above(interactions: Interactions, threshold: float) -> Interactions:
     Raises:
         ValueError: a data set without ratings.
     """
+    check_interactions(interactions)
     check_number("threshold", threshold)
     return interactions.keep(_ratings_of(interactions) > threshold)
 
@@ -27,12 +29,14 @@ def rating_at_least(interactions: Interactions, minimum: float) -> Interactions:
     Raises:
         ValueError: a data set without ratings.
     """
+    check_interactions(interactions)
     check_number("minimum", minimum)
     return interactions.keep(_ratings_of(interactions) >= minimum)
 
 
 def min_interactions(interactions: Interactions, count: int) -> Interactions:
     """Users with at least ``count`` interactions; the catalogue stays whole."""
+    check_interactions(interactions)
     check_count("count", count, minimum=0)
     lengths = interactions.histories.lengths
     return interactions.keep(np.repeat(lengths >= count, lengths))
@@ -44,6 +48,7 @@ def k_core(interactions: Interactions, k: int, *, item_k: int | None = None) -> 
     Removing users can push an item below its threshold and the other way round, so it repeats until nothing falls.
     The catalogue loses the items that go.
     """
+    check_interactions(interactions)
     item_k = k if item_k is None else item_k
     check_count("k", k, minimum=0)
     check_count("item_k", item_k, minimum=0)
@@ -61,6 +66,7 @@ def k_core(interactions: Interactions, k: int, *, item_k: int | None = None) -> 
 
 def most_frequent_items(interactions: Interactions, count: int) -> Interactions:
     """The ``count`` items with the most interactions (ties: catalogue order) and the interactions with them."""
+    check_interactions(interactions)
     check_count("count", count, minimum=0)
     item = positions_of(interactions.item_ids, interactions.histories.items)
     frequency = np.bincount(item, minlength=interactions.num_items)
@@ -71,6 +77,7 @@ def most_frequent_items(interactions: Interactions, count: int) -> Interactions:
 
 def latest(interactions: Interactions, max_items: int) -> Interactions:
     """Every history cut to its latest ``max_items`` interactions; the catalogue stays whole."""
+    check_interactions(interactions)
     check_count("max_items", max_items, minimum=0)
     first = interactions.histories.lengths - max_items
     return interactions.keep(interactions.positions >= first[interactions.user_index])
@@ -90,13 +97,14 @@ def hold_out_items(interactions: Interactions, share: float, *, seed: int = 0) -
     Raises:
         ValueError: another share.
     """
+    check_interactions(interactions)
     check_number("share", share, minimum=0, below=1)
     item = positions_of(interactions.item_ids, interactions.histories.items)
     training = interactions.in_split("train") if interactions.ranges else np.ones(item.size, bool)
     taken = np.unique(item[training])
     taken = taken[np.argsort(interactions.item_ids[taken], kind="stable")]
     kept = np.ones(interactions.num_items, bool)
-    kept[np.random.default_rng(seed).permutation(taken)[: int(share * taken.size)]] = False
+    kept[np.random.default_rng(seed).permutation(taken)[: int(Fraction(str(share)) * taken.size)]] = False
     return _with_catalog(interactions.keep(kept[item]), kept)
 
 

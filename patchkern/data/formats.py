@@ -42,7 +42,7 @@ def open_dataset(path: str | PathLike[str], **options: Any) -> Interactions:
 
     known: dict[str, tuple[Any, Callable[..., Interactions], Path]] = {
         "parquet": (holds(parquet.HISTORIES), parquet.read_parquet, folder),
-        "two tables": (holds(tables.INTERACTIONS), tables.read_tables, folder),
+        "two tables": (holds(parquet.INTERACTIONS), tables.read_tables, folder),
         "MovieLens": (holds(*movielens.FILES), movielens.read_movielens, path),
         "RecBole": (path.suffix == ".inter" or (path.is_dir() and one_file(path, ["*.inter"])), read_recbole, path),
         "Goodreads": (_is_goodreads(path), goodreads.read_goodreads, path),
@@ -57,7 +57,7 @@ def open_dataset(path: str | PathLike[str], **options: Any) -> Interactions:
     if not found:
         raise ValueError(
             f"path: expected a data set in {path}, found none of: {parquet.HISTORIES} (parquet), "
-            f"{tables.INTERACTIONS} (two tables), {', '.join(movielens.FILES)} (MovieLens), *.inter (RecBole), "
+            f"{parquet.INTERACTIONS} (two tables), {', '.join(movielens.FILES)} (MovieLens), *.inter (RecBole), "
             f"{goodreads.INTERACTIONS_FILES[0]}[.gz] (Goodreads), {amazon.META_FILES[0]}[.gz] beside the category's "
             f"reviews (Amazon Reviews 2023), {steam.REVIEWS_FILES[0]}[.gz] (Steam), {ebnerd.ARTICLES} beside "
             f"{ebnerd.PARTS[0]}/{ebnerd.BEHAVIORS} (EB-NeRD), 000000000000.parquet (MerRec)"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arguments import check_count
-from patchkern.batch.columns import id_array, number_array
+from patchkern.batch.columns import id_array, mask_array, number_array, title_mapping
 from patchkern.batch.frozen import freeze, frozen
 from patchkern.batch.histories import Histories
 from patchkern.batch.instants import instants
@@ -62,22 +62,20 @@ class Interactions:
     def __post_init__(self) -> None:
         if not isinstance(self.histories, Histories):
             raise TypeError(f"histories: expected Histories, got {type(self.histories).__name__}")
-        if not isinstance(self.titles, Mapping):
-            raise TypeError(f"titles: expected a mapping of item id to title, got {type(self.titles).__name__}")
+        titles = title_mapping(self.titles)
+        texts = None if self.texts is None else title_mapping(self.texts, "texts")
         for name, optional in (("name", False), ("system", True), ("instruction", True)):
             text = getattr(self, name)
             if not (isinstance(text, str) or (optional and text is None)):
                 raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
-        _check_titles(self.titles)
-        if self.texts is not None:
-            if not isinstance(self.texts, Mapping):
-                raise TypeError(f"texts: expected a mapping of item id to text, got {type(self.texts).__name__}")
-            if self.texts.keys() != self.titles.keys():
-                wrong = next(iter(self.texts.keys() ^ self.titles.keys()))
-                has = "a text without title" if wrong in self.texts else "a title without text"
+        _check_titles(titles)
+        if texts is not None:
+            if texts.keys() != titles.keys():
+                wrong = next(iter(texts.keys() ^ titles.keys()))
+                has = "a text without title" if wrong in texts else "a title without text"
                 raise ValueError(f"texts: expected one for each title, got {has}, of {wrong!r}")
-            _check_titles(self.texts, "texts")
-        _check_items(self.histories.items, self.titles)
+            _check_titles(texts, "texts")
+        _check_items(self.histories.items, titles)
         _check_times(self.histories)
         user_ids = id_array(self.user_ids, "user_ids")
         if user_ids.shape != (len(self.histories),):
@@ -91,14 +89,16 @@ class Interactions:
                 raise ValueError(
                     f"ratings: expected one per interaction ({self.histories.items.size}), got shape {ratings.shape}"
                 )
+        if not isinstance(self.ranges, Mapping):
+            raise TypeError(f"ranges: expected a mapping of split to bounds, got {type(self.ranges).__name__}")
         ranges = {split: _as_range(split, bounds, self.histories.lengths) for split, bounds in self.ranges.items()}
         _check_disjoint(ranges)
         if self.instruction is not None and "[HISTORY_SEQUENCE]" not in self.instruction:
             raise ValueError(f"instruction: expected a text that holds [HISTORY_SEQUENCE], got {self.instruction!r}")
         own = {
             "user_ids": frozen(user_ids, self.user_ids),
-            "titles": MappingProxyType(dict(self.titles)),
-            "texts": None if self.texts is None else MappingProxyType(dict(self.texts)),
+            "titles": MappingProxyType(dict(titles)),
+            "texts": None if texts is None else MappingProxyType(dict(texts)),
             "ratings": None if ratings is None else frozen(ratings, self.ratings),
             "ranges": MappingProxyType({split: freeze(bounds) for split, bounds in ranges.items()}),
         }
@@ -140,9 +140,9 @@ class Interactions:
         users, items = id_array(users, "users"), id_array(items, "items")
         times = None if timestamps is None else instants("timestamps", timestamps, time_unit)
         ratings = None if ratings is None else number_array("ratings", ratings)
-        columns = {"items": items, "timestamps": None if times is None else times.ticks, "ratings": ratings}
-        for name, column in columns.items():
-            if column is not None and column.shape != users.shape:
+        ticks = None if times is None else times.ticks
+        for name, column in {"users": users, "items": items, "timestamps": ticks, "ratings": ratings}.items():
+            if column is not None and column.shape != (users.size,):
                 raise ValueError(f"{name}: expected one per interaction ({users.size}), got shape {column.shape}")
         user_ids, user_index = np.unique(users, return_inverse=True)
         if times is None:
@@ -243,10 +243,9 @@ class Interactions:
         starts = samples.positions[first]
         return Samples(users, starts), self.histories.between(users, starts, starts + counts)
 
-    def keep(self, chosen: NDArray[np.bool_]) -> Interactions:
+    def keep(self, chosen: ArrayLike) -> Interactions:
         """The interactions where ``chosen`` ``(N,)`` is true; users left without any go. Splits and titles stay."""
-        if chosen.shape != (self.num_interactions,) or chosen.dtype != np.bool_:
-            raise ValueError(f"chosen: expected {self.num_interactions} booleans, got {chosen.dtype} {chosen.shape}")
+        chosen = mask_array("chosen", chosen, self.num_interactions)
         kept_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)])
         offsets = kept_before[self.histories.offsets]
         users = np.diff(offsets) > 0
@@ -268,6 +267,12 @@ class Interactions:
             known = ", ".join(self.ranges) or "none: apply temporal_split or leave_one_out first"
             raise ValueError(f"split: expected one of the data set's splits ({known}), got {split!r}")
         return self.ranges[split]
+
+
+def check_interactions(interactions: Any) -> None:
+    """Raise a TypeError unless it is a data set."""
+    if not isinstance(interactions, Interactions):
+        raise TypeError(f"interactions: expected Interactions, got {type(interactions).__name__}")
 
 
 def _check_samples(samples: Any) -> None:
@@ -340,7 +345,10 @@ def _check_times(histories: Histories) -> None:
 
 
 def _as_range(split: str, bounds: ArrayLike, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    array = np.array(bounds, np.int64)
+    given = np.asarray(bounds)
+    if given.size and given.dtype.kind not in "iu":
+        raise TypeError(f"ranges[{split!r}]: expected integers, got dtype {given.dtype}")
+    array = given.astype(np.int64)
     if array.shape != (lengths.size, 2):
         raise ValueError(f"ranges[{split!r}]: expected shape {(lengths.size, 2)}, got {array.shape}")
     wrong = np.flatnonzero((array[:, 0] < 0) | (array[:, 0] > array[:, 1]) | (array[:, 1] > lengths))

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 TITLE = "title"
 
 _FORM = re.compile(r"\s*([^(),]+?)\s*(?:\(([^()]+)\))?\s*")
@@ -72,15 +74,19 @@ def as_text(value: Any) -> str:
     Raises:
         TypeError: something else.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
     if isinstance(value, str):
         return " ".join(value.split())
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, np.number):
+        value = value.item()
+    if isinstance(value, (list, tuple, np.ndarray)):  # pandas has arrays where a file has lists
         return ", ".join(text for text in map(as_text, value) if text)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"expected text, a number or a list of these, got {type(value).__name__}")
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.0f}" if 1e5 <= abs(value) < 1e15 else f"{value:g}"
 
 
 def field_of(record: Mapping[str, Any], name: str) -> Any:

@@ -26,10 +26,11 @@ from patchkern.batch.columns import as_array, id_array
 from patchkern.batch.histories import Histories
 from patchkern.batch.instants import instants
 from patchkern.data._text import read_lines
-from patchkern.data.interactions import Interactions
+from patchkern.data.interactions import Interactions, check_interactions
 from patchkern.data.item_text import ItemText, as_text
 
 HISTORIES, ITEMS, ABOUT, PROMPT = "histories.parquet", "items.parquet", "about.json", "prompt.txt"
+INTERACTIONS = "interactions.parquet"  # of `patchkern.data.tables`, whose items are in a file of the same name
 
 # Encodings of equal values have no bound: a file of kilobytes can declare gigabytes. Sequential ids, the most compact
 # values that are no repetition, take a twentieth of a byte each.
@@ -98,10 +99,16 @@ def write_parquet(interactions: Interactions, folder: str | PathLike[str]) -> No
     Every file is written under a temporary name and renamed; a folder that was not written to the end is not read.
 
     Raises:
+        FileExistsError: a folder with ``interactions.parquet``, whose ``items.parquet`` would be lost.
         ImportError: pyarrow is missing.
     """
+    check_interactions(interactions)
     pa, pq = import_pyarrow()
     folder = Path(folder)
+    if (folder / INTERACTIONS).exists():
+        raise FileExistsError(
+            f"folder: expected one without {INTERACTIONS}, whose {ITEMS} would be overwritten, got {str(folder)!r}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     histories = interactions.histories
 

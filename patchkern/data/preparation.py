@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.data import filters
 from patchkern.data.formats import open_dataset
-from patchkern.data.interactions import MIN_HISTORY, Interactions
+from patchkern.data.interactions import MIN_HISTORY, Interactions, check_interactions
 from patchkern.data.samples import Samples
 from patchkern.data.splits import leave_last_out, temporal_split
 from patchkern.data.synthetic import synthetic
@@ -60,6 +61,12 @@ def prepare(
         >>> data.user_ids.tolist(), data.targets(data.samples("test")).tolist()
         ([1], [8])
     """
+    check_interactions(interactions)
+    if min_rating is not None:
+        check_number("min_rating", min_rating)
+    for name, least in (("min_interactions", min_interactions), ("k_core", k_core)):
+        if least is not None:
+            check_count(name, least, minimum=0)
     if split_by is not None and split_by not in SPLIT_BY:
         raise ValueError(f"split_by: expected one of {', '.join(SPLIT_BY)}, got {split_by!r}")
     has_splits = bool(interactions.ranges)

@@ -20,6 +20,7 @@ from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
+_OPTIONAL = ("timestamp", "rating")
 _TITLE_FIELDS = ("title", "movie_title", "book_title", "item_title", "name", "item_name")
 # what pandas takes for a missing value
 _MISSING = frozenset(
@@ -47,7 +48,8 @@ def read_recbole(
     many is logged.
 
     Args:
-        user_field, item_field, time_field, rating_field: columns of ``.inter``; the last two may be missing from it.
+        user_field, item_field, time_field, rating_field: columns of ``.inter``. ``timestamp`` and ``rating`` may be
+            missing from it, others not.
         title_field: column of ``.item``; None: the first there is of title, movie_title, book_title, item_title, name,
             item_name.
         item_text: what a model reads of an item, such as "title (brand, categories)": columns of ``.item`` of any type,
@@ -72,7 +74,7 @@ def read_recbole(
     left_out = dict.fromkeys(("with an item without title", "with an item that the .item file lacks"), 0)
     untitled, unknown = left_out
     kinds = {user_field: ("token",), item_field: ("token",), time_field: ("float",), rating_field: ("float",)}
-    rows = _rows(inter_file, kinds, (user_field, item_field))
+    rows = _rows(inter_file, kinds, tuple(name for name in kinds if name not in _OPTIONAL))
     for number, (user, item, time, rating) in rows:
         for name, value in ((user_field, user), (item_field, item)):
             if value in _MISSING:

@@ -11,7 +11,7 @@ import numpy as np
 
 from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.columns import is_sequence
-from patchkern.data.interactions import SPLITS, Interactions
+from patchkern.data.interactions import SPLITS, Interactions, check_interactions
 
 
 def temporal_split(interactions: Interactions, ratio: Sequence[float] = (48, 1, 1)) -> Interactions:
@@ -26,6 +26,7 @@ def temporal_split(interactions: Interactions, ratio: Sequence[float] = (48, 1, 
     Raises:
         ValueError: no timestamps, or a ratio that is not three shares >= 0 with a training share.
     """
+    check_interactions(interactions)
     times = interactions.histories.timestamps
     if times is None:
         raise ValueError(f"interactions: expected timestamps for a split by time, got none in {interactions.name!r}")
@@ -54,6 +55,7 @@ def leave_last_out(interactions: Interactions, count: int = 1) -> Interactions:
     Raises:
         TypeError, ValueError: ``count`` is not an integer of at least 1.
     """
+    check_interactions(interactions)
     check_count("count", count, minimum=1)
     lengths = interactions.histories.lengths
     held_out = count * (lengths > 2 * count)

@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.arrow import arrow_text
-from patchkern.batch.columns import id_array, number_array
+from patchkern.batch.columns import id_array, is_sequence, number_array
 from patchkern.batch.instants import instants
 from patchkern.data._text import log_left_out
 from patchkern.data.interactions import Interactions
 from patchkern.data.item_text import ItemText, as_text
-from patchkern.data.parquet import ITEMS, read_table
-
-INTERACTIONS = "interactions.parquet"
+from patchkern.data.parquet import INTERACTIONS, ITEMS, read_table
 
 # The names that are looked for where the caller gives none.
 _FIELDS = {
@@ -80,7 +78,7 @@ def from_tables(
             item_id, item or itemId; timestamp or time; rating; title or name, whichever one is there.
         item_text: what a model reads of an item, such as "title (brand, categories)": columns of the table of items,
             and the title; see `Interactions.texts`.
-        ordered: there is no time, the rows are in order.
+        ordered: there is no time, or none is to be read: the rows are in order.
         time_unit, tie_seed: see `Interactions.from_columns`.
         labels: what complaints call the two tables.
         about: ``name``, ``system``, ``instruction`` of `Interactions`.
@@ -96,6 +94,9 @@ def from_tables(
         >>> {user: items.tolist() for user, items in zip(data.user_ids.tolist(), data.histories)}
         {'bob': [7], 'eve': [7, 8]}
     """
+    if ordered and not (time_field is None and time_unit is None):
+        argument, given = ("time_unit", time_unit) if time_field is None else ("time_field", time_field)
+        raise ValueError(f"{argument}: expected None with ordered=True, which reads no times, got {given!r}")
     rows, catalog = _Table(labels[0], interactions), _Table(labels[1], items)
     users = rows.ids("user_field", user_field)
     taken = rows.ids("item_field", item_field)
@@ -168,7 +169,10 @@ class _Table:
 
     def ids(self, argument: str, given: str | None) -> NDArray[Any]:
         name = str(self.name(argument, given))
-        return id_array(self.values[name], self.called(name))
+        ids = id_array(self.values[name], self.called(name))
+        if ids.ndim != 1:
+            raise ValueError(f"{self.called(name)}: expected a 1-D column, got shape {ids.shape}")
+        return ids
 
     def texts(self, argument: str, given: str | None) -> list[str | None]:
         """The titles, None where there is none."""
@@ -176,7 +180,7 @@ class _Table:
         column = self.values[name]
         if hasattr(column, "to_pylist"):
             return arrow_text(self.called(name), column)
-        values: list[Any] = column.tolist() if hasattr(column, "tolist") else list(column)
+        values = self._listed(name)
         for row, value in enumerate(values):
             if not isinstance(value, str):
                 if not _is_missing(value):
@@ -190,6 +194,7 @@ class _Table:
         if text is None:
             return {}
         columns = [self._written(str(self.name("item_text", name))) for name in text.fields]
+        self.check_length(ids, *columns)
         texts: dict[Any, str] = {}
         for row, (item, *values) in enumerate(zip(ids, *columns, strict=True)):
             if item in titles:
@@ -201,19 +206,27 @@ class _Table:
         return texts
 
     def _written(self, name: str) -> list[str]:
-        column = self.values[name]
-        values = column.to_pylist() if hasattr(column, "to_pylist") else getattr(column, "tolist", lambda: column)()
         written = []
-        for row, value in enumerate(values):
+        for row, value in enumerate(self._listed(name)):
             try:
-                written.append("" if not isinstance(value, (list, tuple)) and _is_missing(value) else as_text(value))
+                written.append("" if _is_missing(value) else as_text(value))
             except TypeError as error:
                 raise TypeError(f"{self.called(name)}, row {row}: {error}") from None
         return written
 
+    def _listed(self, name: str) -> list[Any]:
+        """A column's values, whatever they are."""
+        column = self.values[name]
+        if not is_sequence(column):
+            raise TypeError(f"{self.called(name)}: expected a column, got {type(column).__name__}")
+        ways = (getattr(column, way) for way in ("to_pylist", "to_list", "tolist") if hasattr(column, way))
+        return list(next(ways, lambda: column)())
+
 
 def _is_missing(value: Any) -> bool:
     """None, NaN, or what pandas has for them, which compares to nothing."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return False
     try:
         return value is None or bool(value != value)
     except TypeError:

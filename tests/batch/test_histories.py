@@ -232,6 +232,11 @@ def test_what_is_no_histories(histories: Any, message: str) -> None:
         pk.Histories.coerce(histories)
 
 
+def test_several_are_not_asked_for_by_index() -> None:
+    with pytest.raises(TypeError, match=r"user: expected an integer, as take\(\) has several, got slice"):
+        pk.Histories.coerce([[1], [2]])[:1]  # type: ignore[index]
+
+
 def test_masked_items_are_missing() -> None:
     with pytest.raises(ValueError, match=r"histories\[0\]: expected no missing value, got 1 masked"):
         pk.Histories.coerce([np.ma.masked_array([1, 2], [False, True])])
@@ -266,7 +271,8 @@ def test_keep() -> None:
     assert [user.tolist() for user in kept] == [[1], [], [3, 5]]
     assert kept.timestamps is not None and kept.timestamps.tolist() == [10, 30, 50]
     assert not kept.items.flags.writeable
-    with pytest.raises(ValueError, match="mask: expected booleans of shape"):
+    assert [user.tolist() for user in histories.keep([True, False, False, True, True])] == [[1], [], [4, 5]]
+    with pytest.raises(ValueError, match=r"mask: expected 5 booleans, got int64 of shape \(5,\)"):
         histories.keep(histories.items % 2)
     nothing = pk.Histories([], [0, 0]).keep(np.zeros(0, bool))
     assert len(nothing) == 1 and nothing.offsets.dtype == np.int64

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ from patchkern.data import (
     hold_out_items,
     k_core,
     latest,
+    leave_last_out,
     leave_one_out,
     min_interactions,
     most_frequent_items,
+    prepare,
     rating_above,
     rating_at_least,
     synthetic,
     temporal_split,
+    write_parquet,
 )
 
 
@@ -65,6 +69,25 @@ def test_the_same_items_whatever_the_order() -> None:
     assert gone(data, hold_out_items(data, 0.1)) < out, "more are more of the same"
     unsplit = Interactions(data.user_ids, data.histories, data.titles)
     assert gone(unsplit, hold_out_items(unsplit, 0.3)) and hold_out_items(leave_one_out(unsplit), 0.3).ranges
+
+
+def test_a_share_is_rounded_down_as_it_is_written() -> None:
+    """0.29 times 100 is 28.999999999999996 in binary."""
+    data = Interactions.from_columns(range(100), range(100), None, {item: f"Title {item}" for item in range(100)})
+    assert hold_out_items(data, 0.29).num_items == 71
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        hold_out_items, k_core, latest, leave_last_out, min_interactions, most_frequent_items, rating_above,
+        rating_at_least, temporal_split, write_parquet, prepare,
+    ],
+)  # fmt: skip
+def test_a_path_is_no_data(apply: Callable[..., Any], tmp_path: Path) -> None:
+    further = {write_parquet: [tmp_path], prepare: [], temporal_split: [], leave_last_out: []}.get(apply, [1])
+    with pytest.raises(TypeError, match="interactions: expected Interactions, got str"):
+        apply("ml-100k", *further)
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])

@@ -117,6 +117,7 @@ def test_text_ids_and_exact_times() -> None:
         ({"timestamps": [5, float("nan")]}, ValueError, r"timestamps\[1\]: expected a time, got nan"),
         ({"timestamps": [5]}, ValueError, r"timestamps: expected one per interaction \(2\), got shape \(1,\)"),
         ({"items": [1, 2, 1]}, ValueError, r"items: expected one per interaction \(2\), got shape \(3,\)"),
+        ({"users": np.ones((2, 1), int)}, ValueError, r"users: expected one per interaction \(2\), got shape \(2, 1\)"),
         ({"ratings": [5, float("nan")]}, ValueError, r"ratings\[1\]: expected a finite number, got nan"),
         ({"ratings": ["5", "4"]}, TypeError, "ratings: expected numbers"),
         ({"items": ["1", "2"]}, ValueError, "histories: expected items with a title, got '1' and 1 more without one"),
@@ -197,6 +198,8 @@ def test_immutable() -> None:
         ({"user_ids": [1]}, ValueError, r"user_ids: expected one per history \(2\), got shape \(1,\)"),
         ({"user_ids": [1, 1]}, ValueError, "user_ids: expected distinct ids"),
         ({"ratings": [1.0]}, ValueError, r"ratings: expected one per interaction \(3\)"),
+        ({"ranges": [[0, 1]]}, TypeError, "ranges: expected a mapping of split to bounds, got list"),
+        ({"ranges": {"train": [[0, 1.5], [0, 1]]}}, TypeError, r"ranges\['train'\]: expected integers, got dtype floa"),
         ({"ranges": {"train": [[0, 1]]}}, ValueError, r"ranges\['train'\]: expected shape \(2, 2\)"),
         ({"ranges": {"train": [[0, 1], [0, 2]]}}, ValueError, r"ranges\['train'\]\[1\]: expected 0 <= begin"),
         (
@@ -319,6 +322,7 @@ def test_filters_keep_the_split() -> None:
     assert kept.ranges["train"].tolist() == [[0, 5], [0, 1]]
     assert kept.targets(kept.samples("test")).tolist() == [7]
     assert latest(data, 1).ranges["test"].tolist() == [[0, 1], [1, 1]]
+    assert data.keep([True] * 9).num_interactions == 9
     with pytest.raises(ValueError, match="chosen: expected 9 booleans"):
         data.keep(np.ones(3, bool))
 
@@ -396,6 +400,24 @@ def test_what_is_wrong_also_where_it_would_not_matter(
     given: dict[str, Any] = {"users": [1], "items": ["a"], "timestamps": [1], "titles": {"a": "A"}}
     with pytest.raises(error, match=message):
         Interactions.from_columns(**given | change)
+
+
+def test_titles_and_texts_of_pandas() -> None:
+    class Series:
+        """As much of that of pandas as is asked for."""
+
+        def __init__(self, values: dict[Any, str]) -> None:
+            self.values, self.index, self.ndim = values, list(values), 1
+
+        def __len__(self) -> int:
+            return len(self.values)
+
+        def to_dict(self) -> dict[Any, str]:
+            return dict(self.values)
+
+    titles, texts = {7: "Alien", 5: "Heat"}, {7: "Alien (Fox)", 5: "Heat (W)"}
+    data = Interactions.from_columns([1], [7], None, Series(titles), texts=Series(texts))  # type: ignore[arg-type]
+    assert list(data.titles.items()) == list(titles.items()) and data.texts == texts
 
 
 @pytest.mark.parametrize("ask", ["before", "targets"])

@@ -50,7 +50,10 @@ def test_what_an_item_lacks_is_left_out() -> None:
 def test_values() -> None:
     values: list[Any] = [None, " a\n b ", 3, 4.0, 4.25, float("nan"), ["a", None, ("b", 1)], []]
     assert [as_text(value) for value in values] == ["", "a b", "3", "4", "4.25", "", "a, b, 1", ""]
-    for value in (True, {"a": 1}, [b"a"]):
+    # no number in scientific notation; those of NumPy, and arrays where pandas has them for lists
+    values = [1234567.0, 123456.75, np.float32(19.99), np.int64(7), np.array(["a", None, "b"], object), np.array([])]
+    assert [as_text(value) for value in values] == ["1234567", "123457", "19.99", "7", "a, b", ""]
+    for value in (True, np.True_, {"a": 1}, [b"a"]):
         with pytest.raises(TypeError, match="expected text, a number or a list of these"):
             as_text(value)
     record = {"a": {"b": {"c": 1}}, "d.e": 2, "f": 3}
@@ -126,6 +129,12 @@ def test_tables_and_parquet(tmp_path: Path) -> None:
         from_tables(ROWS, ITEMS, item_text="title (x)")
     with pytest.raises(TypeError, match="items: brand, row 0: expected text, a number or a list of these, got bool"):
         from_tables(ROWS, {**ITEMS, "brand": [True] * 3}, item_text="title (brand)")
+    with pytest.raises(ValueError, match="items: expected columns of one length, got 1 and 3"):
+        from_tables(ROWS, {**ITEMS, "brand": ["Fox"]}, item_text="title (brand)")
+    lists = np.empty(3, object)
+    lists[:] = [np.array(["W", "Fox"]), None, np.array([])]
+    listed = from_tables(ROWS, {**ITEMS, "brand": lists}, item_text="title (brand)")
+    assert listed.texts == {1: "Heat (W, Fox)", 3: "Alien"}
     pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
     pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     assert from_tables(pa.table(ROWS), pa.table(ITEMS), item_text="title (brand, price)").texts == TEXTS

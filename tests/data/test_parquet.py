@@ -124,6 +124,16 @@ def test_round_trip_of_synthetic_and_of_no_data(tmp_path: Path) -> None:
             same(read_parquet(tmp_path / f"{number}{size}"), part)
 
 
+def test_two_tables_are_not_overwritten(tmp_path: Path) -> None:
+    """Theirs is a file of items of the same name, with columns of its own."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    for name in ("interactions.parquet", "items.parquet"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError, match=r"folder: expected one without interactions\.parquet, whose items\.parq"):
+        write_parquet(made("integers", "seconds", "none"), tmp_path)
+    assert sorted(file.read_text() for file in tmp_path.iterdir()) == ["interactions.parquet", "items.parquet"]
+
+
 def test_a_folder_that_was_not_written_to_the_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the new items would go with the old histories."""
     pytest.importorskip("pyarrow", reason="needs pyarrow")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,3 +134,17 @@ def test_splits_by_name() -> None:
     assert prepare(two, split_by="leave_one_out").ranges["test"].tolist() == [[29, 30], [24, 25]]
     with pytest.raises(ValueError, match="split_by: expected one of time, leave_one_out, leave_two_out, got 'user'"):
         prepare(data, split_by="user")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"min_rating": "a lot"}, TypeError, "min_rating: expected a number, got str"),
+        ({"min_rating": float("nan")}, ValueError, "min_rating: expected a finite number, got nan"),
+        ({"min_interactions": "5"}, TypeError, "min_interactions: expected an integer, got str"),
+        ({"k_core": -1}, ValueError, "k_core: expected an integer in 0"),
+    ],
+)
+def test_filters_are_named_as_they_are_given(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        prepare(interactions([5]), **options)

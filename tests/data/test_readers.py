@@ -352,6 +352,14 @@ def test_malformed_recbole(tmp_path: Path, inter: str, item: str | None, message
         read_recbole(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["time_field", "rating_field"])
+def test_recbole_columns_that_are_named_must_be_there(tmp_path: Path, field: str) -> None:
+    write(tmp_path, "toy.inter", INTER + "1\t2\t3\t4\n")
+    write(tmp_path, "toy.item", "item_id:token\ttitle:token_seq\n2\tTwo\n")
+    with pytest.raises(ValueError, match=r"toy\.inter: expected a column 'stars', got user_id, item_id, rating, time"):
+        read_recbole(tmp_path, **{field: "stars"})  # type: ignore[arg-type]
+
+
 def test_recbole_without_items(tmp_path: Path) -> None:
     write(tmp_path, "toy.inter", INTER)
     with pytest.raises(FileNotFoundError, match=r"toy\.item: expected the titles"):

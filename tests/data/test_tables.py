@@ -99,6 +99,10 @@ AS_TEXT = {"item_id": ["3", "1", "3"]}
         ({"rating": [5, 4]}, {}, {}, ValueError, "interactions: expected columns of one length, got 2 and 3"),
         ({}, {"title": ["A", 5, "B"]}, {}, TypeError, "items: title, row 1: expected text, got int"),
         ({}, {"title": ["A", "B"]}, {}, ValueError, "items: expected columns of one length, got 2 and 3"),
+        ({}, {"title": "ABC"}, {}, TypeError, "items: title: expected a column, got str"),
+        ({"item_id": np.ones((3, 1), int)}, {}, {}, ValueError, r"item_id: expected a 1-D column, got shape \(3, 1\)"),
+        ({}, {}, {"ordered": True, "time_field": "x"}, ValueError, "time_field: expected None with ordered=True, "),
+        ({}, {}, {"ordered": True, "time_unit": "s"}, ValueError, "time_unit: expected None with ordered=True, "),
     ],
 )  # fmt: skip
 def test_refused(

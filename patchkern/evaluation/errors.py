@@ -58,7 +58,7 @@ class Difference(NamedTuple):
 
 def estimate(values: ArrayLike, users: ArrayLike | None = None) -> Estimate:
     """Mean of ``(B,)`` values of samples, with its `standard_error`."""
-    array = np.asarray(values, np.float64)
+    array = _per_sample(values)
     return Estimate(float(array.mean()) if array.size else float("nan"), standard_error(array, users))
 
 
@@ -88,7 +88,7 @@ def standard_error(values: ArrayLike, users: ArrayLike | None = None) -> float:
         >>> round(standard_error(hits), 3), round(standard_error(hits, users=["a", "a", "b", "b"]), 3)
         (0.289, 0.5)
     """
-    array = np.asarray(values, np.float64)
+    array = _per_sample(values)
     sums = _sums(array - array.mean(), users) if array.size else array
     if sums.size < 2:
         return float("nan")
@@ -145,6 +145,13 @@ def user_numbers(users: ArrayLike, size: int) -> NDArray[np.int64]:
     if ids.shape != (size,):
         raise ValueError(f"users: expected one per sample ({size}), got shape {ids.shape}")
     return np.unique(ids, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
+def _per_sample(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"values: expected one number per sample, got shape {array.shape}")
+    return array
 
 
 def _sums(values: NDArray[np.float64], users: ArrayLike | None) -> NDArray[np.float64]:

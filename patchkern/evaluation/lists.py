@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.columns import is_sequence
+from patchkern.batch.histories import Histories
 
 Int64 = NDArray[np.int64]
 
@@ -45,6 +46,13 @@ def check_catalog(catalog: Any) -> None:
     """Raise a TypeError unless it is a catalogue."""
     if not isinstance(catalog, Catalog):
         raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
+
+
+def are_lists(targets: Any) -> bool:
+    """Whether these are several targets for each sample, and not one."""
+    if isinstance(targets, Histories) or getattr(targets, "ndim", 1) > 1:
+        return True
+    return is_sequence(targets) and len(targets) > 0 and is_sequence(next(iter(targets)))
 
 
 def items_of(row: Any, user: int) -> list[Any]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arguments import check_count
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.columns import is_sequence
 from patchkern.batch.histories import Histories
 from patchkern.data.samples import chosen_of
 from patchkern.evaluation.errors import Difference, Estimate, estimate, paired_difference, user_numbers
-from patchkern.evaluation.lists import check_catalog, listed_items
+from patchkern.evaluation.lists import are_lists, check_catalog, listed_items
 
 METRICS = ("strict", "paper")
 
@@ -228,15 +227,17 @@ def evaluate(
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     check_catalog(catalog)
+    if not hasattr(recommendations, "__len__"):
+        raise TypeError(f"recommendations: expected one list per sample, got {type(recommendations).__name__}")
     texts = catalog.titles or ()
     if metric == "paper" and not texts:
         raise ValueError('catalog: metric="paper" compares titles as text, got a catalog without titles')
     ks = _list_lengths(ks)
-    if _are_lists(targets):
+    if are_lists(targets):
         if metric == "paper":
             raise ValueError('targets: expected one item id each with metric="paper", which knows no others, got lists')
         several: Any = targets
-        return _with_several(recommendations, Histories.coerce(several), ks, catalog, users)
+        return _with_several(recommendations, Histories.coerce(several, "targets"), ks, catalog, users)
     target_index = catalog.index_of(targets, "targets")
     if len(recommendations) != target_index.size:
         raise ValueError(f"targets: expected one per list ({len(recommendations)}), got {target_index.size}")
@@ -283,17 +284,13 @@ def _with_several(
     return Evaluation("strict", ks, np.array(ranks, np.int64), ambiguous, numbers, np.array(offsets))
 
 
-def _are_lists(targets: Any) -> bool:
-    if isinstance(targets, Histories) or getattr(targets, "ndim", 1) > 1:
-        return True
-    return is_sequence(targets) and len(targets) > 0 and is_sequence(next(iter(targets)))
-
-
 def _users(found: Evaluation) -> NDArray[np.int64]:
     return np.arange(found.num_samples) if found.users is None else found.users
 
 
 def _list_lengths(ks: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(ks, Collection):
+        raise TypeError(f"ks: expected integers, got {ks!r}, which is none or one")
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
             raise TypeError(f"ks: expected integers, got {k!r}")

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from patchkern.batch.columns import id_array
-from patchkern.evaluation.lists import items_of
+from patchkern.batch.histories import Histories
+from patchkern.evaluation.lists import are_lists, items_of
 
 
 def write_run(
@@ -58,9 +58,10 @@ def write_qrels(
     Raises:
         TypeError, ValueError: as of `write_run`.
     """
-    lists = [row if isinstance(row, (list, tuple, np.ndarray)) else [row] for row in targets]  # type: ignore[union-attr]
+    each: Any = targets if are_lists(targets) else id_array(targets, "targets").reshape(-1, 1)
+    lists = Histories.coerce(each, "targets")
     names = _names("queries", queries, len(lists))
-    words = (check_words("items", row) for row in lists)
+    words = (check_words("items", row.tolist()) for row in lists)
     _write(Path(path), (f"{name} 0 {item} 1" for name, row in zip(names, words, strict=True) for item in row))
 
 
@@ -84,8 +85,8 @@ def _names(argument: str, ids: ArrayLike | None, count: int) -> list[str]:
     return names
 
 
-def _distinct(items: Iterable[Any], user: int) -> list[str]:
-    words = check_words("items", items)
+def _distinct(items: list[Any], user: int) -> list[str]:
+    words = check_words("items", id_array(items, f"recommendations[{user}]").tolist())
     if len(set(words)) < len(words):
         again = next(word for place, word in enumerate(words) if word in words[:place])
         raise ValueError(

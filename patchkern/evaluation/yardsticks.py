@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from patchkern.batch.arguments import check_count
 from patchkern.batch.columns import id_array
-from patchkern.data.interactions import Interactions, positions_of
+from patchkern.data.interactions import Interactions, check_interactions, positions_of
 from patchkern.data.samples import Samples
 
 _SCORES_AT_ONCE = 1 << 22
@@ -130,8 +130,7 @@ def in_training(interactions: Interactions) -> tuple[NDArray[np.int64], NDArray[
     Raises:
         TypeError, ValueError: no data set, or one without training split.
     """
-    if not isinstance(interactions, Interactions):
-        raise TypeError(f"interactions: expected Interactions, got {type(interactions).__name__}")
+    check_interactions(interactions)
     training = interactions.in_split("train")
     return interactions.user_index[training], interactions.histories.items[training]
 
@@ -182,8 +181,7 @@ class Follows:
 
 def by_popularity(interactions: Interactions, k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Item ids and their training interactions, most popular first."""
-    if not isinstance(interactions, Interactions):
-        raise TypeError(f"interactions: expected Interactions, got {type(interactions).__name__}")
+    check_interactions(interactions)
     item_ids = interactions.item_ids
     check_count("k", k, minimum=1, maximum=item_ids.size)
     at = np.flatnonzero(interactions.in_split("train"))
@@ -205,6 +203,7 @@ def rank(
     max_items: int | None,
 ) -> Ranking:
     """The k best by ``score`` (samples -> (S, items)); equal scores stay in the order of ``item_ids``."""
+    samples = Samples.of(samples, interactions.histories)
     best = np.zeros((samples.users.size, k), np.int64)
     scores = np.zeros((samples.users.size, k))
     step = max(_SCORES_AT_ONCE // item_ids.size, 1)

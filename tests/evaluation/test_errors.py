@@ -102,6 +102,12 @@ def test_errors_name_the_argument(users: list[Any], error: type[Exception], mess
         standard_error([1.0, 2.0, 3.0], users)
 
 
+def test_a_table_is_no_column() -> None:
+    for of in (standard_error, estimate):
+        with pytest.raises(ValueError, match=r"values: expected one number per sample, got shape \(2, 1\)"):
+            of([[1.0], [2.0]])
+
+
 # ------------------------------------------------------------------ two recommenders
 
 

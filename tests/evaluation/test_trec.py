@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import patchkern as pk
 from patchkern.evaluation import evaluate, write_qrels, write_run
@@ -49,6 +50,20 @@ def test_what_the_format_has_no_room_for(tmp_path: Path, arguments: Any, message
 def test_an_id_is_no_list_of_its_letters(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"recommendations\[1\]: expected a list of items, got str"):
         write_run(tmp_path / "run", [["tt1"], "tt2"])
+
+
+def test_ids_are_ids(tmp_path: Path) -> None:
+    write_qrels(tmp_path / "qrels", torch.tensor([4, 5]))
+    assert (tmp_path / "qrels").read_text() == "0 0 4 1\n1 0 5 1\n"
+    write_qrels(tmp_path / "qrels", torch.tensor([[4, 5]]))
+    assert (tmp_path / "qrels").read_text() == "0 0 4 1\n0 0 5 1\n"
+    for targets in ([None, "a"], [4.0], [["a"], [4]]):
+        with pytest.raises(TypeError, match=r"targets.*: expected"):
+            write_qrels(tmp_path / "qrels", targets)
+    for lists in ([[4], torch.tensor([4])], [[4], [None]], [[4], [1.5]]):
+        with pytest.raises(TypeError, match=r"recommendations\[1\]: expected all integers or all strings"):
+            write_run(tmp_path / "run", lists)
+    assert [path.name for path in tmp_path.iterdir()] == ["qrels"]
 
 
 @pytest.mark.parametrize("several", [False, True])

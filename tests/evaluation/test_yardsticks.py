@@ -101,6 +101,10 @@ def test_no_samples_and_bad_arguments() -> None:
                 yardstick(data, data.samples("test"), k=k)
     with pytest.raises(ValueError, match="recent: expected an integer in 1"):
         transitions(data, data.samples("test"), k=3, recent=0)
+    for yardstick in (most_popular, transitions):
+        assert yardstick(data, Samples([0], [3]), k=3).items.shape == (1, 3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"positions\[0\]: expected below "):
+            yardstick(data, Samples(np.array([0]), data.histories.lengths[:1]), k=3)
 
 
 @pytest.mark.parametrize(

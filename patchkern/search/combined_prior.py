@@ -15,7 +15,9 @@ from torch import Tensor
 
 from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.catalog import Catalog
+from patchkern.batch.columns import is_sequence
 from patchkern.batch.histories import Histories, HistoriesLike
+from patchkern.evaluation.lists import check_catalog
 from patchkern.search.arguments import check_answers_for
 from patchkern.search.fingerprints import described
 from patchkern.search.weights import fit_weights, shortlist
@@ -53,11 +55,12 @@ class CombinedPrior:
     """
 
     def __init__(self, priors: Sequence[Prior], weights: Sequence[float]) -> None:
-        for place, weight in enumerate(weights := tuple(weights)):
+        _check_priors(priors)
+        if not is_sequence(weights):
+            raise TypeError(f"weights: expected one number per prior, got {weights!r}")
+        for place, weight in enumerate(weights):
             check_number(f"weights[{place}]", weight, minimum=0)
         self.priors, self.weights = tuple(priors), tuple(map(float, weights))
-        if not self.priors or not all(callable(prior) for prior in self.priors):
-            raise TypeError(f"priors: expected callables, at least one, got {priors!r}")
         if len(self.weights) != len(self.priors):
             raise ValueError(f"weights: expected one per prior ({len(self.priors)}), got {len(self.weights)}")
         if self.catalog is not None:
@@ -90,9 +93,11 @@ class CombinedPrior:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        cls(priors, [1.0] * len(priors))._check_order(catalog)
+        check_catalog(catalog)
+        _check_priors(priors)
         if len(priors) < 2:
             raise ValueError("priors: expected at least two to weigh against each other, got one")
+        cls(priors, [1.0] * len(priors))._check_order(catalog)
         check_count("k", k, minimum=1)
         check_count("candidates", candidates, minimum=k)
         given = Histories.coerce(histories)
@@ -116,10 +121,10 @@ class CombinedPrior:
         weights = fit_weights(scores, np.concatenate(places), objective, k, depth=candidates)
         return cls(priors, [1.0, *weights.tolist()])
 
-    def __call__(self, histories: Histories) -> NDArray[np.float64]:
+    def __call__(self, histories: HistoriesLike) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities; all -inf where every item is impossible."""
         total = np.zeros((1, 1))
-        for table, weight in zip(_answers(self.priors, histories), self.weights, strict=True):
+        for table, weight in zip(_answers(self.priors, Histories.coerce(histories)), self.weights, strict=True):
             with np.errstate(invalid="ignore"):  # 0 times -inf, which is left out
                 total = np.where((table == -math.inf) | (total == -math.inf), -math.inf, total + weight * table)
         top = total.max(axis=1, keepdims=True)
@@ -141,6 +146,11 @@ class CombinedPrior:
     def fingerprint(self) -> str:
         """A hash of all that decides what it returns, as far as the priors have one."""
         return str(described([json.dumps(self.weights), *(described(prior) for prior in self.priors)]))
+
+
+def _check_priors(priors: Any) -> None:
+    if not is_sequence(priors) or not len(priors) or not all(callable(prior) for prior in priors):
+        raise TypeError(f"priors: expected callables, at least one, got {priors!r}")
 
 
 def _answers(priors: Sequence[Prior], histories: Histories) -> list[NDArray[np.float64]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories
+from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.data.interactions import Interactions
 from patchkern.evaluation.linear import ItemRegression
 from patchkern.search import prior_file
@@ -84,15 +84,17 @@ class LinearPrior:
         check_popularity(popularity)
         users, items, count = trained_items(interactions, catalog)
         model = ItemRegression.fit(users, items, form, penalty, half_life, recent, memory_budget)
-        self._set(catalog, LinearSettings(form, penalty, half_life, recent, popularity), model, count)
+        # a file has no numbers of NumPy
+        settings = LinearSettings(form, float(penalty), float(half_life), int(recent), float(popularity))
+        self._set(catalog, settings, model, count)
 
     def _set(self, catalog: Catalog, settings: LinearSettings, model: ItemRegression, count: NDArray[np.int64]) -> None:
         self.catalog, self.settings, self._model, self._count = catalog, settings, model, count
         self.share = share_of(count)
 
-    def __call__(self, histories: Histories) -> NDArray[np.float64]:
+    def __call__(self, histories: HistoriesLike) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities."""
-        latest = histories.latest(self.settings.recent)
+        latest = Histories.coerce(histories).latest(self.settings.recent)
         index = self.catalog.index_of(latest.items, "histories").astype(np.int64)
         table = self._model.score(index, latest.offsets, len(self.catalog)).astype(np.float64)
         return log_mixture(np.maximum(table, 0, out=table), self.share, self.settings.popularity)

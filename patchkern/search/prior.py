@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.catalog import Catalog
-from patchkern.batch.histories import Histories
-from patchkern.data.interactions import Interactions
+from patchkern.batch.histories import Histories, HistoriesLike
+from patchkern.data.interactions import Interactions, check_interactions
+from patchkern.evaluation.lists import check_catalog
 from patchkern.evaluation.yardsticks import Follows, in_training
 from patchkern.search import prior_file
 
@@ -61,9 +62,9 @@ class PopularityPrior:
         self.share: NDArray[np.float64] = share_of(count)
         """``(n_items,)``, sums to 1."""
 
-    def __call__(self, histories: Histories) -> NDArray[np.float64]:
+    def __call__(self, histories: HistoriesLike) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities, a read-only view of one row."""
-        return np.broadcast_to(np.log(self.share), (len(histories), self.share.size))
+        return np.broadcast_to(np.log(self.share), (len(Histories.coerce(histories)), self.share.size))
 
     @property
     def fingerprint(self) -> str:
@@ -106,15 +107,16 @@ class TransitionPrior:
         check_count("recent", recent, minimum=1)
         check_popularity(popularity)
         users, items, count = trained_items(interactions, catalog)
-        self._set(catalog, TransitionSettings(recent, popularity), Follows(users, items, count, recent), count)
+        settings = TransitionSettings(int(recent), float(popularity))  # a file has no numbers of NumPy
+        self._set(catalog, settings, Follows(users, items, count, recent), count)
 
     def _set(self, catalog: Catalog, settings: TransitionSettings, follows: Follows, count: NDArray[np.int64]) -> None:
         self.catalog, self.recent, self.popularity = catalog, settings.recent, settings.popularity
         self._follows, self._count, self.share = follows, count, share_of(count)
 
-    def __call__(self, histories: Histories) -> NDArray[np.float64]:
+    def __call__(self, histories: HistoriesLike) -> NDArray[np.float64]:
         """``(B, n_items)`` log-probabilities."""
-        latest = histories.latest(self.recent)
+        latest = Histories.coerce(histories).latest(self.recent)
         index = self.catalog.index_of(latest.items, "histories").astype(np.int64)
         table = self._follows.score(index, latest.offsets)
         return log_mixture(table, self.share, self.popularity)
@@ -178,10 +180,8 @@ def trained_items(
     interactions: Interactions, catalog: Catalog
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """User and catalogue index of every training interaction, and how often each item occurs."""
-    if not isinstance(interactions, Interactions):
-        raise TypeError(f"interactions: expected Interactions, got {type(interactions).__name__}")
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected a Catalog, got {type(catalog).__name__}")
+    check_interactions(interactions)
+    check_catalog(catalog)
     users, item_ids = in_training(interactions)
     items = catalog.index_of(item_ids, "interactions").astype(np.int64)
     return users, items, np.bincount(items, minlength=len(catalog))

@@ -62,11 +62,14 @@ def write(
         "titles": _kind_of_titles(catalog),
         "item_ids": catalog.item_ids[items].tolist(),
     }
+    # safetensors writes the memory of an array as it lies, which of a transposed one is another
+    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         _safetensors().numpy.save_file(
-            {**tensors, "titles": _titles(catalog, items)}, temporary, {kind: json.dumps(description)}
+            {**whole, "titles": _titles(catalog, items)}, temporary, {kind: json.dumps(description)}
         )
         os.replace(temporary, target)
     finally:

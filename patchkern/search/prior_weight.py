@@ -247,7 +247,7 @@ def _weights(weights: Any, several: int | None) -> list[Any]:
         return list(WEIGHTS) if several is None else [(0.0,) * several]
     if not is_sequence(weights) or len(weights) == 0:
         raise TypeError(f"weights: expected a sequence of numbers, got {weights!r}")
-    tried = sorted({float(one) if several is None else _one_each(one, several) for one in weights})
+    tried = sorted({_number(one) if several is None else _one_each(one, several) for one in weights})
     if not all(math.isfinite(number) and number >= 0 for one in tried for number in np.atleast_1d(one)):
         raise ValueError(f"weights: expected finite numbers of at least 0, got {list(weights)}")
     return tried
@@ -256,4 +256,10 @@ def _weights(weights: Any, several: int | None) -> list[Any]:
 def _one_each(weight: Any, several: int) -> tuple[float, ...]:
     if not is_sequence(weight) or len(weight) != several:
         raise ValueError(f"weights: expected one number per prior ({several}) in each, got {weight!r}")
-    return tuple(float(number) for number in weight)
+    return tuple(map(_number, weight))
+
+
+def _number(weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
+        raise TypeError(f"weights: expected numbers, got {weight!r}")
+    return float(weight)

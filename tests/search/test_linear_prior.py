@@ -63,13 +63,14 @@ def test_only_training_interactions_count() -> None:
     assert pk.LinearPrior(other, prior.catalog, penalty=0.5).fingerprint == prior.fingerprint
 
 
-def test_it_travels_and_is_used(tmp_path: Path) -> None:
-    prior, _ = example()
-    prior.save(tmp_path / "linear.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["linear.safetensors"]
+@pytest.mark.parametrize("form", ["ridge", "ease"])
+def test_it_travels_and_is_used(tmp_path: Path, form: str) -> None:
+    prior, _ = example(form=form)
+    prior.save(tmp_path / "new" / "linear.safetensors")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["linear.safetensors"]
     for same in (
         pickle.loads(pickle.dumps(prior)),
-        pk.LinearPrior.load(tmp_path / "linear.safetensors", prior.catalog),
+        pk.LinearPrior.load(tmp_path / "new" / "linear.safetensors", prior.catalog),
     ):
         assert np.array_equal(prior(ASKED), same(ASKED)) and prior.fingerprint == same.fingerprint
         assert same.settings == prior.settings
@@ -78,8 +79,16 @@ def test_it_travels_and_is_used(tmp_path: Path) -> None:
         model.recommend(ASKED, POLICIES["text"], 1, 8, "exact", prior=same, prior_weight=1e4), prior(ASKED), strict=True
     ):
         assert table[prior.catalog.index_of([row[0][0]])[0]] == table.max()
-    fingerprints = {example(**other)[0].fingerprint for other in ({"form": "ease"}, {"recent": 2}, {"popularity": 0.3})}
-    assert len(fingerprints | {prior.fingerprint}) == 4
+    changes: list[dict[str, Any]] = [{}, {"recent": 2}, {"popularity": 0.3}, {"penalty": 0.7}]
+    assert len({example(form=form, **other)[0].fingerprint for other in changes}) == 4
+
+
+def test_settings_of_numpy_and_plain_histories(tmp_path: Path) -> None:
+    settings = {"penalty": np.float32(0.5), "half_life": np.int64(4), "recent": np.int64(30)}
+    prior, plain = example(**settings)[0], example()[0]
+    assert prior.fingerprint == plain.fingerprint
+    prior.save(tmp_path / "linear.safetensors")
+    np.testing.assert_array_equal(prior([[0, 1], [], [3, 2, 1, 0], [5]]), plain(ASKED))
 
 
 def test_a_later_catalogue(tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ def test_samples_that_tell_nothing_are_left_out() -> None:
         ({"histories": [], "targets": []}, ValueError, r"targets: expected one per user \(0\) and at least one"),
         ({"weights": []}, TypeError, r"weights: expected a sequence of numbers, got \[\]"),
         ({"weights": 1.0}, TypeError, "weights: expected a sequence of numbers, got 1.0"),
+        ({"weights": ["a lot"]}, TypeError, "weights: expected numbers, got 'a lot'"),
+        ({"weights": [(1, 2)]}, TypeError, r"weights: expected numbers, got \(1, 2\)"),
         ({"weights": [1, -1]}, ValueError, r"weights: expected finite numbers of at least 0, got \[1, -1\]"),
         ({"weights": [math.nan]}, ValueError, "weights: expected finite numbers of at least 0"),
         ({"prior": [np.zeros(9)], "weights": [1]}, ValueError, r"weights: expected one number per prior \(1\) in each"),

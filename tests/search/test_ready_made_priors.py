@@ -7,6 +7,7 @@ import copy
 import math
 import pickle
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,5 +144,17 @@ def test_ready_made_priors_refuse_by_name() -> None:
     with pytest.raises(ValueError, match="histories: expected item ids of the catalog, got 77"):
         pk.TransitionPrior(data, catalog)(pk.Histories([77], [0, 1]))
     unsplit = Interactions(data.user_ids, data.histories, data.titles)
+    with pytest.raises(TypeError, match="histories: expected Histories or a list of item-id sequences, got int"):
+        pk.TransitionPrior(data, catalog)(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="split: expected one of the data set's splits"):
         pk.PopularityPrior(unsplit, catalog)
+
+
+def test_settings_of_numpy_and_plain_histories(tmp_path: Path) -> None:
+    data, catalog = toy([[0, 1, 2, 3, 4, 5], [3, 2, 1, 0, 5, 6]])
+    prior = pk.TransitionPrior(data, catalog, np.int64(3), np.float32(0.5))  # type: ignore[arg-type]
+    prior.save(tmp_path / "transitions.safetensors")
+    assert pk.TransitionPrior.load(tmp_path / "transitions.safetensors", catalog).fingerprint == prior.fingerprint
+    asked = [[0, 1], [3]]
+    for one in (prior, pk.PopularityPrior(data, catalog), pk.CombinedPrior([prior, prior], [1, 0.5])):
+        np.testing.assert_array_equal(one(asked), one(pk.Histories.coerce(asked)))

@@ -169,6 +169,8 @@ def test_a_combined_prior_is_the_product() -> None:
     [
         ([], [], TypeError, r"priors: expected callables, at least one, got \[\]"),
         ([np.zeros(3)], [1], TypeError, "priors: expected callables"),
+        (len, [1], TypeError, "priors: expected callables, at least one, got <built-in"),
+        ([len], 0.5, TypeError, "weights: expected one number per prior, got 0.5"),
         ([len], [1, 2], ValueError, r"weights: expected one per prior \(1\), got 2"),
         ([len], [-1], ValueError, r"weights\[0\]: expected a finite number of at least 0, got -1"),
     ],
@@ -183,3 +185,5 @@ def test_combining_names_the_argument(priors: Any, weights: Any, error: type[Exc
     ):
         with pytest.raises(ValueError, match=said):
             pk.CombinedPrior.fit(several, catalog, [[1]], targets)
+    with pytest.raises(TypeError, match="catalog: expected a Catalog, got dict"):
+        pk.CombinedPrior.fit([len, len], {}, [[1]], [0])  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ class UserFile:
         if not self.paths or not self.paths[0].is_file():
             raise FileNotFoundError(f"--users: expected a parquet file, or a folder of some, got {path!r}")
         self.columns = [user_column, items_column]
-        hashed = hashlib.blake2b(digest_size=16)
+        hashed = hashlib.blake2b(repr(self.columns).encode(), digest_size=16)
         counts: list[int] = []
         self._groups: list[tuple[Path, int]] = []
         for file in self.paths:
@@ -108,6 +108,8 @@ def open_run(args: argparse.Namespace, device: str = "cpu") -> tuple[pk.BulkRun,
     Lists are shorter where fewer items are left, and items that the model does not know are dropped, so that no user
     costs the others theirs; `patchkern.read_summary` counts both.
     """
+    if Path(args.output).resolve() == Path(args.users).resolve():
+        raise ValueError(f"--output: expected another place than --users, whose files are read, got {args.output!r}")
     users = UserFile(args.users, args.user_column, args.items_column)
     folder = find_model(args.checkpoint, "checkpoint")
     saved = read_description(current(folder))
@@ -116,6 +118,9 @@ def open_run(args: argparse.Namespace, device: str = "cpu") -> tuple[pk.BulkRun,
     if saved.memory is not None:
         kind = pk.RecurrentMemory
     model = kind.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device).eval()
+    if len(users):  # wrong columns, and ids of another kind, are known before the run's folder is
+        first, _ = users.read(slice(0, 1))
+        model.catalog.find(first.items, f"--users: column {args.items_column!r}")
     run = pk.BulkRun(
         model,
         args.output,

@@ -37,7 +37,7 @@ from patchkern.data.preparation import add_arguments, load
 from patchkern.evaluation import TRAINING_COUNTS, estimate, paired_difference, slices, training_counts
 from patchkern.training import TrainableModel, item_log_probs
 from recipes import models
-from recipes.commands import Parser
+from recipes.commands import Parser, check_writable
 from recipes.tables import markdown_table
 from recipes.training_run import read_arguments
 
@@ -65,6 +65,7 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     args = parse(argv)
+    check_writable(args.output, "--output")
     data = load(args)
     samples = samples_of(data, args.split).spread(args.limit)
     runs: dict[str, Run] = {}
@@ -98,8 +99,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32, on a GPU bfloat16)"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/cold_items.csv"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/cold_items.csv"),
+        help="the CSV; the tables go beside it, as .md (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
+    if args.output.suffix == ".md":
+        parser.error(f"--output: expected a name for the CSV, beside which the tables are .md, got {args.output}")
     if min(args.k) < 1:
         parser.error(f"--k: expected at least 1, got {min(args.k)}")
     if args.limit is not None and args.limit < 1:

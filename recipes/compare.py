@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> Compared:
     args = parse(argv)
     first, second = per_sample.read(args.first), per_sample.read(args.second)
     second = second.as_in(first)
+    if first.measures().keys().isdisjoint(second.measures()):
+        raise ValueError(
+            f"{args.second}: expected some measure of {args.first} ({', '.join(first.measures())}), got "
+            f"{', '.join(second.measures())}; --ks of evaluate.py says which"
+        )
     users = np.unique(first.users).size
     print(f"{len(first.samples):,} samples of {users:,} users; the difference is {args.second} minus {args.first}\n")
     every = np.ones(len(first.samples), bool)

@@ -59,12 +59,13 @@ from patchkern.training.likelihood import ROWS_PER_PASS
 from recipes import models
 from recipes.commands import Parser, check_writable
 from recipes.prior_weights import fitted_weights, together, weights_beside_head, with_priors
-from recipes.priors import ABOUT, check_prior, make_priors
+from recipes.priors import ABOUT, FIT_LIMIT, check_prior, make_priors
 from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
 from recipes.results import KS, Result, Results
 from recipes.training_run import default_search, read_arguments
 
 POLICIES = ("text", "items", "sessions")
+BATCH_SIZE = 64
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
@@ -94,20 +95,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
         argument="checkpoint",
     )
     model.to(device).eval()
-    if args.one_time:
-        if not isinstance(model, pk.RecurrentMemory):
-            raise ValueError(f"--one_time: expected a model with a memory, got {type(model).__name__}")
-        model.one_time = True
+    if args.item_text is not None and "titles" not in model.learns:
+        raise ValueError(
+            f"--item_text: expected none with {type(model).__name__}, which reads ids, got {args.item_text!r}"
+        )
     if args.search is None:
         args.search = default_search(Path(args.checkpoint), model.learns)
-    if args.search == "items" and args.metric == "strict" and args.memory_budget is not None:
-        raise ValueError(
-            f"--memory_budget: expected none with --search items, which is of {ROWS_PER_PASS:,} rows at a time, got "
-            f"{args.memory_budget!r}"
-        )
+    choose_search(args)
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"BACKEND {describe_backend(model.device)}, {dtype}")
     policy = chosen_policy(model, args)
+    if args.one_time:
+        if not isinstance(model, pk.RecurrentMemory) or not isinstance(policy, pk.PreferenceMemory):
+            raise ValueError(f"--one_time: expected a model with a memory, got {type(model).__name__} and {policy}")
+        model.one_time = True
     rows = pk.row_counts(model.catalog, data.before(samples), policy, model.prompt)
     first = pk.build_layout(model.catalog, data.before(samples.spread(1000)), policy, model.prompt)
     results = Results(data, samples, model.catalog, targets, args.ks)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
 
     options: dict[str, Any] = {"batch_size": args.batch_size, "memory_budget": args.memory_budget}
     priors = make_priors(args.prior, data, model.catalog, dtype=model.dtype, device=device, **options)
-    if args.search == "items" and args.metric == "strict":
+    if by_head(args):
         seconds = ranked_by_head(results, model, policy, priors, args, path)
     else:
         seconds = searched(results, model, policy, priors, args, path)
@@ -149,6 +150,24 @@ def chosen_samples(data: Interactions, args: argparse.Namespace) -> tuple[Sample
     samples = data.target_sets(args.split)[0].spread(args.limit)
     ends = data.ranges[args.split][samples.users, 1]
     return samples, data.histories.between(samples.users, samples.positions, ends)
+
+
+def choose_search(args: argparse.Namespace) -> None:
+    """What of a search is not given; an error where something is that the item head's rankings have no use for."""
+    if by_head(args):
+        for name in ("num_beams", "batch_size", "memory_budget"):
+            if (given := getattr(args, name)) is not None:
+                raise ValueError(
+                    f"--{name}: expected none with --search items, which ranks all items, of {ROWS_PER_PASS:,} rows at "
+                    f"a time, got {given!r}"
+                )
+    args.num_beams = args.num_beams or args.k
+    args.batch_size = args.batch_size or BATCH_SIZE
+
+
+def by_head(args: argparse.Namespace) -> bool:
+    """Whether all items are ranked, and no titles are searched."""
+    return bool(args.search == "items" and args.metric == "strict")
 
 
 def output_path(args: argparse.Namespace) -> Path:
@@ -187,7 +206,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metric", choices=METRICS, default="strict", help='"paper" decodes with diverse search')
     parser.add_argument("--search", choices=SEARCHES, help="(default: beam, or items where the run learned no titles)")
     parser.add_argument(
-        "--num_beams", type=int, help="of all searches (default: the largest of --ks, which is the least)"
+        "--num_beams", type=int, help="of all searches but items (default: the largest of --ks, which is the least)"
     )
     parser.add_argument("--policy", choices=POLICIES, help="how histories are read (default: as trained)")
     parser.add_argument("--max_items", type=int, help="latest items of a history (default: as trained, else 100)")
@@ -206,12 +225,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prior_weight", nargs="+", type=float, help="of each prior (default: fitted on the validation split)"
     )
-    parser.add_argument(
-        "--fit_limit", type=int, default=1000, help="validation samples to fit on (default: %(default)s)"
-    )
+    parser.add_argument("--fit_limit", type=int, help=f"validation samples to fit weights on (default: {FIT_LIMIT})")
     parser.add_argument("--slices", action="store_true", help="also by length of history and by count in training")
-    parser.add_argument("--batch_size", type=int, default=64, help="users searched together")
-    parser.add_argument("--memory_budget", help='of the searches, such as "40GiB": fewer users together where needed')
+    parser.add_argument(
+        "--batch_size", type=int, help=f"users searched together, of all searches but items (default: {BATCH_SIZE})"
+    )
+    parser.add_argument("--memory_budget", help='of the same, such as "40GiB": fewer users together where needed')
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32, on a GPU bfloat16)"
     )
@@ -240,10 +259,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--metric paper: expected none of --exclude_seen, --num_beams and --targets all, which its protocol does "
             "not have"
         )
+    if args.metric == "paper" and args.search not in (None, "diverse"):
+        parser.error(f"--search: expected diverse with --metric paper, which decodes so, got {args.search}")
     args.ks = sorted(args.ks)
     args.k = args.ks[-1]
-    args.num_beams = args.k if args.num_beams is None else args.num_beams
-    if args.num_beams < args.k:
+    if args.num_beams is not None and args.num_beams < args.k:
         parser.error(f"--num_beams: expected at least {args.k}, the length of the lists, got {args.num_beams}")
     if args.policy is None and not models.is_saved(args.checkpoint):
         parser.error("--policy: expected one with a model that patchkern did not save, which has none")

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an installed patchkern comes first
 
@@ -41,16 +40,22 @@ from patchkern.budget.search import parse_bytes
 from patchkern.data import Interactions
 from patchkern.data.preparation import add_arguments, load
 from patchkern.models.scratch import LLAMA_1B, SIZES, fit_tokenizer, scratch_model, scratch_prompt
+from patchkern.models.sources import locate, read_tokenizer
 from patchkern.ops.backends import describe as describe_backend
+from patchkern.ops.backends import usable_device
 from patchkern.training import find_model
-from recipes.commands import Parser
+from recipes import models
+from recipes.commands import Parser, check_writable
 from recipes.long_history_report import NAMES, mebibytes, plot, table, write_csv
 from recipes.long_history_results import POLICIES, Result, accuracy, measure
+from recipes.training_run import default_search, read_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = parse(argv)
-    device = torch.device(args.device)
+    device = usable_device(args.device, "--device")
+    folder = Path(args.output)
+    check_writable(folder / "long_history.csv", "--output")
     data = load_data(args)
     users = long_users(data, args)
     histories = data.histories.take(users)
@@ -73,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         say(f"{NAMES[name]}: {result.seconds:.2f} s")
         results.append(result)
     say("\n" + "\n".join(table(results, args.k)))
-    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "long_history.csv", results, data, args)
     plot(folder / "long_history.png", results, args)
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = Parser(description=__doc__)
-    add_arguments(parser, default="synthetic")
+    add_arguments(parser, default="synthetic", item_text=True)
     parser.add_argument("--min_items", type=int, default=500, help="users with more interactions than this")
     parser.add_argument("--users", type=int, help="the first so many of them")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
@@ -94,19 +98,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_beams", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=1, help="of the timed run; the median counts")
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", help="a run of recipes/train.py, or one of its checkpoints")
+    model.add_argument("--checkpoint", help="a run of recipes/train.py that learned titles, or one of its checkpoints")
+    model.add_argument("--shape", choices=[*SIZES, "1b"], help="with random weights (default: small, on a GPU 1b)")
     model.add_argument(
-        "--shape", choices=[*SIZES, "1b"], default="1b" if on_gpu else "small", help="with random weights"
+        "--tokenizer", help="of random weights: a folder, or a hub id (default: one is fitted on the titles)"
     )
-    model.add_argument("--tokenizer", help="a folder; without one, a tokenizer is fitted on the titles")
     model.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32")
     model.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--output", default="runs/long_history", help="a folder")
     args = parser.parse_args(argv)
-    for name in ("users", "repeats"):
+    for name in ("users", "repeats", "k"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
+    if args.checkpoint is None:
+        if args.item_text is not None:
+            parser.error("--item_text: expected only with --checkpoint, as random weights read titles")
+        args.shape = args.shape or ("1b" if on_gpu else "small")
+    else:
+        for name in ("shape", "tokenizer"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name}: expected none with --checkpoint, which has its own, got {getattr(args, name)}")
+        if args.item_text is None:
+            args.item_text = read_arguments(Path(args.checkpoint)).get("item_text")
     args.budget = parse_bytes("--budget", args.budget)
     args.policies = list(dict.fromkeys(args.policies))
     if args.num_beams < args.k:
@@ -138,14 +152,12 @@ def long_users(data: Interactions, args: argparse.Namespace) -> NDArray[np.int64
 def load_model(args: argparse.Namespace, data: Interactions, device: torch.device) -> pk.PatchedCausalLM:
     dtype = getattr(torch, args.dtype)
     if args.checkpoint is not None:
-        folder = find_model(args.checkpoint, "--checkpoint")
-        catalog = pk.Catalog.from_titles(data.titles, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        return pk.PatchedCausalLM.from_pretrained(folder, catalog, dtype=dtype).to(device)
+        return load_checkpoint(args.checkpoint, data, dtype).to(device)
     tokenizer: Any
     if args.tokenizer is None:
         tokenizer = fit_tokenizer(data.titles.values(), 4096)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
+        tokenizer = read_tokenizer(locate(args.tokenizer, "--tokenizer"))
     if tokenizer.chat_template and data.system and data.instruction:
         prompt = pk.Prompt.from_chat_template(tokenizer, data.system, data.instruction)
     else:
@@ -156,6 +168,17 @@ def load_model(args: argparse.Namespace, data: Interactions, device: torch.devic
     with device:
         hf_model = scratch_model(tokenizer, "small" if fields else args.shape, **fields).to(dtype)
     return pk.PatchedCausalLM(hf_model, pk.Catalog.from_titles(data.titles, tokenizer), prompt)
+
+
+def load_checkpoint(name: str, data: Interactions, dtype: torch.dtype) -> pk.PatchedCausalLM:
+    """A model that learned titles; of one with a memory what is inside, as no policy here makes memories."""
+    folder = find_model(name, "--checkpoint")
+    model, _ = models.load_model(str(folder), data.titles, texts=data.texts, dtype=dtype, argument="--checkpoint")
+    if default_search(folder, model.learns) == "items":
+        raise ValueError(f"--checkpoint: expected a run that learned titles, which are searched, got {name!r}")
+    inner: Any = model.model if isinstance(model, pk.RecurrentMemory) else model
+    found: pk.PatchedCausalLM = inner
+    return found
 
 
 def cap(budget: int, device: torch.device) -> None:

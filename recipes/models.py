@@ -24,6 +24,7 @@ from patchkern.training import checkpoints, find_model
 from recipes.item_models import catalog_of_ids
 from recipes.training_run import ARGUMENTS
 
+CONFIG = "config.json"
 SYSTEM = "You are a helpful assistant in recommendations."
 INSTRUCTION = "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
 
@@ -77,7 +78,7 @@ def load_model(
         hf_kwargs: for the transformers model's ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
-        FileNotFoundError: nothing of that name here or on a hub.
+        FileNotFoundError: nothing of that name here or on a hub, or a folder without a model.
         ValueError: ``prompt_file`` is no such file, or the model has its prompt or no chat template; ``lora`` for a
             model whose base could not be found again.
     """
@@ -114,6 +115,8 @@ def load_model(
         catalog = pk.Catalog.from_titles(titles, tokenizer, texts)
     else:
         path = locate(name, argument)
+        if path.is_dir() and not any((path / file).is_file() for file in (CONFIG, ADAPTER)):
+            raise FileNotFoundError(f"{argument}: expected the folder of a model, got {name!r}, without a {CONFIG}")
         tokenizer = read_tokenizer(path)
         prompt = make_prompt(tokenizer, words, prompt_file)
         hf_model = read_model(path, dtype=dtype, **hf_kwargs)

@@ -19,14 +19,19 @@ from recipes.baselines.prior import NetworkPrior
 from recipes.baselines.runs import Run, is_run, load_run
 
 FITTED = {"popularity": pk.PopularityPrior, "transitions": pk.TransitionPrior, "linear": pk.LinearPrior}
+FIT_LIMIT = 1000
 EXPECTED = f"{', '.join(FITTED)}, or the folder of a run on the same data"
 ABOUT = f"{EXPECTED}: of recipes/train.py with an item head, read as it was trained, or of recipes/baselines"
 
 
 def check_prior(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with an error that names the flag: of --prior, --prior_weight and --fit_limit."""
-    if args.fit_limit < 1:
+    if args.fit_limit is None:
+        args.fit_limit = FIT_LIMIT
+    elif args.fit_limit < 1:
         parser.error(f"--fit_limit: expected at least 1, got {args.fit_limit}")
+    elif not args.prior or args.prior_weight is not None:
+        parser.error("--fit_limit: expected only where the weight of a --prior is fitted")
     if not args.prior:
         if args.prior_weight is not None:
             parser.error("--prior_weight: expected a --prior that it weighs")

@@ -82,7 +82,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", value)
         if match is None or match[2] not in _UNITS:
-            raise ValueError(f'{name}: expected bytes, such as 40000000000, "40GiB", "512MiB" or "40GB", got {value!r}')
+            raise ValueError(f'{name}: expected bytes, such as "40GiB", "512MiB" or "40000000000B", got {value!r}')
         value = int(float(match[1]) * _UNITS[match[2]])
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer or a text, got {type(value).__name__}")

@@ -56,6 +56,20 @@ def backends() -> dict[str, BackendStatus]:
     return {name: _status(name) for name in _MODULES}
 
 
+def usable_device(device: str, argument: str = "device") -> torch.device:
+    """A device by its name, which something has been computed on.
+
+    Raises:
+        ValueError: torch cannot compute on it here; the message names ``argument`` and says why.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # an assertion is how torch says that it has no CUDA
+        first, *_ = str(error).splitlines() or [""]
+        raise ValueError(f"{argument}: expected one that torch can use here, got {device!r} ({first})") from None
+    return torch.device(device)
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, op: Op = "pool_rows") -> str:
     """The name of the backend to run ``op`` on tensors of ``device`` and ``dtype``.
 

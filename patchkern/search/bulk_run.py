@@ -65,6 +65,9 @@ class BulkRun:
         source: what tells these users from others, such as ``{"histories": "users.parquet"}``; kept in ``run.json``,
             and compared when the run goes on.
 
+    Attributes:
+        nobody: the search for no user at all; what no search takes is refused by it, before the folder is touched.
+
     Raises:
         TypeError, ValueError: naming the argument.
 
@@ -119,6 +122,8 @@ class BulkRun:
         self.description: dict[str, Any] = json.loads(json.dumps(description, default=described))
         self.hash = hash_of(self.description)
         self.parts = parts_of(self.folder, users, users_per_part)
+        none = np.zeros(0, np.int64)
+        self.nobody = self.request(Part(0, self.folder, none), Histories(model.catalog.item_ids[:0], [0]), none)
 
     def __repr__(self) -> str:
         return f"BulkRun({self.users:,} users in {len(self.parts):,} parts, {str(self.folder)!r})"
@@ -172,12 +177,6 @@ class BulkRun:
             if name in _OF_USERS
         }
         return Request(self.model, histories, self.policy, user_ids=names, **{**self._arguments, **own})
-
-    @cached_property
-    def nobody(self) -> Request:
-        """The search for no user at all."""
-        none = np.zeros(0, np.int64)
-        return self.request(Part(0, self.folder, none), Histories(self.model.catalog.item_ids[:0], [0]), none)
 
     @cached_property
     def prepared(self) -> Prepared:

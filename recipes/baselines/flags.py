@@ -11,7 +11,7 @@ from patchkern.data.preparation import add_arguments
 from recipes.baselines.evaluation import SEEN
 from recipes.baselines.settings import SETTINGS, Settings, settings_of
 from recipes.commands import Parser
-from recipes.priors import ABOUT, check_prior
+from recipes.priors import ABOUT, FIT_LIMIT, check_prior
 
 CHANGE = {
     "num_train_epochs": "epochs",
@@ -50,7 +50,7 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     group.add_argument("--limit", type=int, help="so many samples only, spread over all")
     group.add_argument("--prior", nargs="+", default=[], help=f"rows with each and with all: {ABOUT}")
     group.add_argument("--prior_weight", nargs="+", type=float, help="of each (default: fitted on validation samples)")
-    group.add_argument("--fit_limit", type=int, default=1000, help="of these, so many (default: %(default)s)")
+    group.add_argument("--fit_limit", type=int, help=f"of these, so many (default: {FIT_LIMIT})")
     args = parser.parse_args(argv)
     args.search = args.metric = None  # flags of recipes/evaluate.py, whose checks these are
     check_prior(parser, args)

@@ -349,7 +349,7 @@ def test_budgets_as_text(text: Any, expected: int) -> None:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("40", ValueError, "budget: expected bytes, such as"),
+        ("40", ValueError, 'budget: expected bytes, such as "40GiB", "512MiB" or "40000000000B", got'),
         ("40 gigs", ValueError, "budget: expected bytes, such as"),
         ("0MiB", ValueError, "budget: expected at least 1, got 0"),
         (0, ValueError, "budget: expected at least 1, got 0"),

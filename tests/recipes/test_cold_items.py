@@ -139,6 +139,16 @@ def test_runs_that_cannot_be_compared(data: str, runs: dict[str, Path], tmp_path
     assert not list(tmp_path.glob("cold*"))
 
 
+def test_where_tables_go_is_known_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cold_items.main(["somewhere", "--data", "synthetic", "--output", "cold.md"])
+    assert "--output: expected a name for the CSV, beside which the tables are .md, got cold.md" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(IsADirectoryError, match="--output: expected a file, got a folder"):
+        cold_items.main(["somewhere", "--data", "synthetic", "--output", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -27,6 +27,7 @@ from recipes.baselines.runs import Run, load_run
 from recipes.baselines.scoring import Ranker
 from recipes.baselines.train import main as train_baseline
 from recipes.item_models import catalog_of_ids
+from recipes.learned import with_learned_rows
 from recipes.priors import names_of
 from recipes.training_run import write_arguments
 
@@ -252,6 +253,9 @@ def test_another_policy_than_the_model_was_saved_with(data: Any, run: Any, tmp_p
             "--num_beams: expected at least 50, the length of the lists, got 20",
         ),
         (["runs", "--metric", "paper", "--targets", "all"], "--metric paper: expected none of --exclude_seen"),
+        (["runs", "--metric", "paper", "--search", "beam"], "--search: expected diverse with --metric paper, which de"),
+        (["runs", "--fit_limit", "9"], "--fit_limit: expected only where the weight of a --prior is fitted"),
+        (["runs", "--prior", "linear", "--prior_weight", "1", "--fit_limit", "9"], "--fit_limit: expected only where"),
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,11 +355,24 @@ def test_weights_of_several_priors_are_fitted_together(data: Any, head: Any, tmp
 
 def test_flags_that_would_not_be_heeded(data: Any, head: Any, tmp_path: Path) -> None:
     command = [head[0], "--data", data[0], "--search", "items", "--limit", "5", "--output", str(tmp_path / "a.csv")]
-    with pytest.raises(ValueError, match=r"--memory_budget: expected none with --search items, .* 4,096 rows"):
-        evaluate.main([*command, "--memory_budget", "1GiB"])
+    for flag, value in ("memory_budget", "1GiB"), ("batch_size", "8"), ("num_beams", "40"):
+        with pytest.raises(ValueError, match=rf"--{flag}: expected none with --search items, .* 4,096 rows"):
+            evaluate.main([*command, f"--{flag}", value])
     with pytest.raises(ValueError, match="--run: expected another file than the CSV's, got"):
         evaluate.main([*command, "--run", str(tmp_path / "a.csv")])
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_other_models(data: Any, hstu: Any, tmp_path: Path) -> None:
+    memory = pk.PreferenceMemory(pk.ItemPatches(0, None), slots=2, block=4)
+    model = pk.ItemModel(catalog_of_ids(data[1].titles), width=8, heads=2, max_positions=80)
+    with_learned_rows(model, memory, data[1], 0, {}).save_pretrained(tmp_path / "memory")
+    command = ["--data", data[0], "--limit", "5", "--output", str(tmp_path / "a.csv")]
+    evaluate.main([str(tmp_path / "memory"), *command, "--one_time"])
+    with pytest.raises(ValueError, match="--one_time: expected a model with a memory, got RecurrentMemory and ItemPat"):
+        evaluate.main([str(tmp_path / "memory"), *command, "--one_time", "--policy", "items"])
+    with pytest.raises(ValueError, match="--item_text: expected none with ItemModel, which reads ids, got 'title'"):
+        evaluate.main([hstu[0], *command, "--item_text", "title"])
 
 
 def test_searching_items_needs_a_head(data: Any, run: Any, tmp_path: Path) -> None:
@@ -677,6 +694,16 @@ def test_files_of_other_samples_are_refused(changed: dict[str, Any], message: st
     other = written(tmp_path / "2.csv", changed.pop("users", [1, 1, 2]), [1, 0, 2], **changed)
     with pytest.raises(ValueError, match=message):
         compare.main([str(one), str(other)])
+
+
+def test_files_without_a_measure_in_common_are_refused(tmp_path: Path) -> None:
+    columns = {"user": [1], "position": [0], "target": [9], "rank": [1], "history_length": [3], "training_count": [4]}
+    for k in (5, 10):
+        per_sample.write(tmp_path / f"{k}.csv", {n: np.array(c) for n, c in {**columns, f"hit@{k}": [1]}.items()})
+    with pytest.raises(
+        ValueError, match=r"10.csv: expected some measure of .*5.csv \(HR@5, NDCG@5, MRR@5\), got HR@10"
+    ):
+        compare.main([str(tmp_path / "5.csv"), str(tmp_path / "10.csv")])
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

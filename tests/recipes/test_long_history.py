@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from patchkern.data import Interactions, leave_one_out, open_dataset, synthetic,
 from patchkern.evaluation.metrics import evaluate
 from patchkern.models.scratch import fit_tokenizer, scratch_model, scratch_prompt
 from recipes import long_history, long_history_report
+from recipes.item_models import catalog_of_ids
+from recipes.training_run import write_arguments
 
-TINY = ["--shape", "tiny", "--k", "3", "--num_beams", "4", "--device", "cpu", "--dtype", "float32"]
+SMALL = ["--k", "3", "--num_beams", "4", "--device", "cpu", "--dtype", "float32"]
+TINY = ["--shape", "tiny", *SMALL]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,7 +120,7 @@ def test_trained_model_is_compared_at_equal_memory(
     fit_tokenizer(data.titles.values(), 4096).save_pretrained(tmp_path / "model")
     weights = sum(parameter.nbytes for parameter in model.parameters())
     budget = weights + 1_500_000
-    arguments = ["--data", folder, "--min_items", "100", "--users", "5", *TINY]
+    arguments = ["--data", folder, "--min_items", "100", "--users", "5", *SMALL]
     arguments += ["--checkpoint", str(tmp_path / "model")]
     results = long_history.main([*arguments, "--budget", f"{budget}B", "--output", str(tmp_path)])
 
@@ -162,20 +166,61 @@ def test_trained_model_is_compared_at_equal_memory(
         (["--budget", "40 G"], ValueError, "--budget: expected bytes, such as .*\"40GiB\".*, got '40 G'"),
         (["--min_items", "9999"], ValueError, "--min_items: expected fewer than some user's interactions, got 9999"),
         (["--checkpoint", "nowhere"], FileNotFoundError, "--checkpoint: expected a model saved by patchkern"),
+        (["--tokenizer", "nowhere"], FileNotFoundError, "--tokenizer: expected the folder of a model, .*'nowhere'"),
+        (["--device", "nonsense"], ValueError, "--device: expected one that torch can use here, got 'nonsense'"),
+        (["--output", __file__], OSError, "--output: expected a place for long_history.csv that can be written, got"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_written(
     flags: list[str], error: type[Exception], message: str, folder: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        long_history.main(["--data", folder, "--min_items", "100", *TINY, "--output", str(tmp_path / "run"), *flags])
+        long_history.main(["--data", folder, "--min_items", "100", *SMALL, "--output", str(tmp_path / "run"), *flags])
     assert not (tmp_path / "run").exists()
 
 
-def test_beams_that_would_find_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_beams", "2"], "--num_beams: expected at least k=3"),
+        (["--k", "0", "--num_beams", "0"], "--k: expected at least 1, got 0"),
+        (["--checkpoint", "run", "--shape", "tiny"], "--shape: expected none with --checkpoint, which has its own"),
+        (["--checkpoint", "run", "--tokenizer", "x"], "--tokenizer: expected none with --checkpoint, which has its"),
+        (["--item_text", "title"], "--item_text: expected only with --checkpoint, as random weights read titles"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        long_history.parse([*TINY, "--num_beams", "2"])
-    assert "--num_beams: expected at least k=3" in capsys.readouterr().err
+        long_history.parse([*SMALL, *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_read_as_it_was_trained(tmp_path: Path) -> None:
+    """Of what it reads of items, and only where it learned the titles that are searched."""
+    data = synthetic(20, 30, num_genres=3)
+    texts = {item: f"{title} (film)" for item, title in data.titles.items()}
+    tokenizer = fit_tokenizer(texts.values(), 300)
+    model = pk.PatchedCausalLM(
+        scratch_model(tokenizer, "tiny"),
+        pk.Catalog.from_titles(data.titles, tokenizer, texts),
+        scratch_prompt(tokenizer),
+        pk.TextOnly(),
+        item_head=True,
+    )
+    model.save_pretrained(tmp_path / "checkpoint-1", tokenizer=tokenizer)
+    write_arguments(tmp_path, {"head": "both", "item_text": "title (kind)"})
+    args = long_history.parse([*SMALL, "--checkpoint", str(tmp_path)])
+    assert args.item_text == "title (kind)"
+    read = long_history.load_model(args, replace(data, texts=texts), torch.device("cpu"))
+    assert read.catalog.token_fingerprint == model.catalog.token_fingerprint
+    write_arguments(tmp_path, {"head": "items"})
+    with pytest.raises(ValueError, match="--checkpoint: expected a run that learned titles, which are searched, got"):
+        long_history.load_model(args, replace(data, texts=texts), torch.device("cpu"))
+    ids = pk.ItemModel(catalog_of_ids(data.titles), pk.ItemPatches(), width=8, heads=1, max_positions=40)
+    ids.save_pretrained(tmp_path / "ids")
+    args.checkpoint = str(tmp_path / "ids")
+    with pytest.raises(ValueError, match="--checkpoint: expected a run that learned titles, which are searched, got"):
+        long_history.load_model(args, data, torch.device("cpu"))
 
 
 def test_synthetic_users_are_long_enough_without_any_data() -> None:

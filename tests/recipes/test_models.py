@@ -99,6 +99,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
             load_model(name, TITLES, lora=4)
     with pytest.raises(FileNotFoundError, match="--from: expected the folder of a model, a GGUF file or a hub id"):
         load_model("huge", TITLES, argument="--from")
+    with pytest.raises(
+        FileNotFoundError, match=r"--model: expected the folder of a model, got .*, without a config.js"
+    ):
+        load_model(str(tmp_path), TITLES)
     core = Tokenizer(tokenizer_models.WordLevel({"<e>": 0, "Alien": 1}, unk_token="<e>"))
     plain = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
     with pytest.raises(ValueError, match="--prompt: expected none, as the model's tokenizer has no chat template"):

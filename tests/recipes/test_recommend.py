@@ -100,17 +100,40 @@ def test_another_file_is_another_run(folder: Path, tmp_path: Path) -> None:
         recommend.main([*_flags(folder, tmp_path / "lists"), "--users", str(tmp_path / "users")])
 
 
+def test_another_column_is_another_run(folder: Path, tmp_path: Path) -> None:
+    table = pq.read_table(folder / "users" / "b.parquet")
+    pq.write_table(table.append_column("bought", table["items"]), tmp_path / "users.parquet")
+    flags = [*_flags(folder, tmp_path / "lists"), "--users", str(tmp_path / "users.parquet"), "--items_column"]
+    recommend.main([*flags, "items", "--shard", "0/3"])
+    with pytest.raises(ValueError, match="got another histories"):
+        recommend.main([*flags, "bought"])
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
         (["--users", "nowhere"], FileNotFoundError, "--users: expected a parquet file, or a folder of some"),
         (["--items_column", "events"], ValueError, "--users: expected the column 'events' in .*a.parquet"),
+        (["--items_column", "user"], TypeError, "--users: in the rows from 0 to 0, histories: expected a column of li"),
+        (["--num_beams", "0"], ValueError, "num_beams: expected at least 1, got 0"),
     ],
 )
 def test_wrong_flags(flags: list[str], error: type[Exception], message: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         recommend.main([*_flags(folder, tmp_path / "lists"), *flags])
     assert not (tmp_path / "lists").exists()
+
+
+def test_ids_of_another_kind_are_known_before_the_folder_is(folder: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user": [1], "items": [["7"]]}), tmp_path / "users.parquet")
+    with pytest.raises(TypeError, match="--users: column 'items': expected integer item ids as in the catalog, got st"):
+        recommend.main([*_flags(folder, tmp_path / "lists"), "--users", str(tmp_path / "users.parquet")])
+    assert not (tmp_path / "lists").exists()
+
+
+def test_lists_are_not_written_among_the_users(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--output: expected another place than --users"):
+        recommend.main(_flags(folder, folder / "users"))
 
 
 def test_a_shard_is_two_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,18 @@ def test_parts_in_any_order_are_one_call(model: pk.PatchedCausalLM, tmp_path: Pa
     assert not list((tmp_path / "bulk").glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"num_beams": 0}, "num_beams: .*got 0"), ({"memory_budget": "much"}, "memory_budget: .*much")],
+)
+def test_what_no_search_takes_is_known_before_the_folder_is(
+    wrong: dict[str, object], message: str, model: pk.PatchedCausalLM, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_run(model, tmp_path / "bulk", **wrong)
+    assert not (tmp_path / "bulk").exists()
+
+
 def test_lists_as_arrow(model: pk.PatchedCausalLM, tmp_path: Path) -> None:
     lists = model.recommend(HISTORIES, pk.ItemPatches(1, 10), k=4, search="items")
     table = pk.recommendation_table(NAMES, lists, model.catalog)

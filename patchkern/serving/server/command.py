@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"cache: expected less than memory_budget ({limits.budget}), got {cache_bytes} bytes")
         if states_bytes is not None and args.states is None:
             raise ValueError("states_bytes: expected with states, a place where users are kept, got none")
+        if args.renamed == "allow" and args.catalog is None:
+            raise ValueError('renamed: expected "allow" with catalog, a file of other titles, got none')
         check_address(args.host, args.port)
     except (TypeError, ValueError, OSError) as error:
         sys.exit(f"serve: {error}")

@@ -46,7 +46,7 @@ class Limits:
             if field.type == "int":
                 check_count(field.name, getattr(self, field.name), minimum=1)
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not 0 < self.timeout < 1e6:
-            raise ValueError(f"timeout: expected seconds above 0, got {self.timeout!r}")
+            raise ValueError(f"timeout: expected seconds above 0 and below 1,000,000, got {self.timeout!r}")
         if self.max_users > self.max_waiting:
             raise ValueError(f"max_users: expected at most max_waiting ({self.max_waiting}), got {self.max_users}")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from patchkern.batch.catalog import Catalog
@@ -37,6 +38,7 @@ class PriorFiles:
         weights: of each; none: 1 for all.
 
     Raises:
+        FileNotFoundError: one of the files is not there.
         ValueError: weights below 0, or too many or too few of them.
     """
 
@@ -44,6 +46,9 @@ class PriorFiles:
     weights: Sequence[float] = ()
 
     def __post_init__(self) -> None:
+        for path in self.paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"prior: expected a file that a prior's save wrote, got {path!r}")
         if self.weights and len(self.weights) != len(self.paths):
             raise ValueError(f"prior_weight: expected one for each prior ({len(self.paths)}), got {len(self.weights)}")
         for weight in self.weights:

@@ -24,6 +24,7 @@ from patchkern.models.folders import current
 from patchkern.models.item_model import ItemModel
 from patchkern.models.patched_lm import PatchedCausalLM
 from patchkern.models.recurrent import RecurrentMemory
+from patchkern.ops.backends import usable_device
 from patchkern.search.protocol import SearchModel, policy_of
 from patchkern.search.user_cache import UserCache
 from patchkern.serving.server.catalog_source import read_catalog
@@ -152,13 +153,8 @@ class Source:
     priors: PriorFiles | None = None
 
     def __post_init__(self) -> None:
-        if self.device is None:
-            return
-        try:
-            torch.zeros(1, device=self.device).item()
-        except (AssertionError, RuntimeError) as error:  # an assertion is how torch says that it has no CUDA
-            first, *_ = str(error).splitlines() or [""]
-            raise ValueError(f"device: expected one that torch can use here, got {self.device!r} ({first})") from None
+        if self.device is not None:
+            usable_device(self.device)
 
     def read(self) -> Served:
         """The model as it is on disk now.

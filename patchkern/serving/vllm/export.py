@@ -23,6 +23,7 @@ from patchkern.models.folders import current, replacing
 from patchkern.serving.vllm.plugin import ARCHITECTURES, PREFIX
 from patchkern.serving.vllm.requests import LOGITS_PROCESSOR
 from patchkern.serving.vllm.served import FOLDER, HEADS
+from patchkern.training.checkpoints import find_model
 
 _OWN = (files.DESCRIPTION, files.CATALOG, files.ITEM_EMBEDDINGS, files.ITEM_HEAD)
 _STALE = ("*.safetensors", "*.bin", "model.safetensors.index.json", f"{FOLDER}/*.safetensors")
@@ -35,7 +36,8 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
     where not. The configuration is changed: another class of model, and a token for every item after the vocabulary.
 
     Args:
-        run: what ``PatchedCausalLM.save_pretrained`` wrote, with a tokenizer.
+        run: what ``PatchedCausalLM.save_pretrained`` wrote, with a tokenizer; or a run of the trainer, whose last
+            checkpoint is taken.
         folder: another one; its files are replaced together.
         head: what is to be predicted: "titles", token by token, or "items", at once, by the model's item head.
 
@@ -49,8 +51,9 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
     """
     if head not in HEADS:
         raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
-    source = current(run)
-    if Path(folder).resolve() in (Path(run).resolve(), source.resolve()):
+    saved = find_model(run, "run")
+    source = current(saved)
+    if Path(folder).resolve() in (Path(run).resolve(), saved.resolve(), source.resolve()):
         raise ValueError(f"folder: expected another one than the run's, got {os.fspath(folder)!r} for both")
     description = files.read_description(source)
     catalog, _ = files.choose_catalog(source, None)
@@ -127,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m patchkern.serving export", description=(__doc__ or "").split("\n", 1)[0]
     )
-    parser.add_argument("run", metavar="RUN", help="a folder with a trained PatchedCausalLM")
+    parser.add_argument("run", metavar="RUN", help="a folder that patchkern saved, or a run of recipes/train.py")
     parser.add_argument("folder", metavar="FOLDER", help="where to write it for vLLM")
     parser.add_argument("--head", choices=HEADS, default="titles", help="what to predict (default: %(default)s)")
     given = parser.parse_args(argv)

@@ -121,6 +121,8 @@ def test_new_titles_need_the_models_tokenizer(tmp_path: Path) -> None:
         (["nowhere", "--host", "a" * 300], "serve: host: expected a name or an address of this machine"),
         (["nowhere", "--cache", "1GiB", "--memory_budget", "1GiB"], "serve: cache: expected less than memory_budget"),
         (["nowhere", "--states_bytes", "1MiB"], "serve: states_bytes: expected with states"),
+        (["nowhere", "--renamed", "allow"], 'serve: renamed: expected "allow" with catalog'),
+        (["nowhere", "--timeout", "1e6"], "serve: timeout: expected seconds above 0 and below 1,000,000, got 1000000"),
         (["nowhere", "--device", "nonsense"], "serve: device: expected one that torch can use here, got 'nonsense'"),
         (["nowhere", "--device", "meta"], "serve: device: expected one that torch can use here, got 'meta'"),
     ],

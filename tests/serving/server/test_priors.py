@@ -100,7 +100,7 @@ def test_a_reload_reads_the_priors_for_its_catalogue(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--prior", "{nothing}"], "serve: path: expected a file, got "),
+        (["--prior", "{nothing}"], "serve: prior: expected a file that a prior's save wrote, got "),
         (["--prior", "{text}"], "not a prior that this version reads"),
         (["--prior", "{other}"], "serve: catalog: expected items that "),
         (

@@ -65,6 +65,16 @@ def test_another_export_replaces_one(run: Path, tmp_path: Path) -> None:
     assert {path.name for path in (folder / "patchkern").iterdir()} == {"patchkern.json", "catalog.safetensors"}
 
 
+def test_a_run_is_exported_from_its_last_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 10):
+        save_run(tmp_path / "run" / f"checkpoint-{step}")
+    (tmp_path / "run" / "checkpoint-10" / "note.txt").write_text("the last")
+    export_model(tmp_path / "run", tmp_path / "served")
+    assert (tmp_path / "served" / "note.txt").read_text() == "the last"
+    with pytest.raises(ValueError, match="folder: expected another one than the run's"):
+        export_model(tmp_path / "run", tmp_path / "run" / "checkpoint-10")
+
+
 def test_parts_that_do_not_belong_together(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     export_model(run, folder)
@@ -86,7 +96,7 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         export_model(run, out, "both")
     with pytest.raises(ValueError, match=r"folder: expected another one than the run's"):
         export_model(run, run)
-    with pytest.raises(FileNotFoundError, match=r"patchkern.json"):
+    with pytest.raises(FileNotFoundError, match="run: expected a model saved by patchkern, or a run with checkpoints"):
         export_model(tmp_path, out)
     model, tokenizer = make_model()
     model.save_pretrained(tmp_path / "bare")

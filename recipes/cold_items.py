@@ -21,7 +21,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="so many samples only, spread over all")
     parser.add_argument("--k", type=int, nargs="+", default=[20, 50], help="lengths of the lists (default: 20 50)")
     parser.add_argument(
+        "--cut_every",
+        type=int,
+        help="items that longer histories lose at a time, and a user's samples share the rest (default: as trained)",
+    )
+    parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights (default: float32, on a GPU bfloat16)"
     )
     parser.add_argument(
@@ -110,8 +115,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--output: expected a name for the CSV, beside which the tables are .md, got {args.output}")
     if min(args.k) < 1:
         parser.error(f"--k: expected at least 1, got {min(args.k)}")
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit: expected at least 1, got {args.limit}")
+    for name in ("limit", "cut_every"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            parser.error(f"--{name}: expected at least 1, got {given}")
     if len(set(args.runs)) < len(args.runs):
         parser.error("runs: expected each once")
     if args.item_text is None:
@@ -143,7 +149,7 @@ def measured(name: str, data: Interactions, samples: Samples, args: argparse.Nam
         column: np.full(samples.users.size, np.nan)
         for column in ("NLL", *(f"HR@{k}{among}" for k in args.k for among in ("", " among cold", " by chance")))
     }
-    for chosen, scores in scored(model, data, samples):
+    for chosen, scores in scored(model, data, samples, reading(model, args.cut_every)):
         part = samples.take(chosen)
         target = catalog.index_of(data.targets(part))
         past = data.before(part)
@@ -161,14 +167,26 @@ def measured(name: str, data: Interactions, samples: Samples, args: argparse.Nam
     return Run(parameters, catalog.item_ids[held_out], columns, chance)
 
 
-def scored(model: TrainableModel, data: Interactions, samples: Samples) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+def reading(model: TrainableModel, cut_every: int | None) -> Any:
+    """The policy that it was trained with, histories cut as asked."""
+    policy: Any = model.policy
+    if cut_every is None:
+        return policy
+    if "cut_every" not in {field.name for field in fields(policy)}:
+        raise ValueError(f"--cut_every: expected only with a policy that has it, got {policy}")
+    return replace(policy, cut_every=cut_every)
+
+
+def scored(
+    model: TrainableModel, data: Interactions, samples: Samples, policy: Any
+) -> Iterator[tuple[NDArray[np.int64], Floats]]:
     """Some samples at a time, ``(n,)`` which, and ``(n, n_items)`` scores of all items."""
     if model.item_head is not None:
-        yield from item_log_probs(model, data.histories, samples)
+        yield from item_log_probs(model, data.histories, samples, policy)
         return
     for begin in range(0, samples.users.size, _TITLES_AT_ONCE):
         chosen = np.arange(begin, min(begin + _TITLES_AT_ONCE, samples.users.size))
-        yield chosen, model.score_items(data.before(samples.take(chosen)))
+        yield chosen, model.score_items(data.before(samples.take(chosen)), policy)
 
 
 def hits(scores: Floats, allowed: Bools, target: NDArray[np.integer[Any]], k: int) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def trained(data: str, output: Path, *flags: str) -> Path:
-    argv = ["--stage", "items", "--data", data, "--output_dir", str(output), "--use_cpu", "--max_items", "40"]
+    argv = ["--stage", "items", "--data", data, "--output_dir", str(output), "--use_cpu", "--max_items", "10"]
     argv += ["--rows_per_pass", "600", "--max_steps", "4", "--bf16", "False", "--disable_tqdm", "True", *flags]
     train.main(argv)
     return output
@@ -109,6 +110,24 @@ def test_measures_are_those_of_the_library(data: str, runs: dict[str, Path], tmp
     text = output.with_suffix(".md").read_text()
     assert "among cold, chance 0." in text and f"minus {runs['vectors']}" in text
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_histories_are_cut_as_asked(data: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    whole = open_dataset(data)
+    samples = whole.samples("test")
+    histories, targets = whole.before(samples), whole.targets(samples)
+    assert (histories.lengths > 10).any()
+    model, _ = models.load_model(str(runs["vectors"]), whole.titles)
+    policy = replace(model.eval().policy, cut_every=7)
+    command = [str(runs["vectors"]), "--data", data, "--output", str(tmp_path / "cold.csv"), "--cut_every"]
+    (run,) = cold_items.main([*command, "7"]).values()
+    scores = model.score_items(histories, policy, head="items").astype(np.float64)
+    expected = -scores[np.arange(len(histories)), model.catalog.index_of(targets)]
+    np.testing.assert_allclose(run.measures["NLL"], expected, rtol=1e-4)
+    differs = model.score_items(histories, head="items")
+    assert not np.allclose(differs, scores, rtol=1e-4)
+    with pytest.raises(SystemExit):
+        cold_items.main([*command, "0"])
 
 
 def test_runs_remember_what_they_held_out(data: str, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Knows no model and no search: `fit_weights` takes the scores of candidates, few 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,7 +57,7 @@ def fit_weights(
         depth: at least ``k``, of every score.
 
     Returns:
-        ``(P,)`` float64, from 0 to `MAX_WEIGHT`; zeros where no target is among the candidates.
+        ``(P,)`` float64, from 0 to `MAX_WEIGHT`; zeros, and a warning, where no target is among the candidates.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -68,6 +69,7 @@ def fit_weights(
     found = _Found.of(*shortlist(scores, targets, depth))
     n_priors = found.ahead.shape[2] - 1
     if not len(found.ahead):
+        warnings.warn("targets: expected some among the candidates, got none, by which all weights are 0", stacklevel=2)
         return np.zeros(n_priors)
     if objective == "nll":
         return _in_terms_of_first(_likeliest(found))

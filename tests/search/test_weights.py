@@ -78,7 +78,8 @@ def test_what_helps_nothing_gets_nothing() -> None:
     for objective in ("ndcg", "nll"):
         assert fit_weights(scores * [1, 0], targets, objective).tolist() == [0.0]
         assert fit_weights(scores * [1, 0] - [0, 3], targets, objective).tolist() == [0.0]
-        assert fit_weights(scores, np.full(400, -1), objective).tolist() == [0.0]
+        with pytest.warns(UserWarning, match="targets: expected some among the candidates, got none"):
+            assert fit_weights(scores, np.full(400, -1), objective).tolist() == [0.0]
     assert fit_weights(np.concatenate([scores, scores[:, :, :1] * -1], axis=2), targets, "nll")[1] == 0
     best = scores[:, :, 1].argmax(axis=1)
     assert fit_weights(scores * [0, 1], best, "nll").tolist() == [MAX_WEIGHT]

@@ -21,7 +21,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ def measured(name: str, data: Interactions, samples: Samples, args: argparse.Nam
         column: np.full(samples.users.size, np.nan)
         for column in ("NLL", *(f"HR@{k}{among}" for k in args.k for among in ("", " among cold", " by chance")))
     }
-    for chosen, scores in scored(model, data, samples, reading(model, args.cut_every)):
+    policy = models.with_flags(model.policy, {"cut_every": args.cut_every})
+    for chosen, scores in scored(model, data, samples, policy):
         part = samples.take(chosen)
         target = catalog.index_of(data.targets(part))
         past = data.before(part)
@@ -165,16 +166,6 @@ def measured(name: str, data: Interactions, samples: Samples, args: argparse.Nam
     chance = {column: columns.pop(column) for column in list(columns) if column.endswith(" by chance")}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Run(parameters, catalog.item_ids[held_out], columns, chance)
-
-
-def reading(model: TrainableModel, cut_every: int | None) -> Any:
-    """The policy that it was trained with, histories cut as asked."""
-    policy: Any = model.policy
-    if cut_every is None:
-        return policy
-    if "cut_every" not in {field.name for field in fields(policy)}:
-        raise ValueError(f"--cut_every: expected only with a policy that has it, got {policy}")
-    return replace(policy, cut_every=cut_every)
 
 
 def scored(

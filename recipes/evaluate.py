@@ -273,7 +273,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def chosen_policy(model: TrainableModel, args: argparse.Namespace) -> AnyPolicy:
     """--policy, else the model's; with what is asked for of it."""
     given = {name: getattr(args, name) for name in ("max_items", "cut_every", "keep_text", "group_size")}
-    given = {name: value for name, value in given.items() if value is not None}
     policy: Any = model.policy
     if args.policy is not None:
         kinds = {"text": pk.TextOnly(), "items": pk.ItemPatches(), "sessions": pk.SessionPatches(align="start")}
@@ -283,11 +282,8 @@ def chosen_policy(model: TrainableModel, args: argparse.Namespace) -> AnyPolicy:
             policy = replace(kinds[args.policy], **{name: trained[name] for name in shared if name in trained})
     if policy is None:
         raise ValueError(f"--policy: expected one, as {args.checkpoint!r} was saved without")
-    own = {field.name for field in fields(policy)}
-    for name in given:
-        if name not in own:
-            raise ValueError(f"--{name}: expected only with a policy that has it, got {policy}")
-    return replace(policy, **given)
+    changed: AnyPolicy = models.with_flags(policy, given)
+    return changed
 
 
 # ------------------------------------------------------------------ recommending

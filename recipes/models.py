@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ from recipes.training_run import ARGUMENTS
 CONFIG = "config.json"
 SYSTEM = "You are a helpful assistant in recommendations."
 INSTRUCTION = "A user has chosen [HISTORY_SEQUENCE]. Recommend one title to choose next."
+
+
+def with_flags(policy: Any, flags: Mapping[str, Any]) -> Any:
+    """The policy with what flags ask of its fields of the same names; None: nothing.
+
+    Raises:
+        ValueError: naming the flag of a field that the policy has not.
+    """
+    asked = {name: value for name, value in flags.items() if value is not None}
+    own = {field.name for field in fields(policy)}
+    for name in asked:
+        if name not in own:
+            raise ValueError(f"--{name}: expected only with a policy that has it, got {policy}")
+    return replace(policy, **asked)
 
 
 def load_model(

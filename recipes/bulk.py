@@ -20,7 +20,6 @@ from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.search.arguments import SEARCHES
 from patchkern.training import find_model
-from recipes.training_run import default_search
 
 
 class UserFile:
@@ -129,7 +128,7 @@ def open_run(args: argparse.Namespace, device: str = "cpu") -> tuple[pk.BulkRun,
         source={"histories": users.fingerprint},
         k=args.k,
         num_beams=args.num_beams,
-        search=args.search or default_search(folder, saved.learns),
+        search=args.search,
         exclude_seen=args.exclude_seen,
         batch_size=args.batch_size,
         memory_budget=args.memory_budget,

@@ -53,6 +53,7 @@ from patchkern.evaluation.metrics import METRICS, evaluate
 from patchkern.evaluation.trec import check_words, write_qrels, write_run
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.search.arguments import SEARCHES
+from patchkern.search.protocol import usual_search
 from patchkern.search.recommend import generate_titles
 from patchkern.training import TrainableModel, find_model, target_nll
 from patchkern.training.likelihood import ROWS_PER_PASS
@@ -62,7 +63,7 @@ from recipes.prior_weights import fitted_weights, together, weights_beside_head,
 from recipes.priors import ABOUT, FIT_LIMIT, check_prior, make_priors
 from recipes.ranking import Lists, by_item_head, by_prior, prior_alone, recommend
 from recipes.results import KS, Result, Results
-from recipes.training_run import default_search, read_arguments
+from recipes.training_run import read_arguments
 
 POLICIES = ("text", "items", "sessions")
 BATCH_SIZE = 64
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Evaluation]]:
             f"--item_text: expected none with {type(model).__name__}, which reads ids, got {args.item_text!r}"
         )
     if args.search is None:
-        args.search = default_search(Path(args.checkpoint), model.learns)
+        args.search = usual_search(model)
     choose_search(args)
     print(f"patchkern {pk.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"BACKEND {describe_backend(model.device)}, {dtype}")

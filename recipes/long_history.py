@@ -43,12 +43,13 @@ from patchkern.models.scratch import LLAMA_1B, SIZES, fit_tokenizer, scratch_mod
 from patchkern.models.sources import locate, read_tokenizer
 from patchkern.ops.backends import describe as describe_backend
 from patchkern.ops.backends import usable_device
+from patchkern.search.protocol import usual_head
 from patchkern.training import find_model
 from recipes import models
 from recipes.commands import Parser, check_writable
 from recipes.long_history_report import NAMES, mebibytes, plot, table, write_csv
 from recipes.long_history_results import POLICIES, Result, accuracy, measure
-from recipes.training_run import default_search, read_arguments
+from recipes.training_run import read_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
@@ -174,7 +175,7 @@ def load_checkpoint(name: str, data: Interactions, dtype: torch.dtype) -> pk.Pat
     """A model that learned titles; of one with a memory what is inside, as no policy here makes memories."""
     folder = find_model(name, "--checkpoint")
     model, _ = models.load_model(str(folder), data.titles, texts=data.texts, dtype=dtype, argument="--checkpoint")
-    if default_search(folder, model.learns) == "items":
+    if usual_head(model) == "items":
         raise ValueError(f"--checkpoint: expected a run that learned titles, which are searched, got {name!r}")
     inner: Any = model.model if isinstance(model, pk.RecurrentMemory) else model
     found: pk.PatchedCausalLM = inner

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ def read_arguments(folder: Path) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return found
     return {}
-
-
-def default_search(folder: Path, learns: Sequence[str]) -> str:
-    """How to recommend with a model that `learns` this, where nobody says: by the head if no titles were learned.
-
-    Args:
-        folder: of the model, or of the run that it is a checkpoint of.
-    """
-    return "items" if "titles" not in learns or read_arguments(folder).get("head") == "items" else "beam"
 
 
 def write_arguments(folder: Path, arguments: dict[str, Any]) -> None:

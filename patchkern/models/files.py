@@ -80,6 +80,8 @@ class Description(NamedTuple):
     vector_dropout: float
     learns: tuple[str, ...]
     """of a `PatchedCausalLM` or a `patchkern.ItemModel`, which tells them apart"""
+    learned: tuple[str, ...]
+    """which of "titles" and "items" its last training was for; empty where that is not known"""
     memory: dict[str, Any] | None
     """options of the `patchkern.RecurrentMemory` around it, or None"""
 
@@ -96,12 +98,14 @@ def write(
     hf_kwargs: dict[str, Any],
     *,
     vector_dropout: float,
+    learned: Sequence[str] = (),
     memory: Memory | None = None,
 ) -> None:
     """Write a model; its files take the places of those of an earlier one together, see `patchkern.models.folders`."""
     description = {
         "format_version": FORMAT_VERSION,
         "learns": list(learns),
+        "learned": list(learned),
         "prompt": prompt.to_dict(),
         "policy": None if policy is None else policy_to_dict(policy),
         "item_embeddings": own.item_embedding is not None,
@@ -176,6 +180,7 @@ def read_description(folder: str | os.PathLike[str]) -> Description:
                 description.get("vector_dropout", 0.0), bool(description.get("item_embeddings", False))
             ),
             learns=tuple(description.get("learns", ("titles", "items", "both"))),
+            learned=tuple(description.get("learned", ())),
             memory=_options(description.get("memory")),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -346,6 +346,7 @@ class ItemModel(wrapped.WrappedLM):
         model = cls.__new__(cls)
         model._assemble(network, saved if catalog is None else catalog, description.policy, prompt)
         model.catalog_diff = diff
+        model.learned = description.learned
         model.item_head.load(folder)
         return model
 

@@ -127,6 +127,15 @@ class MemoryWrapper(wrapped.WrappedLM):
         return self.model.learns
 
     @property
+    def learned(self) -> tuple[str, ...]:
+        """As of the model."""
+        return self.model.learned
+
+    @learned.setter
+    def learned(self, learned: tuple[str, ...]) -> None:
+        self.model.learned = learned
+
+    @property
     def vector_dropout(self) -> float:  # type: ignore[override]
         """As of the model."""
         return self.model.vector_dropout

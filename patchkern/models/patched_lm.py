@@ -257,7 +257,7 @@ class PatchedCausalLM(LayoutEmbedder):
         policy: AnyPolicy | None = None,
         k: int = 20,
         num_beams: int = 20,
-        search: str = "beam",
+        search: str | None = None,
         exclude_seen: bool = False,
         memory_budget: int | str | None = None,
         batch_size: int = 64,
@@ -396,6 +396,7 @@ class PatchedCausalLM(LayoutEmbedder):
         )
         model.catalog_diff = diff
         model.tokenizer = tokenizer
+        model.learned = description.learned
         if description.item_embeddings:
             model.load_item_embeddings(folder)
         if model.item_head is not None and description.item_head:

@@ -31,6 +31,9 @@ class SavedLM(nn.Module):
     policy: AnyPolicy | None
     tokenizer: Any
     learns: tuple[str, ...]
+    learned: tuple[str, ...] = ()
+    """which of "titles" and "items" the last training was for, set by the trainer and saved; empty where none was"""
+
     vector_dropout: float = 0.0
 
     def save_pretrained(
@@ -112,6 +115,7 @@ class SavedLM(nn.Module):
             tokenizer,
             hf_kwargs,
             vector_dropout=self.vector_dropout,
+            learned=self.learned,
             memory=memory,
         )
 

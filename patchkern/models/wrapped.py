@@ -124,11 +124,10 @@ class WrappedLM(SavedLM):
         """Per user ``(item_id, log-probability)``, the ``k`` best first: `patchkern.search.recommend.recommend`.
 
         Args:
-            options: its other arguments; of a model without titles ``search`` is "items", and can be nothing else.
+            options: its other arguments; of a model without titles ``search`` can be nothing but "items".
         """
         model: Any = self  # what a search asks beyond this class is its subclasses'
-        search = {} if "titles" in self.learns else {"search": "items"}
-        return recommend(model, histories, policy, k, **{**search, **options})
+        return recommend(model, histories, policy, k, **options)
 
     def score_items(
         self, histories: HistoriesLike, policy: AnyPolicy | None = None, items: Any = None, **options: Any
@@ -136,11 +135,10 @@ class WrappedLM(SavedLM):
         """``(B, n)`` log-probability of every item for every user: `patchkern.search.scoring.score_items`.
 
         Args:
-            options: its other arguments; of a model without titles ``head`` is "items", and can be nothing else.
+            options: its other arguments; of a model without titles ``head`` can be nothing but "items".
         """
         model: Any = self
-        head = {} if "titles" in self.learns else {"head": "items"}
-        return score_items(model, histories, policy, items, **{**head, **options})
+        return score_items(model, histories, policy, items, **options)
 
 
 def check_model(hf_model: Any) -> None:

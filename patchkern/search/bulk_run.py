@@ -28,7 +28,7 @@ from patchkern.batch.policy_kinds import AnyPolicy
 from patchkern.data.parquet import import_pyarrow
 from patchkern.search.arguments import of_users
 from patchkern.search.fingerprints import described, model_fingerprint
-from patchkern.search.protocol import SearchModel, policy_of
+from patchkern.search.protocol import SearchModel, policy_of, usual_search
 from patchkern.search.recommend import Prepared, Ranked, prepare, recommend, run
 from patchkern.search.request import Request
 from patchkern.search.run_folder import (
@@ -106,6 +106,8 @@ class BulkRun:
         self.policy = policy_of(model, policy)
         bound = inspect.signature(recommend).bind(model, [], self.policy, **arguments)
         bound.apply_defaults()
+        if bound.arguments["search"] is None:
+            bound.arguments["search"] = usual_search(model)
         self._arguments = {name: value for name, value in bound.arguments.items() if name not in _OWN}
         description = {
             "format_version": FORMAT_VERSION,

@@ -70,6 +70,10 @@ class SearchModel(Protocol):
         """What it predicts: "titles" token by token, "items" at once, the usual first."""
 
     @property
+    def learned(self) -> tuple[str, ...]:
+        """Which of "titles" and "items" its last training was for; empty where none is known of."""
+
+    @property
     def config(self) -> Any:
         """Its transformers configuration."""
 
@@ -168,6 +172,21 @@ def check_titles(model: SearchModel, argument: str, given: Any) -> None:
         raise ValueError(
             f'{argument}: expected "items" for {type(model).__name__}, which reads no titles, got {given!r}'
         )
+
+
+def usual_head(model: Any) -> str:
+    """What scores go by where nobody says: "titles", or "items" where titles were not learned.
+
+    Args:
+        model: one, or what a folder says of one: with what it ``learns`` and has ``learned``.
+    """
+    learned = getattr(model, "learned", ()) or getattr(model, "learns", ("titles",))
+    return "titles" if "titles" in learned else "items"
+
+
+def usual_search(model: Any) -> str:
+    """How to recommend where nobody says: "beam", or "items" where titles were not learned, see `usual_head`."""
+    return "beam" if usual_head(model) == "titles" else "items"
 
 
 def policy_of(model: SearchModel, policy: AnyPolicy | None) -> AnyPolicy:

@@ -60,7 +60,7 @@ def recommend(
     policy: AnyPolicy | None = None,
     k: int = 20,
     num_beams: int = 20,
-    search: str = "beam",
+    search: str | None = None,
     exclude_seen: bool = False,
     memory_budget: int | str | None = None,
     batch_size: int = 64,
@@ -108,7 +108,8 @@ def recommend(
         k: items per user.
         num_beams: hypotheses per user and step; at least ``k`` but for ``search="beam"``, because a narrower beam may
             find fewer than ``k`` titles.
-        search: ``"beam"``, ``"exact"``, ``"diverse"`` or ``"items"``.
+        search: ``"beam"``, ``"exact"``, ``"diverse"`` or ``"items"``; where not given ``"beam"``, or ``"items"`` for a
+            model that learned no titles: a model of item ids, or one whose last training was for items alone.
         exclude_seen: leave out the items of a user's whole history, also those that ``policy`` cuts off.
         memory_budget: bytes, or a text such as "40GiB", for everything that torch allocates, weights included. Users
             are batched, and their prompts computed in chunks, so that the predicted peak stays below it

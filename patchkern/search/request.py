@@ -22,7 +22,7 @@ from patchkern.search.arguments import (
     users_named,
 )
 from patchkern.search.filters import ItemFilter, ItemPrior
-from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
+from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of, usual_search
 from patchkern.search.summary import Summary, first_few
 
 EXPANSIONS_PER_BEAM = 50
@@ -77,6 +77,7 @@ class Request:
         check_batching(memory_budget, batch_size)
         if not isinstance(exclude_seen, bool):
             raise TypeError(f"exclude_seen: expected a bool, got {exclude_seen!r}")
+        search = usual_search(model) if search is None else search
         check_search(search, length_penalty, normalize, max_expansions)
         if search != "items":
             check_titles(model, "search", search)

@@ -27,7 +27,7 @@ from patchkern.search.batching import in_batches
 from patchkern.search.experts import UserStates
 from patchkern.search.item_search import item_log_probs, size_of_items
 from patchkern.search.prompts import Prompts, SearchPrompts
-from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of
+from patchkern.search.protocol import SearchModel, check_model, check_titles, policy_of, usual_head
 from patchkern.search.summary import Summary, first_few
 from patchkern.search.title_search import score_titles
 from patchkern.search.trie import Trie
@@ -50,7 +50,7 @@ def score_items(
     *,
     user_ids: Sequence[Hashable] | None = None,
     unknown: str = "error",
-    head: str = "titles",
+    head: str | None = None,
     user_states: UserStates | None = None,
 ) -> NDArray[np.floating[Any]]:
     """The log-probability of every item for every user: forced decoding, with all that titles share computed once.
@@ -64,7 +64,8 @@ def score_items(
         unknown: ``"error"`` or ``"drop"``, as in `recommend`, of items in ``histories``.
         items: the item ids to score; the whole catalogue where not given.
         nodes_per_pass: tokens per user in one forward pass; the more, the fewer passes and the more memory.
-        head: "titles", or "items" for the log-probabilities that the model's item head gives, in one pass.
+        head: "titles", or "items" for the log-probabilities that the model's item head gives, in one pass; where not
+            given, items for a model that learned no titles.
 
     Returns:
         ``(B, n)`` float32, or float64 for a float64 model; columns in the order of ``items`` or of the catalogue.
@@ -78,6 +79,7 @@ def score_items(
     check_batching(memory_budget, batch_size)
     check_leniency("error", unknown)
     check_states(user_states, policy)
+    head = usual_head(model) if head is None else head
     if head not in ("titles", "items"):
         raise ValueError(f"head: expected titles or items, got {head!r}")
     if head == "titles":

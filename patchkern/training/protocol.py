@@ -30,6 +30,9 @@ class TrainableModel(SearchModel, Protocol):
     tokenizer: Any
     """saved along; the trainer sets it where it has one"""
 
+    learned: tuple[str, ...]
+    """what its last training was for; the trainer sets it"""
+
     training: bool
     """as of a module"""
 

@@ -224,8 +224,7 @@ class PatchTrainer(SavingTrainer):
                 collator = replace(collator, pretrain_steps=dataset.steps)
         _count_epochs_in_steps(args, args.max_steps * users.size // dataset.num_targets)
         if eval_samples is not None:
-            if head == "items":
-                eval_options = {"search": "items", **(eval_options or {})}
+            eval_options = {"search": "items" if head == "items" else "beam", **(eval_options or {})}
             kwargs["eval_dataset"] = Validation(model, histories, eval_samples, policy, eval_limit, eval_options)
         learned = (isinstance(policy, Experts) and policy.count > 0) or isinstance(policy, PreferenceMemory)
         if learned and not experts_are_trained(model):
@@ -241,6 +240,7 @@ class PatchTrainer(SavingTrainer):
                 "weights, each of which rounds it away; float32 weights (dtype) with bf16=True are as fast",
                 stacklevel=2,
             )
+        self.head = head
         self._head_learning_rate = head_learning_rate
         self._losses = FiniteLosses()
         if ema_decay is not None:
@@ -257,6 +257,12 @@ class PatchTrainer(SavingTrainer):
         if ema_decay is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(f"ema_decay: expected None where processes share the model's parameters, got {ema_decay}")
         self.label_smoother = None  # it would compute a second loss; `compute_loss` has the model smooth its own
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As any Trainer; the model then knows what it `learned`, and recommends by that where nobody says how."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.learned = ("titles", "items") if self.head == "both" else (self.head,)
+        return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -285,7 +291,7 @@ class PatchTrainer(SavingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
         """Where titles and items are learned, tokens and items are counted apart."""
         tokens = super()._get_num_items_in_batch(batch_samples, device)
-        if tokens is None or self.data_collator.head != "both":
+        if tokens is None or self.head != "both":
             return tokens
         items = [{"labels": batch["item_labels"]} for batch in batch_samples]
         counts = (tokens, super()._get_num_items_in_batch(items, device))

@@ -208,12 +208,13 @@ def test_a_run_is_read_as_it_was_trained(tmp_path: Path) -> None:
         item_head=True,
     )
     model.save_pretrained(tmp_path / "checkpoint-1", tokenizer=tokenizer)
-    write_arguments(tmp_path, {"head": "both", "item_text": "title (kind)"})
+    write_arguments(tmp_path, {"item_text": "title (kind)"})
     args = long_history.parse([*SMALL, "--checkpoint", str(tmp_path)])
     assert args.item_text == "title (kind)"
     read = long_history.load_model(args, replace(data, texts=texts), torch.device("cpu"))
     assert read.catalog.token_fingerprint == model.catalog.token_fingerprint
-    write_arguments(tmp_path, {"head": "items"})
+    model.learned = ("items",)
+    model.save_pretrained(tmp_path / "checkpoint-1", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="--checkpoint: expected a run that learned titles, which are searched, got"):
         long_history.load_model(args, replace(data, texts=texts), torch.device("cpu"))
     ids = pk.ItemModel(catalog_of_ids(data.titles), pk.ItemPatches(), width=8, heads=1, max_positions=40)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +77,16 @@ def test_processes_share_the_parts_and_go_on(
     assert pk.read_summary(tmp_path / "two").unknown_items > 0 and names.tolist() == users.tolist()
 
 
-@pytest.mark.parametrize("head", ["items", "both", None])
-def test_a_run_that_learned_no_titles_searches_items(head: str | None, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "model", tmp_path / "run" / "checkpoint-1")
-    if head is not None:
-        (tmp_path / "run" / "arguments.json").write_text(json.dumps({"head": head}))
+@pytest.mark.parametrize("learned", [("items",), ("titles", "items"), ()])
+def test_a_run_that_learned_no_titles_searches_items(learned: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+    model = pk.PatchedCausalLM.from_pretrained(folder / "model")
+    model.learned = learned
+    model.save_pretrained(tmp_path / "run" / "checkpoint-1")
     for checkpoint, output in (("run", "of-the-run"), ("run/checkpoint-1", "of-its-checkpoint")):
         flags = ["--users", str(folder / "users" / "b.parquet"), "--output", str(tmp_path / output), "--k", "5"]
         recommend.main([str(tmp_path / checkpoint), *flags])
         described = json.loads((tmp_path / output / "run.json").read_text())
-        assert described["arguments"]["search"] == ("items" if head == "items" else "beam")
+        assert described["arguments"]["search"] == ("items" if learned == ("items",) else "beam")
 
 
 def test_another_file_is_another_run(folder: Path, tmp_path: Path) -> None:

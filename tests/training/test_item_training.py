@@ -52,6 +52,24 @@ def test_it_learns(stage: str, head: str, rows_per_pass: int | None, tmp_path: P
     assert all(parameter.abs().sum() > 0 for parameter in trainer.model.item_head.parameters())
 
 
+@pytest.mark.parametrize(("head", "usual"), [("titles", "beam"), ("items", "items"), ("both", "beam")])
+def test_a_model_recommends_by_what_it_learned_last(head: str, usual: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, head=head, config={"item_head": True}, max_steps=1)
+    model = trainer.model
+    histories = [model.catalog.item_ids[:3], model.catalog.item_ids[3:5]]
+    assert model.learned == ()
+    assert model.recommend(histories, k=3) == model.recommend(histories, k=3, search="beam")
+    model.learned = ("items",) if head == "titles" else ("titles",)  # an earlier training
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for read in (model, pk.PatchedCausalLM.from_pretrained(tmp_path / "saved")):
+        assert read.learned == (("titles", "items") if head == "both" else (head,))
+        assert read.recommend(histories, k=3) == read.recommend(histories, k=3, search=usual)
+        scores = read.score_items(histories, head="items" if usual == "items" else "titles")
+        np.testing.assert_array_equal(read.score_items(histories), scores)
+    assert read.recommend(histories, k=3) != read.recommend(histories, k=3, search={"beam": "items"}.get(usual, "beam"))
+
+
 @pytest.mark.parametrize("head", ["items", "both"])
 def test_accumulation_does_not_change_the_run(head: str, tmp_path: Path) -> None:
     """With both heads tokens and items are counted apart: a sample has one item and several tokens."""

@@ -34,7 +34,7 @@ from patchkern.serving.server.titles import TitleIndex
 from patchkern.serving.user_states import UserStates
 from patchkern.training.checkpoints import find_model
 
-SEARCHES = ("items", "beam")
+SEARCHES = {"items": "items", "beam": "titles"}  # the fast one first, and what a model must have learned for each
 
 _numbers = itertools.count(1)
 
@@ -72,7 +72,8 @@ class Served:
         self.searches = tuple(name for name in SEARCHES if able[name])
         if search is not None and search not in self.searches:
             raise ValueError(f"search: expected one of {', '.join(self.searches)} for this model, got {search!r}")
-        self.search = search or self.searches[0]
+        learned = [name for name in self.searches if SEARCHES[name] in model.learned]
+        self.search = search or (learned or self.searches)[0]
         self.cache = UserCache(model, cache_bytes) if cache_bytes else None
         self.states, self.priors = states, priors or Priors()
         catalog = model.catalog

@@ -20,6 +20,7 @@ from typing import Any
 from patchkern.models import files
 from patchkern.models.adapters import ADAPTER
 from patchkern.models.folders import current, replacing
+from patchkern.search.protocol import usual_head
 from patchkern.serving.vllm.plugin import ARCHITECTURES, PREFIX
 from patchkern.serving.vllm.requests import LOGITS_PROCESSOR
 from patchkern.serving.vllm.served import FOLDER, HEADS
@@ -29,7 +30,7 @@ _OWN = (files.DESCRIPTION, files.CATALOG, files.ITEM_EMBEDDINGS, files.ITEM_HEAD
 _STALE = ("*.safetensors", "*.bin", "model.safetensors.index.json", f"{FOLDER}/*.safetensors")
 
 
-def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], head: str = "titles") -> list[str]:
+def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], head: str | None = None) -> list[str]:
     """Write ``folder`` for vLLM from the model in ``run``.
 
     Weights, tokenizer and the model's other files are those of ``run``, linked where the file system can and copied
@@ -39,7 +40,8 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
         run: what ``PatchedCausalLM.save_pretrained`` wrote, with a tokenizer; or a run of the trainer, whose last
             checkpoint is taken.
         folder: another one; its files are replaced together.
-        head: what is to be predicted: "titles", token by token, or "items", at once, by the model's item head.
+        head: what is to be predicted: "titles", token by token, or "items", at once, by the model's item head; by
+            default titles, or items where the model learned these alone.
 
     Returns:
         The command that serves it, as arguments.
@@ -49,7 +51,7 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
         ValueError: one that this cannot serve: of an architecture that is not registered, with an adapter apart from
             its base, without tokenizer, or without the head that is asked for.
     """
-    if head not in HEADS:
+    if head is not None and head not in HEADS:
         raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
     saved = find_model(run, "run")
     source = current(saved)
@@ -57,6 +59,7 @@ def export_model(run: str | os.PathLike[str], folder: str | os.PathLike[str], he
         raise ValueError(f"folder: expected another one than the run's, got {os.fspath(folder)!r} for both")
     description = files.read_description(source)
     catalog, _ = files.choose_catalog(source, None)
+    head = usual_head(description) if head is None else head
     if "titles" not in description.learns:
         raise ValueError(
             f"run: expected a PatchedCausalLM in {os.fspath(run)!r}, got an ItemModel, which reads no tokens"
@@ -132,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="a folder that patchkern saved, or a run of recipes/train.py")
     parser.add_argument("folder", metavar="FOLDER", help="where to write it for vLLM")
-    parser.add_argument("--head", choices=HEADS, default="titles", help="what to predict (default: %(default)s)")
+    parser.add_argument("--head", choices=HEADS, help="what to predict (default: titles, or items if learned alone)")
     given = parser.parse_args(argv)
     try:
         program = export_model(given.run, given.folder, given.head)

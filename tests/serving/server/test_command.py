@@ -91,6 +91,10 @@ def test_models_are_read_from_folders_and_runs(tmp_path: Path) -> None:
     other = Source(str(tmp_path / "run"), str(write_lines(tmp_path / "titles.jsonl", titles)), search="beam").read()
     assert (other.search, other.titles[-1], len(other.titles)) == ("beam", "Entirely New", 36)
     assert other.number > served.number
+    for learned, search in ((("titles",), "beam"), (("titles", "items"), "items"), (("items",), "items")):
+        model.learned = learned
+        model.save_pretrained(tmp_path / "learned", tokenizer=tokenizer)
+        assert Source(str(tmp_path / "learned")).read().search == search
 
     of_ids = item_model()
     of_ids.save_pretrained(tmp_path / "ids")

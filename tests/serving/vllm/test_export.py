@@ -56,6 +56,17 @@ def test_the_configuration_has_a_token_for_every_item(run: Path, tmp_path: Path)
     assert served.catalog.item_ids.tolist() == ITEMS and isinstance(served.policy, pk.ItemPatches)
 
 
+def test_what_the_model_learned_is_predicted(tmp_path: Path) -> None:
+    model, tokenizer = make_model(item_head=True)
+    for learned, head in (((), "titles"), (("titles", "items"), "titles"), (("items",), "items")):
+        model.learned = learned
+        model.save_pretrained(tmp_path / "run", tokenizer=tokenizer)
+        export_model(tmp_path / "run", tmp_path / "served")
+        assert read_served(tmp_path / "served").head == head
+        export_model(tmp_path / "run", tmp_path / "served", "titles")
+        assert read_served(tmp_path / "served").head == "titles"
+
+
 def test_another_export_replaces_one(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     export_model(run, folder, "items")

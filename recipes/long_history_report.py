@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import patchkern as pk
 from patchkern.data import Interactions
+from patchkern.evaluation import Estimate
 from recipes.long_history_results import Result
 from recipes.plots import save
 from recipes.tables import markdown_table
@@ -29,7 +30,7 @@ def table(results: Sequence[Result], k: int) -> list[str]:
     header += ["users at once", "longest history"]
     trained = results[0].accuracy is not None
     if trained:
-        header += ["test items", f"HR@{k}", "±"]
+        header += ["test items", f"HR@{k}"]
     lines = [header]
     for result in results:
         faster = speed_up(result, results)
@@ -47,7 +48,8 @@ def table(results: Sequence[Result], k: int) -> list[str]:
         ]
         if result.accuracy is not None:
             scores = result.accuracy.evaluation.as_dict()
-            line += [f"{result.accuracy.items.mean():.1f}", f"{scores[f'HR@{k}']:.4f}", f"{scores[f'HR@{k} ±']:.4f}"]
+            hits = Estimate(scores[f"HR@{k}"], scores[f"HR@{k} ±"])
+            line += [f"{result.accuracy.items.mean():.1f}", str(hits)]
         lines.append(line)
     return markdown_table(lines)
 

@@ -92,7 +92,12 @@ def _guessed_unit(name: str, ticks: NDArray[Any]) -> int:
             f"{name}[{small[0]}]: expected times of one unit, got {ticks[small[0]]} among {unit} as large as "
             f"{largest}; time_unit says which it is"
         )
-    logger.warning("%s: as large as %s, taken to be %s; time_unit says otherwise", name, largest, unit)
+    logger.warning(
+        "%s: as large as %s, taken to be %s; the time_unit of Interactions.from_columns says otherwise",
+        name,
+        largest,
+        unit,
+    )
     return UNITS[unit]
 
 

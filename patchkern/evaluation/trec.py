@@ -39,7 +39,7 @@ def write_run(
     names = _names("queries", queries, len(recommendations))
     (label,) = check_words("tag", [tag])
     lines = (
-        f"{name} Q0 {item} {rank} {1 / rank:.9f} {label}"
+        f"{name} Q0 {item} {rank} {1 / rank:.9g} {label}"
         for user, (name, row) in enumerate(zip(names, recommendations, strict=True))
         for rank, item in enumerate(_distinct(items_of(row, user), user), 1)
     )

@@ -150,7 +150,7 @@ def test_lists_for_other_tools(data: Any, run: Any, tmp_path: Path) -> None:
         same = {item for item, title in interactions.titles.items() if title == interactions.titles[int(row["target"])]}
         assert len(own) == 20 and (int(row["rank"]) > 0) == bool(same & set(map(int, own)))
     (first, *_) = (tmp_path / "lists-transitions-weight-2").read_text().splitlines()
-    assert first.endswith(" 1 1.000000000 transitions-weight-2")
+    assert first.endswith(" 1 1 transitions-weight-2")
 
 
 def test_a_limit_is_spread_over_all_samples(

@@ -17,36 +17,47 @@ from patchkern.data import Interactions
 from patchkern.models.learned_rows import add_experts
 from patchkern.training import Settings
 
-STAGES = ("experts", "memory")
-# of the experts stage alone, and what `patchkern.Experts` calls them
-_EXPERTS = {"experts": "count", "keep": "keep", "parts": "parts", "boundaries": "boundaries"}
-_BLOCK = 50
+# of each stage its policy, and of the flags that are its own what that calls them
+_POLICIES: dict[str, tuple[Any, dict[str, str]]] = {
+    "experts": (pk.Experts, {"experts": "count", "keep": "keep", "parts": "parts", "boundaries": "boundaries"}),
+    "memory": (pk.PreferenceMemory, {"slots": "slots", "mode": "mode"}),
+}
+STAGES = tuple(_POLICIES)
+# of the memory stage's loss, and what each is where it is not given
+_LOSS = {"consistency": 0.01, "reference_loss": 0.0, "rollout": 0.0}
 
 
 def add_flags(parser: Any) -> None:
     """Of experts and of a recurrent memory."""
     group = parser.add_argument_group("what is old in learned rows (--stage experts, memory), of whole histories")
-    group.add_argument("--block", type=int, help=f"items of a block or segment (default: {_BLOCK}, or as trained)")
+    group.add_argument("--block", type=int, help="items of a block or segment (default: 50, or as trained)")
     group.add_argument("--experts", type=int, help="learned rows of the experts stage (default: 4, or as trained)")
     group.add_argument("--keep", type=int, help="items that are always recent (default: 20; 1 with --parts blocks)")
     group.add_argument("--parts", choices=PARTS, help="experts for all old items, or for each block (default: one)")
     group.add_argument(
         "--boundaries", type=int, help="borders at which a history is cut in a pass, drawn; 0: all (default: 1)"
     )
-    group.add_argument("--slots", type=int, default=4, help="vectors of a memory")
-    group.add_argument("--mode", choices=MODES, default="overwrite", help="what an update does to a memory")
+    group.add_argument("--slots", type=int, help="vectors of a memory (default: 4, or as trained)")
     group.add_argument(
-        "--consistency", type=float, default=0.01, help="weight of the distance between it and its reference"
+        "--mode", choices=MODES, help="what an update does to a memory (default: overwrite, or as trained)"
     )
-    group.add_argument("--reference_loss", type=float, default=0.0, help="weight of the items' loss in whole histories")
-    group.add_argument("--rollout", type=float, default=0.0, help="share of the passes with the model's own memories")
+    for name, what in (
+        ("consistency", "weight of the distance between it and its reference"),
+        ("reference_loss", "weight of the items' loss in whole histories"),
+        ("rollout", "share of the passes with the model's own memories"),
+    ):
+        group.add_argument(f"--{name}", type=float, help=f"{what} (default: {_LOSS[name]:g})")
 
 
 def wrong_flags(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
     """What does not go together, and what to say of it."""
-    for name in _EXPERTS:
+    stages = {name: (stage,) for stage, (_, flags) in _POLICIES.items() for name in flags}
+    for name, own in {**stages, **dict.fromkeys(_LOSS, ("memory",)), "block": STAGES}.items():
         given = getattr(args, name) is not None
-        yield given and args.stage != "experts", f"--{name}: expected only with --stage experts, got {args.stage}"
+        yield (
+            given and args.stage not in own,
+            f"--{name}: expected only with --stage {' or '.join(own)}, got {args.stage}",
+        )
     yield (
         args.stage in STAGES and args.max_items is not None,
         f"--max_items: expected none with --stage {args.stage}, which compresses whole histories",
@@ -61,26 +72,29 @@ def settings_stage(stage: str) -> str:
 def number_of_experts(args: argparse.Namespace) -> int:
     """Experts, or a token for each slot, that a model without any is to have before it gets an adapter."""
     if args.stage != "experts":
-        return args.slots if args.stage == "memory" else 0
+        slots = pk.PreferenceMemory.slots if args.slots is None else args.slots
+        return slots if args.stage == "memory" else 0
     return pk.Experts.count if args.experts is None else args.experts
 
 
 def policy_of(args: argparse.Namespace, settings: Settings, before: Any = None) -> Any:
-    """What the stage reads of histories; of experts, what ``before`` read where no flag says otherwise."""
+    """What the stage reads of histories; what ``before`` read of learned rows where no flag says otherwise."""
     if args.stage not in STAGES:
         return settings.policy(args.stage, args.max_items)
-    inner: Any = settings.policy("items", None)
-    if args.stage == "memory":
-        return pk.PreferenceMemory(inner, args.slots, _BLOCK if args.block is None else args.block, args.mode)
-    flags = {**_EXPERTS, "block": "block"}
+    kind, flags = _POLICIES[args.stage]
     given: dict[str, Any] = {
-        name: getattr(args, flag) for flag, name in flags.items() if getattr(args, flag) is not None
+        name: getattr(args, flag)
+        for flag, name in {**flags, "block": "block"}.items()
+        if getattr(args, flag) is not None
     }
     if given.get("boundaries") == 0:
         given["boundaries"] = None
     if "parts" in given:
         given.setdefault("keep", None)
-    return replace(before if isinstance(before, pk.Experts) else pk.Experts(inner), **given)
+    inner = settings.policy("items", None)
+    if args.keep_text is not None:
+        given["policy"] = inner
+    return replace(before if isinstance(before, kind) else kind(inner), **given)
 
 
 def prepared(model: Any, tokenizer: Any, policy: Any, args: argparse.Namespace, data: Interactions, seed: int) -> Any:
@@ -91,7 +105,9 @@ def prepared(model: Any, tokenizer: Any, policy: Any, args: argparse.Namespace, 
     if args.stage not in STAGES:
         return model
     model.tokenizer = tokenizer if model.tokenizer is None else model.tokenizer  # whose tokens the rows may be
-    options = {name: getattr(args, name) for name in ("consistency", "reference_loss", "rollout")}
+    options = {
+        name: otherwise if getattr(args, name) is None else getattr(args, name) for name, otherwise in _LOSS.items()
+    }
     memory = with_learned_rows(model, policy, data, seed, options)
     if before is not None and before.map is not None and getattr(memory, "map", None) is not None:
         memory.map.load_state_dict(before.map.state_dict())
@@ -106,12 +122,13 @@ def with_learned_rows(
     Of a `patchkern.PreferenceMemory` it is a `patchkern.RecurrentMemory` with the options ``memory``.
     """
     model.policy = policy
+    longest, first = int(data.histories.lengths.max(initial=1)), len(model.prompt.prefix)
     if isinstance(policy, pk.Experts) and policy.count:
-        longest = int(data.histories.lengths.max(initial=1))
         rows = policy.count * max(int(policy.compressed_parts(policy.cuts(np.array(longest)))), 1)
-        add_experts(model, policy.count, max_positions=longest + len(model.prompt.prefix) + rows, seed=seed)
+        add_experts(model, policy.count, max_positions=first + longest + rows, seed=seed)
     if not isinstance(policy, pk.PreferenceMemory):
         return model
-    if len(model.prompt.experts) < policy.slots:
-        add_experts(model, policy.slots, seed=seed)
+    rows = int(policy.memory_rows(policy.absorbed(np.array(longest))))  # with a segment behind them
+    known = max(policy.slots, len(model.prompt.experts))
+    add_experts(model, known, max_positions=first + rows + policy.block, seed=seed)
     return pk.RecurrentMemory(model, **memory)

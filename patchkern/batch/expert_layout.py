@@ -20,7 +20,7 @@ from patchkern.batch.experts import Experts, settled_levels
 from patchkern.batch.hashes import UInt64, item_hashes, learned_hashes
 from patchkern.batch.histories import Histories, HistoriesLike
 from patchkern.batch.layout import PatchLayout
-from patchkern.batch.planned_layout import check_head, plan_layout, unlabelled
+from patchkern.batch.planned_layout import check_head, check_inputs, plan_layout, unlabelled
 from patchkern.batch.planning import Head, Int32, Int64, Spans
 from patchkern.batch.policy_kinds import Levels
 from patchkern.batch.prompt import Prompt
@@ -221,6 +221,9 @@ def expert_row_counts(
         ([11, 4], [9, 0], [5, 4])
     """
     check_head(head)
+    check_inputs(catalog, policy, prompt)
+    if not isinstance(policy, Experts):
+        raise TypeError(f"policy: expected Experts, got {type(policy).__name__}")
     histories = Histories.coerce(histories)
     parts = _checked_parts(catalog, histories, policy, prompt)
     n_users, is_old = len(histories), parts.is_old

@@ -120,6 +120,7 @@ class ItemModel(wrapped.WrappedLM):
         counts = {"width": width, "layers": layers, "heads": heads, "inner": inner, "max_positions": max_positions}
         for name, value in counts.items():
             check_count(name, value, minimum=1)
+        check_count("seed", seed, minimum=0, maximum=2**64 - 1)
         if width % heads:
             raise ValueError(f"width: expected a multiple of heads ({heads}), got {width}")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

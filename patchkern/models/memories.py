@@ -55,9 +55,13 @@ class Memories:
         """Of each user's vectors and the number of items in them; at least one user."""
         if not users:
             raise ValueError("users: expected at least one, got none")
+        for place, (own, _) in enumerate(users):
+            if not isinstance(own, Tensor) or own.dim() != 2 or own.shape[1] != users[0][0].shape[1]:
+                got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(f"users[{place}]: expected vectors of shape (n, D), D of all users, got {got}")
         vectors = [own for own, _ in users]
         rows = np.array([own.shape[0] for own in vectors], np.int64)
-        return cls(torch.cat(vectors), rows, np.array([absorbed for _, absorbed in users], np.int64))
+        return cls(torch.cat(vectors), rows, np.array([absorbed for _, absorbed in users]))
 
     def __len__(self) -> int:
         return self.rows.size

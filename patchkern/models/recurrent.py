@@ -235,6 +235,8 @@ class RecurrentMemory(MemoryWrapper):
         nothing = torch.zeros(0, self.width, dtype=self.dtype, device=self.device)
         kept, absorbed = [nothing] * len(histories), np.zeros_like(wanted)
         once = self.one_time if one_time is None else one_time
+        if not isinstance(once, bool):
+            raise TypeError(f"one_time: expected a bool or None, got {type(once).__name__}")
         if memories is not None and not once:
             check_memories(memories, planner.policy, wanted, self.width)
             kept = list(memories.vectors.to(self.device, self.dtype).split(memories.rows.tolist()))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchkern.batch.arguments import check_count
 from patchkern.batch.arrangement import spread
 from patchkern.batch.expert_layout import compress_layout, compressed_row_counts, expert_hashes, read_layout
 from patchkern.batch.experts import Experts
@@ -98,8 +99,11 @@ def compress(
     """
     if not isinstance(policy, Experts):
         raise TypeError(f"policy: expected Experts, got {type(policy).__name__}")
+    for name, most in (("chunk_rows", chunk_rows), ("store_rows", store_rows)):
+        if most is not None:
+            check_count(name, most, minimum=1)
     old = Histories.coerce(old)
-    parts = _known_parts(policy, known, len(old))
+    parts = _known_parts(policy, known, old.lengths)
     rows = compressed_row_counts(model.catalog, old, policy, model.prompt)
     states: list[State] = []
     searching = model.searching()
@@ -213,8 +217,9 @@ class ExpertPrompts:
 # ------------------------------------------------------------------ computing
 
 
-def _known_parts(policy: Experts, known: Sequence[State | None] | None, n_users: int) -> Int64:
-    """``(B,)`` how many parts of each user are compressed."""
+def _known_parts(policy: Experts, known: Sequence[State | None] | None, lengths: Int64) -> Int64:
+    """``(B,)`` how many parts of each user are compressed, of pasts of these lengths."""
+    n_users = lengths.size
     if known is None:
         return np.zeros(n_users, np.int64)
     if policy.parts != "blocks":
@@ -225,7 +230,15 @@ def _known_parts(policy: Experts, known: Sequence[State | None] | None, n_users:
     wrong = np.flatnonzero(rows % policy.count)
     if wrong.size:
         raise ValueError(f"known[{wrong[0]}]: expected a multiple of {policy.count} experts, got {rows[wrong[0]]}")
-    return rows // policy.count
+    parts = rows // policy.count
+    wrong = np.flatnonzero(parts > policy.compressed_parts(lengths))
+    if wrong.size:
+        user = wrong[0]
+        raise ValueError(
+            f"known[{user}]: expected experts of at most {lengths[user]} items, got those of "
+            f"{parts[user] * policy.block}"
+        )
+    return parts
 
 
 def _together(rows: Int64, most: int | None) -> Iterator[Int64]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.hashes import item_hashes
+from patchkern.batch.prompt import Prompt
 from patchkern.search.fingerprints import model_fingerprint
 from patchkern.search.protocol import SearchModel
 from patchkern.serving.records import HASH_BYTES
@@ -30,14 +31,19 @@ def model_identity(model: SearchModel, policy: dict[str, Any]) -> bytes:
     puts between entries, its learned rows, and the policy. Hooks and other code are not: a `UserStates` watches for
     those while it lives (`patchkern.search.model_state`).
     """
-    prompt = model.prompt.to_dict()
     seen = {
         "parameters": model_fingerprint(model),
         "config": {name: value for name, value in model.config.to_dict().items() if name not in _CIRCUMSTANCES},
-        "prompt": {name: prompt.get(name) for name in ("prefix", "separator", "experts")},
+        "prompt": compressing_parts(model.prompt),
         "policy": policy,
     }
     return _digest(json.dumps(seen, sort_keys=True, default=str).encode())
+
+
+def compressing_parts(prompt: Prompt) -> dict[str, Any]:
+    """What of a prompt decides what old items are compressed to, by name."""
+    parts = prompt.to_dict()
+    return {name: parts.get(name) for name in ("prefix", "separator", "experts")}
 
 
 def user_key(user_id: Hashable, name: str) -> bytes:

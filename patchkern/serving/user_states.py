@@ -26,11 +26,12 @@ from patchkern.search.protocol import SearchModel, check_model, policy_of
 from patchkern.search.summary import Summary, first_few
 from patchkern.serving.compressor import Compressor, Known, Tensors
 from patchkern.serving.expert_rows import ExpertRows
-from patchkern.serving.identity import Pasts, model_identity, user_key
+from patchkern.serving.identity import Pasts, compressing_parts, model_identity, user_key
 from patchkern.serving.memory_rows import MemoryRows
 from patchkern.serving.records import UserRecord, pack, record_bytes, unpack
-from patchkern.serving.stores.opening import open_store
+from patchkern.serving.stores.opening import SERVERS, open_store
 from patchkern.serving.stores.protocol import StoreError, UserStore
+from patchkern.serving.stores.sqlite_store import SqliteStore, forget_log
 
 _AT_ONCE = 256  # users whose values are looked at together
 _COPIED = 64  # values that are copied from store to store together
@@ -100,6 +101,7 @@ class UserStates:
         self._compressor: Compressor = compressor_of(model, policy)
         with model.searching():
             self._state = model_state(model)
+        self._prompt = compressing_parts(model.prompt)
         self._pasts = Pasts(model.catalog, model.item_embedding is not None)
         self._identity = model_identity(model, self._compressor.policy)
         self.store = open_store(store)
@@ -196,9 +198,9 @@ class UserStates:
 
         Raises:
             StoreError: it cannot be written.
-            ValueError: it is the store's own file.
+            TypeError, ValueError: it is no file's path, or the store's own.
         """
-        path, own = Path(path), getattr(self.store, "path", None)
+        path, own = _file(path), getattr(self.store, "path", None)
         if own is not None and own.resolve() == path.resolve():
             raise ValueError(f"path: expected another file than the store's own, got {os.fspath(path)!r}")
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -206,7 +208,11 @@ class UserStates:
             with closing(open_store(temporary)) as target:
                 self._claim(target)
                 _copy(self.store, target)
+            if isinstance(target, SqliteStore):
+                forget_log(path)  # of what was there, or it would be taken for this file's
             temporary.replace(path)
+        except OSError as error:
+            raise StoreError(f"{path}: {error}") from error
         finally:
             for left in temporary.parent.glob(f"{temporary.name}*"):
                 left.unlink()
@@ -217,8 +223,10 @@ class UserStates:
         Raises:
             FileNotFoundError: there is no such file.
             StoreError: it is no store, or another model's; naming it.
+            TypeError, ValueError: it is no file's path.
         """
-        if not Path(path).is_file():
+        path = _file(path)
+        if not path.is_file():
             raise FileNotFoundError(f"path: expected a file with users, found none at {os.fspath(path)!r}")
         with closing(open_store(path)) as source:
             self._claim(source)
@@ -254,16 +262,16 @@ class UserStates:
         users = self._users(names, keys, histories)
         with self.store.reading([user.key for user in users]) as values:
             found = {
-                user.key: record.tensors
+                user.at: record.tensors  # not by key: a name may be there again, with another history
                 for user, record in zip(users, map(self._record, users, values), strict=True)
                 if record is not None and self._is_of(record, user, len(user.past))
             }
-            yield [found.get(key) for key in keys]
+            yield [found.get(at) for at in range(len(names))]
 
     # ------------------------------------------------------------------ inside
 
     def _check_state(self, seen: Any) -> None:
-        if seen != self._state:
+        if seen != self._state or compressing_parts(self.model.prompt) != self._prompt:
             raise ValueError(
                 "user_states: expected the model as it was when they were made, got one that was changed since; make "
                 "new ones, which see whether the store's users are of that model"
@@ -320,6 +328,14 @@ class UserStates:
 
 def _keys(user_ids: Sequence[Hashable]) -> list[bytes]:
     return [user_key(name, f"user_ids[{at}]") for at, name in enumerate(user_ids)]
+
+
+def _file(path: str | PathLike[str]) -> Path:
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path: expected the path of a file, got {type(path).__name__}")
+    if os.fspath(path).startswith(SERVERS):
+        raise ValueError(f"path: expected the path of a file, got a server's address: {path!r}")
+    return Path(path)
 
 
 def _copy(source: UserStore, target: UserStore) -> None:

@@ -104,3 +104,5 @@ def test_refused() -> None:
         pk.plan_memory(model, [10], None, compressed=[1.5])
     with pytest.raises(ValueError, match="compressed: expected None with policies"):
         pk.plan_memory(model, [[10]], None, policies=[cases.TEXT], compressed=[3])
+    with pytest.raises(TypeError, match="policy: expected Experts, got TextOnly"):
+        pk.expert_row_counts(CATALOG, HISTORIES, cases.TEXT, model.prompt)  # type: ignore[arg-type]

@@ -289,6 +289,7 @@ def test_models_of_ids_and_of_words_are_told_apart(tmp_path: Path) -> None:
         ({"prompt": pk.Prompt(prefix=(3,))}, ValueError, "prompt: expected ids from 23, below which are the items"),
         ({"prompt": [23]}, TypeError, "prompt: expected a Prompt or None, got list"),
         ({"policy": "items"}, TypeError, "policy: expected a policy"),
+        ({"seed": 1.5}, TypeError, "seed: expected an integer, got float"),
     ],
 )
 def test_what_a_model_is_made_of_is_checked(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -127,6 +127,22 @@ def test_a_memory_is_seen_by_its_segment_alone(mode: str) -> None:
         assert torch.equal(different, seen)
 
 
+@pytest.mark.parametrize("kind", ["sasrec", "hstu"])
+def test_segments_permuted_are_segments_permuted(kind: str) -> None:
+    """What stands before a segment is in its memory, if it is one that is overwritten, and in nothing else."""
+    memory, items = make_memory(kind), HISTORIES[0].tolist()
+    first, *others = (items[begin : begin + BLOCK] for begin in range(0, 16, BLOCK))
+    vectors = torch.randn(3, SLOTS, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def states(order: list[int]) -> torch.Tensor:
+        history = [*first, *(item for h in order for item in others[h]), items[16]]
+        batch = memory.planner.training(pk.Histories.from_sequences([history]), [[0, 16]], head="items")
+        found = memory.model.item_states(batch.stage2, vectors[order].flatten(0, 1))
+        return found[1 + BLOCK :].view(3, BLOCK, 8)
+
+    torch.testing.assert_close(states([2, 0, 1]), states([0, 1, 2])[[2, 0, 1]], **EXACT)
+
+
 @pytest.mark.parametrize("mode", ["overwrite", "append"])
 def test_users_permuted_are_users_permuted(mode: str) -> None:
     """And a change of one user is none of any other, bit for bit."""
@@ -355,5 +371,13 @@ def test_models_and_layouts_that_cannot_be() -> None:
         pk.Memories(found.vectors.numpy(), found.rows, found.absorbed)
     with pytest.raises(ValueError, match="users: expected at least one"):
         pk.Memories.of([])
+    vectors, absorbed = found[0]
+    for wrong, got in ((None, "NoneType"), (vectors[0], r"\(8,\)"), (vectors[:, :5], r"\(2, 5\)")):
+        with pytest.raises(ValueError, match=rf"users\[1\]: expected vectors of shape \(n, D\), .* got {got}"):
+            pk.Memories.of([(vectors, absorbed), (wrong, absorbed)])
+    with pytest.raises(ValueError, match="absorbed: expected a 1-D array of counts, got float64"):
+        pk.Memories.of([(vectors, 4.5)])
+    with pytest.raises(TypeError, match="one_time: expected a bool or None, got str"):
+        memory.compress(HISTORIES, one_time="no")
     with pytest.raises(TypeError, match="layout: expected a MemoryBatch or a PatchLayout, got list"):
         memory([])

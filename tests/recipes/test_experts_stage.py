@@ -42,6 +42,8 @@ def test_it_goes_on_from_another_stage_and_from_itself(
     again = run("experts", folder, tmp_path / "more", "--from", str(tmp_path / "experts"), "--boundaries", "0")
     assert again.model.policy == pk.Experts(pk.ItemPatches(1, None), count=2, keep=3, block=5, boundaries=None)
     assert again.model.prompt == saved.prompt
+    text = run("experts", folder, tmp_path / "text", "--from", str(tmp_path / "experts"), "--keep_text", "3")
+    assert text.model.policy == pk.Experts(pk.ItemPatches(3, None), count=2, keep=3, block=5)
 
 
 @pytest.mark.parametrize(

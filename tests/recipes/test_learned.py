@@ -15,12 +15,13 @@ from patchkern.data import open_dataset
 from patchkern.evaluation.metrics import evaluate as count
 from recipes import evaluate, train
 
-FAST = ["--use_cpu", "--logging_steps", "1", "--disable_tqdm", "true", "--bf16", "false", "--slots", "2"]
+FAST = ["--use_cpu", "--logging_steps", "1", "--disable_tqdm", "true", "--bf16", "false"]
 FAST += ["--rows_per_pass", "600"]
 
 
 def _train(stage: str, data: str, output: Path, *flags: str) -> Any:
-    return train.main(["--stage", stage, "--data", data, "--output_dir", str(output), *FAST, *flags])
+    slots = ["--slots", "2"] if stage == "memory" else []
+    return train.main(["--stage", stage, "--data", data, "--output_dir", str(output), *FAST, *slots, *flags])
 
 
 def _losses(trainer: Any) -> list[float]:
@@ -91,6 +92,16 @@ def test_a_budget_chooses_the_passes(
     assert 0.8 * rows < batch.num_rows <= rows
 
 
+def test_a_memory_goes_on_as_it_was_trained(folder: str, tmp_path: Path) -> None:
+    """Its positions, too, are enough for more slots than a history has items."""
+    flags = ("--width", "16", "--heads", "1", "--max_steps", "1", "--block", "5", "--mode", "append", "--slots", "60")
+    before = _train("memory", folder, tmp_path / "first", "--backbone", "sasrec", *flags).model.policy
+    assert (before.slots, before.block, before.mode) == (60, 5, "append")
+    command = ["--stage", "memory", "--data", folder, "--from", str(tmp_path / "first"), "--output_dir"]
+    after = train.main([*command, str(tmp_path / "second"), *FAST, "--max_steps", "1"]).model.policy
+    assert after == before
+
+
 def test_what_a_memory_cannot_be_trained_with(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for flag, message in (
         ("--supervise_history", "--supervise_history: expected none with --stage memory"),
@@ -99,3 +110,15 @@ def test_what_a_memory_cannot_be_trained_with(capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit):
             _train("memory", "synthetic", tmp_path, "--model", "tiny", flag)
         assert message in capsys.readouterr().err
+    for stage, flag, stages in (
+        ("experts", "--slots=2", "memory"),
+        ("experts", "--mode=append", "memory"),
+        ("items", "--consistency=1", "memory"),
+        ("items", "--reference_loss=0", "memory"),
+        ("items", "--rollout=0.5", "memory"),
+        ("items", "--block=4", "experts or memory"),
+    ):
+        with pytest.raises(SystemExit):
+            _train(stage, "synthetic", tmp_path, "--model", "tiny", flag)
+        name = flag.partition("=")[0]
+        assert f"{name}: expected only with --stage {stages}, got {stage}" in capsys.readouterr().err

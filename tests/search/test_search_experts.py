@@ -300,6 +300,12 @@ def test_refused() -> None:
     (state,) = compress(model, [PLACES[0][:4]], blocks)
     with pytest.raises(ValueError, match=r"known\[0\]: expected a multiple of 2 experts, got 1"):
         compress(model, [PLACES[0][:8]], blocks, [tuple(x[:, :1] for x in state)])
+    longer = compress(model, [PLACES[0][:8]], blocks)
+    with pytest.raises(ValueError, match=r"known\[0\]: expected experts of at most 4 items, got those of 8"):
+        compress(model, [PLACES[0][:4]], blocks, longer)
+    for name in ("chunk_rows", "store_rows"):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer in 1"):
+            compress(model, [PLACES[0][:4]], policy, **{name: 0})
     nothing = pk.Experts(expert_cases.PATCH, count=2, keep=0, block=4)
     with pytest.raises(ValueError, match=r"policy: expected to keep at least one item recent \(keep\)"):
         model.recommend(PLACES, nothing, k=3)

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,11 @@ def test_a_model_that_changed_is_refused(make: Callable[..., UserStates]) -> Non
     with pytest.raises(ValueError, match="user_states: expected the model as it was when they were made"):
         states.update(["bob"], [PASTS[1]])
     hook.remove()
+    for part in ("prefix", "separator"):
+        model.prompt = replace(PROMPT, **{part: [7]})
+        with pytest.raises(ValueError, match="user_states: expected the model as it was when they were made"):
+            states.update(["bob"], [PASTS[1]])
+    model.prompt = replace(PROMPT, suffix=[8])  # which follows what is old
     states.update(["bob"], [PASTS[1]])
     with torch.no_grad():
         model.hf_model.get_input_embeddings().weight[3] += 1
@@ -245,6 +252,37 @@ def test_saved_and_loaded(make: Callable[..., UserStates], tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"path: expected another file than the store's own, got .*users\.sqlite"):
         own.save(tmp_path / "users.sqlite")
     own.close()
+
+
+def test_saved_in_place_of_what_a_killed_process_left(make: Callable[..., UserStates], tmp_path: Path) -> None:
+    """SQLite would take the log beside the file for that of the new one, and bring the old users back."""
+    path = tmp_path / "users.sqlite"
+    left = make(path)
+    left.update(["eve"], PASTS[:1])
+    copies = [file.with_name(f"copy {file.name}") for file in tmp_path.iterdir()]
+    for copy in copies:
+        shutil.copy(copy.with_name(copy.name.removeprefix("copy ")), copy)
+    left.close()
+    for copy in copies:  # as if it had not been closed
+        copy.rename(copy.with_name(copy.name.removeprefix("copy ")))
+    assert len(list(tmp_path.iterdir())) == 3
+    states = make()
+    states.update(["ada", "bob"], PASTS[:2])
+    states.save(path)
+    others = make()
+    others.load(path)
+    assert len(others) == 2 and is_right(others, ["ada", "bob"], PASTS[:2])
+
+
+def test_a_place_that_is_no_file_is_refused(make: Callable[..., UserStates], tmp_path: Path) -> None:
+    states, address = make(), "redis://localhost:6379/0"
+    for copy in (states.save, states.load):
+        with pytest.raises(ValueError, match=f"path: expected the path of a file, got a server's address: '{address}'"):
+            copy(address)
+        with pytest.raises(TypeError, match="path: expected the path of a file, got int"):
+            copy(5)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match=f"{tmp_path}: .*directory"):
+        states.save(tmp_path)
 
 
 @pytest.mark.slow

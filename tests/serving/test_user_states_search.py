@@ -99,6 +99,16 @@ def test_lists_are_those_without_states(name: str, subject: str, open_one: Opene
         assert_alike(lists, expected)
 
 
+@pytest.mark.parametrize("name", [*POLICIES, *MEMORIES])
+def test_a_name_that_is_there_twice_has_the_states_of_neither_by_mistake(name: str) -> None:
+    model, (first, _, second, _) = model_of("items", (POLICIES | MEMORIES)[name]), histories_of("items")
+    states = pk.UserStates(model)
+    states.update(["ada"], [first])
+    for histories in ([first, second], [second, first]):
+        found = model.recommend(histories, k=5, user_states=states, user_ids=["ada", "ada"])
+        assert_alike(found, model.recommend(histories, k=5))
+
+
 @pytest.mark.parametrize("subject", ["titles", "items"])
 @pytest.mark.parametrize("name", [*POLICIES, *MEMORIES])
 def test_scores_are_those_without_states(name: str, subject: str) -> None:
@@ -162,6 +172,10 @@ def test_states_of_another_model_or_policy_are_refused() -> None:
         model.score_items([history], user_states={"ada": None})
     with pytest.raises(TypeError, match="user_ids: expected an integer, a string or bytes for a store, got tuple"):
         model.recommend([history], k=5, user_states=states, user_ids=[("a", 1)])
+    prompt, model.prompt = model.prompt, model.prompt.with_special(experts=model.prompt.experts[::-1])
+    with pytest.raises(ValueError, match="user_states: expected the model as it was when they were made"):
+        model.recommend([history], k=5, user_states=states)
+    model.prompt = prompt
     with torch.no_grad():
         next(model.parameters()).add_(0.5)
     with pytest.raises(ValueError, match="user_states: expected the model as it was when they were made"):

@@ -8,11 +8,10 @@ from pathlib import Path
 from patchkern.search.protocol import SearchModel
 from patchkern.serving.identity import model_identity
 from patchkern.serving.stores.lmdb_store import LmdbStore
+from patchkern.serving.stores.opening import SERVERS
 from patchkern.serving.stores.protocol import UserStore
 from patchkern.serving.stores.redis_store import RedisStore
 from patchkern.serving.user_states import UserStates, compressor_of
-
-_SERVERS = ("redis://", "rediss://", "unix://")
 
 
 class KeptUsers:
@@ -30,7 +29,7 @@ class KeptUsers:
     def __init__(self, place: str, max_bytes: int | None = None) -> None:
         self._place, self._max_bytes = place, max_bytes
         self._stores: dict[str, UserStore] = {}
-        if place.startswith(_SERVERS) and max_bytes is not None:
+        if place.startswith(SERVERS) and max_bytes is not None:
             raise ValueError("states_bytes: expected none for a server, which has a maxmemory of its own")
 
     def of(self, model: SearchModel) -> UserStates:
@@ -46,7 +45,7 @@ class KeptUsers:
         return UserStates(model, store=self._stores[name])
 
     def _open(self, name: str) -> UserStore:
-        if self._place.startswith(_SERVERS):
+        if self._place.startswith(SERVERS):
             return RedisStore(self._place, prefix=f"patchkern:{name}")
         folder = Path(self._place)
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from patchkern.serving.stores.protocol import UserStore
 from patchkern.serving.stores.redis_store import RedisStore
 from patchkern.serving.stores.sqlite_store import SqliteStore
 
-_SERVERS = "redis://", "rediss://", "unix://"
+SERVERS = "redis://", "rediss://", "unix://"
 _METHODS = "claim", "put", "reading", "delete", "__iter__", "__len__", "close"
 
 
@@ -32,7 +32,7 @@ def open_store(store: UserStore | str | PathLike[str] | None) -> UserStore:
     """
     if store is None:
         return MemoryStore()
-    if isinstance(store, str) and store.startswith(_SERVERS):
+    if isinstance(store, str) and store.startswith(SERVERS):
         return RedisStore(store)
     if isinstance(store, (str, PathLike)):
         path = Path(os.fspath(store))

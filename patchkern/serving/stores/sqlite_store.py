@@ -211,3 +211,9 @@ class SqliteStore:
 
     def _set_num_bytes(self, num_bytes: int) -> None:
         self._connection.execute("UPDATE about SET content = ? WHERE name = 'bytes'", (num_bytes,))
+
+
+def forget_log(path: Path) -> None:
+    """Remove what a process that was killed has left beside a file that is about to be replaced."""
+    for ending in ("-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)

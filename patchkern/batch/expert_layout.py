@@ -187,7 +187,8 @@ def expert_hashes(
     in_blocks = policy.parts == "blocks"
     lengths = (nth + 1) * policy.block if in_blocks else old.lengths
     # a block's experts have read the experts before them, too
-    manner = (policy.block if in_blocks else 0, len(prompt.prefix), *prompt.prefix, *prompt.separator)
+    tokens = (len(prompt.prefix), *prompt.prefix, policy.count, *prompt.experts, *prompt.separator)
+    manner = (policy.block if in_blocks else 0, *tokens)
     forms = settled_levels(policy.policy, place)
     return learned_hashes(items, forms, old.offsets, user, lengths, policy.count, np.array(manner, np.int64))
 

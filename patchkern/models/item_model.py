@@ -7,7 +7,6 @@ vectors, and what scores items is the table of these vectors itself.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import fields
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from patchkern.batch.arguments import check_count
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.catalog import Catalog
 from patchkern.batch.catalog_diff import CatalogDiff, compare
 from patchkern.batch.layout import PatchLayout
@@ -126,16 +125,15 @@ class ItemModel(wrapped.WrappedLM):
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number of at least 0 and below 1, got {dropout!r}")
         normalizer = max_positions if normalizer is None else normalizer
-        if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)) or not 0 < normalizer < math.inf:
-            raise ValueError(f"normalizer: expected a finite number above 0, got {normalizer!r}")
+        check_number("normalizer", normalizer, above=0)
         config = ItemNetworkConfig(
             block=block,
             vocab_size=max(len(catalog), prompt.max_token_id + 1),
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=max_positions,
+            hidden_size=int(width),  # JSON has no numbers of NumPy's
+            intermediate_size=int(inner),
+            num_hidden_layers=int(layers),
+            num_attention_heads=int(heads),
+            max_position_embeddings=int(max_positions),
             dropout=float(dropout),
             item_scores=head,
             normalizer=float(normalizer),

@@ -55,14 +55,14 @@ def add_experts(
         lacking = max_positions - model.config.max_position_embeddings
         if lacking > 0:
             model.hf_model.positions = _grown(model.hf_model.positions, lacking, seed + 1)
-            model.config.max_position_embeddings = max_positions
+            model.config.max_position_embeddings = int(max_positions)
     known = model.prompt.experts[:count]
     if len(known) == count:
         model.prompt = model.prompt.with_special(experts=known)
     elif isinstance(model, ItemModel):
         size, lacking = model.config.vocab_size, count - len(known)
         model.hf_model.items = _grown(model.hf_model.items, lacking, seed)
-        model.config.vocab_size = size + lacking
+        model.config.vocab_size = int(size + lacking)  # JSON has no numbers of NumPy's
         model.prompt = model.prompt.with_special(experts=(*known, *range(size, size + lacking)))
     elif hasattr(model.hf_model, "peft_config"):
         raise ValueError(

@@ -123,7 +123,12 @@ def test_an_experts_hash_is_that_of_what_it_has_read(kind: str) -> None:
         same = at // policy.block * policy.count if policy.parts == "blocks" else 0
         after = hashes(changed)
         assert after[:same] == before[:same] and not set(after[same:]) & set(before)
-    assert not set(hashes(history, pk.Prompt([99], [102], [103], [105], experts=prompt.experts))) & set(before)
+    others = (
+        pk.Prompt([99], [102], [103], [105], experts=prompt.experts),
+        prompt.with_special(experts=[token + 10 for token in prompt.experts]),
+    )
+    for other in others:
+        assert not set(hashes(history, other)) & set(before)
 
 
 def test_hashes_of_many_blocks_are_made_in_linear_time() -> None:

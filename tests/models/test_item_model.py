@@ -215,6 +215,16 @@ def test_plans_of_memory(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ files
 
 
+def test_sizes_may_be_numbers_of_numpy(tmp_path: Path) -> None:
+    sizes = {name: np.int64(8) for name in ("width", "layers", "heads", "inner", "max_positions", "seed")}
+    model = pk.ItemModel(CATALOG, POLICIES["items"], **sizes)
+    pk.add_experts(model, np.int64(2), max_positions=np.int64(9))
+    model.save_pretrained(tmp_path)
+    again = pk.ItemModel.from_pretrained(tmp_path)
+    assert again.config.normalizer == 8.0 and again.config.max_position_embeddings == 9
+    assert again.prompt == model.prompt and len(again.prompt.experts) == 2
+
+
 @pytest.mark.parametrize("block", ["sasrec", "hstu"])
 def test_what_is_saved_is_read_again(block: str, tmp_path: Path) -> None:
     model = make_model(torch.float32, block=block, head="cosine")

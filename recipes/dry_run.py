@@ -12,7 +12,7 @@ from patchkern.data import Interactions, samples_of
 from patchkern.training.collators import MemoryCollator, PassCollator
 from patchkern.training.passes import PassDataset
 from patchkern.training.protocol import TrainableModel
-from recipes.training_choices import Place, plan_passes
+from recipes.training_choices import DoesNotFit, Place, plan_passes
 
 WAYS = {False: "data parallel: every process has the whole model", True: "fully sharded, --fsdp: they share it"}
 
@@ -47,7 +47,7 @@ def dry_run(
             plan = plan_passes(
                 args.memory_budget, args.rows_per_pass, model, data, arguments, collator, accumulates, place
             )
-        except ValueError as error:
+        except DoesNotFit as error:
             lines.append(f"does not fit: {error}")
         else:
             lines += [str(plan), _steps(args, data, arguments, collator, plan.rows_per_pass, processes)]

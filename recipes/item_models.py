@@ -17,14 +17,20 @@ from patchkern.models.item_blocks import BLOCKS
 from patchkern.models.item_head import SCORES
 
 
-def add_flags(parser: Any) -> None:
-    """Of a backbone and its shape."""
+def add_flags(parser: Any, defaults: Mapping[str, Any]) -> None:
+    """Of a backbone and its shape, for which ``defaults`` stand where nothing is given."""
+
+    def default(name: str) -> str:
+        return f"(default: {defaults[name]})"
+
     group = parser.add_argument_group("model of item ids (--backbone)")
     group.add_argument("--backbone", choices=BLOCKS, help="instead of --model: no words are read, items are learned")
-    group.add_argument("--width", type=int, default=64, help="of its vectors")
-    group.add_argument("--layers", type=int, default=2)
-    group.add_argument("--heads", type=int, default=2, help="of attention")
-    group.add_argument("--item_scores", choices=SCORES, default="dot", help="product of state and vector, or cosine")
+    group.add_argument("--width", type=int, help=f"of its vectors {default('width')}")
+    group.add_argument("--layers", type=int, help=default("layers"))
+    group.add_argument("--heads", type=int, help=f"of attention {default('heads')}")
+    group.add_argument(
+        "--item_scores", choices=SCORES, help=f"product of state and vector, or cosine {default('item_scores')}"
+    )
 
 
 def make_model(args: argparse.Namespace, data: Interactions, dropout: float, seed: int) -> pk.ItemModel:

@@ -136,7 +136,7 @@ def load_model(
         prompt = make_prompt(tokenizer, words, prompt_file)
         hf_model = read_model(path, dtype=dtype, **hf_kwargs)
         if random_weights:
-            hf_model = _drawn_anew(hf_model, seed).to(dtype)
+            hf_model = _in_dtype(_drawn_anew(hf_model, seed), dtype)
         if len(tokenizer) > hf_model.get_input_embeddings().num_embeddings:
             if lora is not None and is_gguf(path):
                 raise ValueError(
@@ -153,7 +153,7 @@ def load_model(
             hf_model = add_lora(hf_model, lora, prompt, tokenizer, seed=seed)
         catalog = pk.Catalog.from_titles(titles, tokenizer, texts)
     if name in SIZES:
-        hf_model.to(dtype)
+        _in_dtype(hf_model, dtype)
     return pk.PatchedCausalLM(hf_model, catalog, prompt, **wrapping, vector_dropout=vector_dropout or 0.0), tokenizer
 
 
@@ -224,6 +224,16 @@ def _drawn_anew(hf_model: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(hf_model)(hf_model.config)
+
+
+def _in_dtype(hf_model: Any, dtype: torch.dtype) -> Any:
+    """The model with its parameters in ``dtype``: what else it has, such as the rates of rotary positions, is exact.
+
+    So it has that when it is read from a folder.
+    """
+    for parameter in hf_model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return hf_model
 
 
 def _make_room(hf_model: Any, tokenizer: Any, seed: int) -> None:

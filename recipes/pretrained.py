@@ -61,12 +61,12 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 def main(argv: Sequence[str] | None = None) -> None:
     command = sys.argv[1:] if argv is None else list(argv)
     args, rest = parse(command)
-    check_further(rest)
+    check_further(args, rest)
     torch.set_num_threads(args.threads)
+    data = None if args.fetch_only else load(args)
     folder = converted(Path(args.folder), None if args.gguf is None else Path(args.gguf))
-    if args.fetch_only:
+    if data is None:
         return
-    data = load(args)
     output = Path(args.output_dir or Path("runs") / f"pretrained-{data.name}")
     chosen = training_flags(args, folder, output) + rest
     minutes(folder, data, args)
@@ -109,13 +109,24 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args(argv)
     if not args.fetch_only and not args.data:
         parser.error(WHERE)
+    for name in ("threads", "max_items", "rows_per_pass", "targets_per_step"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     return args, rest
 
 
-def check_further(rest: Sequence[str]) -> None:
-    """Exit with an error where train.py would not take these flags: better before the model is fetched."""
-    needed = ("--stage", "items", "--data", "any", "--model", FILE, "--output_dir", "any", "--item_embeddings")
-    parse_training(make_parser(__doc__), [*needed, *rest])
+def check_further(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Exit with an error where train.py would not take these flags: better before the model is fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: no words of a prompt in the file of that name.
+    """
+    parser = make_parser(__doc__)
+    model, output = Path(args.gguf or FILE), Path(args.output_dir or "any")
+    needed = training_flags(argparse.Namespace(**{**vars(args), "data": args.data or "any"}), model, output)
+    if parse_training(parser, [*needed, *rest]).head == "titles":
+        parser.error("--head: expected items or both, by whose head the model is evaluated, got titles")
+    pk.PromptWords.read(args.prompt)
 
 
 def training_flags(args: argparse.Namespace, folder: Path, output: Path) -> list[str]:

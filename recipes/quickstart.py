@@ -157,6 +157,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--output", default="runs")
     output.add_argument("--name", help="folder of the report below --output (default: the data set's name)")
     args = parser.parse_args(argv)
+    if args.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {args.threads}")
     for name, value in DEFAULTS["synthetic" if args.data == "synthetic" else "real"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

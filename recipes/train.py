@@ -134,13 +134,16 @@ def main(argv: Sequence[str] | None = None) -> PatchTrainer:
     model = learned.prepared(model, tokenizer, policy, args, data, arguments.seed)
     if args.item_dropout is not None:
         policy = pk.ItemDropout(args.item_dropout, settings.keep_text, args.max_items, arguments.seed)
+    own_vectors = getattr(model, "item_embedding", None) is not None
+    if args.head_learning_rate is not None and args.head == "titles" and not own_vectors:
+        raise ValueError("--head_learning_rate: expected only with an item head (--head) or --item_embeddings")
     pretrain, together = args.stage == "pretrain", args.targets_per_pass == "all"
     collator: Any = pass_collator(
         model,
         data.histories,
         policy,
         pretrain=pretrain,
-        seed=arguments.seed,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         supervise_history=args.supervise_history,
         head=args.head,
     )

@@ -15,6 +15,8 @@ from transformers.training_args import OptimizerNames
 import patchkern as pk
 from patchkern.batch.memory_layout import MemoryBatch
 from patchkern.budget.counted_memory import MemoryRows
+from patchkern.budget.search import parse_bytes
+from patchkern.budget.training import TrainingTooLarge
 from patchkern.data import Interactions, samples_of
 from patchkern.training.collators import MemoryCollator, PassCollator
 from patchkern.training.passes import Pass, PassDataset
@@ -74,6 +76,10 @@ class Place:
         return cls(arguments.device.type, autocast, arguments.world_size, bool(arguments.fsdp))
 
 
+class DoesNotFit(ValueError):
+    """No pass fits the memory that there is."""
+
+
 def plan_passes(
     budget: str | None,
     rows_per_pass: int,
@@ -95,14 +101,16 @@ def plan_passes(
         accumulates: whether a step has several of them.
 
     Raises:
-        ValueError: no such pass fits; the message says what would help.
+        DoesNotFit: no such pass does; the message says what would help.
+        ValueError: naming the argument that cannot be planned.
     """
+    limit = None if budget is None else parse_bytes("--memory_budget", budget)
     while True:
         try:
             plan = pk.plan_training(
                 model,
                 rows_per_pass,
-                budget,
+                limit,
                 optimizer=OptimizerNames(arguments.optim).value,
                 checkpointing=getattr(arguments, CHECKPOINTING),
                 accumulates=accumulates,
@@ -111,10 +119,10 @@ def plan_passes(
                 **_of_passes(rows_per_pass, data, collator),
                 **vars(place),
             )
-        except ValueError as error:
-            raise ValueError(f"--memory_budget: {error}") from error
+        except TrainingTooLarge as error:
+            raise DoesNotFit(f"--memory_budget: {error}") from error
         if plan.choice._replace(checkpointing=False) != plan.asked[1]._replace(checkpointing=False):
-            raise ValueError(f"--memory_budget: expected {budget} to be enough with what was asked for, got\n{plan}")
+            raise DoesNotFit(f"--memory_budget: expected {budget} to be enough with what was asked for, got\n{plan}")
         if plan.rows_per_pass == rows_per_pass:
             return plan
         rows_per_pass = plan.rows_per_pass  # whose passes may have other shares of logits, and longer prefixes

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from patchkern.data.preparation import add_arguments
 from patchkern.models.adapters import ADAPTER
+from patchkern.models.files import read_description
 from patchkern.models.folders import current
 from patchkern.models.scratch import SIZES
 from patchkern.training import SETTINGS, STAGES, find_model
@@ -33,6 +34,8 @@ HANDED_ON: dict[str, Any] = {
     "hold_out_items": 0.0,
     "item_text": None,
 }
+# The shape of a model of item ids where nothing is given.
+_OF_BACKBONE = {"width": 64, "layers": 2, "heads": 2, "item_scores": "dot"}
 _NOT_KEPT = ("resume", "dry_run", "processes")
 # Twenty evaluations a run; --eval_steps and --save_steps change that.
 EARLY_STOPPING = {
@@ -97,7 +100,7 @@ def make_parser(description: str | None) -> Parser:
     )
     group.add_argument("--no_separator", action="store_true", help="between items, from scratch only")
 
-    add_item_flags(own)
+    add_item_flags(own, _OF_BACKBONE)
     learned.add_flags(own)
     group = own.add_argument_group("histories")
     group.add_argument(
@@ -224,14 +227,11 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.dropout is not None and args.model not in SIZES and args.backbone is None,
             f"--dropout: {scratch} have their own",
         ),
-        (
-            args.backbone is not None and args.head not in (None, "items"),
-            "--head: expected items with --backbone, which reads no titles",
-        ),
         *(
-            (args.backbone is not None and bool(getattr(args, name)), f"--{name}: expected none with --backbone")
-            for name in ("item_embeddings", "vector_dropout", "lora", "prompt", "random_weights", "item_text")
+            (args.backbone is None and getattr(args, name) is not None, f"--{name}: expected only with --backbone")
+            for name in _OF_BACKBONE
         ),
+        *_of_item_ids(args, args.backbone is not None, "--backbone"),
         (args.no_separator and args.model not in SIZES, f"--no_separator: {scratch} keep their prompt"),
         (args.item_tokens and args.model not in SIZES, f"--item_tokens: {scratch} keep their titles"),
         (
@@ -254,6 +254,10 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.targets_per_step is not None and args.targets_per_pass == "one",
             "--targets_per_step: expected none with --targets_per_pass one, whose steps are "
             "--per_device_train_batch_size times --gradient_accumulation_steps",
+        ),
+        (
+            bool(args.jitter) and args.targets_per_pass == "one",
+            "--jitter: expected none with --targets_per_pass one, whose histories have their order",
         ),
         (
             args.memory_budget is not None and args.targets_per_pass == "one",
@@ -287,6 +291,10 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             args.load_in_4bit and args.lora is None and not _is_adapter(args.checkpoint),
             "--load_in_4bit: expected only with --lora, which trains beside it, or --from a run with that",
         ),
+        (
+            args.resume_from_checkpoint is not None,
+            "--resume_from_checkpoint: expected --resume, which goes on from the last checkpoint in --output_dir",
+        ),
         (args.lora is not None and not _installed("peft"), "--lora: expected peft to be installed, got none"),
         (
             args.load_in_4bit and not _installed("bitsandbytes"),
@@ -295,14 +303,27 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if wrong:
             parser.error(message)
-    before = {} if args.checkpoint is None else read_arguments(find_model(args.checkpoint, "--from"))
-    if args.backbone is not None:
+    before: dict[str, Any] = {}
+    reads_ids = args.backbone is not None
+    if args.checkpoint is not None:
+        source = find_model(args.checkpoint, "--from")
+        before = read_arguments(source)
+        reads_ids = "titles" not in read_description(current(source)).learns
+        for wrong, message in _of_item_ids(args, reads_ids, "--from a model of item ids"):
+            if wrong:
+                parser.error(message)
+    if reads_ids:
         args.head = "items"
     if args.backbone is not None or args.stage in learned.STAGES:
         before["max_items"] = None
     for name, otherwise in HANDED_ON.items():
         if getattr(args, name) is None:
             setattr(args, name, before.get(name, otherwise))
+    for name, otherwise in _OF_BACKBONE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, otherwise)
+    if args.supervise_history and args.head == "items":
+        parser.error("--supervise_history: expected none with --head items, which learns no text")
     for name, head in (("title_weight", "items"), ("item_weight", "titles")):
         if args.head == head and getattr(args, name) != 1.0:
             parser.error(f"--{name}: expected none with --head {head}, which has no such loss")
@@ -325,6 +346,16 @@ def own_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's flags that a run is known by, without those of transformers."""
     theirs = TrainingArguments.__dataclass_fields__
     return {name: value for name, value in vars(args).items() if name not in theirs and name not in _NOT_KEPT}
+
+
+def _of_item_ids(args: argparse.Namespace, reads_ids: bool, what: str) -> Iterator[tuple[bool, str]]:
+    """Flags that a model of item ids has no use for, and what to say of them."""
+    yield (
+        reads_ids and args.head not in (None, "items"),
+        f"--head: expected items with {what}, which reads no titles",
+    )
+    for name in ("item_embeddings", "vector_dropout", "lora", "prompt", "random_weights", "item_text"):
+        yield reads_ids and bool(getattr(args, name)), f"--{name}: expected none with {what}"
 
 
 def _is_adapter(checkpoint: str | None) -> bool:

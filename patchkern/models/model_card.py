@@ -64,6 +64,10 @@ class ModelCard:
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     commands: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.commands, str):
+            raise TypeError(f"commands: expected a sequence of commands, got one text, {self.commands!r}")
+
     def text(self, model: Described) -> str:
         """The card of a model, in the hub's form: YAML between dashes, then Markdown."""
         tags = {"library_name": "patchkern", "pipeline_tag": "text-generation", "license": self.license}

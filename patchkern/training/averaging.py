@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from patchkern.batch.arguments import check_number
+
 _WEIGHTS = "trained_weights.pt"  # in a checkpoint, whose model is the average
 _EXACT = (torch.float32, torch.float64)
 
@@ -32,8 +34,7 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, decay: float, model: nn.Module) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"ema_decay: expected a number between 0 and 1, got {decay}")
+        check_number("ema_decay", decay, above=0, below=1)
         for name, parameter in _trained(model).items():
             if parameter.dtype not in _EXACT:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from patchkern.models.files import choose_catalog, is_model
@@ -88,10 +89,22 @@ class SavingTrainer(Trainer):
             self.weight_average.resume(checkpoint, self.accelerator.unwrap_model(self.model))
         elif checkpoint is not None and has_average(checkpoint):
             raise ValueError("ema_decay: expected that of the checkpoint, whose model is an average, got None")
+        rates = getattr(self.lr_scheduler, "base_lrs", None)
         if not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             load_states(self.optimizer, self.lr_scheduler, checkpoint)
+        if checkpoint is None:
+            return
+        of_checkpoint = getattr(self.lr_scheduler, "base_lrs", None)
+        if rates != of_checkpoint:  # which would be used all the same
+            raise ValueError(f"learning_rate: expected the rates of the checkpoint, {of_checkpoint}, got {rates}")
+        if not Path(checkpoint, SCHEDULER_NAME).is_file() and not self.is_deepspeed_enabled:
+            warnings.warn(
+                f"resume_from_checkpoint: {checkpoint!r} was saved without its optimiser (save_only_model): moments "
+                "and the schedule of the learning rate begin anew, and losses are others than those of one run",
+                stacklevel=2,
+            )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Under FSDP a checkpoint's model is loaded like any model, before it is sharded."""

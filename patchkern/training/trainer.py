@@ -20,7 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, speed_metrics
 
-from patchkern.batch.arguments import check_count
+from patchkern.batch.arguments import check_count, check_number
 from patchkern.batch.experts import Experts
 from patchkern.batch.histories import Histories
 from patchkern.batch.planned_layout import check_head
@@ -129,10 +129,10 @@ class PatchTrainer(SavingTrainer):
         check_processes(args)
         if args.auto_find_batch_size:
             raise ValueError("args: expected auto_find_batch_size=False: the schedule depends on the batch size")
-        if not 0 <= jitter < math.inf or (jitter and rows_per_pass is None):
-            raise ValueError(
-                f"jitter: expected a finite number of at least 0, and 0 without rows_per_pass, got {jitter}"
-            )
+        _check_numbers(args)
+        check_number("jitter", jitter, minimum=0)
+        if jitter and rows_per_pass is None:
+            raise ValueError(f"jitter: expected 0 without rows_per_pass, got {jitter}")
         head = model.learns[0] if head is None else head
         check_head(head)
         if head not in model.learns:
@@ -143,6 +143,12 @@ class PatchTrainer(SavingTrainer):
             policy.check_head(head)
         if head != "titles" and model.item_head is None:
             raise ValueError(f'head: expected "titles" for a model without an item head, got {head!r}')
+        sampled_above = math.inf if head == "titles" else model.item_head.sampled_above
+        if args.label_smoothing_factor and len(model.catalog) > sampled_above:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0 with more than {sampled_above:,} items, of which an item head "
+                f"samples some, got {args.label_smoothing_factor}"
+            )
         if head == "items" and supervise_history:
             raise ValueError('supervise_history: expected False with head="items", which learns no text')
         if supervise_history and model.catalog.texts is not None:
@@ -150,8 +156,9 @@ class PatchTrainer(SavingTrainer):
                 "supervise_history: expected False with input texts, which are in the history and are not generated"
             )
         for name, weight in (("title_weight", title_weight), ("item_weight", item_weight)):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name}: expected a finite number of at least 0, got {weight}")
+            check_number(name, weight, minimum=0)
+        if head_learning_rate is not None:
+            check_number("head_learning_rate", head_learning_rate, minimum=0)
         self._weights = {"title_weight": title_weight, "item_weight": item_weight}
         if targets_per_step is not None:
             check_count("targets_per_step", targets_per_step, minimum=1)
@@ -334,6 +341,17 @@ class PatchTrainer(SavingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._losses.wait()
         super()._save_checkpoint(model, trial)
+
+
+def _check_numbers(args: TrainingArguments) -> None:
+    """What transformers takes as it comes, and a run would end with, or be another one."""
+    if not args.max_steps > 0:
+        check_number("num_train_epochs", args.num_train_epochs, above=0)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        check_count(name, getattr(args, name), minimum=1)
+    check_number("label_smoothing_factor", args.label_smoothing_factor, minimum=0, below=1)
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16: expected False on a CPU, which would compute in float32 all the same, got True")
 
 
 def _count_epochs_in_steps(args: TrainingArguments, steps_per_epoch: int) -> None:

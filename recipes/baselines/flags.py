@@ -25,6 +25,8 @@ CHANGE = {
     "heads": "heads",
 }
 """Flags that change settings, and what they change."""
+WITHOUT = {"heads": ("gru4rec", "caser", "mamba4rec"), "layers": ("caser",)}
+"""Of these, those that a network has no use for."""
 
 
 def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,13 +70,19 @@ def check(args: argparse.Namespace) -> None:
         if isinstance(value, int) and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
     if args.evaluate_only:
-        if args.resume:
-            raise ValueError("--evaluate_only: expected no --resume beside it")
+        for name in ("resume", "encoder", "bf16", *CHANGE):
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"--evaluate_only: expected no --{name} beside it, as the run is not trained")
         return
     if args.model is None:
         raise ValueError(f"--model: expected one of {', '.join(SETTINGS['tuned'])}, got none")
     settings = chosen_settings(args)
-    if settings.width % settings.heads:
+    for name, without in WITHOUT.items():
+        if args.model in without and getattr(args, name) is not None:
+            raise ValueError(f"--{name}: expected none with --model {args.model}, which has none to choose")
+    if args.bf16 == "true" and settings.loss != "softmax":
+        raise ValueError(f"--bf16: expected none with --setting {args.setting}, which has no softmax")
+    if args.model not in WITHOUT["heads"] and settings.width % settings.heads:
         raise ValueError(f"--heads: expected a divisor of the width {settings.width}, got {settings.heads}")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"--dropout: expected at least 0 and below 1, got {settings.dropout}")

@@ -129,4 +129,6 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
     assert "| | HR@20 | NDCG@20 |\n| --- | --: | --: |\n| this model | 0.21 | 0.1 |\n| most popular | 0.11 |  |" in text
     assert "```sh\ntrain.py --data x\n```" in text
     model.tokenizer = tokenizer
+    with pytest.raises(TypeError, match=r"commands: expected a sequence of commands, got one text, 'train.py'"):
+        pk.ModelCard("A model", "made up", commands="train.py")
     assert f"- prefix: `{tokenizer.decode([3, 4, 5])!r}`" in pk.ModelCard("A model", "made up").text(model)

@@ -19,6 +19,7 @@ from patchkern.evaluation import most_popular
 from recipes import compare, per_sample
 from recipes.baselines import losses
 from recipes.baselines.batches import TrainingHistories, item_positions, sample_windows
+from recipes.baselines.flags import parse
 from recipes.baselines.linrec import LinearAttention, linear_attention
 from recipes.baselines.mamba4rec import selective_scan
 from recipes.baselines.networks import NETWORKS, Recommender
@@ -241,7 +242,8 @@ def test_every_network_trains(name: str, source: str, tmp_path: Path) -> None:
     for setting in SETTINGS:
         folder = tmp_path / setting
         flags = ["--model", name, "--setting", setting, "--data", source, "--output_dir", str(folder)]
-        found = main([*flags, *FLAGS, "--num_train_epochs", "2", "--batch_size", "100", "--limit", "20"])
+        shape = FLAGS if name != "caser" else FLAGS[:2] + FLAGS[4:]  # which has no layers to choose
+        found = main([*flags, *shape, "--num_train_epochs", "2", "--batch_size", "100", "--limit", "20"])
         assert found["left_out"]["this model"][0].ranks.size == 20
         losses_of = [epoch["loss"] for epoch in record_of(folder)["epochs"]]
         assert losses_of[1] < losses_of[0]
@@ -333,7 +335,11 @@ def test_a_killed_run_goes_on_alike(setting: str, source: str, tmp_path: Path, m
         (["--model", "sasrec", "--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--model", "sasrec", "--learning_rate", "0"], "--learning_rate: expected above 0"),
         (["--model", "sasrec", "--prior_weight", "1"], "--prior_weight: expected a --prior that it weighs"),
+        (["--model", "gru4rec", "--heads", "4"], "--heads: expected none with --model gru4rec"),
+        (["--model", "caser", "--layers", "3"], "--layers: expected none with --model caser"),
+        (["--model", "sasrec", "--setting", "paper", "--bf16", "true"], "--bf16: expected none with --setting paper"),
         (["--evaluate_only", "--resume"], "--evaluate_only: expected no --resume"),
+        (["--evaluate_only", "--learning_rate", "0.1"], "--evaluate_only: expected no --learning_rate beside it"),
         (["--modle", "sasrec"], "--modle: expected --model?"),
     ],
 )
@@ -342,6 +348,10 @@ def test_wrong_flags(flags: list[str], message: str, tmp_path: Path, capsys: pyt
         main([*flags, "--data", "synthetic", "--output_dir", str(tmp_path / "run")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_heads_has_any_width() -> None:
+    assert parse("", ["--model", "gru4rec", "--width", "33", "--data", "synthetic", "--output_dir", "run"]).width == 33
 
 
 def test_wrong_folders(source: str, tmp_path: Path, encoder: str) -> None:
@@ -358,7 +368,7 @@ def test_wrong_folders(source: str, tmp_path: Path, encoder: str) -> None:
         main(["--evaluate_only", *other])
     with pytest.raises(ValueError, match="--resume: expected the arguments of the run so far, got other model None"):
         main(["--model", "caser", "--resume", *other])
-    main(["--model", "caser", *where, *FLAGS, "--num_train_epochs", "1", "--limit", "5"])
+    main(["--model", "gru4rec", *where, *FLAGS, "--num_train_epochs", "1", "--limit", "5"])
     with pytest.raises(
         ValueError,
         match=r"--output_dir: expected a run over the [\d,]+ items of the data, in their order, got .*, over others",

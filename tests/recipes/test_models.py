@@ -68,6 +68,19 @@ def test_words_random_weights_and_seeds(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_model_of_fewer_bits_is_the_one_that_is_read_again(tmp_path: Path) -> None:
+    """Rotary positions as well, whose rates stay exact."""
+    model, _ = load_model("tiny", TITLES, vocab_size=300, dtype=torch.bfloat16)
+    assert model.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = pk.PatchedCausalLM.from_pretrained(tmp_path)
+    buffers = dict(again.named_buffers())
+    assert buffers and all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    histories = [[7, 8] * 40]
+    policy = pk.TextOnly(None)
+    assert (again.eval().score_items(histories, policy) == model.eval().score_items(histories, policy)).all()
+
+
 def test_lora_over_a_gguf_file_is_read_again(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     name = str(tmp_path / "tiny.gguf")
@@ -183,6 +196,30 @@ def test_a_mistyped_flag_is_known_before_anything_is_fetched(
         pretrained.main(["--data", "ml-100k", "--num_train_epoch", "2"])
     assert "--num_train_epoch: expected --num_train_epochs?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--head", "titles"], "--head: expected items or both"),
+        (["--title_weight", "2"], "--title_weight: expected none with --head items"),
+        (["--item_weight", "2", "--prompt", "nowhere"], "prompt: expected a file, found none at 'nowhere'"),
+        ([], "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_known_before_anything_is_fetched(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "fetched", lambda folder: pytest.fail("fetched"))
+    with pytest.raises((SystemExit, FileNotFoundError)) as error:
+        pretrained.main(["--data", "nowhere", *flags])
+    assert message in capsys.readouterr().err + str(error.value)
 
 
 def test_flags_of_the_data_are_handed_on_to_training_and_evaluation() -> None:

@@ -322,6 +322,11 @@ def test_a_model_of_item_ids_learns_and_is_evaluated(
         with pytest.raises(SystemExit):
             _train("items", folder, tmp_path / "wrong", "--backbone", "sasrec", *wrong)
         assert message in capsys.readouterr().err
+    for flag in ("--item_embeddings", "--vector_dropout=0.5", "--item_text=title"):
+        with pytest.raises(SystemExit):
+            _train("items", folder, tmp_path / "wrong", "--from", str(tmp_path / "run"), flag)
+        name = flag.partition("=")[0]
+        assert f"{name}: expected none with --from a model of item ids" in capsys.readouterr().err
 
 
 def test_a_new_item_head_begins_with_what_is_popular(folder: str, tmp_path: Path) -> None:
@@ -407,6 +412,10 @@ def test_no_pass_is_tried_in_bfloat16_that_a_cpu_must_emulate(
         (["--model", "tiny", "--random_weights"], "--random_weights: expected only with a transformers --model"),
         (["--model", "x", "--targets_per_step", "9", "--targets_per_pass", "one"], "--targets_per_step: expected none"),
         (["--model", "x", "--load_in_4bit"], "--load_in_4bit: expected only with --lora"),
+        (["--model", "tiny", "--width", "32"], "--width: expected only with --backbone"),
+        (["--model", "tiny", "--jitter", "2", "--targets_per_pass", "one"], "--jitter: expected none with"),
+        (["--model", "tiny", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint: expected --resume, which"),
+        (["--model", "tiny", "--head", "items", "--supervise_history"], "--supervise_history: expected none with"),
         (["--model", "tiny", "--lerning_rate", "1"], "--lerning_rate: expected --learning_rate?"),
         (["--model", "tiny", "--targets-per-pass", "one"], "--targets-per-pass: expected --targets_per_pass?"),
     ],
@@ -485,6 +494,32 @@ def test_a_dry_run_prints_what_each_process_holds(
         _train("items", folder, tmp_path / "dry", *flags, "--dry_run", "cpu", "--memory_budget", "1MiB")
     printed = capsys.readouterr().out
     assert "dry run: 1 process on CPUs, autocast None" in printed and "does not fit: --memory_budget: " in printed
+
+
+def test_a_dry_run_packs_the_passes_of_the_run(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_layer: None
+) -> None:
+    flags = ("--backbone", "sasrec", "--data_seed", "5", "--rows_per_pass", "300", "--max_steps", "3")
+    with pytest.raises(SystemExit):
+        _train("items", folder, tmp_path, *flags, "--dry_run")
+    trained = _train("items", folder, tmp_path, *flags).train_dataset.step_targets()
+    assert f" ({trained.min():,} to {trained.max():,}): " in capsys.readouterr().out
+
+
+def test_what_cannot_be_planned_is_no_lack_of_memory(folder: str, tmp_path: Path) -> None:
+    flags = ("--backbone", "sasrec", "--dry_run")
+    with pytest.raises(ValueError, match=r"^optimizer: expected one of .*, got 'adafactor'"):
+        _train("items", folder, tmp_path, *flags, "--optim", "adafactor")
+    with pytest.raises(ValueError, match=r"^--memory_budget: expected bytes, such as .*, got 'much'"):
+        _train("items", folder, tmp_path, *flags, "--memory_budget", "much")
+
+
+def test_a_rate_of_the_head_is_of_a_head(folder: str, tmp_path: Path) -> None:
+    flags = ("--model", "tiny", "--vocab_size", "300", "--max_steps", "1", "--head_learning_rate", "0.1")
+    with pytest.raises(ValueError, match="--head_learning_rate: expected only with an item head"):
+        _train("items", folder, tmp_path, *flags)
+    assert not tmp_path.joinpath("arguments.json").exists()
+    _train("items", folder, tmp_path, *flags, "--item_embeddings")
 
 
 def test_resume_without_a_checkpoint_starts(folder: str, tmp_path: Path) -> None:

@@ -48,6 +48,21 @@ def test_resume_continues_the_run(tied: bool, tmp_path: Path) -> None:
         assert torch.equal(parameter, expected)
 
 
+def test_a_run_goes_on_at_its_rate(tmp_path: Path) -> None:
+    """Which a checkpoint has: another one would do nothing."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(tmp_path, **saving, learning_rate=1e-3).train()
+    with pytest.raises(ValueError, match=r"learning_rate: expected the rates .*, \[0\.001.*, got \[0\.1"):
+        make_trainer(tmp_path, **saving, learning_rate=0.1).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_goes_on_without_its_optimiser_says_so(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(tmp_path, max_steps=1, **saving).train()
+    with pytest.warns(UserWarning, match=r"resume_from_checkpoint: .* was saved without its optimiser"):
+        make_trainer(tmp_path, max_steps=2, **saving).train(resume_from_checkpoint=True)
+
+
 def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
     made = make_trainer(tmp_path)
     with pytest.raises(TypeError, match="processing_class: expected a transformers tokenizer, got function"):

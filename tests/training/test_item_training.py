@@ -16,6 +16,7 @@ import patchkern as pk
 from patchkern.batch.sample_layout import build_layout
 from patchkern.evaluation.metrics import evaluate
 from patchkern.models import wrapped
+from patchkern.models.item_head import CatalogHead
 from patchkern.training import PatchTrainer
 from patchkern.training.collators import PassCollator
 from patchkern.training.passes import Pass
@@ -247,3 +248,10 @@ def test_wrong_arguments(item_head: bool, options: dict[str, Any], message: str,
     args = make_trainer(tmp_path, max_steps=1).args
     with pytest.raises(ValueError, match=message):
         PatchTrainer(model, args, histories, samples, pk.ItemPatches(2, 10), **options)
+
+
+def test_labels_are_not_smoothed_where_items_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CatalogHead, "sampled_above", 5)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0 with more than 5 items, .*, got 0\.1"):
+        make_trainer(tmp_path, head="items", max_steps=1, label_smoothing_factor=0.1)
+    make_trainer(tmp_path, head="titles", max_steps=1, label_smoothing_factor=0.1)

@@ -221,12 +221,34 @@ def _pieces(folder: Path) -> dict[str, Any]:
             lambda p: {"policy": pk.TextOnly(), "eval_samples": held_out_samples(), "eval_options": {"num_beams": 5}},
             "num_beams: expected at least k=20",
         ),
-        (lambda p: {"policy": pk.TextOnly(), "jitter": 2.0}, "jitter: expected .* 0 without rows_per_pass, got 2.0"),
+        (lambda p: {"policy": pk.TextOnly(), "jitter": 2.0}, "jitter: expected 0 without rows_per_pass, got 2.0"),
         (
             lambda p: {"policy": pk.TextOnly(), "targets_per_step": 9},
             "targets_per_step: expected None without rows_per",
         ),
         (lambda p: {"policy": pk.TextOnly(), "jitter": -1.0, "rows_per_pass": 500}, "jitter: expected .* got -1.0"),
+        (
+            lambda p: {"policy": pk.TextOnly(), "head_learning_rate": -0.1},
+            "head_learning_rate: expected a finite number of at least 0, got -0.1",
+        ),
+        *(
+            (
+                lambda p, wrong=wrong: {
+                    "args": SETTINGS["scratch"].arguments("items", p, use_cpu=True, **wrong),
+                    "policy": pk.TextOnly(),
+                },
+                f"{next(iter(wrong))}: expected .* got {next(iter(wrong.values()))}",
+            )
+            for wrong in (
+                {"num_train_epochs": 0},
+                {"num_train_epochs": float("nan")},
+                {"per_device_train_batch_size": 0},
+                {"gradient_accumulation_steps": 0},
+                {"label_smoothing_factor": 1.5},
+                {"label_smoothing_factor": -0.1},
+                {"fp16": True, "bf16": False},
+            )
+        ),
         (
             lambda p: (
                 {"args": SETTINGS["scratch"].arguments("items", p, auto_find_batch_size=True)}

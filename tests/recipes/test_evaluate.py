@@ -31,7 +31,7 @@ from recipes.learned import with_learned_rows
 from recipes.priors import names_of
 from recipes.training_run import write_arguments
 
-BASELINE = ["--width", "8", "--layers", "1", "--window", "6", "--bf16", "false", "--num_train_epochs", "1"]
+BASELINE = ["--width", "8", "--window", "6", "--bf16", "false", "--num_train_epochs", "1"]
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 

@@ -101,7 +101,7 @@ class UserStates:
         self._compressor: Compressor = compressor_of(model, policy)
         with model.searching():
             self._state = model_state(model)
-        self._prompt = compressing_parts(model.prompt)
+        self._prompt = model.prompt
         self._pasts = Pasts(model.catalog, model.item_embedding is not None)
         self._identity = model_identity(model, self._compressor.policy)
         self.store = open_store(store)
@@ -271,7 +271,9 @@ class UserStates:
     # ------------------------------------------------------------------ inside
 
     def _check_state(self, seen: Any) -> None:
-        if seen != self._state or compressing_parts(self.model.prompt) != self._prompt:
+        prompt = self.model.prompt
+        is_other = prompt is not self._prompt and compressing_parts(prompt) != compressing_parts(self._prompt)
+        if seen != self._state or is_other:
             raise ValueError(
                 "user_states: expected the model as it was when they were made, got one that was changed since; make "
                 "new ones, which see whether the store's users are of that model"

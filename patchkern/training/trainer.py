@@ -268,7 +268,8 @@ class PatchTrainer(SavingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As any Trainer; the model then knows what it `learned`, and recommends by that where nobody says how."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        model.learned = ("titles", "items") if self.head == "both" else (self.head,)
+        weights = {"titles": self._weights["title_weight"], "items": self._weights["item_weight"]}
+        model.learned = tuple(name for name, weight in weights.items() if weight and self.head in (name, "both"))
         return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:

@@ -71,6 +71,13 @@ def test_a_model_recommends_by_what_it_learned_last(head: str, usual: str, tmp_p
     assert read.recommend(histories, k=3) != read.recommend(histories, k=3, search={"beam": "items"}.get(usual, "beam"))
 
 
+def test_what_has_no_weight_is_not_learned(tmp_path: Path) -> None:
+    for name, learned in (("title_weight", ("items",)), ("item_weight", ("titles",))):
+        trainer = make_trainer(tmp_path / name, head="both", weights={name: 0.0}, max_steps=1)
+        trainer.train()
+        assert trainer.model.learned == learned
+
+
 @pytest.mark.parametrize("head", ["items", "both"])
 def test_accumulation_does_not_change_the_run(head: str, tmp_path: Path) -> None:
     """With both heads tokens and items are counted apart: a sample has one item and several tokens."""
